@@ -1,0 +1,208 @@
+"""The two classes of the mini data set: renders for real, samples of the laboratory's generators for fake.
+
+Both leave as 8-bit PNG of the same size. Prompts of fakes and the renders that are edited come from the ``spare``
+split; no model has seen it, and no render of it is a real image of the data set.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from itemkit import schema
+from itemkit.lab import flow, vae
+from itemkit.lab.clip import to_pixels
+from itemkit.lab.conditions import encode_facts
+from itemkit.lab.grammar import caption
+from itemkit.lab.renders import RenderSet, make_renders
+from itemkit.lab.world import render_index
+
+COUNTS = {"train": 240, "val": 80, "test": 160}
+"""Fakes of each generator; twice as many renders stand beside them."""
+REAL_FACTOR = 2
+GENERATORS = ("flow", "flow_early", "vae", "edit")
+FAMILY = {"flow": "flow", "flow_early": "flow", "edit": "flow", "vae": "vae"}
+"""``flow_early`` is the flow after a fraction of its training, ``edit`` a render in which the flow redrew one
+object: neither counts as unseen by a detector that was trained on another member of the family."""
+
+MAKERS: dict[str, Callable[[], nn.Module]] = {"flow": flow.UNet, "flow_early": flow.UNet, "vae": vae.Vae}
+
+
+def load_generator(name: str, folder: Path, device: str = "cpu") -> nn.Module:
+    """Load a generator from its safetensors file.
+
+    Parameters
+    ----------
+    name : str
+        ``flow``, ``flow_early`` or ``vae``.
+    folder : Path
+        Folder that holds ``<name>.safetensors``.
+    device : str
+
+    Returns
+    -------
+    Module
+        In evaluation mode, float32.
+    """
+    model = MAKERS[name]()
+    model.load_state_dict({k: v.float() for k, v in load_file(folder / f"{name}.safetensors").items()})
+    return model.to(device).eval()
+
+
+def sample_fakes(name: str, folder: Path, scenes: RenderSet, seed: int, device: str = "cpu") -> np.ndarray:
+    """Sample one fake for each scene.
+
+    Parameters
+    ----------
+    name : str
+        ``flow``, ``flow_early``, ``vae``, or ``edit`` (a render in which the flow redraws one object).
+    folder : Path
+        Generator weights.
+    scenes : RenderSet
+        What to ask for; ``edit`` starts from the renders themselves.
+    seed : int
+    device : str
+
+    Returns
+    -------
+    uint8 array, shape (n, SIZE, SIZE, 3)
+    """
+    model = load_generator("flow" if name == "edit" else name, folder, device)
+    fields = encode_facts(scenes.facts)
+    batches = []
+    for start in range(0, len(scenes), 64):
+        part = slice(start, start + 64)
+        batch_seed = seed * 100_003 + start
+        if name in ("flow", "flow_early"):
+            batch = flow.sample(model, fields[part], seed=batch_seed)
+        elif name == "vae":
+            batch = vae.sample(model, fields[part], seed=batch_seed)
+        else:
+            real = scenes.images[part]
+            masks = edit_masks(scenes.owner[part], batch_seed)
+            batch = flow.sample(
+                model,
+                fields[part],
+                seed=batch_seed,
+                start=to_pixels(real).to(device),
+                mask=torch.from_numpy(masks[:, None]).float().to(device),
+            )
+            # outside the mask the picture is the render's own bytes
+            batches.append(np.where(masks[..., None], flow.to_bytes(batch), real))
+            continue
+        batches.append(flow.to_bytes(batch))
+    return np.concatenate(batches)
+
+
+def edit_masks(owner: np.ndarray, seed: int) -> np.ndarray:
+    """Choose the object to redraw in each scene: a square around one thing, two pixels wider than it.
+
+    The object keeps its words: only its pixels are the generator's, as in a well-made local forgery.
+
+    Parameters
+    ----------
+    owner : uint8 array, shape (n, SIZE, SIZE)
+    seed : int
+
+    Returns
+    -------
+    bool array, shape (n, SIZE, SIZE)
+    """
+    rng = np.random.default_rng(seed)
+    masks = np.zeros(owner.shape, dtype=bool)
+    for mask, what in zip(masks, owner, strict=True):
+        present = [v for v in (1, 2, 3) if (what == v).any()]
+        ys, xs = np.nonzero(what == int(rng.choice(present)))
+        mask[max(0, ys.min() - 2) : ys.max() + 3, max(0, xs.min() - 2) : xs.max() + 3] = True
+    return masks
+
+
+def png(image: np.ndarray) -> bytes:
+    """Encode a picture losslessly; the one codec of both classes."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def build_fakes(folder: Path, generators: tuple[str, ...] = GENERATORS, device: str = "cpu") -> pd.DataFrame:
+    """Sample the fakes of every generator and split.
+
+    Parameters
+    ----------
+    folder : Path
+        Generator weights.
+    generators : tuple of str
+    device : str
+
+    Returns
+    -------
+    DataFrame
+        ``generator, split, prompt, png``.
+    """
+    rows = []
+    n = sum(COUNTS.values())
+    splits = [s for s, k in COUNTS.items() for _ in range(k)]
+    for i, name in enumerate(generators):
+        scenes = make_renders("spare", n, start=i * n)
+        images = sample_fakes(name, folder, scenes, seed=i + 1, device=device)
+        for image, split, facts in zip(images, splits, scenes.facts, strict=True):
+            rows.append({"generator": name, "split": split, "prompt": caption(facts), "png": png(image)})
+    return pd.DataFrame(rows)
+
+
+def materialise(fakes: Path, out: Path) -> Path:
+    """Lay the data set out as files: renders come back from their indices, fakes from the Parquet file.
+
+    Parameters
+    ----------
+    fakes : Path
+        ``fakes.parquet``.
+    out : Path
+        Folder for ``images/<generator>/<split>-<index>.png`` and ``manifest.csv``.
+
+    Returns
+    -------
+    Path
+        The manifest. A complete one is left as it is.
+    """
+    manifest = out / "manifest.csv"
+    if manifest.exists():
+        return manifest
+    rows = []
+
+    def add(image: bytes, generator: str, split: str, index: int, prompt: str) -> None:
+        path = out / "images" / generator / f"{split}-{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+        fake = generator != schema.REAL_GENERATOR
+        rows.append(
+            {
+                schema.PATH: path.relative_to(out).as_posix(),
+                schema.LABEL: int(fake),
+                schema.GENERATOR: generator,
+                schema.SOURCE: "mini laboratory",
+                schema.SPLIT: split,
+                schema.CAPTION: prompt,
+            }
+        )
+
+    for split, k in COUNTS.items():
+        for index in range(REAL_FACTOR * k):
+            r = render_index(split, index)
+            add(png(r.image), schema.REAL_GENERATOR, split, index, caption(r.scene.facts))
+    table = pd.read_parquet(fakes)
+    for (generator, split), part in table.groupby(["generator", "split"], sort=False):
+        for index, (image, prompt) in enumerate(zip(part["png"], part["prompt"], strict=True)):
+            add(image, str(generator), str(split), index, prompt)
+    temporary = manifest.with_suffix(".tmp")
+    pd.DataFrame(rows).to_csv(temporary, index=False)
+    temporary.replace(manifest)
+    return manifest

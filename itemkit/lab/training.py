@@ -1,0 +1,154 @@
+"""The one training loop of the laboratory: cosine schedule, EMA weights, resumable, deterministic by step."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+LossFn = Callable[[nn.Module, np.random.Generator], tuple[Tensor, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train.
+
+    Attributes
+    ----------
+    steps : int
+        Optimiser steps.
+    lr : float
+        Peak learning rate of AdamW; linear warm-up, then cosine to 2 % of it.
+    warmup : int
+        Steps of warm-up.
+    weight_decay : float
+    ema : float
+        Decay of the averaged weights that are kept in the end; ramps up from 0 so that early steps fade.
+    seed : int
+        Step k draws its data from a generator of (seed, k), so a resumed run sees what an undisturbed one sees.
+    snapshots : tuple of int
+        Steps whose averaged weights are kept as well (the quality ladder).
+    """
+
+    steps: int
+    lr: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 0.02
+    ema: float = 0.998
+    seed: int = 0
+    snapshots: tuple[int, ...] = ()
+
+
+@dataclass
+class Trained:
+    """What a training left: averaged weights, those of the snapshots, and how long it took."""
+
+    model: nn.Module
+    snapshots: dict[int, dict[str, Tensor]]
+    seconds: float
+    log: list[dict[str, float]]
+
+
+def autocast(device: str) -> torch.autocast:
+    """Bfloat16 arithmetic where weights stay float32; 1.5-2 times faster here on CPUs with bfloat16 units."""
+    return torch.autocast(device, torch.bfloat16)
+
+
+def train(
+    name: str, model: nn.Module, loss_fn: LossFn, schedule: Schedule, folder: Path, device: str = "cpu"
+) -> Trained:
+    """Train a model, or go on where an interrupted run stopped.
+
+    Parameters
+    ----------
+    name : str
+        Name of the run; its checkpoint and log are ``folder/name.ckpt`` and ``folder/name.jsonl``.
+    model : Module
+        Trained in place; must hold everything that is learned.
+    loss_fn : callable
+        ``(model, rng) -> (loss, numbers to log)`` for one step.
+    schedule : Schedule
+    folder : Path
+    device : str
+
+    Returns
+    -------
+    Trained
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ckpt, log_file = folder / f"{name}.ckpt", folder / f"{name}.jsonl"
+    model.to(device).train()
+    averaged = deepcopy(model).requires_grad_(False)
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": schedule.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.99))
+    start, seconds, snapshots = 0, 0.0, {}
+    if ckpt.exists():
+        state = torch.load(ckpt, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        averaged.load_state_dict(state["averaged"])
+        optimiser.load_state_dict(state["optimiser"])
+        start, seconds, snapshots = state["step"], state["seconds"], state["snapshots"]
+
+    def save(step: int) -> None:
+        state = {"model": model.state_dict(), "averaged": averaged.state_dict(), "step": step}
+        state |= {"optimiser": optimiser.state_dict(), "seconds": seconds, "snapshots": snapshots}
+        torch.save(state, ckpt.with_suffix(".tmp"))
+        ckpt.with_suffix(".tmp").replace(ckpt)
+
+    began = saved = time.monotonic()
+    before = seconds
+    bar = tqdm(range(start, schedule.steps), initial=start, total=schedule.steps, desc=name, mininterval=10)
+    for step in bar:
+        for group in optimiser.param_groups:
+            group["lr"] = _learning_rate(step, schedule)
+        # fused attention in bfloat16 is slow backwards on a CPU for short sequences
+        with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else sdpa_kernel(list(SDPBackend.__members__.values())):
+            torch.manual_seed(schedule.seed * 1_000_003 + step)
+            loss, numbers = loss_fn(model, np.random.default_rng([schedule.seed, step]))
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        _update_average(averaged, model, min(schedule.ema, (step + 1) / (step + 10)))
+        seconds = before + time.monotonic() - began
+        if step % 50 == 0 or step + 1 == schedule.steps:
+            row = {"step": step, "seconds": round(seconds, 1), "loss": round(float(loss.detach()), 4), **numbers}
+            bar.set_postfix({k: v for k, v in row.items() if k not in ("step", "seconds")})
+            with log_file.open("a") as f:
+                f.write(json.dumps(row) + "\n")
+        if step + 1 in schedule.snapshots:
+            snapshots[step + 1] = {k: v.half().cpu() for k, v in averaged.state_dict().items()}
+        if time.monotonic() - saved > 120:
+            save(step + 1)
+            saved = time.monotonic()
+    if start < schedule.steps:
+        save(schedule.steps)
+    log = [json.loads(line) for line in log_file.read_text().splitlines()]
+    return Trained(averaged.eval(), snapshots, seconds, log)
+
+
+def _learning_rate(step: int, s: Schedule) -> float:
+    if step < s.warmup:
+        return s.lr * (step + 1) / s.warmup
+    progress = (step - s.warmup) / max(1, s.steps - s.warmup)
+    return s.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@torch.no_grad()
+def _update_average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
+    pairs = list(zip(averaged.parameters(), model.parameters(), strict=True))
+    torch._foreach_lerp_([a for a, _ in pairs], [m.detach() for _, m in pairs], 1 - decay)
+    for a, b in zip(averaged.buffers(), model.buffers(), strict=True):
+        a.copy_(b)
