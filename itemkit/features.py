@@ -29,6 +29,8 @@ class Features:
         ``phrase, x0, y0, x1, y1, score``; boxes in pixels of the original image.
     run : dict
         The store's ``run.json``: configuration, model fingerprints, versions, counts.
+    pixels : uint8 array, shape (n, h, w, 3), optional
+        The images themselves, all of one size, for the pixel baselines only; never stored.
     """
 
     table: pd.DataFrame
@@ -39,6 +41,7 @@ class Features:
     owner: np.ndarray
     objects: pd.DataFrame
     run: dict = field(default_factory=dict)
+    pixels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -55,7 +58,8 @@ class Features:
         if column.isna().any():
             raise InputError(
                 f"{int(column.isna().sum())} of {len(column)} images have no label, the first is "
-                f"{self.table.loc[column.isna(), schema.PATH].iloc[0]}; give labels in the manifest or leave it out"
+                f"{self.table.loc[column.isna(), schema.PATH].iloc[0]}; give labels in the manifest or "
+                f"leave it out"
             )
         return column.to_numpy(dtype=np.int64)
 
@@ -88,4 +92,5 @@ class Features:
             owner=new_row[self.owner[kept]],
             objects=self.objects.iloc[kept].reset_index(drop=True),
             run=self.run,
+            pixels=None if self.pixels is None else self.pixels[rows],
         )

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from itemkit.errors import InputError
 from itemkit.lab import captioner, clip, fakes, flow, truth, vae
 from itemkit.lab.formats import save_blip, save_clip
 from itemkit.lab.parser import train_parser
 from itemkit.lab.renders import RenderSet, cached_renders
 from itemkit.lab.training import Trained, train
+from itemkit.weights import tidy
 
 N_RENDERS = 60_000
 EARLY_STEP = flow.SCHEDULE.snapshots[1]
@@ -77,7 +79,10 @@ def build_clip(b: Build) -> None:
     lesson = clip.ClipLesson(b.renders, b.device)
     trained = b.run("clip", lesson, clip.SCHEDULE)
     save_clip(b.models / "clip", trained.model.clip, lesson.config, lesson.tokenizer)
-    b.card("clip", trained, steps=clip.SCHEDULE.steps, batch=clip.BATCH, parameters=_count(trained.model.clip))
+    _halve(b.models / "clip" / "open_clip_model.safetensors")
+    b.card(
+        "clip", trained, steps=clip.SCHEDULE.steps, batch=clip.BATCH, parameters=_count(trained.model.clip)
+    )
 
 
 def build_captioner(b: Build) -> None:
@@ -86,7 +91,12 @@ def build_captioner(b: Build) -> None:
     lesson = captioner.CaptionerLesson(b.renders, b.device)
     trained = b.run("captioner", lesson, captioner.SCHEDULE)
     save_blip(b.models / "captioner", trained.model.blip, lesson.tokenizer)
-    facts = {"steps": captioner.SCHEDULE.steps, "batch": captioner.BATCH, "parameters": _count(trained.model.blip)}
+    _halve(b.models / "captioner" / "model.safetensors")
+    facts = {
+        "steps": captioner.SCHEDULE.steps,
+        "batch": captioner.BATCH,
+        "parameters": _count(trained.model.blip),
+    }
     b.card("captioner", trained, **facts)
 
 
@@ -114,7 +124,6 @@ def build_fakes(b: Build) -> None:
     began = time.monotonic()
     table = fakes.build_fakes(b.generators, device=b.device)
     table.to_parquet(b.out / "fakes.parquet", index=False, compression="none")  # PNG is compressed already
-    shutil.rmtree(b.out / "dataset", ignore_errors=True)  # laid out anew from the new fakes
     b.card("fakes", None, seconds=round(time.monotonic() - began), images=len(table))
 
 
@@ -165,6 +174,8 @@ def check(out: Path) -> list[str]:
     list of str
         One line for every difference; empty when all is as the cards say.
     """
+    if not (out / "hashes.json").is_file():
+        raise InputError(f"there is no laboratory in {tidy(out)} (no hashes.json); `make lab` builds one")
     stored, found = json.loads((out / "hashes.json").read_text()), file_hashes(out)
     problems = [
         f"{k}: expected {stored.get(k, 'no such file')}, found {found.get(k, 'no such file')}"
@@ -181,12 +192,19 @@ def check(out: Path) -> list[str]:
 def file_hashes(out: Path) -> dict[str, str]:
     """SHA-256 of every committed model and image file under the mini data."""
     files = [p for d in ("models", "generators") for p in sorted((out / d).rglob("*")) if p.is_file()]
-    files.append(out / "fakes.parquet")
+    files = [p for p in files if p.stem != "flow_early"]  # not committed
+    files += [p for p in (out / "fakes.parquet",) if p.is_file()]
     return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def _count(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def _halve(path: Path) -> None:
+    """Store weights in float16: half the size in the repository; they are loaded as float32 again."""
+    state = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
+    save_file(state, path, metadata={"format": "pt"})  # transformers asks for this note
 
 
 def _save_half(path: Path, state: dict[str, torch.Tensor]) -> None:

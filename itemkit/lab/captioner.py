@@ -16,7 +16,7 @@ from itemkit.lab.grammar import caption
 from itemkit.lab.renders import N_PHRASES, RenderSet, patch_owner, phrase_ids
 from itemkit.lab.training import Schedule, autocast
 
-SCHEDULE = Schedule(steps=2000, lr=1.2e-3, warmup=150, ema=0.997, weight_decay=0.05, seed=1)
+SCHEDULE = Schedule(steps=3200, lr=1.2e-3, warmup=100, ema=0.997, weight_decay=0.05, seed=1)
 BATCH = 128
 
 

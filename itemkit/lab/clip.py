@@ -1,8 +1,9 @@
 """The mini CLIP: an open_clip ViT trained from scratch on renders and their captions.
 
-Three losses share the towers: image against caption (contrastive, CLIP), crop against phrase, and patch against
-phrase. The last two use the world's masks. They make the small model learn within minutes and make its patch
-map meaningful; a CLIP trained on captions alone has a much weaker patch map, which the model card says.
+Three losses share the towers: image against caption (contrastive, CLIP), crop against phrase, and patch
+against phrase. The last two use the world's masks. They make the small model learn within minutes and make
+its patch map meaningful; a CLIP trained on captions alone has a much weaker patch map, which the model card
+says.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from itemkit.lab.grammar import COLOURS, KINDS, SETTINGS, Facts, phrase, random_caption, sentence
 from itemkit.lab.formats import clip_config, vocabulary, word_tokenizer
+from itemkit.lab.grammar import COLOURS, KINDS, SETTINGS, Facts, phrase, random_caption, sentence
 from itemkit.lab.renders import GROUND, N_PHRASES, RenderSet, patch_owner, phrase_ids
 from itemkit.lab.training import Schedule, autocast
 from itemkit.lab.world import SIZE
@@ -28,7 +29,9 @@ PHRASES = [phrase(c, k) for c in COLOURS for k in KINDS] + [f"the {s}" for s in 
 def all_words() -> list[str]:
     """List every word the grammar can say."""
     facts = [Facts(((c, k),) * n, s) for c in COLOURS for k in KINDS for s in SETTINGS for n in (1, 2, 3)]
-    return vocabulary([" ".join(t.text for t in sentence(f, i)) for f in facts[::7] for i in range(8)] + PHRASES)
+    return vocabulary(
+        [" ".join(t.text for t in sentence(f, i)) for f in facts[::7] for i in range(8)] + PHRASES
+    )
 
 
 class ClipLesson(nn.Module):
@@ -94,7 +97,9 @@ class ClipLesson(nn.Module):
         loss_patch = (per_patch * weight.flatten()).sum() / weight.sum()
         hit = (image[BATCH:] @ phrases.T).argmax(1).eq(truth).float().mean()
         numbers = {"caption": loss_caption, "crop": loss_crop, "patch": loss_patch, "crop_hit": hit}
-        return loss_caption + loss_crop + loss_patch, {k: round(float(v.detach()), 3) for k, v in numbers.items()}
+        return loss_caption + loss_crop + loss_patch, {
+            k: round(float(v.detach()), 3) for k, v in numbers.items()
+        }
 
 
 def _contrast(logits: Tensor, same: Tensor) -> Tensor:

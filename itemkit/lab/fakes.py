@@ -1,7 +1,7 @@
 """The two classes of the mini data set: renders for real, samples of the laboratory's generators for fake.
 
-Both leave as 8-bit PNG of the same size. Prompts of fakes and the renders that are edited come from the ``spare``
-split; no model has seen it, and no render of it is a real image of the data set.
+Both leave as 8-bit PNG of the same size. Prompts of fakes and the renders that are edited come from the
+``spare`` split; no model has seen it, and no render of it is a real image of the data set.
 """
 
 from __future__ import annotations
@@ -18,22 +18,30 @@ from safetensors.torch import load_file
 from torch import nn
 
 from itemkit import schema
+from itemkit.errors import InputError
 from itemkit.lab import flow, vae
 from itemkit.lab.clip import to_pixels
 from itemkit.lab.conditions import encode_facts
 from itemkit.lab.grammar import caption
 from itemkit.lab.renders import RenderSet, make_renders
 from itemkit.lab.world import render_index
+from itemkit.presets import MINI_REMEDY
+from itemkit.weights import file_hash, tidy
 
-COUNTS = {"train": 240, "val": 80, "test": 160}
+COUNTS = {"train": 200, "val": 80, "test": 120}
 """Fakes of each generator; twice as many renders stand beside them."""
 REAL_FACTOR = 2
+SOURCE = "mini laboratory"
 GENERATORS = ("flow", "flow_early", "vae", "edit")
 FAMILY = {"flow": "flow", "flow_early": "flow", "edit": "flow", "vae": "vae"}
 """``flow_early`` is the flow after a fraction of its training, ``edit`` a render in which the flow redrew one
 object: neither counts as unseen by a detector that was trained on another member of the family."""
 
-MAKERS: dict[str, Callable[[], nn.Module]] = {"flow": flow.UNet, "flow_early": flow.UNet, "vae": vae.Vae}
+MAKERS: dict[str, Callable[[], nn.Module]] = {
+    "flow": flow.UNet,
+    "flow_early": flow.UNet,
+    "vae": vae.Vae,
+}
 
 
 def load_generator(name: str, folder: Path, device: str = "cpu") -> nn.Module:
@@ -63,7 +71,8 @@ def sample_fakes(name: str, folder: Path, scenes: RenderSet, seed: int, device: 
     Parameters
     ----------
     name : str
-        ``flow``, ``flow_early``, ``vae``, or ``edit`` (a render in which the flow redraws one object).
+        ``flow``, ``flow_early``, ``vae``, or ``edit`` (a render in which the flow redraws one
+        object).
     folder : Path
         Generator weights.
     scenes : RenderSet
@@ -171,11 +180,19 @@ def materialise(fakes: Path, out: Path) -> Path:
     Returns
     -------
     Path
-        The manifest. A complete one is left as it is.
+        The manifest. A complete one is left as it is, unless the Parquet file has changed since.
+
+    Raises
+    ------
+    InputError
+        There is no such Parquet file.
     """
-    manifest = out / "manifest.csv"
-    if manifest.exists():
+    if not fakes.is_file():
+        raise InputError(f"the mini laboratory's fake images are not in {tidy(fakes)}.{MINI_REMEDY}")
+    manifest, made_from = out / "manifest.csv", out / "fakes.sha256"
+    if manifest.exists() and made_from.exists() and made_from.read_text() == file_hash(fakes):
         return manifest
+    manifest.unlink(missing_ok=True)
     rows = []
 
     def add(image: bytes, generator: str, split: str, index: int, prompt: str) -> None:
@@ -188,7 +205,7 @@ def materialise(fakes: Path, out: Path) -> Path:
                 schema.PATH: path.relative_to(out).as_posix(),
                 schema.LABEL: int(fake),
                 schema.GENERATOR: generator,
-                schema.SOURCE: "mini laboratory",
+                schema.SOURCE: SOURCE,
                 schema.SPLIT: split,
                 schema.CAPTION: prompt,
             }
@@ -204,5 +221,6 @@ def materialise(fakes: Path, out: Path) -> Path:
             add(image, str(generator), str(split), index, prompt)
     temporary = manifest.with_suffix(".tmp")
     pd.DataFrame(rows).to_csv(temporary, index=False)
+    made_from.write_text(file_hash(fakes))
     temporary.replace(manifest)
     return manifest

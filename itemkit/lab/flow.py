@@ -1,8 +1,9 @@
 """Pixel flow matching: a caption-conditioned U-Net that turns noise into pictures along straight lines.
 
-Rectified flow / flow matching (Liu et al. 2022, Lipman et al. 2022) with logit-normal times (Esser et al. 2024),
-classifier-free guidance (Ho and Salimans 2022) and Heun steps. Image-to-image is SDEdit (Meng et al. 2021), local
-editing keeps the outside of a mask on the real picture's own path (RePaint without resampling, Lugmayr et al. 2022).
+Rectified flow / flow matching (Liu et al. 2022, Lipman et al. 2022) with logit-normal times (Esser et al.
+2024), classifier-free guidance (Ho and Salimans 2022) and Heun steps. Image-to-image is SDEdit (Meng et al.
+2021), local editing keeps the outside of a mask on the real picture's own path (RePaint without resampling,
+Lugmayr et al. 2022).
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from itemkit.lab.renders import RenderSet
 from itemkit.lab.training import Schedule, autocast
 from itemkit.lab.world import SIZE
 
-SCHEDULE = Schedule(steps=5600, lr=8e-4, warmup=200, ema=0.999, weight_decay=0.01, snapshots=(400, 1200, 2800))
+SCHEDULE = Schedule(
+    steps=5600, lr=8e-4, warmup=200, ema=0.999, weight_decay=0.01, snapshots=(400, 1200, 2800)
+)
 BATCH = 64
 DROP_CONDITION = 0.1
 
@@ -69,7 +72,13 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """Velocity field over pictures folded 3x3 into channels."""
 
-    def __init__(self, channels: tuple[int, int, int] = (48, 112, 192), width: int = 128, fold: int = 3, c_image: int = 3):
+    def __init__(
+        self,
+        channels: tuple[int, int, int] = (48, 112, 192),
+        width: int = 128,
+        fold: int = 3,
+        c_image: int = 3,
+    ):
         super().__init__()
         a, b, c = channels
         self.fold, self.c_image = fold, c_image
@@ -81,7 +90,11 @@ class UNet(nn.Module):
         self.attend_b, self.attend_c = Attention(b, width), Attention(c, width)
         self.mid1, self.mid2 = Block(c, c, width), Block(c, c, width)
         self.from_c, self.from_b = nn.Conv2d(c, b, 1), nn.Conv2d(b, a, 1)
-        self.up_b1, self.up_b2, self.attend_up = Block(2 * b, b, width), Block(b, b, width), Attention(b, width)
+        self.up_b1, self.up_b2, self.attend_up = (
+            Block(2 * b, b, width),
+            Block(b, b, width),
+            Attention(b, width),
+        )
         self.up_a1, self.up_a2 = Block(2 * a, a, width), Block(a, a, width)
         self.norm = nn.GroupNorm(8, a)
         self.head = nn.Conv2d(a, c_image * fold * fold, 3, padding=1)

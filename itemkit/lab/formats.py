@@ -46,8 +46,8 @@ def word_tokenizer(words: Iterable[str], max_length: int) -> PreTrainedTokenizer
     -------
     PreTrainedTokenizerFast
     """
-    # Lower-casing must sit inside: open_clip only cleans white space before it calls a folder's own tokenizer.
-    # Start and end come from the post-processor, so a text that is cut still ends with the end token.
+    # Lower-casing must sit inside: open_clip only cleans white space before it calls a folder's own
+    # tokenizer. Start and end come from the post-processor, so a cut text still ends with the end token.
     vocab = ["<pad>", "<unk>", "<start>", *dict.fromkeys(w.lower() for w in words), "<end>"]
     ids = {word: i for i, word in enumerate(vocab)}
     core = Tokenizer(WordLevel(ids, unk_token="<unk>"))
@@ -166,7 +166,7 @@ def blip_model(
     -------
     BlipForConditionalGeneration
     """
-    # generate() starts from bos and stops at sep, whatever eos is; unless set they keep BERT's ids (30522, 102)
+    # generate() starts from bos and stops at sep, whatever eos is; unset, they keep BERT's ids (30522, 102)
     text = BlipTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -202,7 +202,10 @@ def blip_model(
 
 
 def save_blip(
-    folder: Path, model: BlipForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, image_size: int = 48
+    folder: Path,
+    model: BlipForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    image_size: int = 48,
 ) -> None:
     """Save a BLIP with its processor as a transformers folder.
 

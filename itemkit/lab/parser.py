@@ -8,11 +8,20 @@ import numpy as np
 
 from itemkit.lab.grammar import COLOURS, KINDS, N_TEMPLATES, SETTINGS, Facts, Token, sentence
 
-POS = {"DT": "DET", "NN": "NOUN", "JJ": "ADJ", "IN": "ADP", "CC": "CCONJ", "VBZ": "VERB", "EX": "PRON", ",": "PUNCT"}
+POS = {
+    "DT": "DET",
+    "NN": "NOUN",
+    "JJ": "ADJ",
+    "IN": "ADP",
+    "CC": "CCONJ",
+    "VBZ": "VERB",
+    "EX": "PRON",
+    ",": "PUNCT",
+}
 
 OTHER_NOUNS = (
-    "dog cat man woman boy girl bird horse cup chair bottle bus train plane bike street field beach kitchen room"
-    " window door wall water sky cloud mountain river bridge plate pizza cake phone book clock"
+    "dog cat man woman boy girl bird horse cup chair bottle bus train plane bike street field beach kitchen"
+    " room window door wall water sky cloud mountain river bridge plate pizza cake phone book clock"
 ).split()
 OTHER_ADJECTIVES = "small big old young black brown grey wooden tall bright dark little round".split()
 """Words from outside the world, so that tags rest on the frame of a sentence and not only on known words."""
@@ -62,26 +71,33 @@ def train_parser(folder: Path, n_sentences: int = 2400, epochs: int = 6, seed: i
         "parser",
         config={"model": {"@architectures": "spacy.TransitionBasedParser.v2", "tok2vec": tok2vec, **state}},
     )
+
     def example(tokens: list[Token]) -> Example:
         words = [t.text for t in tokens]
         spaces = [i + 1 < len(words) and words[i + 1] != "," for i in range(len(words))]
         doc = Doc(nlp.vocab, words=words, spaces=spaces)
-        gold = {"tags": [t.tag for t in tokens], "heads": [t.head for t in tokens], "deps": [t.dep for t in tokens]}
+        gold = {
+            "tags": [t.tag for t in tokens],
+            "heads": [t.head for t in tokens],
+            "deps": [t.dep for t in tokens],
+        }
         return Example.from_dict(doc, gold)
 
     made = [
-        example(sentence(random_facts(rng), int(rng.integers(N_TEMPLATES)))) for _ in range(int(n_sentences * 1.1))
+        example(sentence(random_facts(rng), int(rng.integers(N_TEMPLATES))))
+        for _ in range(int(n_sentences * 1.1))
     ]
     training, held_out = made[:n_sentences], made[n_sentences:]
     optimiser = nlp.initialize(lambda: training)
     for _ in range(epochs):
-        rng.shuffle(training)  # type: ignore[arg-type]
+        rng.shuffle(training)
         for batch in minibatch(training, size=compounding(16, 64, 1.01)):
             nlp.update(batch, sgd=optimiser, drop=0.1)
     scores = nlp.evaluate(held_out)
     rules = nlp.add_pipe("attribute_ruler")  # after initialize(), which would empty it
     for tag, pos in POS.items():
-        rules.add(patterns=[[{"TAG": tag}]], attrs={"POS": pos})  # type: ignore[attr-defined]
+        rules.add(patterns=[[{"TAG": tag}]], attrs={"POS": pos})
     # the weights are NumPy arrays in msgpack; no pickle is written
+    folder.parent.mkdir(parents=True, exist_ok=True)
     nlp.to_disk(folder)
     return {"tag_acc": float(scores["tag_acc"]), "las": float(scores["dep_las"])}

@@ -65,7 +65,9 @@ def ball(t: Tile, c: Rgb) -> None:
     """A beach ball: a sphere with a pale band."""
     t.oval(0.06, 0.12, 0.94, 1.0, c)
     s = t.side
-    t.draw.arc((0.2 * s, -0.1 * s, 1.5 * s, 0.8 * s), 95, 190, fill=(*tint(c, 1.5), 255), width=round(0.09 * s))
+    t.draw.arc(
+        (0.2 * s, -0.1 * s, 1.5 * s, 0.8 * s), 95, 190, fill=(*tint(c, 1.5), 255), width=round(0.09 * s)
+    )
 
 
 def cube(t: Tile, c: Rgb) -> None:

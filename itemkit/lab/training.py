@@ -35,7 +35,8 @@ class Schedule:
     ema : float
         Decay of the averaged weights that are kept in the end; ramps up from 0 so that early steps fade.
     seed : int
-        Step k draws its data from a generator of (seed, k), so a resumed run sees what an undisturbed one sees.
+        Step k draws its data from a generator of (seed, k), so a resumed run sees what an undisturbed one
+        sees.
     snapshots : tuple of int
         Steps whose averaged weights are kept as well (the quality ladder).
     """
@@ -114,7 +115,11 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = _learning_rate(step, schedule)
         # fused attention in bfloat16 is slow backwards on a CPU for short sequences
-        with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else sdpa_kernel(list(SDPBackend.__members__.values())):
+        with (
+            sdpa_kernel(SDPBackend.MATH)
+            if device == "cpu"
+            else sdpa_kernel(list(SDPBackend.__members__.values()))
+        ):
             torch.manual_seed(schedule.seed * 1_000_003 + step)
             loss, numbers = loss_fn(model, np.random.default_rng([schedule.seed, step]))
             optimiser.zero_grad(set_to_none=True)
@@ -124,7 +129,12 @@ def train(
         _update_average(averaged, model, min(schedule.ema, (step + 1) / (step + 10)))
         seconds = before + time.monotonic() - began
         if step % 50 == 0 or step + 1 == schedule.steps:
-            row = {"step": step, "seconds": round(seconds, 1), "loss": round(float(loss.detach()), 4), **numbers}
+            row = {
+                "step": step,
+                "seconds": round(seconds, 1),
+                "loss": round(float(loss.detach()), 4),
+                **numbers,
+            }
             bar.set_postfix({k: v for k, v in row.items() if k not in ("step", "seconds")})
             with log_file.open("a") as f:
                 f.write(json.dumps(row) + "\n")

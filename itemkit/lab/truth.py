@@ -12,9 +12,11 @@ from PIL import Image
 from itemkit.captions import load_captioner
 from itemkit.encoder import Encoder, load_encoder
 from itemkit.lab.clip import PHRASES
-from itemkit.lab.grammar import COLOURS, KINDS, Facts, phrase, random_caption, read_caption
+from itemkit.lab.grammar import COLOURS, KINDS, Facts, caption, phrase, random_caption, read_caption
 from itemkit.lab.renders import RenderSet, make_renders
+from itemkit.lab.world import render_index
 from itemkit.regions import make_localiser
+from itemkit.selftest import Case
 
 
 def compare_facts(told: Facts, true: Facts) -> dict[str, float]:
@@ -29,7 +31,8 @@ def compare_facts(told: Facts, true: Facts) -> dict[str, float]:
     dict
         ``exact`` (all claims right, nothing left out), ``f1`` of coloured objects, ``kinds`` and ``colours``
         (share of true things whose kind, or whose colour, is told at all), ``setting``, ``relation``
-        (left-to-right order; only where the same things are told), ``invented`` (told things that are not there).
+        (left-to-right order; only where the same things are told), ``invented`` (share of told things that
+        are not there).
     """
     told_things, true_things = list(told.things), list(true.things)
     hits = _matches(told_things, true_things)
@@ -138,8 +141,8 @@ def localiser_quality(name: str, encoder: Encoder, renders: RenderSet) -> dict[s
     Returns
     -------
     dict
-        ``pointing``: share of boxes whose centre lies in the thing's true box; ``iou``: mean intersection over
-        union with it.
+        ``pointing``: share of boxes whose centre lies in the thing's true box; ``iou``: mean intersection
+        over union with it.
     """
     localiser = make_localiser(name, encoder)
     pointing, overlap = [], []
@@ -207,3 +210,32 @@ def measure(models: Path, n: int = 1000, device: str = "cpu") -> dict[str, Any]:
         few = RenderSet(renders.images[:300], renders.owner[:300], renders.facts[:300])
         result |= {f"{name}_{k}": v for k, v in localiser_quality(name, encoder, few).items()}
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
+
+
+def doctor_cases(n: int = 24) -> list[Case]:
+    """Renders with their truth, as questions for ``itemkit doctor --deep``.
+
+    Parameters
+    ----------
+    n : int
+        Scenes of one thing, all told differently.
+
+    Returns
+    -------
+    list of Case
+    """
+    cases: list[Case] = []
+    index = 0
+    while len(cases) < n:
+        r = render_index("models_val", index)
+        index += 1
+        facts = r.scene.facts
+        told = caption(facts)
+        if len(facts.things) != 1 or any(c.caption == told for c in cases):
+            continue
+        colour, kind = facts.things[0]
+        x0, y0, x1, y1 = map(float, r.boxes[0])
+        cases.append(
+            Case(told, Image.fromarray(r.image), told, (kind,), ((phrase(colour, kind), (x0, y0, x1, y1)),))
+        )
+    return cases

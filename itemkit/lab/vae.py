@@ -33,7 +33,8 @@ class Vae(nn.Module):
         self.to_latent = nn.Linear(c * 36 + width, 2 * LATENT)
         self.from_latent = nn.Linear(LATENT + width, c * 36)
         self.decode_image = nn.Sequential(
-            nn.Unflatten(1, (c, 6, 6)), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1), nn.GroupNorm(8, c), nn.SiLU(),
+            nn.Unflatten(1, (c, 6, 6)), nn.SiLU(),
+            nn.Conv2d(c, c, 3, padding=1), nn.GroupNorm(8, c), nn.SiLU(),
             nn.ConvTranspose2d(c, b, 4, 2, 1), nn.GroupNorm(8, b), nn.SiLU(),
             nn.ConvTranspose2d(b, a, 4, 2, 1), nn.GroupNorm(8, a), nn.SiLU(),
             nn.ConvTranspose2d(a, 3, 4, 2, 1),
@@ -78,7 +79,7 @@ class VaeLesson(nn.Module):
 
 @torch.no_grad()
 def sample(vae: Vae, fields: Tensor, *, seed: int) -> Tensor:
-    """Draw pictures: prior latents, mean decoder output plus the learned pixel noise.
+    """Draw pictures: prior latents, mean decoder output; the learned pixel noise is left out, as is usual.
 
     Parameters
     ----------

@@ -81,7 +81,7 @@ def scene_rng(split: str, index: int) -> np.random.Generator:
 def sample_scene(rng: np.random.Generator) -> Scene:
     """Draw a scene: one to three things, a setting, light and camera.
 
-    Some things are small, half outside the picture or partly hidden, colours vary around their name, and
+    Some things are small or partly hidden, a few reach over the edge, colours vary around their name, and
     every fourth scene holds a stone or a stick that no caption mentions: the renders have a spread of
     alignment of their own, as photographs have.
     """
@@ -108,8 +108,8 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 def _thing(rng: np.random.Generator, kind: str, colour: str, x: float, size: float, horizon: float) -> Thing:
     lowest = SIZE - 2.0
     base = float(rng.uniform(min(max(horizon + 3, size + 2), lowest), lowest))
-    hue = rng.normal(1.0, 0.06, size=3)
-    return Thing(kind, colour, float(x), base, float(size), bool(rng.random() < 0.5), tuple(map(float, hue)))
+    red, green, blue = map(float, rng.normal(1.0, 0.06, size=3))
+    return Thing(kind, colour, float(x), base, float(size), bool(rng.random() < 0.5), (red, green, blue))
 
 
 def render(scene: Scene) -> Render:

@@ -1,0 +1,61 @@
+# `make` alone lists the targets. Each one makes the virtual environment first if it is missing or out of date.
+# Overridable: VENV (folder of the environment), PYTHON (interpreter that makes it), OUT (where `make run` writes),
+# NB (one notebook for `make notebooks`), ARGS (more options for pytest).
+
+VENV ?= .venv
+OUT  ?= results
+NB   ?=
+ARGS ?=
+BIN   = $(VENV)/bin
+READY = $(VENV)/.itemkit-ready
+
+# the first interpreter that starts and is new enough; the pins were tested with 3.11
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help run test notebooks lab lab-check lint check-notebooks check-readme clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
+		awk -F ':.*## *' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+run: $(READY)  ## the whole method on the mini preset: features, heads, notebooks, figures into results/
+	$(BIN)/itemkit run --out $(OUT)
+
+# one thread per process: the processes already share the cores
+test: $(READY)  ## the tests (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra -n auto --maxprocesses 4 $(ARGS)
+
+notebooks: $(READY)  ## execute the notebooks in place and stamp them: the only writer of committed outputs
+	$(BIN)/python -m itemkit.notebooks write $(NB)
+
+lab: $(READY)  ## rebuild the mini laboratory from nothing: every model and every fake image (hours on a CPU)
+	$(BIN)/itemkit lab build
+
+lab-check: $(READY)  ## verify the laboratory's hashes and measure its key figures again
+	$(BIN)/itemkit lab check
+
+lint: $(READY)  ## ruff on modules and notebooks, types, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+check-notebooks: $(READY)  ## execute every notebook into a temporary folder and check what comes out
+	$(BIN)/python -m pytest -q -ra -m notebooks $(ARGS)
+
+check-readme: $(READY)  ## run every command and every line of Python that README.md shows
+	$(BIN)/python -m pytest -q -ra -m readme $(ARGS)
+
+# build/ stays: it holds the checkpoints of a laboratory in training
+clean:  ## remove results and caches; keeps the environment, data/, build/ and the committed notebooks
+	rm -rf $(OUT) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache dist
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+
+$(READY): constraints.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python of version 3.11 or newer found. Install one, or name it:" \
+		"make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || { echo "Making the environment in $(VENV) with $(PYTHON); this happens once."; \
+		$(PYTHON) -m venv $(VENV); }
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

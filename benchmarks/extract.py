@@ -1,0 +1,448 @@
+"""How close is the extraction to what the models themselves cost?
+
+In one run and on the same images: the bare forward pass of each model at its best batch size, the pipeline, a
+second run over the same images, and a plain loop over single images as many repositories have it.
+
+    python -m benchmarks.extract --preset mini --device cpu --images DIR
+    python -m benchmarks.extract --random-true-size ViT-B-32 --images DIR
+
+Random weights at true size tell the speed and nothing else. On a CPU decoding and models share the cores, so
+the limit is the sum of both; on a GPU they overlap, so the limit is the slower of the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from itemkit.decode import DecodeConfig, ImageReader, batches
+from itemkit.devices import choose_device, choose_precision, dtype_name
+from itemkit.images import load_image
+from itemkit.pipeline import extract
+from itemkit.stages import Models, Stages
+from itemkit.store import concat_features
+from itemkit.system import raise_malloc_thresholds
+
+# Dense arithmetic of the data sheets in TFLOP/s, for the share of the peak; by device and precision.
+PEAK_TFLOPS = {
+    ("H100", "bfloat16"): 989.0,
+    ("H100", "float32"): 67.0,
+    ("H200", "bfloat16"): 989.0,
+    ("H200", "float32"): 67.0,
+    ("A100", "bfloat16"): 312.0,
+    ("A100", "float32"): 19.5,
+}
+CAPTION_TOKENS = 20  # of a captioner with random weights, which would not stop by itself
+COLOURS = ("red", "green", "blue", "yellow", "white", "black", "brown", "grey")
+KINDS = ("dog", "bench", "boat", "tree", "car", "child", "horse", "table", "bird", "ball", "house", "road")
+
+
+class GivenObjects:
+    """Takes the place of a parser where captions are given with their objects: parts between "and"."""
+
+    def objects(self, captions: Sequence[str]) -> list[list[str]]:
+        """Phrases of each caption."""
+        return [list(dict.fromkeys(caption.split(" and "))) for caption in captions]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Constant."""
+        return {"kind": "given objects"}
+
+
+@dataclass
+class Result:
+    """Everything one run of the benchmark has measured."""
+
+    device: str
+    precision: str
+    threads: int
+    images: int
+    weights: str
+    versions: dict[str, str]
+    bare_per_s: dict[str, float] = field(default_factory=dict)
+    bare_batch: dict[str, int] = field(default_factory=dict)
+    per_s: dict[str, float] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
+    stages_s: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory_mb: float = 0.0
+    gpu_memory_mb: float = 0.0
+    gflop_per_image: float = 0.0
+    share_of_peak: float | None = None
+
+
+# ----------------------------------------------------------------------------------------------- what is run
+
+
+def random_encoder(name: str, device: torch.device, precision: str) -> Any:
+    """An open_clip model of true size with random weights: for its speed only, never inside itemkit."""
+    import open_clip
+
+    from itemkit.encoder import Encoder
+
+    torch.manual_seed(0)
+    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=None)
+    model = model.to(device=device, dtype=choose_precision(precision, device))
+    return Encoder(model, preprocess, open_clip.get_tokenizer(name), name=f"{name} (random weights)")
+
+
+def random_captioner(size: str, device: torch.device, precision: str, tokens: int) -> Any:
+    """A BLIP captioner of true size with random weights: for its speed only, never inside itemkit."""
+    from transformers import BlipConfig, BlipForConditionalGeneration
+
+    from itemkit.captions import Caption
+
+    vision = {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    }
+    config = BlipConfig(
+        text_config={"encoder_hidden_size": 1024 if size == "large" else 768},
+        vision_config=vision if size == "large" else {},
+    )
+    torch.manual_seed(0)
+    dtype = choose_precision(precision, device)
+    model = BlipForConditionalGeneration(config).eval().to(device=device, dtype=dtype)
+    side = config.vision_config.image_size
+
+    class Captioner:
+        """Resizes, encodes and decodes; the text is of no use, so a fixed one is returned."""
+
+        def caption(self, images: Sequence[Image.Image]) -> list[Caption]:
+            pixels = np.stack([np.asarray(i.resize((side, side), Image.Resampling.BICUBIC)) for i in images])
+            x = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device=device, dtype=dtype) / 127.5 - 1
+            with torch.no_grad():
+                model.generate(x, min_new_tokens=tokens, max_new_tokens=tokens, num_beams=1, do_sample=False)
+            return [Caption(caption_of(i), -1.0) for i in range(len(images))]
+
+        def fingerprint(self) -> dict[str, Any]:
+            return {"kind": f"BLIP {size} with random weights"}
+
+    return Captioner()
+
+
+def caption_of(number: int) -> str:
+    """A caption with three objects; captions repeat, as those of a real captioner do."""
+    pick = np.random.default_rng(number % 4096)
+    phrases = [
+        f"a {COLOURS[pick.integers(len(COLOURS))]} {KINDS[i]}" for i in pick.permutation(len(KINDS))[:3]
+    ]
+    return " and ".join(phrases)
+
+
+def read_images(folder: str | None, n: int, scratch: Path) -> list[str]:
+    """Up to n image files of a folder, or n made-up JPEG files of 500 x 375 pixels."""
+    if folder is not None:
+        ends = (".jpg", ".jpeg", ".png", ".webp", ".ppm")
+        paths = sorted(str(p) for p in Path(folder).rglob("*") if p.suffix.lower() in ends)
+        if not paths:
+            sys.exit(f"{folder} holds no images ({', '.join(ends)})")
+        return paths[:n]
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        fine = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), dtype=np.float32)
+        noisy = np.clip(fine + rng.normal(0, 6, fine.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(scratch / f"{i:06d}.jpg", quality=90)
+    return [str(scratch / f"{i:06d}.jpg") for i in range(n)]
+
+
+def as_manifest(paths: Sequence[str], user_captions: bool) -> pd.DataFrame:
+    """A manifest of unlabelled images."""
+    captions = [caption_of(i) if user_captions else None for i in range(len(paths))]
+    return pd.DataFrame({"path": paths, "label": pd.array([pd.NA] * len(paths), "Int8"), "caption": captions})
+
+
+# ---------------------------------------------------------------------------------------------- measurements
+
+
+def seconds_of(run: Callable[[], object], device: torch.device, repeat: int = 1) -> float:
+    """Least time of several runs, with the device's queue emptied before and after."""
+    best = float("inf")
+    for _ in range(repeat):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def best_batch(
+    run: Callable[[Sequence[Any]], object],
+    items: Sequence[Any],
+    sizes: Sequence[int],
+    device: torch.device,
+    repeat: int,
+) -> tuple[float, int]:
+    """Items per second at the batch size that gives most, and that size."""
+    found = []
+    for size in sizes:
+        if size > len(items) and found:
+            break
+        chunks = [items[i : i + size] for i in range(0, len(items) - len(items) % size or len(items), size)]
+        run(chunks[0])  # warm up
+
+        def once(chunks: list = chunks) -> None:
+            for chunk in chunks:
+                run(chunk)
+
+        found.append((sum(map(len, chunks)) / seconds_of(once, device, repeat), size))
+    return max(found)
+
+
+def decode_all(paths: Sequence[str], preprocess: Callable[[Image.Image], Any], config: DecodeConfig) -> int:
+    """Decode and preprocess all images as the pipeline does, without any model."""
+    reader = ImageReader(config, preprocess=preprocess)
+    source = batches(range(len(paths)), lambda row: reader.read(row, paths[row]), lambda: 64, config, 0)
+    return sum(len(batch) for batch in source)
+
+
+def naive_loop(paths: Sequence[str], models: Any, captions: Sequence[str | None]) -> None:
+    """One image after the other through all steps, nothing shared and nothing kept."""
+    parts = []
+    for path, caption in zip(paths, captions, strict=True):
+        parts.append(Stages(models)([load_image(path)], [caption]))
+    concat_features(parts)
+
+
+def gflop_of(encoder: Any, pixels: torch.Tensor) -> float:
+    """Arithmetic of the image tower for one image, counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    one = pixels[:1].clone().requires_grad_(True)  # or a fused attention is chosen, which is not counted
+    with FlopCounterMode(display=False) as counter:
+        encoder.embed_pixels(one)
+    return counter.get_total_flops() / 1e9
+
+
+def run_benchmark(models: Any, paths: list[str], args: argparse.Namespace, scratch: Path) -> Result:
+    """Measure everything on the same images."""
+    encoder, device = models.encoder, torch.device(models.encoder.device)
+    user = models.captioner is None
+    manifest = as_manifest(paths, user)
+    n, config = len(paths), DecodeConfig(threads=args.decode_threads)
+    result = Result(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        precision=dtype_name(encoder.dtype),
+        threads=torch.get_num_threads(),
+        images=n,
+        weights="random (speed only)" if args.random_true_size or args.random_captioner else args.preset,
+        versions={"torch": torch.__version__, "python": platform.python_version()},
+    )
+    raise_malloc_thresholds()  # for all ways alike
+
+    rate = result.bare_per_s
+    rate["decode"] = n / seconds_of(
+        lambda: decode_all(paths, encoder.preprocess, config), device, args.repeat
+    )
+    some = [load_image(path) for path in paths[: args.bare_images]]
+    pixels = torch.stack([encoder.preprocess(image) for image in some])
+    sizes = args.batch_sizes
+    rate["image"], batch = best_batch(encoder.encode_images, pixels, sizes, device, args.repeat)
+    result.bare_batch["image"] = batch
+    texts = [caption_of(i) for i in range(min(len(some), 256))]
+    rate["text"], result.bare_batch["text"] = best_batch(
+        encoder.encode_texts, texts, sizes, device, args.repeat
+    )
+    if not user:
+        caption = models.captioner.caption
+        rate["caption"], result.bare_batch["caption"] = best_batch(caption, some, sizes, device, args.repeat)
+    result.gflop_per_image = gflop_of(encoder, pixels)
+
+    # the limit per image: decoding, each model once for each image, and each different caption once
+    seconds = {name: 1 / rate[name] for name in ("decode", "image", "caption") if name in rate}
+    if user:
+        seconds["text"] = manifest["caption"].nunique() / n / rate["text"]
+    models_s = sum(s for name, s in seconds.items() if name != "decode")
+    limit = models_s + seconds["decode"] if device.type == "cpu" else max(models_s, seconds["decode"])
+    result.per_s["models alone"] = 1 / models_s
+    result.per_s["limit"] = 1 / limit
+
+    options: dict[str, Any] = {
+        "captions": "user" if user else "generate",
+        "progress": False,
+        "decode": config,
+    }
+    options["batch_size"] = args.batch_size or batch
+    kinds = {"global": Models(encoder, models.captioner), "hierarchical": models}
+    for name, parts in kinds.items():
+        best = None
+        for i in range(args.repeat):
+            report = extract(manifest, scratch / f"{name}{i}", parts, **options)
+            best = report if best is None or report.seconds < best.seconds else best
+        assert best is not None
+        result.per_s[f"pipeline, {name}"] = best.computed / best.seconds
+        result.stages_s[name] = best.stages
+        result.seconds[name] = best.seconds
+    store = scratch / f"hierarchical{args.repeat - 1}"
+    result.seconds["second run"] = extract(manifest, store, models, **options).seconds
+    less = manifest.iloc[: n - max(1, n // 100)]
+    extract(less, scratch / "less", models, **options)
+    result.seconds["1 % more images"] = extract(manifest, scratch / "less", models, **options).seconds
+
+    few = slice(0, args.naive_images)
+    loop = seconds_of(lambda: naive_loop(paths[few], models, manifest["caption"][few]), device)
+    result.per_s["one image at a time"] = len(paths[few]) / loop
+    _ratios(result, limit)
+    _memory(result, device)
+    return result
+
+
+def _ratios(result: Result, limit: float) -> None:
+    hierarchical = result.seconds["hierarchical"]
+    result.ratios = {
+        "pipeline (global) / limit": result.per_s["pipeline, global"] * limit,
+        "pipeline (global) / models alone": result.per_s["pipeline, global"] / result.per_s["models alone"],
+        "one at a time / limit": result.per_s["one image at a time"] * limit,
+        "hierarchical / global, time": hierarchical / result.seconds["global"],
+        "second run / first, time": result.seconds["second run"] / hierarchical,
+        "1 % more images / first, time": result.seconds["1 % more images"] / hierarchical,
+    }
+
+
+def _memory(result: Result, device: torch.device) -> None:
+    try:
+        import resource
+
+        # kilobytes on Linux, bytes on a Mac
+        result.memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            2**20 if sys.platform == "darwin" else 2**10
+        )
+    except ImportError:
+        pass
+    if device.type == "cuda":
+        result.gpu_memory_mb = torch.cuda.max_memory_allocated(device) / 2**20
+        peak = next(
+            (p for (n, d), p in PEAK_TFLOPS.items() if n in result.device and d == result.precision), None
+        )
+        if peak is not None:
+            result.share_of_peak = result.bare_per_s["image"] * result.gflop_per_image / 1000 / peak
+
+
+# ---------------------------------------------------------------------------------------------------- output
+
+
+def table(result: Result) -> str:
+    """The result as a Markdown page."""
+    lines = [
+        f"{result.images} images, {result.device}, {result.precision}, {result.threads} threads, "
+        f"weights: {result.weights}, torch {result.versions['torch']}",
+        "",
+        "| images/s | |",
+        "|---|---:|",
+    ]
+    for name, value in result.bare_per_s.items():
+        batch = f" (batch {result.bare_batch[name]})" if name in result.bare_batch else ""
+        lines.append(f"| bare {name}{batch} | {value:.1f} |")
+    lines += [f"| {name} | {value:.1f} |" for name, value in result.per_s.items()]
+    lines += ["", "| ratio | |", "|---|---:|"]
+    lines += [f"| {name} | {value:.3f} |" for name, value in result.ratios.items()]
+    names = list(result.stages_s["global"])
+    lines += ["", f"| seconds | {' | '.join(names)} | all |", f"|---|{'---:|' * (len(names) + 1)}"]
+    for kind, stages in result.stages_s.items():
+        cells = " | ".join(f"{stages[name]:.2f}" for name in names)
+        lines.append(f"| {kind} | {cells} | {result.seconds[kind]:.2f} |")
+    lines += [
+        "",
+        f"Memory {result.memory_mb:.0f} MB; {result.gflop_per_image:.1f} GFLOP per image (image tower).",
+    ]
+    if result.gpu_memory_mb:
+        lines.append(f"GPU memory {result.gpu_memory_mb:.0f} MB.")
+    if result.share_of_peak is not None:
+        lines.append(f"Bare image tower: {result.share_of_peak:.0%} of the data sheet's dense arithmetic.")
+    return "\n".join(lines)
+
+
+def build(args: argparse.Namespace) -> Any:
+    """The models to measure."""
+    device = choose_device(args.device)
+    if args.random_true_size:
+        from itemkit.regions import make_localiser
+
+        encoder = random_encoder(args.random_true_size, device, args.precision)
+        captioner = None
+        if args.random_captioner:
+            captioner = random_captioner(args.random_captioner, device, args.precision, CAPTION_TOKENS)
+        return Models(encoder, captioner, GivenObjects(), make_localiser(args.localiser or "dense", encoder))
+    from itemkit.presets import get_preset
+
+    preset = get_preset(args.preset, **({"localiser": args.localiser} if args.localiser else {}))
+    if args.precision != "auto":
+        preset = replace(preset, precision=args.precision)
+    return preset.build(device)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="mini")
+    parser.add_argument(
+        "--random-true-size", metavar="NAME", help="open_clip model with random weights instead"
+    )
+    parser.add_argument(
+        "--random-captioner", choices=("base", "large"), help="BLIP with random weights beside it"
+    )
+    parser.add_argument("--localiser", help="whole, grid or dense instead of the preset's")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--images", help="folder of images (default: made-up JPEG files of 500 x 375 pixels)")
+    parser.add_argument("-n", type=int, default=512, help="number of images (default: 512)")
+    parser.add_argument(
+        "--bare-images", type=int, default=256, help="of these for the bare passes (default: 256)"
+    )
+    parser.add_argument(
+        "--naive-images", type=int, default=64, help="of these for the plain loop (default: 64)"
+    )
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    parser.add_argument("--batch-size", type=int, help="of the pipeline (default: the image tower's best)")
+    parser.add_argument("--decode-threads", type=int, help="default: one per processor")
+    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    parser.add_argument("--repeat", type=int, default=2, help="best of so many (default: 2)")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    args = parser.parse_args(argv)
+    if args.random_captioner and not args.random_true_size:
+        parser.error("--random-captioner goes with --random-true-size")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    scratch = Path(tempfile.mkdtemp(prefix="itemkit-benchmark-"))
+    try:
+        (scratch / "images").mkdir()
+        paths = read_images(args.images, args.n, scratch / "images")
+        result = run_benchmark(build(args), paths, args, scratch)
+    finally:
+        shutil.rmtree(scratch)
+    print(table(result))
+    if args.json:
+        text = io.StringIO()
+        json.dump(asdict(result), text, indent=1)
+        args.json.write_text(text.getvalue() + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,334 @@
+"""Controls and baselines: what the misalignment must beat before a number of it means something.
+
+Each is a `Scorer`, the interface that the detector has too: ``fit(train, val)`` on features, then
+``decision_function(features)``, higher for fake. One registry, `CONTROLS`, says which question each answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+from scipy.special import logit
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from itemkit import pixel_baselines, schema
+from itemkit.errors import InputError
+from itemkit.features import Features
+from itemkit.head import MisalignmentMLP
+from itemkit.misalignment import RepresentationConfig, get_representation, represent
+
+
+class Scorer(Protocol):
+    """Anything that learns from features and gives each image a score."""
+
+    def fit(self, train: Features, val: Features) -> Any:
+        """Learn; ``val`` is for early stopping only."""
+
+    def decision_function(self, features: Features) -> np.ndarray:
+        """Score of each image, higher for fake."""
+
+
+class FeatureScorer:
+    """A vector of each image and a classifier on it.
+
+    Parameters
+    ----------
+    vectors : callable
+        Features -> array (n, k), or (n, h, w, 3) for pixels.
+    estimator : scikit-learn classifier
+        Untrained; one whose ``fit`` takes ``X_val, y_val`` is stopped on the validation images.
+    """
+
+    def __init__(self, vectors: Callable[[Features], np.ndarray], estimator: Any) -> None:
+        self.vectors, self.estimator = vectors, estimator
+
+    def fit(self, train: Features, val: Features) -> FeatureScorer:
+        """Train on ``train``, stop on ``val`` where the classifier can."""
+        self.estimator_ = clone(self.estimator)
+        x, y = self.vectors(train), train.labels
+        if isinstance(self.estimator, MisalignmentMLP | pixel_baselines.PixelCNN):
+            self.estimator_.fit(x, y, self.vectors(val), val.labels)
+        else:
+            self.estimator_.fit(x, y)
+        return self
+
+    def decision_function(self, features: Features) -> np.ndarray:
+        """Log-odds or margin of fake."""
+        x = self.vectors(features)
+        if hasattr(self.estimator_, "decision_function"):
+            return np.asarray(self.estimator_.decision_function(x), np.float64)
+        return logit(np.clip(self.estimator_.predict_proba(x)[:, 1], 1e-9, 1 - 1e-9))
+
+
+class NearestNeighbour(ClassifierMixin, BaseEstimator):
+    """UnivFD's nearest neighbour (Ojha et al. 2023, arXiv 2302.10174): no training, two banks of embeddings.
+
+    The score is the cosine to the nearest fake minus the cosine to the nearest real image.
+    """
+
+    def fit(self, X: np.ndarray, y: np.ndarray) -> NearestNeighbour:
+        """Remember the embeddings of both classes."""
+        X, y = np.asarray(X, np.float32), np.asarray(y)
+        self.classes_ = np.unique(y)
+        if len(self.classes_) != 2:
+            raise InputError(f"{len(self.classes_)} classes among {len(y)} images; expected real and fake")
+        X = X / np.linalg.norm(X, axis=1, keepdims=True)
+        self.banks_ = tuple(X[y == c] for c in self.classes_)
+        return self
+
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        """Nearest fake minus nearest real cosine."""
+        X = np.asarray(X, np.float32)
+        X = X / np.linalg.norm(X, axis=1, keepdims=True)
+        out = np.empty(len(X), np.float32)
+        for i in range(0, len(X), 1024):
+            real, fake = ((X[i : i + 1024] @ bank.T).max(1) for bank in self.banks_)
+            out[i : i + 1024] = fake - real
+        return out
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        """Class of the nearer bank."""
+        positive = self.decision_function(X) > 0
+        return self.classes_[positive.astype(int)]
+
+
+def logistic() -> Any:
+    """Standardised logistic regression with balanced classes."""
+    return make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
+
+
+# ---------------------------------------------------------------------------------- other texts for an image
+
+
+def shuffle_texts(features: Features, seed: int = 0) -> Features:
+    """Give every image the caption of another one, and every region the phrase of another region.
+
+    The swap goes across the classes and has no fixed points, so whatever a detector still finds cannot come
+    from the fit between an image and *its own* caption. An image's score then depends on the company it is
+    given in.
+    """
+    rng = np.random.default_rng(seed)
+
+    def swap(emb: np.ndarray, what: str) -> np.ndarray:
+        if len(emb) == 1:
+            raise InputError(f"one {what} alone cannot be shuffled; score at least two images together")
+        ring = rng.permutation(len(emb))  # one ring through all rows: nobody keeps the own text
+        out = np.empty_like(emb)
+        out[ring] = emb[np.roll(ring, 1)]
+        return out
+
+    caption = swap(features.caption_emb, "caption")
+    phrase = swap(features.phrase_emb, "phrase") if len(features.owner) else features.phrase_emb
+    return replace(features, caption_emb=caption, phrase_emb=phrase)
+
+
+def generic_texts(features: Features, generic_emb: np.ndarray) -> Features:
+    """Give every image and every region one and the same text, e.g. the embedding of "a photo"."""
+    emb = np.asarray(generic_emb, np.float32).reshape(-1)
+    if emb.shape != (features.dim,):
+        raise InputError(
+            f"generic_emb has shape {np.shape(generic_emb)}; expected one embedding of width {features.dim}"
+        )
+    emb = emb / np.linalg.norm(emb)
+    return replace(
+        features,
+        caption_emb=np.tile(emb, (len(features), 1)),
+        phrase_emb=np.tile(emb, (len(features.owner), 1)),
+    )
+
+
+def caption_likelihood(features: Features) -> np.ndarray:
+    """Mean log-probability per token of each caption under its captioner, shape (n, 1)."""
+    value = features.table[schema.CAPTION_LOGPROB].to_numpy(dtype=np.float64, na_value=np.nan)
+    if (missing := np.isnan(value)).any():
+        raise InputError(
+            f"{int(missing.sum())} of {len(value)} captions have no likelihood: they were given by the "
+            f"user, or the captioner reports none. Extract with a captioner to use this control"
+        )
+    return value[:, None].astype(np.float32)
+
+
+def likelihood_and_confidence(features: Features) -> np.ndarray:
+    """Caption likelihood, mean and lowest localiser score, number of objects; shape (n, 4).
+
+    No CLIP and no text embedding in it if the localiser uses none. Images without objects get the mean score
+    of the others in the same call, so the number of objects alone tells them apart.
+    """
+    score = features.objects["score"].to_numpy(np.float64)
+    count = np.bincount(features.owner, minlength=len(features))
+    mean = np.bincount(features.owner, score, minlength=len(features)) / np.maximum(count, 1)
+    lowest = np.full(len(features), np.inf)
+    np.minimum.at(lowest, features.owner, score)
+    fill = float(score.mean()) if len(score) else 0.0
+    mean[count == 0] = lowest[count == 0] = fill
+    return np.column_stack([caption_likelihood(features), mean, lowest, count]).astype(np.float32)
+
+
+# ----------------------------------------------------------------------------------------------- registry
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the controls may be given besides features.
+
+    Attributes
+    ----------
+    representation : the misalignment that the caption controls repeat with other texts
+    head : untrained MLP for all controls that use one, the same as the detector's
+    generic_emb : embedding of one generic caption
+    seed : of head, shuffling and network
+    """
+
+    representation: RepresentationConfig = field(default_factory=RepresentationConfig)
+    head: MisalignmentMLP = field(default_factory=MisalignmentMLP)
+    generic_emb: np.ndarray | None = None
+    seed: int = 0
+
+    def seeded_head(self) -> MisalignmentMLP:
+        """The head with the seed of this run."""
+        return clone(self.head).set_params(seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Control:
+    """One control or baseline.
+
+    Attributes
+    ----------
+    name : key in `CONTROLS` and in every table
+    title : for figures
+    question : what it answers
+    source : where it comes from
+    make : Inputs -> untrained Scorer
+    needs : "pixels", "generic_emb" or "caption_logprob"
+    """
+
+    name: str
+    title: str
+    question: str
+    source: str
+    make: Callable[[Inputs], Scorer]
+    needs: tuple[str, ...] = ()
+
+    def build(
+        self,
+        seed: int = 0,
+        representation: RepresentationConfig | str = "absolute",
+        head: MisalignmentMLP | None = None,
+        generic_emb: np.ndarray | None = None,
+    ) -> Scorer:
+        """Untrained scorer of this control."""
+        if "generic_emb" in self.needs and generic_emb is None:
+            raise InputError(
+                f"{self.name} needs the embedding of one caption: generic_emb=encoder.encode_texts(['a "
+                f"photo'])[0]"
+            )
+        head = head if head is not None else MisalignmentMLP()
+        return self.make(Inputs(get_representation(representation), head, generic_emb, seed))
+
+    def missing(self, features: Features, generic_emb: np.ndarray | None = None) -> str | None:
+        """What this control lacks on these features; None if it can be run."""
+        if "pixels" in self.needs and features.pixels is None:
+            return "the images themselves: dataclasses.replace(features, pixels=array of shape (n, h, w, 3))"
+        if "generic_emb" in self.needs and generic_emb is None:
+            return "the embedding of a generic caption: generic_emb"
+        if "caption_logprob" in self.needs and features.table[schema.CAPTION_LOGPROB].isna().any():
+            return "caption likelihoods: captions from a captioner that reports them"
+        return None
+
+
+def _image(features: Features) -> np.ndarray:
+    return features.image_emb
+
+
+def _text(features: Features) -> np.ndarray:
+    return features.caption_emb
+
+
+def _shuffled(inputs: Inputs) -> Scorer:
+    def vectors(features: Features) -> np.ndarray:
+        return represent(shuffle_texts(features, inputs.seed), inputs.representation)
+
+    return FeatureScorer(vectors, inputs.seeded_head())
+
+
+def _generic(inputs: Inputs) -> Scorer:
+    assert inputs.generic_emb is not None  # Control.build has asked for it
+    emb = inputs.generic_emb
+
+    def vectors(features: Features) -> np.ndarray:
+        return represent(generic_texts(features, emb), inputs.representation)
+
+    return FeatureScorer(vectors, inputs.seeded_head())
+
+
+_UNIVFD = "UnivFD (Ojha et al. 2023, arXiv 2302.10174)"
+_OURS = "our control"
+_ALL = (
+    Control(
+        "image_mlp", "image only, MLP", "Is the caption needed at all, with the same head?", _OURS,
+        lambda i: FeatureScorer(_image, i.seeded_head()),
+    ),
+    Control(
+        "image_linear", "image only, linear", "Does a linear probe on the image embedding do as well?",
+        _UNIVFD, lambda i: FeatureScorer(_image, logistic()),
+    ),
+    Control(
+        "image_nearest", "image only, nearest neighbour", "Does no training at all do as well?", _UNIVFD,
+        lambda i: FeatureScorer(_image, NearestNeighbour()),
+    ),
+    Control(
+        "text_only", "caption only", "Does the caption's style or content give the class away?", _OURS,
+        lambda i: FeatureScorer(_text, i.seeded_head()),
+    ),
+    Control(
+        "shuffled_captions", "another image's caption", "Must it be the image's own caption?", _OURS,
+        _shuffled,
+    ),
+    Control(
+        "generic_caption", "one caption for all", "Is the text more than a fixed point to measure from?",
+        _OURS, _generic, ("generic_emb",),
+    ),
+    Control(
+        "caption_likelihood", "caption likelihood", "Does the captioner's own doubt suffice?", _OURS,
+        lambda i: FeatureScorer(caption_likelihood, logistic()), ("caption_logprob",),
+    ),
+    Control(
+        "likelihood_confidence", "caption likelihood and localiser score",
+        "Is misalignment more than the doubt of captioner and localiser?", _OURS,
+        lambda i: FeatureScorer(likelihood_and_confidence, i.seeded_head()), ("caption_logprob",),
+    ),
+    Control(
+        "spectrum", "power spectrum", "Do the frequencies give the generator away?",
+        "azimuthal power spectrum, Durall et al. 2020 (arXiv 2003.01826)",
+        lambda i: FeatureScorer(pixel_baselines.spectrum, logistic()), ("pixels",),
+    ),
+    Control(
+        "noise_residual", "noise residual", "Does the noise differ from a camera's?",
+        "co-occurrences of residuals, after SPAM (Pevny et al. 2010) and Cozzolino et al. 2014",
+        lambda i: FeatureScorer(pixel_baselines.noise_residual, logistic()), ("pixels",),
+    ),
+    Control(
+        "cnn", "CNN on pixels", "What does a network find that sees every pixel?",
+        "recipe of CNNDetection (Wang et al. 2020, arXiv 1912.11035) in a small network",
+        lambda i: FeatureScorer(
+            pixel_baselines.pixels, pixel_baselines.PixelCNN(seed=i.seed, device=i.head.device)
+        ),
+        ("pixels",),
+    ),
+)  # fmt: skip
+
+CONTROLS: dict[str, Control] = {control.name: control for control in _ALL}
+
+
+def get_control(name: str) -> Control:
+    """Look a control up; an unknown name lists those there are."""
+    if name not in CONTROLS:
+        raise InputError(f"unknown control {name!r}; expected one of {', '.join(CONTROLS)}")
+    return CONTROLS[name]

@@ -1,0 +1,396 @@
+"""Fetch the models of a preset once: into the hub's cache, or into a folder for machines without a network.
+
+Everything that is fetched is data: weights as safetensors (where a model has none, its .bin is read
+weights-only and, in a folder, rewritten), configuration and tokenizer; never code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import itemkit
+from itemkit import hub
+from itemkit._files import explain_write_error, write_json
+from itemkit.checkpoints import CONFIG_FILE, find_encoder
+from itemkit.errors import InputError, ModelNotFound, StoreError
+from itemkit.objects import find_parser
+from itemkit.presets import Preset, get_preset
+from itemkit.weights import ANY_PRESET, find_folder, load_transformer, looks_like_path, tidy
+
+MODELS_FILE = "models.json"
+FOLDERS = {"captioner": "captioner", "parser": "parser", "localiser": "detector", "encoder": "encoder"}
+CLIP_WEIGHTS = "open_clip_model.safetensors"
+
+_CACHE = ".fetching"  # inside the target folder: what an interrupted run has fetched, so that it can go on
+_SIDE_FILES = (".json", ".txt", ".model", ".jinja")
+_WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be fetched for one part: files of each repository, the part's own repository first."""
+
+    part: str
+    model: str
+    pretrained: str | None = None
+    repositories: dict[str, hub.Listing] = field(default_factory=dict)
+    """Of each repository the files to take, with their hashes."""
+
+    @property
+    def what(self) -> str:
+        """The part in words, as the loaders name it."""
+        kind = "detector" if self.part == "localiser" else self.part
+        return f"{kind} '{self.model}'" + (f" ({self.pretrained})" if self.pretrained else "")
+
+    @property
+    def by_tag(self) -> bool:
+        """Whether this is a model that open_clip knows by name and tag."""
+        return self.part == "encoder" and not self.model.startswith("hf-hub:")
+
+
+def download(
+    preset: str | Preset, to: str | Path | None = None, report: Callable[[str], Any] | None = None
+) -> dict[str, Any]:
+    """Fetch all models of a preset.
+
+    Parameters
+    ----------
+    preset : str or Preset
+        Whose models; a part that is an object, a local folder or None is left out.
+    to : path, optional
+        Folder to fill: ``captioner``, ``parser``, ``encoder``, ``detector``, each complete and readable
+        without a network, and ``models.json``; ``get_preset(name, folder=to)`` reads it. Without it the
+        models go where the loaders look by themselves: the hub's cache, and the Python environment for
+        spaCy's.
+    report : callable, optional
+        Gets a line about each model, e.g. ``print``.
+
+    Returns
+    -------
+    dict
+        As in ``models.json``: for each part the model, its revision, its files with their SHA-256.
+
+    Raises
+    ------
+    ModelNotFound
+        The hub cannot be reached or has no such model; told within seconds, before anything is fetched.
+    InputError
+        The preset has nothing to fetch, or the folder holds something else.
+    """
+    chosen = get_preset(preset) if isinstance(preset, str) else preset
+    say = report or (lambda line: None)
+    wanted = _wanted(chosen)
+    folder = None if to is None else Path(os.path.abspath(os.path.expanduser(to)))
+    noted = _read_notes(folder)
+    done = {part: noted[part] for part, asked in wanted.items() if _is_whole(folder, noted.get(part), asked)}
+    for part, entry in done.items():
+        say(f"{part:10s} {_told(entry)}: there already")
+    try:
+        _refuse_foreign(folder, [part for part in wanted if part not in noted])
+        plans = [_plan(part, *asked) for part, asked in wanted.items() if part not in done]
+        with _cache_in(folder) as cache:
+            for plan in plans:
+                say(f"{plan.part:10s} fetching {plan.what} ...")
+                done[plan.part] = _fetch(plan, folder, cache, noted | done, chosen.name)
+                say(f"{plan.part:10s} {_told(done[plan.part])}")
+    except OSError as error:
+        raise StoreError(explain_write_error(error, folder or Path())) from error
+    except ModelNotFound as error:
+        raise ModelNotFound(str(error).replace(ANY_PRESET, chosen.name)) from error
+    there = chosen if folder is None else get_preset(chosen.name, folder)
+    lost = [str(e) for part, e in there.find().items() if part in done and isinstance(e, ModelNotFound)]
+    if lost:
+        raise ModelNotFound(" ".join(lost))
+    if folder is not None:
+        shutil.rmtree(folder / _CACHE, ignore_errors=True)
+    return _notes(done, chosen.name)
+
+
+def _wanted(preset: Preset) -> dict[str, tuple[str, str | None]]:
+    """Model and tag of every part that is given by a hub's name."""
+    asked: dict[str, tuple[Any, str | None]] = {
+        "captioner": (preset.captioner, None),
+        "parser": (preset.parser, None),
+        "localiser": (preset.localiser_options.get("model"), None),
+        "encoder": (preset.encoder, preset.encoder_pretrained),
+    }
+    wanted = {
+        part: (model, tag)
+        for part, (model, tag) in asked.items()
+        if isinstance(model, str) and not looks_like_path(model) and not (tag and Path(tag).suffix)
+    }
+    if not wanted:
+        raise InputError(
+            f"preset '{preset.name}' has nothing to download: its models are folders on this machine. The "
+            "mini models come with the repository (data/mini; `make lab` trains them anew); `--preset fast` "
+            "and `--preset paper` are fetched"
+        )
+    return wanted
+
+
+# ------------------------------------------------------------------------------------- what is to be fetched
+
+
+def _plan(part: str, model: str, tag: str | None) -> Plan:
+    plan = Plan(part, model, tag)
+    if part == "parser":
+        if not _is_installed(model):
+            hub.require_parser(model, plan.what)
+    elif plan.by_tag:
+        _plan_tag(plan)
+    elif part == "encoder":
+        _add(plan, model.removeprefix("hf-hub:"), _open_clip_files)
+    else:
+        _add(plan, model, _transformers_files)
+    return plan
+
+
+def _plan_tag(plan: Plan) -> None:
+    import open_clip
+
+    with contextlib.suppress(ModelNotFound):  # an unknown name or tag is told before any request
+        find_encoder(plan.model, plan.pretrained)
+    name = plan.model.replace("/", "-")
+    place = open_clip.get_pretrained_cfg(name, plan.pretrained).get("hf_hub") or ""
+    repo, _, file = place.rpartition("/")
+    if not repo:
+        raise ModelNotFound(f"{plan.what}: open_clip names no repository of the hub for these weights")
+    # tokenizers other than CLIP's own, and foreign text towers, lie in a repository that the model names
+    text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+    text_repos = {text.get("hf_tokenizer_name"), text.get("hf_model_name")} - {None, ""}
+    safe = Path(file).with_suffix(".safetensors").name if file else CLIP_WEIGHTS
+
+    def own(names: Sequence[str]) -> list[str]:
+        # in this order, as the loader looks for them
+        weights = [n for n in (safe, file or "open_clip_pytorch_model.bin") if n in names]
+        return weights[:1] + (_side_files(names) if weights and repo in text_repos else [])
+
+    _add(plan, repo, own)
+    for other in sorted(text_repos - {repo}):
+        _add(plan, other, _side_files)
+
+
+def _add(plan: Plan, repo: str, choose: Callable[[Sequence[str]], list[str]]) -> None:
+    listing = hub.list_repository(repo, plan.what)
+    names = choose(list(listing.files))
+    if not names:
+        raise ModelNotFound(f"{plan.what}: the hub's repository '{repo}' holds no weights in a known format")
+    plan.repositories[repo] = hub.Listing(listing.revision, {n: listing.files[n] for n in sorted(names)})
+
+
+def _transformers_files(names: Sequence[str]) -> list[str]:
+    """Weights (safetensors where there are any), configuration and tokenizer of a repository; no code."""
+    weights = [n for n in names if _WEIGHTS.fullmatch(n)]
+    chosen = [n for n in weights if n.endswith(".safetensors")] or weights
+    return [*chosen, *_side_files(names)] if chosen and "config.json" in names else []
+
+
+def _open_clip_files(names: Sequence[str]) -> list[str]:
+    weights = [n for n in (CLIP_WEIGHTS, "open_clip_pytorch_model.bin") if n in names]
+    return [*weights[:1], *_side_files(names)] if weights and CONFIG_FILE in names else []
+
+
+def _side_files(names: Sequence[str]) -> list[str]:
+    return [n for n in names if "/" not in n and n.endswith(_SIDE_FILES)]
+
+
+# --------------------------------------------------------------------------------- fetching and laying out
+
+
+def _fetch(
+    plan: Plan, folder: Path | None, cache: Path | None, noted: dict[str, Any], preset: str
+) -> dict[str, Any]:
+    fetched = {
+        repo: {name: hub.fetch_file(repo, name, digest, cache) for name, digest in listing.files.items()}
+        for repo, listing in plan.repositories.items()
+    }
+    for repo, found in fetched.items():
+        if plan.by_tag and "tokenizer_config.json" in found and "config.json" not in found:
+            hub.note_absent(repo, "config.json", cache)
+    repo = next(iter(fetched), "")
+    entry: dict[str, Any] = {"model": plan.model, "pretrained": plan.pretrained, "repository": repo}
+    if folder is None or cache is None:
+        if plan.part == "parser":
+            if not _is_installed(plan.model):
+                hub.install_parser(plan.model)
+            place = find_parser(plan.model).path
+            return entry | {"revision": _version(place), "files": _hashes(place)}
+        files = {name: hub.sha256(path) for name, path in fetched[repo].items()}
+        return entry | {"revision": plan.repositories[repo].revision, "files": files}
+    target = folder / FOLDERS[plan.part]
+    with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as scratch:
+        made = Path(scratch) / "model"
+        made.mkdir()
+        if plan.part == "parser":
+            _lay_out_parser(plan.model, made, Path(scratch))
+        elif plan.by_tag:
+            _lay_out_tag(plan, made)
+        else:
+            _lay_out_repository(plan, fetched[repo], made)
+        revision = plan.repositories[repo].revision if repo else _version(made)
+        entry |= {"revision": revision, "folder": target.name, "files": _hashes(made)}
+        # noted first: should the run end here, the next one knows the folder for its own and replaces it
+        write_json(folder / MODELS_FILE, _notes(noted | {plan.part: entry}, preset))
+        if target.exists():
+            shutil.rmtree(target)
+        made.replace(target)
+    return entry
+
+
+def _lay_out_parser(model: str, made: Path, scratch: Path) -> None:
+    if _is_installed(model):
+        source = find_parser(model).path
+    else:
+        hub.install_parser(model, scratch / "site")
+        source = find_parser(scratch / "site" / model).path
+    shutil.copytree(source, made, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
+
+
+def _lay_out_repository(plan: Plan, fetched: dict[str, Path], made: Path) -> None:
+    """Copy files as they are; a .bin is read weights-only and written as safetensors."""
+    for name, path in fetched.items():
+        shutil.copyfile(path, made / name)
+    old = [p for p in made.iterdir() if p.suffix == ".bin"]
+    if not old:
+        return
+    if plan.part == "encoder":
+        import torch
+        from safetensors.torch import save_file
+
+        state = torch.load(old[0], map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        save_file({k: v.contiguous().clone() for k, v in state.items()}, made / CLIP_WEIGHTS)
+    else:
+        import transformers
+
+        detector = plan.part == "localiser"
+        kind = "AutoModelForZeroShotObjectDetection" if detector else "AutoModelForImageTextToText"
+        located = find_folder(made, plan.what)
+        load_transformer(getattr(transformers, kind), located).save_pretrained(made)
+    for path in (*old, *made.glob("*.bin.index.json")):
+        path.unlink()
+
+
+def _lay_out_tag(plan: Plan, made: Path) -> None:
+    """Write open_clip's local-dir of a named model; it has to give what the named model gives."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    from itemkit.encoder import load_encoder
+
+    source = find_encoder(plan.model, plan.pretrained)
+    encoder = load_encoder(plan.model, plan.pretrained, "cpu", "float32")
+    config = open_clip.get_model_config(source.open_clip_name)
+    if source.quick_gelu:
+        config["quick_gelu"] = True
+    own_tokenizer = getattr(encoder.tokenizer, "tokenizer", None)
+    if own_tokenizer is not None:
+        own_tokenizer.save_pretrained(made)
+    known = encoder.model.visual.preprocess_cfg
+    preprocess = {k: known[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in known}
+    body = {"model_cfg": config, "preprocess_cfg": preprocess}
+    (made / CONFIG_FILE).write_text(json.dumps(body, indent=2) + "\n")
+    if source.checkpoint.suffix == ".safetensors":
+        shutil.copyfile(source.checkpoint, made / CLIP_WEIGHTS)
+    else:
+        state = {k: v.contiguous() for k, v in encoder.model.state_dict().items()}
+        save_file(state, made / CLIP_WEIGHTS)
+
+    def answers(model: Any) -> torch.Tensor:
+        height, width = model.image_size
+        pixels = torch.linspace(-1, 1, 3 * height * width).view(1, 3, height, width)
+        return torch.cat([model.encode_images(pixels).pooled, model.encode_texts(["a photo of a dog"])])
+
+    before, settings = answers(encoder), encoder.fingerprint()["preprocess"]
+    del encoder  # two large towers at once are not needed
+    copy = load_encoder(made, device="cpu", precision="float32")
+    if not torch.equal(answers(copy), before) or copy.fingerprint()["preprocess"] != settings:
+        raise ModelNotFound(
+            f"{plan.what} gives other embeddings from a folder than by name; fetch it without --to"
+        )
+
+
+@contextlib.contextmanager
+def _cache_in(folder: Path | None) -> Iterator[Path | None]:
+    """Let the loaders look into a folder's own cache for as long as the folder is filled."""
+    if folder is None:
+        yield None
+        return
+    from huggingface_hub import constants
+
+    cache, before = folder / _CACHE, constants.HF_HUB_CACHE
+    cache.mkdir(parents=True, exist_ok=True)
+    constants.HF_HUB_CACHE = str(cache)
+    try:
+        yield cache
+    finally:
+        constants.HF_HUB_CACHE = before
+
+
+# ---------------------------------------------------------------------------------------- what was fetched
+
+
+def _notes(entries: dict[str, Any], preset: str) -> dict[str, Any]:
+    order = {part: entries[part] for part in FOLDERS if part in entries}
+    made = time.strftime("%Y-%m-%d")
+    return {"itemkit": itemkit.__version__, "preset": preset, "fetched": made, "models": order}
+
+
+def _read_notes(folder: Path | None) -> dict[str, Any]:
+    file = None if folder is None else folder / MODELS_FILE
+    if file is None or not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text())["models"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{tidy(file)} is not what `itemkit download` writes; choose another folder"
+        ) from error
+
+
+def _is_whole(folder: Path | None, entry: Any, asked: tuple[str, str | None]) -> bool:
+    """Whether a part was fetched before and all its files still have their hashes."""
+    if folder is None or not entry or (entry["model"], entry["pretrained"]) != asked:
+        return False
+    place = folder / entry["folder"]
+    return all((place / n).is_file() and hub.sha256(place / n) == h for n, h in entry["files"].items())
+
+
+def _refuse_foreign(folder: Path | None, parts: Sequence[str]) -> None:
+    for part in parts:
+        if folder is not None and (place := folder / FOLDERS[part]).exists():
+            raise InputError(
+                f"{tidy(place)} was not made by `itemkit download`; choose another folder with --to"
+            )
+
+
+def _is_installed(parser: str) -> bool:
+    with contextlib.suppress(ModelNotFound):
+        find_parser(parser)
+        return True
+    return False
+
+
+def _version(parser: Path) -> str:
+    return str(json.loads((parser / "meta.json").read_text()).get("version", ""))
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    return {p.relative_to(folder).as_posix(): hub.sha256(p) for p in files}
+
+
+def _told(entry: dict[str, Any]) -> str:
+    tag = f" ({entry['pretrained']})" if entry["pretrained"] else ""
+    return f"{entry['model']}{tag}, revision {entry['revision'][:12] or '?'}, {len(entry['files'])} files"

@@ -1,0 +1,287 @@
+"""The joint space: open_clip models that turn images, texts and image patches into comparable vectors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from itemkit.checkpoints import CONFIG_FILE, Source, find_encoder
+from itemkit.devices import choose_device, choose_precision, dtype_name
+from itemkit.errors import InputError, ModelNotFound
+from itemkit.patches import patch_grid, patch_pass
+from itemkit.weights import UNREADABLE, file_hash, first_line, folder_hash, from_disk_only, tidy
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+TEXT_BATCH = 256
+
+
+@dataclass(frozen=True)
+class ImageEmbedding:
+    """What one forward pass of the image tower gives.
+
+    Attributes
+    ----------
+    pooled : float32 tensor, shape (n, d)
+        L2-normalised embeddings of whole images.
+    patches : float32 tensor, shape (n, h * w, d), or None
+        L2-normalised embeddings of the patches in the same joint space, row by row from the top left.
+    """
+
+    pooled: Tensor
+    patches: Tensor | None = None
+
+
+class Encoder:
+    """An open_clip model with its own preprocessing, tokenizer and geometry. Made by `load_encoder`.
+
+    Attributes
+    ----------
+    name, pretrained, revision, weights_hash : str
+        Which model this is.
+    dim : int
+        Width d of the joint space.
+    device, dtype
+        Where the weights are, and their number format. Results are always float32.
+    context_length : int
+        Tokens a text may have, start and end included; what is beyond is cut (see `count_tokens`).
+    image_size : (int, int)
+        Height and width of the image tower's input.
+    patch_grid : (int, int) or None
+        Rows and columns of patches, or None where the tower has no patch embeddings in the joint space.
+    logit_scale : float
+        The factor on cosines that the model was trained with.
+    model, tokenizer
+        The open_clip objects, for what itemkit does not wrap (gradients, attention).
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        preprocess: Callable[[Image], Tensor],
+        tokenizer: Any,
+        *,
+        name: str,
+        pretrained: str = "",
+        revision: str = "",
+        weights_hash: str = "",
+        record: dict[str, Any] | None = None,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.preprocess = preprocess
+        self.tokenizer = tokenizer
+        self.name, self.pretrained = name, pretrained
+        self.revision, self.weights_hash = revision, weights_hash
+        self._record = dict(record or {})
+        parameter = next(model.visual.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        size = model.visual.image_size
+        rows, columns = (size, size) if isinstance(size, int) else size
+        self.image_size = (int(rows), int(columns))
+        # The tokenizer's own limit is what cuts a text; CoCa's model.context_length is of its decoder.
+        self.context_length = int(getattr(tokenizer, "context_length", None) or model.context_length)
+        self.logit_scale = float(model.logit_scale.detach().float().exp().max())
+        self._patch_pass = patch_pass(model.visual)
+        probe = self.encode_images(torch.zeros(1, 3, *self.image_size), patches=self._patch_pass is not None)
+        self.dim = int(probe.pooled.shape[1])
+        self.patch_grid = patch_grid(model.visual)
+
+    def embed_pixels(self, pixels: Tensor, patches: bool = False) -> ImageEmbedding:
+        """Embed preprocessed images; differentiable with respect to `pixels` (used by attacks).
+
+        Parameters
+        ----------
+        pixels : tensor, shape (n, 3, height, width)
+            Stacked results of `preprocess`.
+        patches : bool
+            Also embed the patches, in the same forward pass.
+        """
+        pixels = pixels.to(device=self.device, dtype=self.dtype)
+        if not patches:
+            pooled = self.model.encode_image(pixels)
+            return ImageEmbedding(F.normalize(pooled.float(), dim=-1))
+        if self._patch_pass is None:
+            raise InputError(
+                f"encoder '{self.name}' has no patch embeddings in the joint space, so the localiser 'dense' "
+                "is not available with it. Use localiser 'grid' or 'whole', a detector ('owlv2', "
+                "'grounding_dino'), or a ViT encoder such as ViT-B-32, ViT-L-14, EVA02-B-16, ViT-B-16-SigLIP."
+            )
+        pooled, tokens = self._patch_pass(pixels)
+        return ImageEmbedding(F.normalize(pooled.float(), dim=-1), F.normalize(tokens.float(), dim=-1))
+
+    def encode_images(self, pixels: Tensor, patches: bool = False) -> ImageEmbedding:
+        """Embed preprocessed images without gradients. See `embed_pixels`."""
+        # no_grad, not inference_mode: moving weights inside the latter breaks them, and its results refuse
+        # to take part in training later.
+        with torch.no_grad():
+            return self.embed_pixels(pixels, patches)
+
+    def encode_pil(self, images: Sequence[Image], batch_size: int = 32) -> Tensor:
+        """Preprocess and embed PIL images; pooled embeddings only, shape (n, d)."""
+        parts = [
+            self.encode_images(torch.stack([self.preprocess(i) for i in images[s : s + batch_size]])).pooled
+            for s in range(0, len(images), batch_size)
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, self.dim, device=self.device)
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts; equal texts are encoded once.
+
+        Returns
+        -------
+        float32 tensor, shape (n, d)
+            L2-normalised; row i belongs to text i.
+        """
+        unique = list(dict.fromkeys(texts))
+        if not unique:
+            return torch.zeros(0, self.dim, device=self.device)
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(unique), TEXT_BATCH):
+                tokens = self.tokenizer(unique[start : start + TEXT_BATCH]).to(self.device)
+                parts.append(F.normalize(self.model.encode_text(tokens).float(), dim=-1))
+        row = {text: i for i, text in enumerate(unique)}
+        index = torch.tensor([row[text] for text in texts], device=self.device)
+        return torch.cat(parts)[index]
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Count tokens, start and end included; more than `context_length` means that a text is cut."""
+        inner = getattr(self.tokenizer, "tokenizer", None)
+        if inner is None:  # CLIP's own byte-pair tokenizer
+            return [len(self.tokenizer.encode(text)) + 2 for text in texts]
+        clean = getattr(self.tokenizer, "clean_fn", lambda text: text)
+        return [len(inner(clean(text), truncation=False, verbose=False).input_ids) for text in texts]
+
+    def frame(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Say which part of an original image the tower sees: x0, y0, x1, y1 in its pixels.
+
+        With CLIP's usual resizing ("shortest") the sides of a wide image are cut off; with "squash" the
+        frame is the whole image; with "longest" it reaches beyond the image, into the padding.
+        """
+        mode = self._record.get("preprocess", {}).get("resize_mode", "shortest")
+        if mode == "squash":
+            return 0.0, 0.0, float(width), float(height)
+        rows, columns = self.image_size
+        scales = (columns / width, rows / height)
+        scale = max(scales) if mode == "shortest" else min(scales)
+        half_w, half_h = columns / scale / 2, rows / scale / 2
+        return width / 2 - half_w, height / 2 - half_h, width / 2 + half_w, height / 2 + half_h
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything about this encoder that changes the numbers, as JSON-ready values."""
+        return {
+            "kind": "open_clip",
+            "name": self.name,
+            "pretrained": self.pretrained,
+            "revision": self.revision,
+            "weights_sha256": self.weights_hash,
+            "precision": dtype_name(self.dtype),
+            "context_length": self.context_length,
+            "image_size": list(self.image_size),
+            "dim": self.dim,
+            **self._record,
+        }
+
+    def __repr__(self) -> str:
+        tag = f" ({self.pretrained})" if self.pretrained else ""
+        return f"<Encoder {self.name}{tag}: {self.dim}-d, {dtype_name(self.dtype)} on {self.device}>"
+
+
+def load_encoder(
+    model: str | Path,
+    pretrained: str | None = None,
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+) -> Encoder:
+    """Load an open_clip model with pretrained weights from this machine.
+
+    Parameters
+    ----------
+    model : str or Path
+        Name known to open_clip ("ViT-L-14"), a folder in open_clip's local-dir format, or
+        "hf-hub:owner/name".
+    pretrained : str, optional
+        Tag ("openai", "laion2b_s32b_b82k") or file of weights; needed with a name, unused with a folder.
+    device, precision
+        See `itemkit.devices`.
+
+    Returns
+    -------
+    Encoder
+
+    Raises
+    ------
+    ModelNotFound
+        The weights are not on this machine. Never random weights, never a download.
+    InputError
+        Unknown name or tag, no tag given, or weights that do not fit the configuration.
+    """
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    source = find_encoder(model, pretrained)
+    chosen = choose_device(device)
+    dtype = choose_precision(precision, chosen)
+    try:
+        with from_disk_only():
+            network = open_clip.create_model(
+                source.open_clip_name,
+                pretrained=None if source.open_clip_name.startswith("local-dir:") else str(source.checkpoint),
+                require_pretrained=True,
+                force_quick_gelu=source.quick_gelu,
+                force_preprocess_cfg=source.preprocess,
+                weights_only=True,
+            )
+            tokenizer = open_clip.get_tokenizer(source.open_clip_name)
+    except UNREADABLE as error:
+        raise ModelNotFound(
+            f"{source.located.what} was found in {tidy(source.located.path)} but cannot be loaded: "
+            f"{first_line(error)}. If a tokenizer or a text tower is missing, fetch the model again with "
+            "`itemkit download`; otherwise the weights do not fit the configuration."
+        ) from error
+    config = dict(network.visual.preprocess_cfg)
+    transform = image_transform_v2(PreprocessCfg(**config), is_train=False)
+    _refuse_foreign_tokens(source, network, tokenizer)
+    local = source.open_clip_name.startswith("local-dir:")
+    model_cfg = open_clip.get_model_config(source.open_clip_name)
+    return Encoder(
+        network.to(device=chosen, dtype=dtype),
+        transform,
+        tokenizer,
+        name=Path(model).name if local else str(model),
+        pretrained=source.pretrained or "",
+        revision=source.located.revision,
+        weights_hash=file_hash(source.checkpoint),
+        record={
+            "preprocess": json.loads(json.dumps(config)),
+            "architecture_sha256": _json_hash({**model_cfg, "force_quick_gelu": source.quick_gelu}),
+            "tokenizer": folder_hash(source.located.path) if local else type(tokenizer).__name__,
+        },
+    )
+
+
+def _refuse_foreign_tokens(source: Source, network: torch.nn.Module, tokenizer: Any) -> None:
+    """Catch a folder whose config forgets `hf_tokenizer_name`: it gets CLIP's 49,408 tokens."""
+    size = getattr(tokenizer, "vocab_size", None)
+    inner = getattr(tokenizer, "tokenizer", None)
+    if inner is not None:
+        size = len(inner)
+    room = getattr(network, "vocab_size", None) or getattr(getattr(network, "text", None), "vocab_size", None)
+    if size and room and size > room:
+        raise InputError(
+            f"{source.located.what}: its tokenizer has {size} tokens, its text tower only {room}. In "
+            f"{CONFIG_FILE}, text_cfg needs a non-empty 'hf_tokenizer_name' for the folder's own tokenizer."
+        )
+
+
+def _json_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

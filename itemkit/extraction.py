@@ -1,0 +1,336 @@
+"""One run of the extraction: what is there already, what is to be computed, what became of every row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from tqdm.auto import tqdm
+
+from itemkit import schema, store
+from itemkit._files import write_quickly
+from itemkit.decode import DecodeConfig, Decoded, ImageReader, batches, one_line
+from itemkit.errors import InputError
+from itemkit.features import Features
+from itemkit.known import KnownFiles
+from itemkit.stages import Components, Profile, Stages, bad_rows
+from itemkit.system import StopSignal, free_memory, is_fatal, is_out_of_memory
+from itemkit.writer import StoreWriter
+
+JOURNAL_FILE = "decoding.json"  # names the images being decoded, so that one that kills the process is known
+JOURNAL_ROWS = 256
+REUSED, COMPUTED, COPY = 1, 2, 3
+# stages before the models in which our code runs, not a decoder on a user's file
+OURS = ("transform", "preprocess")
+
+
+class Extraction:
+    """State of one run. Per image it keeps some 300 bytes (digests, size and time), never an embedding."""
+
+    def __init__(
+        self,
+        manifest: pd.DataFrame,
+        writer: StoreWriter,
+        components: Components,
+        captions: str,
+        missing: str,
+        transform: Callable[..., Any] | None,
+        decode: DecodeConfig,
+        retry_errors: bool,
+    ) -> None:
+        self.manifest, self.writer, self.decode = manifest, writer, decode
+        self.profile = Profile()
+        self.stages = Stages(components, self.profile)
+        self.reader = ImageReader(decode, self._is_done, transform, components.encoder.preprocess)
+        self.on_gpu = not str(getattr(components.encoder, "device", "cpu")).startswith("cpu")
+        self.batch_size = 1
+        self.root = str(store.store_root(writer.folder, writer.run))
+        self.paths = manifest[schema.PATH].to_numpy(dtype=object)
+        self.captions = _user_captions(manifest) if captions == "user" else None
+        n = len(manifest)
+        self.status = np.zeros(n, np.uint8)
+        self.digest = np.zeros(n, "S32")  # SHA-256 of each file, once known
+        self.feature = np.zeros(n, "S32")  # the same, joined by the user's caption
+        self.size, self.mtime = np.full(n, -1, np.int64), np.full(n, -1, np.int64)
+        self.errors: dict[int, tuple[str, str]] = {}
+        self.failed: dict[bytes, tuple[str, str]] = {}  # by feature: copies of a failed image fail with it
+        self.stored: set[bytes] = set()  # features that an earlier run left in the store
+        self.added: set[bytes] = set()  # features of this run, in the store or on their way there
+        self.failures = 0
+        self.first_error: Exception | None = None
+        self.todo = self._plan(missing, retry_errors)
+
+    def relative(self, row: int) -> str:
+        """Path of a row as the store notes it."""
+        path = store.relative_path(self.paths[row], self.root)
+        return path if path != self.paths[row] else store.relative_path(os.path.abspath(path), self.root)
+
+    def _feature_of(self, row: int, digest: bytes) -> bytes:
+        caption = None if self.captions is None else self.captions[row]
+        return digest if caption is None else hashlib.sha256(digest + caption.encode()).digest()
+
+    def _is_done(self, row: int, digest: bytes) -> bool:
+        feature = self._feature_of(row, digest)
+        return feature in self.added or feature in self.stored
+
+    def _identify(self, row: int, digest: bytes) -> bytes:
+        self.digest[row] = digest
+        self.feature[row] = feature = self._feature_of(row, digest)
+        return feature
+
+    # ---- what is there already
+
+    def _plan(self, missing: str, retry_errors: bool) -> array[int]:
+        """Find the rows whose file is known by path, size and time; only the others are ever opened."""
+        known = KnownFiles(self.writer.folder, self.writer.records(), self.stored, retry_errors)
+        todo = array("q")
+        for row, path in enumerate(self.paths):
+            if missing == "error" and self.captions is not None and self.captions[row] is None:
+                self.errors[row] = ("caption", "has no caption; add one or pass missing='generate'")
+                continue
+            try:
+                stat = os.stat(path)
+            except (OSError, ValueError):
+                todo.append(row)  # reading it will say what is wrong
+                continue
+            self.size[row], self.mtime[row] = stat.st_size, stat.st_mtime_ns
+            name = self.relative(row)
+            digest, error = known.find(name, stat.st_size, stat.st_mtime_ns)
+            if error is not None:
+                self._identify(row, digest)
+                self.errors[row] = error
+            elif digest and self._is_done(row, digest):
+                self._identify(row, digest)
+                self.status[row] = REUSED
+            else:
+                todo.append(row)
+        return todo
+
+    # ---- the loop
+
+    def compute(self, stop: StopSignal, flush_seconds: float, on_error: str, progress: bool) -> None:
+        """Run all batches; returns early, with everything on disk, when asked to stop."""
+        journal = self.writer.folder / JOURNAL_FILE
+        if not self.todo:
+            journal.unlink(missing_ok=True)
+            return
+        suspects = self._suspects()
+        prefetch = self.decode.prefetch if self.decode.prefetch is not None else (2 if self.on_gpu else 0)
+
+        def read(row: int) -> Decoded:
+            return self.reader.read(row, self.paths[row], self.relative(row), row in suspects)
+
+        source = batches(self._journalled(), read, lambda: self.batch_size, self.decode, prefetch)
+        bar = tqdm(total=len(self.todo), unit="image", file=sys.stderr, disable=not progress)
+        last = time.monotonic()
+        try:
+            while not stop.requested:
+                with self.profile("decode"):
+                    items = next(source, None)
+                if items is None:
+                    break
+                fresh = self._sort(items, on_error)
+                if fresh:
+                    self._run(fresh, on_error)
+                self._check_that_anything_works(at_least=8)
+                if time.monotonic() - last > flush_seconds:
+                    with self.profile("write"):
+                        self.writer.write_shard()
+                    last = time.monotonic()
+                bar.update(len(items))
+                if self.errors:
+                    bar.set_postfix(errors=len(self.errors), refresh=False)
+        finally:
+            bar.close()
+            source.close()
+            # whatever ended the loop: features that were paid for are kept
+            with self.profile("write"):
+                self.writer.flush()
+        self._check_that_anything_works(at_least=1)
+        # reached in an orderly way only: after a crash the journal tells which images were at hand
+        journal.unlink(missing_ok=True)
+
+    def _sort(self, items: list[Decoded], on_error: str) -> list[Decoded]:
+        """Note what reading found out; return the images that are new."""
+        fresh = []
+        for item in items:
+            self.size[item.row], self.mtime[item.row] = item.file_size, item.mtime_ns
+            feature = self._identify(item.row, item.digest) if item.digest else b""
+            if item.reason:
+                self._fail(item, item.stage, item.reason, item.error if item.stage in OURS else None)
+                if on_error == "raise":
+                    raise item.error if isinstance(item.error, InputError) else InputError(item.reason)
+            elif feature in self.added:
+                self.status[item.row] = COPY
+            elif feature in self.stored:
+                self.status[item.row] = REUSED
+            else:
+                self.added.add(feature)
+                fresh.append(item)
+        return fresh
+
+    def _run(self, items: list[Decoded], on_error: str) -> None:
+        """Run the models; on lack of memory in halves, on another error image by image."""
+        try:
+            captions = None if self.captions is None else [self.captions[item.row] for item in items]
+            images = [item.image for item in items if item.image is not None]
+            features = self.stages(images, captions, [item.pixels for item in items])
+        except Exception as error:
+            if on_error == "raise" or is_fatal(error):
+                raise
+            memory, stage, reason = is_out_of_memory(error), self.profile.current, one_line(error)
+            # without its trace, which would keep the batch's tensors alive
+            kept = error.with_traceback(None)
+        else:
+            self._add(items, features)
+            return
+        if len(items) == 1:
+            self._fail(items[0], stage, "out of memory with this image alone" if memory else reason, kept)
+            return
+        size = (len(items) + 1) // 2 if memory else 1
+        if memory:
+            free_memory()
+            if size < self.batch_size:
+                line = f"out of memory in '{stage}': batch size {self.batch_size} -> {size}"
+                tqdm.write(line, file=sys.stderr)
+                self.batch_size = size
+        for start in range(0, len(items), size):
+            self._run(items[start : start + size], on_error)
+
+    def _add(self, items: list[Decoded], features: Features) -> None:
+        bad = set(bad_rows(features).tolist())
+        for i in sorted(bad):
+            self._fail(items[i], "image", "a model gave no finite embedding for it", None)
+        if bad:
+            good = np.array([i for i in range(len(items)) if i not in bad], dtype=np.int64)
+            items, features = [items[i] for i in good], features.select(good)
+        features.table = features.table.assign(
+            **{
+                store.FEATURE_ID: [self._feature_of(item.row, item.digest).hex() for item in items],
+                schema.IMAGE_ID: [item.digest.hex() for item in items],
+                schema.PATH: [self.relative(item.row) for item in items],
+                store.FILE_SIZE: [item.file_size for item in items],
+                store.MTIME_NS: [item.mtime_ns for item in items],
+            }
+        )
+        with self.profile("write"):
+            if not (self.status == COMPUTED).any():
+                # from here on the store is unfinished, and a reader can see what is to come
+                self.writer.write_tables(*self.tables())
+                self.writer.write_run(complete=False)
+            self.status[[item.row for item in items]] = COMPUTED
+            self.writer.add(features)
+
+    def _fail(self, item: Decoded, stage: str, reason: str, error: Exception | None) -> None:
+        self.errors[item.row] = (stage, reason)
+        if item.digest:
+            self.failed[self._feature_of(item.row, item.digest)] = (stage, reason)
+        if error is not None:  # of our code or a model, not of a file
+            self.failures += 1
+            self.first_error = self.first_error or error
+
+    def _check_that_anything_works(self, at_least: int) -> None:
+        """Some images may upset a model; if all do, it is not the images: show the error itself."""
+        if self.first_error is not None and self.failures >= at_least and not self.status.any():
+            raise self.first_error
+
+    # ---- images that may have killed an earlier run
+
+    def _suspects(self) -> set[int]:
+        try:
+            names = set(json.loads((self.writer.folder / JOURNAL_FILE).read_text()))
+        except (OSError, ValueError):
+            return set()
+        return {row for row in self.todo if self.relative(row) in names}
+
+    def _journalled(self) -> Iterator[int]:
+        """The rows to do; before a row is handed out, the journal on disk names it."""
+        for i, row in enumerate(self.todo):
+            if i % JOURNAL_ROWS == 0:
+                # two spans, because the end of the previous one is still being decoded
+                names = [self.relative(r) for r in self.todo[max(0, i - JOURNAL_ROWS) : i + JOURNAL_ROWS]]
+                write_quickly(self.writer.folder / JOURNAL_FILE, json.dumps(names))
+            yield row
+
+    # ---- the end
+
+    def tables(self) -> tuple[pa.Table, pa.Table]:
+        """The manifest with the feature row of each file, and the files without."""
+        for row in np.flatnonzero(np.isin(self.feature, list(self.failed))) if self.failed else ():
+            self.errors.setdefault(int(row), self.failed[self.feature[row : row + 1].tobytes()])
+        self._contradictions()
+        own = (schema.IMAGE_ID, store.FEATURE_ID, store.FILE_SIZE, store.MTIME_NS, "stage", "reason")
+        given = self.manifest.drop(columns=[c for c in own if c in self.manifest])
+        bad = np.zeros(len(given), bool)
+        bad[list(self.errors)] = True
+        known = self.digest != b""
+        has_features = (self.status > 0) & ~bad
+        parts = []
+        for start in range(0, len(given), 65536):  # the texts of a million rows are never in memory at once
+            rows = range(start, min(start + 65536, len(given)))
+            span = slice(rows.start, rows.stop)
+            table = _to_arrow(given.iloc[span].assign(**{schema.PATH: [self.relative(i) for i in rows]}))
+            table = table.append_column(schema.IMAGE_ID, _hex(self.digest[span], known[span]))
+            table = table.append_column(store.FEATURE_ID, _hex(self.feature[span], has_features[span]))
+            table = table.append_column(store.FILE_SIZE, pa.array(self.size[span]))
+            parts.append(table.append_column(store.MTIME_NS, pa.array(self.mtime[span])))
+        manifest = pa.concat_tables(parts, promote_options="permissive")
+        failed = sorted(self.errors)
+        errors = manifest.take(pa.array(failed, pa.int64())).drop_columns([store.FEATURE_ID])
+        for i, name in enumerate(("stage", "reason")):
+            errors = errors.append_column(
+                name, pa.array([self.errors[row][i] for row in failed], pa.string())
+            )
+        return manifest, errors
+
+    def _contradictions(self) -> None:
+        """Files of one content that are labelled real here and fake there: none of them can be used."""
+        if schema.LABEL not in self.manifest:
+            return
+        label = self.manifest[schema.LABEL].astype("Float64").to_numpy(dtype=np.float64, na_value=np.nan)
+        rows = np.flatnonzero((self.digest != b"") & ~np.isnan(label))
+        _, group = np.unique(self.digest[rows], return_inverse=True)
+        low = np.full(group.max(initial=-1) + 1, np.inf)
+        high = -low
+        np.minimum.at(low, group, label[rows])
+        np.maximum.at(high, group, label[rows])
+        for number in np.flatnonzero(low < high):
+            same = rows[group == number]
+            for row in same:
+                if row in self.errors:  # what keeps it from being used at all comes first
+                    continue
+                other = next(r for r in same if label[r] != label[row])
+                names = [schema.LABEL_NAMES.get(int(label[r]), f"{label[r]:g}") for r in (row, other)]
+                self.errors[int(row)] = (
+                    "label",
+                    f"{self.relative(row)}: labelled {names[0]}, but {self.relative(other)} has the same "
+                    f"content and is labelled {names[1]}; correct one label or drop both rows",
+                )
+
+
+def _user_captions(manifest: pd.DataFrame) -> np.ndarray:
+    column = manifest[schema.CAPTION] if schema.CAPTION in manifest else [None] * len(manifest)
+    return np.array([None if pd.isna(c) or not str(c).strip() else str(c) for c in column], dtype=object)
+
+
+def _hex(digests: np.ndarray, valid: np.ndarray) -> pa.Array:
+    raw = digests.tobytes()  # with the zero bytes at the end that numpy's own items lose
+    texts = [raw[32 * i : 32 * i + 32].hex() if ok else None for i, ok in enumerate(valid)]
+    return pa.array(texts, pa.string())
+
+
+def _to_arrow(table: pd.DataFrame) -> pa.Table:
+    try:
+        return pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata()
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        problem = f"a column of the manifest mixes kinds of values ({error})"
+        raise InputError(f"{problem}; make it one kind") from error

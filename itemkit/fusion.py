@@ -1,0 +1,97 @@
+"""Fusion of misalignment with visual evidence: early (one head sees both) or late (two scores become one).
+
+The two have opposite weaknesses: misalignment misses fakes that keep the meaning, pixels and raw embeddings
+miss families they were not trained on. Whether joining them helps is a question for the worst cell of the
+whole matrix, see `itemkit.study`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+from itemkit.baselines import FeatureScorer, Scorer
+from itemkit.calibrate import fit_calibrator
+from itemkit.errors import InputError
+from itemkit.features import Features
+from itemkit.head import MisalignmentMLP
+from itemkit.misalignment import RepresentationConfig, get_representation, represent
+
+FUSIONS = ("mean", "max", "stack")
+
+
+def late_fusion(
+    val_scores: Sequence[np.ndarray], y_val: np.ndarray, scores: Sequence[np.ndarray], how: str = "mean"
+) -> np.ndarray:
+    """Join the scores of several detectors; whatever is fitted is fitted on validation images.
+
+    Parameters
+    ----------
+    val_scores, y_val : one vector of scores per detector, and the labels of those images
+    scores : one vector per detector for the images to be judged
+    how : {"mean", "max", "stack"}
+        Mean of the calibrated log-odds (Platt), so that no detector speaks louder for its scale; their
+        maximum ("fake if anyone says so"); or logistic regression on them.
+
+    Returns
+    -------
+    float64 array, one joint log-odds per image.
+    """
+    if how not in FUSIONS:
+        raise InputError(f"how={how!r}: expected one of {', '.join(FUSIONS)}")
+    if len(val_scores) != len(scores) or len(scores) < 2:
+        raise InputError(
+            f"{len(val_scores)} validation and {len(scores)} test score vectors; expected two or more each"
+        )
+    maps = [fit_calibrator(y_val, s, "platt") for s in val_scores]
+    test = np.stack([m.logit(s) for m, s in zip(maps, scores, strict=True)], axis=1)
+    if how == "mean":
+        return test.mean(1)
+    if how == "max":
+        return test.max(1)
+    val = np.stack([m.logit(s) for m, s in zip(maps, val_scores, strict=True)], axis=1)
+    # few inputs that agree with each other: the usual strength of the penalty keeps both weights apart from
+    # zero
+    return LogisticRegression(class_weight="balanced").fit(val, y_val).decision_function(test)
+
+
+class LateFusion:
+    """Several scorers, each trained by itself, joined by `late_fusion` on the validation images.
+
+    Parameters
+    ----------
+    parts : Scorers
+        Untrained.
+    how : str
+        See `late_fusion`.
+    """
+
+    def __init__(self, parts: Sequence[Scorer], how: str = "mean") -> None:
+        self.parts, self.how = list(parts), how
+
+    def fit(self, train: Features, val: Features) -> LateFusion:
+        """Train each part, and remember their scores on the validation images."""
+        for part in self.parts:
+            part.fit(train, val)
+        self.val_scores_ = [part.decision_function(val) for part in self.parts]
+        self.y_val_ = val.labels
+        return self
+
+    def decision_function(self, features: Features) -> np.ndarray:
+        """Joint log-odds of fake."""
+        scores = [part.decision_function(features) for part in self.parts]
+        return late_fusion(self.val_scores_, self.y_val_, scores, self.how)
+
+
+def early_fusion(
+    representation: RepresentationConfig | str = "absolute", head: MisalignmentMLP | None = None
+) -> FeatureScorer:
+    """One head on the misalignment vector and the image embedding side by side."""
+    config = get_representation(representation)
+
+    def vectors(features: Features) -> np.ndarray:
+        return np.concatenate([represent(features, config), features.image_emb], axis=1)
+
+    return FeatureScorer(vectors, head if head is not None else MisalignmentMLP())

@@ -1,0 +1,325 @@
+"""Metrics with intervals: one vectorised implementation gives the number and all its bootstrap replicates.
+
+Every metric is computed from a *ladder*: the distinct scores in descending order with the weight of fake and
+of real images on each rung. A resample of the images is only another set of weights, so a thousand resamples
+are a thousand columns of one array. Label 1 is fake and a higher score means "more likely fake" everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+
+from itemkit.errors import InputError
+
+RANK_METRICS = ("ap", "auroc", "tpr_at_fpr01", "tpr_at_fpr05")
+THRESHOLD_METRICS = ("accuracy", "accuracy_real", "accuracy_fake", "balanced_accuracy")
+PROBABILITY_METRICS = ("ece", "brier")
+METRICS = RANK_METRICS + THRESHOLD_METRICS + PROBABILITY_METRICS
+ECE_BINS = 15  # Guo et al. 2017 (arXiv 1706.04599)
+
+METRIC_TITLES = {
+    "ap": "average precision",
+    "auroc": "area under the ROC curve",
+    "tpr_at_fpr01": "fakes found at 1 % false alarms",
+    "tpr_at_fpr05": "fakes found at 5 % false alarms",
+    "accuracy": "accuracy",
+    "accuracy_real": "accuracy on real images",
+    "accuracy_fake": "accuracy on fake images",
+    "balanced_accuracy": "balanced accuracy",
+    "ece": "expected calibration error",
+    "brier": "Brier score",
+}
+
+
+def check_scores(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Validate labels and scores; clear errors for one class, other labels, NaN or unequal lengths."""
+    y, s = np.asarray(y), np.asarray(s, np.float64)
+    if y.ndim != 1 or y.shape != s.shape:
+        raise InputError(f"labels have shape {y.shape}, scores {s.shape}; expected two vectors of one length")
+    if not np.isfinite(s).all():
+        bad = np.flatnonzero(~np.isfinite(s))
+        raise InputError(f"{len(bad)} of {len(s)} scores are not finite, the first is row {bad[0]}")
+    values = set(np.unique(y).tolist())
+    if not values <= {0, 1}:
+        raise InputError(f"labels are {sorted(values)}; expected 0 (real) and 1 (fake)")
+    if len(values) < 2:
+        what = {0: "only real", 1: "only fake"}[values.pop()] if values else "no"
+        raise InputError(f"{what} images among {len(y)}; these metrics need both real and fake ones")
+    return y.astype(np.int64), s
+
+
+class _Ladder:
+    """Distinct scores, descending; sums of image weights on each rung, apart for fake and real."""
+
+    def __init__(self, y: np.ndarray, s: np.ndarray) -> None:
+        self.y = y
+        self.order = np.argsort(-s, kind="stable")
+        ordered = s[self.order]
+        self.starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+        self.values = ordered[self.starts]
+
+    def weigh(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Weights (n, b) -> fake and real weight per rung, each (rungs, b)."""
+        weights = weights[self.order]
+        fake = self.y[self.order] == 1
+        both = []
+        for mask in (fake, ~fake):
+            part = weights * mask[:, None]
+            both.append(
+                part if len(self.starts) == len(weights) else np.add.reduceat(part, self.starts, axis=0)
+            )
+        return both[0], both[1]
+
+
+def _rank_metrics(names: Sequence[str], fake: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+    tp, fp = np.cumsum(fake, axis=0), np.cumsum(real, axis=0)
+    n_fake, n_real = tp[-1], fp[-1]
+    out = {}
+    for name in names:
+        if name == "ap":
+            seen = tp + fp
+            # Sum over distinct thresholds, no interpolation: scikit-learn's definition.
+            out[name] = np.sum(fake * tp / np.maximum(seen, 1e-12), axis=0) / n_fake
+        elif name == "auroc":
+            out[name] = np.sum(real * (tp - fake / 2), axis=0) / (n_fake * n_real)  # ties count one half
+        elif name.startswith("tpr_at_fpr"):
+            allowed = fp <= int(name[-2:]) / 100 * n_real + 1e-6
+            out[name] = np.max(tp * allowed, axis=0) / n_fake
+    return out
+
+
+def _threshold_metrics(
+    names: Sequence[str], values: np.ndarray, fake: np.ndarray, real: np.ndarray, threshold: float
+) -> dict[str, np.ndarray]:
+    called = (values > threshold)[:, None]
+    n_fake, n_real = fake.sum(0), real.sum(0)
+    hit, right = (fake * called).sum(0), (real * ~called).sum(0)
+    every = {
+        "accuracy": (hit + right) / (n_fake + n_real),
+        "accuracy_real": right / n_real,
+        "accuracy_fake": hit / n_fake,
+        "balanced_accuracy": (hit / n_fake + right / n_real) / 2,
+    }
+    return {name: every[name] for name in names}
+
+
+def _probability_metrics(
+    names: Sequence[str], values: np.ndarray, fake: np.ndarray, real: np.ndarray, balanced: bool, n_bins: int
+) -> dict[str, np.ndarray]:
+    if values[0] > 1 or values[-1] < 0:
+        raise InputError(f"probabilities run from {values[-1]:.4g} to {values[0]:.4g}; expected 0 to 1")
+    if balanced:  # both classes count one half, as in the prior the probabilities were calibrated to
+        fake, real = fake / fake.sum(0) / 2, real / real.sum(0) / 2
+    else:
+        total = fake.sum(0) + real.sum(0)
+        fake, real = fake / total, real / total
+    out = {}
+    if "brier" in names:
+        out["brier"] = np.sum(fake * (1 - values[:, None]) ** 2 + real * values[:, None] ** 2, axis=0)
+    if "ece" in names:
+        which = np.minimum((values * n_bins).astype(int), n_bins - 1)
+        gap = np.zeros((n_bins, fake.shape[1]))
+        np.add.at(gap, which, fake - (fake + real) * values[:, None])
+        out["ece"] = np.abs(gap).sum(0)
+    return out
+
+
+def replicate(
+    y: np.ndarray,
+    s: np.ndarray,
+    weights: np.ndarray,
+    metrics: Sequence[str] = ("ap", "auroc"),
+    threshold: float | None = None,
+    probability: np.ndarray | None = None,
+    balanced: bool = False,
+    n_bins: int = ECE_BINS,
+) -> dict[str, np.ndarray]:
+    """Every metric under every column of image weights.
+
+    Parameters
+    ----------
+    y, s : vectors of length n
+        Labels (1 fake) and scores (higher: more likely fake).
+    weights : array, shape (n, b)
+        How often each image occurs in each of b resamples; a column of ones is the sample itself.
+    metrics : names out of `METRICS`
+        Threshold metrics need ``threshold``, calibration metrics ``probability``.
+    threshold : float, optional
+        An image is called fake when its score is *above* it.
+    probability : vector of length n, optional
+        Calibrated p(fake), for "ece" and "brier".
+    balanced : bool
+        Give both classes half of the weight in "ece" and "brier".
+    n_bins : int
+        Equal-width bins of "ece".
+
+    Returns
+    -------
+    dict of float arrays, shape (b,).
+    """
+    y, s = check_scores(y, s)
+    if unknown := [name for name in metrics if name not in METRICS]:
+        raise InputError(f"unknown metric {unknown[0]!r}; expected one of {', '.join(METRICS)}")
+    out: dict[str, np.ndarray] = {}
+    ladder = _Ladder(y, s)
+    fake, real = ladder.weigh(weights)
+    if rank := [name for name in metrics if name in RANK_METRICS]:
+        out |= _rank_metrics(rank, fake, real)
+    if cut := [name for name in metrics if name in THRESHOLD_METRICS]:
+        if threshold is None:
+            raise InputError(f"{cut[0]} needs a threshold, chosen on validation images")
+        out |= _threshold_metrics(cut, ladder.values, fake, real, threshold)
+    if calibration := [name for name in metrics if name in PROBABILITY_METRICS]:
+        if probability is None:
+            raise InputError(f"{calibration[0]} needs calibrated probabilities")
+        ladder = _Ladder(*check_scores(y, probability))
+        fake, real = ladder.weigh(weights)
+        out |= _probability_metrics(calibration, ladder.values, fake, real, balanced, n_bins)
+    return {name: np.asarray(out[name], np.float64) for name in metrics}
+
+
+def _one(name: str, y: np.ndarray, s: np.ndarray, **options: object) -> float:
+    return float(replicate(y, s, np.ones((len(s), 1)), [name], **options)[name][0])  # type: ignore[arg-type]
+
+
+def average_precision(y: np.ndarray, s: np.ndarray) -> float:
+    """Area under the precision-recall curve as a step function; equals scikit-learn's."""
+    return _one("ap", y, s)
+
+
+def auroc(y: np.ndarray, s: np.ndarray) -> float:
+    """Chance that a random fake scores above a random real, ties counting one half."""
+    return _one("auroc", y, s)
+
+
+def tpr_at_fpr(y: np.ndarray, s: np.ndarray, fpr: float = 0.05) -> float:
+    """Share of fakes found when at most ``fpr`` of *these* reals are called fake.
+
+    The threshold is read off the images it is judged on, as the field does when it prints this number; a
+    threshold for use comes from validation images (`itemkit.calibrate.threshold_at_fpr`).
+    """
+    y, s = check_scores(y, s)
+    real = np.sort(s[y == 0])[::-1]
+    allowed = int(np.floor(fpr * len(real) + 1e-9))
+    # everything above the first real that may no longer be called fake
+    return float(np.mean(s[y == 1] > real[allowed])) if allowed < len(real) else 1.0
+
+
+def brier(y: np.ndarray, p: np.ndarray) -> float:
+    """Mean squared distance of the probability from the label."""
+    return _one("brier", y, p, probability=p)
+
+
+def expected_calibration_error(
+    y: np.ndarray, p: np.ndarray, n_bins: int = ECE_BINS, balanced: bool = False
+) -> float:
+    """Mean gap between p(fake) and the share of fakes, over equal-width bins weighted by their images."""
+    return _one("ece", y, p, probability=p, n_bins=n_bins, balanced=balanced)
+
+
+def usable_metrics(threshold: float | None, probability: np.ndarray | None) -> list[str]:
+    """Metrics that can be computed with what is at hand."""
+    names = list(RANK_METRICS)
+    names += THRESHOLD_METRICS if threshold is not None else ()
+    names += PROBABILITY_METRICS if probability is not None else ()
+    return names
+
+
+def evaluate_scores(
+    y: np.ndarray,
+    s: np.ndarray,
+    threshold: float | None = None,
+    probability: np.ndarray | None = None,
+    balanced: bool = False,
+) -> dict[str, float]:
+    """All metrics that the inputs allow, with the counts behind them.
+
+    Parameters
+    ----------
+    y, s, threshold, probability, balanced
+        See `replicate`.
+
+    Returns
+    -------
+    dict
+        Metric name -> value, plus ``n_real``, ``n_fake`` and ``threshold``.
+    """
+    y, s = check_scores(y, s)
+    names = usable_metrics(threshold, probability)
+    values = replicate(y, s, np.ones((len(s), 1)), names, threshold, probability, balanced)
+    row: dict[str, float] = {name: float(value[0]) for name, value in values.items()}
+    row |= {"n_real": int((y == 0).sum()), "n_fake": int((y == 1).sum())}
+    return row if threshold is None else row | {"threshold": float(threshold)}
+
+
+def draw_weights(n: int, n_boot: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each image is drawn in each resample with replacement, shape (n, n_boot)."""
+    drawn = rng.integers(n, size=(n_boot, n)) + np.arange(n_boot)[:, None] * n
+    counts = np.bincount(drawn.ravel(), minlength=n * n_boot).reshape(n_boot, n)
+    return np.ascontiguousarray(counts.T, dtype=np.float32)
+
+
+def stratified_weights(y: np.ndarray, n_boot: int, rng: np.random.Generator) -> np.ndarray:
+    """Bootstrap weights that keep the numbers of real and of fake images, shape (n, n_boot)."""
+    weights = np.empty((len(y), n_boot), np.float32)
+    for label in (0, 1):
+        weights[y == label] = draw_weights(int((y == label).sum()), n_boot, rng)
+    return weights
+
+
+def bootstrap_chunks(n: int, n_boot: int) -> Iterator[int]:
+    """Sizes of the portions in which ``n_boot`` resamples of n images are computed, to bound memory."""
+    size = max(1, int(4e6 // max(n, 1)))  # about 16 MB per float32 array
+    for start in range(0, n_boot, size):
+        yield min(size, n_boot - start)
+
+
+def percentile_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Central interval of bootstrap replicates."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def bootstrap(
+    y: np.ndarray,
+    s: np.ndarray,
+    threshold: float | None = None,
+    probability: np.ndarray | None = None,
+    metrics: Sequence[str] | None = None,
+    n_boot: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    balanced: bool = False,
+) -> pd.DataFrame:
+    """Metrics with stratified percentile bootstrap intervals over images.
+
+    Parameters
+    ----------
+    y, s, threshold, probability, balanced
+        See `replicate`.
+    metrics : names, optional
+        All that the inputs allow by default.
+    n_boot, level, seed
+        Resamples, coverage asked for, seed of the resamples.
+
+    Returns
+    -------
+    DataFrame
+        One row per metric: ``metric, value, low, high, n_real, n_fake``.
+    """
+    y, s = check_scores(y, s)
+    names = list(metrics) if metrics is not None else usable_metrics(threshold, probability)
+    rng = np.random.default_rng(seed)
+    options = (names, threshold, probability, balanced)
+    point = replicate(y, s, np.ones((len(s), 1)), *options)
+    parts = [
+        replicate(y, s, stratified_weights(y, b, rng), *options) for b in bootstrap_chunks(len(y), n_boot)
+    ]
+    rows = []
+    for name in names:
+        low, high = percentile_interval(np.concatenate([part[name] for part in parts]), level)
+        rows.append({"metric": name, "value": float(point[name][0]), "low": low, "high": high})
+    return pd.DataFrame(rows).assign(n_real=int((y == 0).sum()), n_fake=int((y == 1).sum()))

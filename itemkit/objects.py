@@ -1,0 +1,235 @@
+"""Second step of the method: the semantic objects that a caption describes, as short phrases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from itemkit.errors import InputError, ModelNotFound
+from itemkit.weights import UNREADABLE, Located, first_line, folder_hash, looks_like_path, not_found, tidy
+
+if TYPE_CHECKING:
+    from spacy.language import Language
+    from spacy.tokens import Doc, Span, Token
+
+RULES_VERSION = 1  # part of the fingerprint: raise it when the rules or word lists below change
+
+# Heads that name no thing one could point at. They are dropped whatever stands before them ...
+_NO_THING = frozenset(
+    "photo photograph picture image pic shot snapshot screenshot painting drawing illustration rendering "
+    "render portrait closeup close-up view scene style background foreground group pair couple bunch lot "
+    "number piece part kind type sort variety collection series row way time moment air distance thing stuff "
+    "something anything nothing everything someone somebody anyone anybody everyone everybody nobody one "
+    "other".split()
+)
+# ... and these only when no noun stands before them: "the right side" goes, "street corner" stays.
+_PLACE = frozenset(
+    "left right top bottom front back rear side middle center centre edge end corner inside outside".split()
+)
+_NEGATION = frozenset({"no", "without"})
+# Tags of words cut from the beginning of a phrase: articles, possessives, question words, punctuation.
+_CUT_TAGS = frozenset(
+    {"DT", "PDT", "PRP$", "WDT", "WP$", "POS", "EX", ",", ".", ":", "``", "''", "-LRB-", "HYPH", "SYM"}
+)
+_ARTICLES = {"a", "an", "the"}
+_CUT_WORDS = frozenset(
+    "a an the some any several many few various other another such each every all both only just".split()
+)
+_PRONOUN_TAGS = frozenset({"PRP", "PRP$", "WP", "WP$", "WDT", "EX", "DT"})
+
+
+@dataclass(frozen=True)
+class ObjectRules:
+    """What becomes of a caption's noun chunks.
+
+    Attributes
+    ----------
+    max_objects : int
+        Keep at most this many, from the beginning; generation prompts can name dozens.
+    drop_generic : bool
+        Drop heads that name nothing one could point at: "photo", "group", "background", "the right side".
+    drop_negated : bool
+        Drop what the caption says is absent: "without a shirt", "no people".
+    keep_article : bool
+        Keep a leading "a", "an" or "the": for an encoder that learned phrases with their articles.
+    """
+
+    max_objects: int = 8
+    drop_generic: bool = True
+    drop_negated: bool = True
+    keep_article: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_objects < 1:
+            raise InputError(f"max_objects is {self.max_objects}; it must be at least 1")
+
+
+class Parser:
+    """A spaCy pipeline with the rules that turn noun chunks into phrases. Made by `load_parser`."""
+
+    def __init__(
+        self, nlp: Language, rules: ObjectRules = ObjectRules(), record: dict[str, Any] | None = None
+    ) -> None:
+        self.nlp, self.rules = nlp, rules
+        self._record = dict(record or {})
+
+    def objects(self, captions: Sequence[str]) -> list[list[str]]:
+        """Name the semantic objects of each caption.
+
+        Parameters
+        ----------
+        captions : sequence of str
+            Equal captions are parsed once; an empty caption has no objects.
+
+        Returns
+        -------
+        list of list of str
+            Lower-case phrases, without article unless the rules keep it, in the order of the caption, without repeats.
+        """
+        unique = list(dict.fromkeys(captions))
+        parsed = zip(unique, self.nlp.pipe(" ".join(text.split()) for text in unique), strict=True)
+        found = {text: phrases(doc, self.rules) for text, doc in parsed}
+        return [list(found[text]) for text in captions]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that changes the objects, as JSON-ready values."""
+        return {"kind": "spacy", "rules": asdict(self.rules), "rules_version": RULES_VERSION, **self._record}
+
+
+def phrases(doc: Doc, rules: ObjectRules) -> list[str]:
+    """Clean the noun chunks of a parsed caption: see `ObjectRules` and `Parser.objects`."""
+    kept: list[str] = []
+    for chunk in doc.noun_chunks:
+        if not _is_object(chunk, rules):
+            continue
+        words = _strip(chunk, rules.keep_article)
+        phrase = _glue(" ".join(token.lower_ for token in words))
+        if phrase and phrase not in kept:
+            kept.append(phrase)
+    return kept[: rules.max_objects]
+
+
+def _glue(phrase: str) -> str:
+    """Undo the spaces that tokenised captions have before 's, commas and around hyphens."""
+    for loose, tight in ((" 's", "'s"), (" ' ", "' "), (" ,", ","), (" - ", "-")):
+        phrase = phrase.replace(loose, tight)
+    return phrase
+
+
+def _is_object(chunk: Span, rules: ObjectRules) -> bool:
+    head = chunk.root
+    if head.tag_ in _PRONOUN_TAGS or head.pos_ == "PRON" or not any(c.isalnum() for c in head.text):
+        return False
+    if rules.drop_negated and (
+        head.head.lower_ in _NEGATION or any(token.lower_ in _NEGATION for token in chunk)
+    ):
+        return False
+    if rules.drop_generic:
+        names = {head.lower_, head.lower_.removesuffix("s")}
+        if names & _NO_THING:
+            return False
+        if names & _PLACE and not any(_is_noun(token) for token in chunk if token.i < head.i):
+            return False
+    return True
+
+
+def _is_noun(token: Token) -> bool:
+    return token.tag_.startswith("NN") and token.lower_ not in _PLACE
+
+
+def _strip(chunk: Span, keep_article: bool) -> list[Token]:
+    tokens = list(chunk)
+    if keep_article and len(tokens) > 1 and tokens[0].lower_ in _ARTICLES:
+        return [tokens[0], *_strip(chunk[1:], False)]
+    while tokens and (tokens[0].tag_ in _CUT_TAGS or tokens[0].lower_ in _CUT_WORDS or tokens[0].is_punct):
+        # "a few dogs", "all of": the article goes first, then the quantifier behind it
+        tokens = tokens[1:]
+    while tokens and (tokens[-1].is_punct or tokens[-1].tag_ == "POS"):
+        tokens = tokens[:-1]
+    return tokens
+
+
+def load_parser(
+    model: str | Path = "en_core_web_sm", rules: ObjectRules = ObjectRules(), **options: Any
+) -> Parser:
+    """Load a spaCy pipeline from this machine.
+
+    Parameters
+    ----------
+    model : str or Path
+        An installed pipeline package ("en_core_web_sm") or a folder written by spaCy.
+    rules : ObjectRules
+        Or its fields by name: ``load_parser(folder, max_objects=4)``.
+
+    Raises
+    ------
+    ModelNotFound
+        Neither installed nor a folder.
+    InputError
+        The pipeline cannot give noun chunks: it needs a tagger, a parser and parts of speech.
+    """
+    import spacy
+
+    located = find_parser(model)
+    try:
+        # Named entities and lemmas are not used; without them parsing is faster.
+        nlp = spacy.load(located.path, exclude=["ner", "lemmatizer", "senter"])
+    except UNREADABLE as error:
+        raise ModelNotFound(
+            f"{located.what} was found in {tidy(located.path)} but spaCy {spacy.__version__} cannot load it: "
+            f"{first_line(error)}"
+        ) from error
+    if options:
+        rules = ObjectRules(**{**asdict(rules), **options})
+    _require_noun_chunks(nlp, located)
+    return Parser(
+        nlp,
+        rules,
+        {
+            "name": f"{nlp.meta.get('lang', '')}_{nlp.meta.get('name', '')}",
+            "version": str(nlp.meta.get("version", "")),
+            "files_sha256": folder_hash(located.path, recursive=True),
+        },
+    )
+
+
+def find_parser(model: str | Path) -> Located:
+    """Find a spaCy pipeline without loading it. Parameters and errors as in `load_parser`."""
+    if not looks_like_path(model):
+        from spacy.util import get_package_path, is_package
+
+        if is_package(str(model)):
+            return Located(f"parser '{model}'", _inner_folder(Path(get_package_path(str(model)))))
+        error = not_found(f"parser '{model}'", "the installed Python packages", f"no package '{model}'")
+        raise ModelNotFound(f"{error} spaCy's own way is `python -m spacy download {model}`.")
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise not_found(f"parser '{tidy(folder)}'", folder, "no such folder")
+    inner = _inner_folder(folder)
+    if not (inner / "config.cfg").is_file():
+        raise not_found(f"parser '{tidy(folder)}'", folder, "no config.cfg, which a spaCy pipeline has")
+    return Located(f"parser '{tidy(folder)}'", inner)
+
+
+def _inner_folder(folder: Path) -> Path:
+    """Step into <name>-<version>, where an installed package keeps its pipeline."""
+    if (folder / "config.cfg").is_file():
+        return folder
+    return next((file.parent for file in sorted(folder.glob("*/config.cfg"))), folder)
+
+
+def _require_noun_chunks(nlp: Language, located: Located) -> None:
+    """Try one sentence: a pipeline without parts of speech gives no chunks and no error."""
+    try:
+        found = [chunk.text for chunk in nlp("A red ball is on the green grass.").noun_chunks]
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(
+            f"{located.what} gives no noun chunks ({first_line(error)}); use an English pipeline"
+        ) from error
+    if not found:
+        raise InputError(
+            f"{located.what} has {', '.join(nlp.pipe_names) or 'no components'}; noun chunks need a tagger, "
+            "a parser, and parts of speech (attribute_ruler or morphologizer)"
+        )

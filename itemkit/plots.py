@@ -1,0 +1,360 @@
+"""Figures from ready data: every function takes axes, draws, returns the axes, and computes nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from itemkit import schema
+
+# Okabe and Ito (2008): told apart with any colour vision, and in grey
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+GREY = "#8C8C8C"
+CYCLE = (VERMILION, ORANGE, GREEN, PURPLE, BLACK, YELLOW, SKY)
+# the mini laboratory's generators look the same in every figure, also where only some of them are shown
+FIXED = dict(zip(("flow", "flow_early", "gan", "vae", "edit"), CYCLE, strict=False))
+
+
+def style() -> None:
+    """Set the one look of all figures; starts from matplotlib's defaults, so user settings change nothing."""
+    mpl.rcdefaults()
+    sns.set_theme(context="paper", style="ticks", palette=CYCLE, font="DejaVu Sans")
+    mpl.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 220,
+            "savefig.bbox": "tight",
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 10,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.labelsize": 9,
+            "xtick.labelsize": 8,
+            "ytick.labelsize": 8,
+            "legend.fontsize": 8,
+            "legend.frameon": False,
+            "image.interpolation": "nearest",
+            "pdf.fonttype": 42,
+        }
+    )
+
+
+def colours(generators: Sequence[str]) -> dict[str, str]:
+    """Give each generator a colour; real images are always blue.
+
+    Parameters
+    ----------
+    generators : sequence of str
+        ``real`` may be among them. Those of the mini laboratory have fixed colours; the others get what is
+        left, in this order.
+
+    Returns
+    -------
+    dict of str to str
+        ``real`` first, then in the order given.
+    """
+    fakes = [g for g in dict.fromkeys(generators) if g != schema.REAL_GENERATOR]
+    taken = {FIXED[g] for g in fakes if g in FIXED}
+    left = [c for c in CYCLE if c not in taken] or list(CYCLE)
+    free = {g: left[i % len(left)] for i, g in enumerate(g for g in fakes if g not in FIXED)}
+    return {schema.REAL_GENERATOR: BLUE} | {g: FIXED.get(g) or free[g] for g in fakes}
+
+
+def save(fig: Figure, name: str, table: pd.DataFrame, folder: str | Path, note: str = "") -> list[Path]:
+    """Save a figure as PDF and PNG, with the table behind it as CSV.
+
+    Parameters
+    ----------
+    fig : Figure
+    name : str
+        File name without ending.
+    table : DataFrame
+        The numbers that are drawn.
+    folder : path
+    note : str
+        Small print under the figure, e.g. that it was made in the mini laboratory.
+
+    Returns
+    -------
+    list of Path
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if note:
+        fig.supxlabel(note, fontsize=7, color=GREY, x=0.995, ha="right")
+    paths = [folder / f"{name}.{ending}" for ending in ("pdf", "png", "csv")]
+    # no date inside, so the same figure gives the same file
+    fig.savefig(paths[0], metadata={"CreationDate": None})
+    fig.savefig(paths[1])
+    table.to_csv(paths[2], index=False)
+    return paths
+
+
+def distributions(ax: Axes, table: pd.DataFrame, value: str, xlabel: str) -> Axes:
+    """Draw one smoothed distribution for real images and one for each generator, with the median marked.
+
+    Parameters
+    ----------
+    ax : Axes
+    table : DataFrame
+        Columns ``generator`` and ``value``.
+    value, xlabel : str
+
+    Returns
+    -------
+    Axes
+    """
+    palette = colours(list(table[schema.GENERATOR]))
+    for name, colour in palette.items():
+        x = table.loc[table[schema.GENERATOR] == name, value]
+        if len(x) < 2:
+            continue
+        real = name == schema.REAL_GENERATOR
+        sns.kdeplot(
+            x=x,
+            ax=ax,
+            color=colour,
+            fill=real,
+            alpha=0.25 if real else 1.0,
+            lw=1.8,
+            cut=0,
+            label=f"{name} (n={len(x)})",
+        )
+        ax.plot(x.median(), 0, marker="^", color=colour, ms=6, clip_on=False, zorder=5)
+    ax.set(xlabel=xlabel, ylabel="density", yticks=[])
+    ax.spines["left"].set_visible(False)
+    ax.legend(loc="upper left")
+    return ax
+
+
+def intervals(
+    ax: Axes,
+    table: pd.DataFrame,
+    *,
+    y: str,
+    hue: str | None = None,
+    xlabel: str,
+    reference: float | None = None,
+) -> Axes:
+    """Draw estimates with their intervals, one row for each name, side by side for each hue.
+
+    Parameters
+    ----------
+    ax : Axes
+    table : DataFrame
+        Columns ``y``, ``hue`` (optional), ``value``, ``low``, ``high``.
+    y, hue, xlabel : str
+    reference : float, optional
+        A vertical line, e.g. at chance.
+
+    Returns
+    -------
+    Axes
+    """
+    names = list(dict.fromkeys(table[y]))
+    hues = list(dict.fromkeys(table[hue])) if hue else [""]
+    for j, h in enumerate(hues):
+        part = table[table[hue] == h] if hue else table
+        at = np.array([names.index(n) for n in part[y]]) + (j - (len(hues) - 1) / 2) * 0.7 / len(hues)
+        error = np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(min=0)
+        ax.errorbar(
+            part["value"],
+            at,
+            xerr=error,
+            fmt="o",
+            ms=4.5,
+            lw=1.4,
+            capsize=0,
+            color=(BLUE, *CYCLE)[j % 8],
+            label=h or None,
+        )
+    if reference is not None:
+        ax.axvline(reference, color=GREY, lw=1, ls=":", zorder=0)
+    ax.set(yticks=range(len(names)), yticklabels=names, xlabel=xlabel, ylim=(len(names) - 0.5, -0.5))
+    if hue:
+        ax.legend(loc="best")
+    return ax
+
+
+def matrix(
+    ax: Axes, table: pd.DataFrame, *, rows: str, columns: str, label: str, chance: float = 0.5
+) -> Axes:
+    """Draw a heat map with the number in each cell.
+
+    Parameters
+    ----------
+    ax : Axes
+    table : DataFrame
+        Columns ``rows``, ``columns`` and ``value``.
+    rows, columns, label : str
+    chance : float
+        Lower end of the colour scale.
+
+    Returns
+    -------
+    Axes
+    """
+    wide = table.pivot(index=rows, columns=columns, values="value")
+    wide = wide.loc[list(dict.fromkeys(table[rows])), list(dict.fromkeys(table[columns]))]
+    sns.heatmap(
+        wide, ax=ax, annot=True, fmt=".2f", cmap="cividis", vmin=chance, vmax=1, linewidths=1.5, square=True,
+        cbar_kws={"label": label, "shrink": 0.8}, annot_kws={"size": 9},
+    )  # fmt: skip
+    ax.set(xlabel=columns.replace("_", " "), ylabel=rows.replace("_", " "))
+    ax.tick_params(length=0)
+    plt.setp(ax.get_yticklabels(), rotation=0)
+    return ax
+
+
+def lines(
+    ax: Axes,
+    table: pd.DataFrame,
+    *,
+    x: str,
+    hue: str,
+    xlabel: str,
+    ylabel: str,
+    palette: Mapping[str, str] | None = None,
+) -> Axes:
+    """Draw one line with a band for each hue.
+
+    Parameters
+    ----------
+    ax : Axes
+    table : DataFrame
+        Columns ``x``, ``hue``, ``value`` and, for the band, ``low`` and ``high``.
+    x, hue, xlabel, ylabel : str
+    palette : mapping of hue to colour, optional
+
+    Returns
+    -------
+    Axes
+    """
+    for i, (name, part) in enumerate(table.groupby(hue, sort=False)):
+        colour = (palette or {}).get(str(name), (BLUE, *CYCLE)[i % 8])
+        ax.plot(part[x], part["value"], marker="o", ms=3.5, lw=1.5, color=colour, label=str(name))
+        if "low" in part and part["low"].notna().any():
+            ax.fill_between(part[x], part["low"], part["high"], color=colour, alpha=0.15, lw=0)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.legend(loc="best")
+    return ax
+
+
+def scatter(ax: Axes, xy: np.ndarray, generators: Sequence[str], title: str = "") -> Axes:
+    """Draw a two-dimensional embedding; ticks are hidden, since its axes have no unit.
+
+    Parameters
+    ----------
+    ax : Axes
+    xy : float array, shape (n, 2)
+    generators : sequence of str, length n
+    title : str
+
+    Returns
+    -------
+    Axes
+    """
+    names = np.asarray(generators)
+    palette = colours(list(names))
+    # one shuffled cloud: drawn class by class, the last class would cover the others
+    order = np.random.default_rng(0).permutation(len(xy))
+    ax.scatter(
+        xy[order, 0],
+        xy[order, 1],
+        s=5,
+        lw=0,
+        alpha=0.8,
+        c=[palette[n] for n in names[order]],
+        rasterized=True,
+    )
+    for name, colour in palette.items():
+        if name in names:
+            ax.scatter([], [], s=18, color=colour, label=name)
+    ax.set(xticks=[], yticks=[], title=title)
+    sns.despine(ax=ax, left=True, bottom=True)
+    return ax
+
+
+def show_image(ax: Axes, image: np.ndarray, title: str = "", colour: str | None = None) -> Axes:
+    """Show a picture without ticks, framed in a colour if one is given.
+
+    Parameters
+    ----------
+    ax : Axes
+    image : uint8 array, shape (h, w, 3)
+    title : str
+        May hold line breaks.
+    colour : str, optional
+
+    Returns
+    -------
+    Axes
+    """
+    ax.imshow(image)
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, fontsize=7.5, fontweight="normal", loc="center")
+    for spine in ax.spines.values():
+        spine.set(visible=colour is not None, color=colour, linewidth=2)
+    return ax
+
+
+def boxes(ax: Axes, table: pd.DataFrame) -> Axes:
+    """Draw the regions of a picture's objects.
+
+    Parameters
+    ----------
+    ax : Axes
+        With the picture shown.
+    table : DataFrame
+        Columns ``phrase, x0, y0, x1, y1``, pixels of the picture.
+
+    Returns
+    -------
+    Axes
+    """
+    for i, row in enumerate(table.itertuples()):
+        colour = CYCLE[i % len(CYCLE)]
+        # half a pixel: imshow puts the centre of a pixel, not its corner, on whole numbers
+        ax.add_patch(
+            Rectangle(
+                (row.x0 - 0.5, row.y0 - 0.5), row.x1 - row.x0, row.y1 - row.y0, fill=False, ec=colour, lw=1.8
+            )
+        )
+        ax.plot([], [], color=colour, lw=2, label=row.phrase)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), fontsize=7, ncols=1)
+    return ax
+
+
+def heat(ax: Axes, image: np.ndarray, heatmap: np.ndarray, title: str = "") -> Axes:
+    """Lay a map over a picture.
+
+    Parameters
+    ----------
+    ax : Axes
+    image : uint8 array, shape (h, w, 3)
+    heatmap : float array, shape (h, w)
+        One number for each pixel; nothing is drawn where it is NaN.
+    title : str
+
+    Returns
+    -------
+    Axes
+    """
+    ax.imshow(image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
+    ax.imshow(heatmap, cmap="magma", alpha=0.65)
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, fontsize=8, fontweight="normal", loc="center")
+    return ax

@@ -1,0 +1,334 @@
+"""The feature store: raw embeddings on disk as Parquet shards, one row per image content.
+
+Layout of the folder::
+
+    run.json            configuration, fingerprint of every model, versions, counts, schema version
+    manifest.parquet    one row per image file: label, generator, ... and the feature row it belongs to
+    errors.parquet      one row per image file without features: stage and reason
+    shards/part-*.parquet
+
+Features are keyed by content (``feature_id``: hash of the file, joined by the user's caption where one is
+used), labels by path. So a label can be corrected, and a copy of a file added, without computing anything.
+Nothing is ever rewritten in place: every file is whole or absent, and a killed run loses no finished shard.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from itemkit import schema
+from itemkit.errors import InputError, StoreError
+from itemkit.features import Features
+
+RUN_FILE, SHARD_FOLDER = "run.json", "shards"
+MANIFEST_FILE, ERRORS_FILE = "manifest.parquet", "errors.parquet"
+KIND = "itemkit feature store"
+
+FEATURE_ID, CAPTION_SOURCE = "feature_id", "caption_source"
+FILE_SIZE, MTIME_NS, WIDTH, HEIGHT = "file_size", "mtime_ns", "width", "height"
+
+# the scalar columns of a shard, in order
+SHARD_COLUMNS = {
+    FEATURE_ID: pa.string(),
+    schema.IMAGE_ID: pa.string(),
+    schema.PATH: pa.string(),
+    FILE_SIZE: pa.int64(),
+    MTIME_NS: pa.int64(),
+    WIDTH: pa.int32(),
+    HEIGHT: pa.int32(),
+    schema.CAPTION: pa.string(),
+    CAPTION_SOURCE: pa.string(),
+    schema.CAPTION_LOGPROB: pa.float32(),
+    schema.CAPTION_TOKENS: pa.int32(),
+    schema.N_OBJECTS: pa.int32(),
+}
+BOX_COLUMNS = ("x0", "y0", "x1", "y1", "score")
+# columns of Features.table that come from the shards
+FEATURE_COLUMNS = tuple(c for c in SHARD_COLUMNS if c not in (schema.PATH, FILE_SIZE, MTIME_NS))
+EMBEDDINGS = (schema.IMAGE_EMB, schema.CAPTION_EMB, schema.OBJECTS)
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def read_run(folder: str | Path) -> dict:
+    """Read ``run.json`` of a feature store and check that this version of itemkit can read the store.
+
+    Raises
+    ------
+    StoreError
+        The folder is no feature store, or one of another schema version.
+    """
+    path = Path(folder) / RUN_FILE
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(
+            f"{folder} is no feature store: it has no {RUN_FILE}. Make one with `itemkit extract`, "
+            "or give the folder that was passed to it as output"
+        ) from None
+    except (OSError, ValueError) as error:
+        problem = f"{path} cannot be read ({error})"
+        raise StoreError(f"{problem}; restore it, or extract into another folder") from error
+    found = run.get("schema_version") if isinstance(run, dict) and run.get("kind") == KIND else None
+    if found != schema.SCHEMA_VERSION:
+        newer = isinstance(found, int) and found > schema.SCHEMA_VERSION
+        again = "extract again into another folder (the old one is left as it is)"
+        advice = "update itemkit" if newer else again
+        raise StoreError(
+            f"{folder} was written with store schema {found}, this itemkit reads schema "
+            f"{schema.SCHEMA_VERSION}: {advice}"
+        )
+    return run
+
+
+def shard_files(folder: str | Path) -> list[Path]:
+    """All finished shards of a store, in the order in which they were written."""
+    return sorted((Path(folder) / SHARD_FOLDER).glob("part-*.parquet"))
+
+
+def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read (some columns of) one shard; a damaged file raises StoreError with what to do."""
+    try:
+        return pq.read_table(path, columns=None if columns is None else list(columns))
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(
+            f"{path} is damaged ({str(error).splitlines()[0]}). Delete it and run the extraction again: "
+            "only its images are computed anew"
+        ) from error
+
+
+def load_features(
+    folder: str | Path,
+    columns: Sequence[str] = EMBEDDINGS,
+    *,
+    root: str | Path | None = None,
+    partial: bool = False,
+) -> Features:
+    """Read a feature store into memory.
+
+    Parameters
+    ----------
+    folder : path
+        A folder written by :func:`itemkit.pipeline.extract`.
+    columns : sequence of {"image_emb", "caption_emb", "objects"}
+        The embeddings to read; the others get width 0 (and no objects), and cost no memory.
+    root : path, optional
+        Where the images lie now, if they were moved; by default the place noted in the store.
+    partial : bool
+        Read what there is of an unfinished extraction instead of raising.
+
+    Returns
+    -------
+    Features
+        One row per image file of the last extraction's manifest, in its order, without those that ended
+        in ``errors.parquet``. Embeddings are float32 and L2-normalised anew after their float16 storage.
+
+    Raises
+    ------
+    StoreError
+        No store, another schema, unfinished, or a shard is damaged or missing.
+    """
+    folder = Path(folder)
+    unknown = sorted(set(columns) - set(EMBEDDINGS))
+    if unknown:
+        raise InputError(f"unknown columns {unknown}; choose among {list(EMBEDDINGS)}")
+    run = read_run(folder)
+    if not run["complete"] and not partial:
+        raise StoreError(
+            f"the extraction into {folder} is not finished. Run the same `itemkit extract` again (it goes "
+            "on where it stopped), or read what there is with load_features(folder, partial=True)"
+        )
+    manifest = _read_table(folder / MANIFEST_FILE).to_pandas()
+    shards = shard_files(folder)
+    scalars, shard_of, row_of = _read_scalars(shards)
+    if not run["complete"]:
+        manifest = _match_by_path(manifest, scalars, run["fingerprint"]["captions"] == "user")
+    manifest = manifest[manifest[FEATURE_ID].notna()].reset_index(drop=True)
+    at = pd.Index(scalars[FEATURE_ID]).get_indexer(manifest[FEATURE_ID])
+    if (at < 0).any():
+        raise StoreError(
+            f"{int((at < 0).sum())} of {len(at)} images of {folder} have lost their features (was a shard "
+            "deleted?); run the extraction again: only those are computed"
+        )
+    kept = [c for c in manifest.columns if c not in (*FEATURE_COLUMNS, FILE_SIZE, MTIME_NS)]
+    found = scalars.iloc[at][list(FEATURE_COLUMNS)].reset_index(drop=True)
+    table = pd.concat([manifest[kept], found], axis=1)
+    base = Path(root) if root is not None else store_root(folder, run)
+    table[schema.PATH] = [str(base / p) for p in table[schema.PATH]]
+    if schema.LABEL in table:
+        table[schema.LABEL] = table[schema.LABEL].astype("Int8")  # also where no label is missing
+    leading = [c for c in (schema.IMAGE_ID, *schema.MANIFEST_COLUMNS, schema.N_OBJECTS) if c in table]
+    table = table[leading + [c for c in table.columns if c not in leading]]
+    return _fill(table, shards, shard_of[at], row_of[at], columns, run)
+
+
+def _read_table(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        problem = f"{path} is missing or damaged"
+        raise StoreError(f"{problem}; run the extraction again, it computes nothing twice") from error
+
+
+def _read_scalars(shards: list[Path]) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+    tables = [read_shard(path, FEATURE_COLUMNS + (schema.PATH,)) for path in shards]
+    sizes = [len(table) for table in tables]
+    if not tables:
+        empty = pa.schema([(c, SHARD_COLUMNS[c]) for c in FEATURE_COLUMNS + (schema.PATH,)]).empty_table()
+        return empty.to_pandas(), np.zeros(0, np.int64), np.zeros(0, np.int64)
+    scalars = pa.concat_tables(tables).to_pandas()
+    shard_of = np.repeat(np.arange(len(shards)), sizes)
+    row_of = np.concatenate([np.arange(n) for n in sizes])
+    # a merged or hand-copied store may hold a feature row twice: the first counts
+    first = ~scalars[FEATURE_ID].duplicated().to_numpy()
+    return scalars[first].reset_index(drop=True), shard_of[first], row_of[first]
+
+
+def _match_by_path(manifest: pd.DataFrame, scalars: pd.DataFrame, user_captions: bool) -> pd.DataFrame:
+    # an unfinished run has noted what is to be done; what was done since is known from the shards alone
+    def keys(table: pd.DataFrame, from_user: pd.Series) -> pd.Series:
+        caption = table[schema.CAPTION] if user_captions else pd.Series(None, table.index, dtype=object)
+        return table[schema.PATH] + "\n" + caption.where(from_user).fillna("").astype(str)
+
+    done = scalars[FEATURE_ID].set_axis(keys(scalars, scalars[CAPTION_SOURCE] == "user"))
+    done = done[~done.index.duplicated(keep="last")]
+    return manifest.assign(
+        **{FEATURE_ID: manifest[FEATURE_ID].fillna(keys(manifest, manifest[schema.PATH].notna()).map(done))}
+    )
+
+
+def _fill(
+    table: pd.DataFrame,
+    shards: list[Path],
+    shard_of: np.ndarray,
+    row_of: np.ndarray,
+    columns: Sequence[str],
+    run: dict,
+) -> Features:
+    n = len(table)
+    dim = int(run["dim"] or 0)
+    dims = {name: dim if name in columns else 0 for name in EMBEDDINGS}
+    image = np.zeros((n, dims[schema.IMAGE_EMB]), np.float32)
+    caption = np.zeros((n, dims[schema.CAPTION_EMB]), np.float32)
+    counts = table[schema.N_OBJECTS].to_numpy(np.int64) * (schema.OBJECTS in columns)
+    start = np.concatenate([[0], np.cumsum(counts)])
+    region = np.zeros((start[-1], dims[schema.OBJECTS]), np.float32)
+    phrase = np.zeros_like(region)
+    phrases = np.empty(start[-1], dtype=object)
+    boxes = np.zeros((start[-1], len(BOX_COLUMNS)), np.float32)
+    wanted = [c for c in (schema.IMAGE_EMB, schema.CAPTION_EMB) if c in columns]
+    if schema.OBJECTS in columns:
+        wanted += [schema.OBJECTS, schema.REGION_EMB, schema.PHRASE_EMB]
+    for number, path in enumerate(shards):
+        rows = np.flatnonzero(shard_of == number)
+        if not len(rows) or not wanted:
+            continue
+        shard = read_shard(path, wanted)
+        local = row_of[rows]
+        if schema.IMAGE_EMB in columns:
+            image[rows] = _vectors(shard[schema.IMAGE_EMB], dim)[local]
+        if schema.CAPTION_EMB in columns:
+            caption[rows] = _vectors(shard[schema.CAPTION_EMB], dim)[local]
+        if schema.OBJECTS in columns:
+            objects = shard[schema.OBJECTS].combine_chunks()
+            offsets = objects.offsets.to_numpy()
+            source = _ranges(offsets[local], counts[rows])
+            target = _ranges(start[rows], counts[rows])
+            fields = objects.values
+            region[target] = _vectors(shard[schema.REGION_EMB], dim)[source - offsets[0]]
+            phrase[target] = _vectors(shard[schema.PHRASE_EMB], dim)[source - offsets[0]]
+            phrases[target] = fields.field("phrase").to_numpy(zero_copy_only=False)[source]
+            for i, name in enumerate(BOX_COLUMNS):
+                boxes[target, i] = fields.field(name).to_numpy(zero_copy_only=False)[source]
+    objects = pd.DataFrame({"phrase": phrases, **{name: boxes[:, i] for i, name in enumerate(BOX_COLUMNS)}})
+    return Features(
+        table=table,
+        image_emb=unit_rows(image),
+        caption_emb=unit_rows(caption),
+        region_emb=unit_rows(region),
+        phrase_emb=unit_rows(phrase),
+        owner=np.repeat(np.arange(n), counts),
+        objects=objects,
+        run=run,
+    )
+
+
+def _vectors(column: pa.ChunkedArray, dim: int) -> np.ndarray:
+    array = column.combine_chunks()
+    while not pa.types.is_floating(array.type):
+        array = array.flatten()
+    return array.to_numpy().reshape(-1, dim)
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The numbers start, start + 1, ... of each range, one range after the other."""
+    total = int(lengths.sum())
+    before = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if len(lengths) else np.zeros(0, np.int64)
+    return np.arange(total) - np.repeat(before, lengths) + np.repeat(starts, lengths)
+
+
+def unit_rows(x: np.ndarray) -> np.ndarray:
+    """Bring rows back to unit length in place (float16 storage is off by up to 1e-3)."""
+    step = 65536  # keeps the temporary square small for millions of rows
+    for i in range(0, len(x) if x.shape[1] else 0, step):
+        part = x[i : i + step]
+        part /= np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
+    return x
+
+
+# ---------------------------------------------------------------------------------------------- places
+
+
+def common_root(paths: Sequence[str]) -> Path:
+    """The deepest folder that holds all the given files."""
+    folders = {os.path.dirname(path) for path in paths}
+    try:
+        return Path(os.path.commonpath(folders)) if folders else Path()
+    except ValueError:  # different drives, or relative beside absolute paths
+        return Path()
+
+
+def portable_root(root: Path, folder: Path) -> str:
+    """How a store notes where its images lie: relative to itself if both can be moved together."""
+    root, folder = Path(os.path.abspath(root)), Path(os.path.abspath(folder))
+    shared = os.path.commonpath([root, folder]) if root.drive == folder.drive else ""
+    if len(Path(shared).parts) > 1:
+        return Path(os.path.relpath(root, folder)).as_posix()
+    return root.as_posix()
+
+
+def store_root(folder: Path, run: dict) -> Path:
+    """Absolute folder to which the paths of a store are relative."""
+    return Path(os.path.abspath(Path(folder) / run["root"]))
+
+
+def relative_path(path: str, root: str) -> str:
+    """Path as noted in a store: relative and with forward slashes below the root, absolute elsewhere."""
+    prefix = root.rstrip(os.sep) + os.sep
+    return path[len(prefix) :].replace(os.sep, "/") if path.startswith(prefix) else path
+
+
+def concat_features(parts: Sequence[Features]) -> Features:
+    """Put features of several sets of images, made the same way, one after the other."""
+    if not parts:
+        raise InputError("concat_features() was given no features")
+    starts = np.cumsum([0] + [len(part) for part in parts])
+    return Features(
+        table=pd.concat([part.table for part in parts], ignore_index=True),
+        image_emb=np.concatenate([part.image_emb for part in parts]),
+        caption_emb=np.concatenate([part.caption_emb for part in parts]),
+        region_emb=np.concatenate([part.region_emb for part in parts]),
+        phrase_emb=np.concatenate([part.phrase_emb for part in parts]),
+        owner=np.concatenate([part.owner + start for part, start in zip(parts, starts, strict=False)]),
+        objects=pd.concat([part.objects for part in parts], ignore_index=True),
+        run=parts[0].run,
+    )

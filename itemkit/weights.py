@@ -1,0 +1,262 @@
+"""Finding model files on this machine, hashing them, and loading them without network or surprises.
+
+Loaders never download: they look in a folder or in the model hub's local cache, so a machine without a
+network fails in seconds and a run never changes because somebody uploaded a newer file. `itemkit download`
+fetches.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from safetensors import SafetensorError
+
+from itemkit.errors import InputError, ModelNotFound
+
+ANY_PRESET = "NAME"  # stands for the preset's name in messages of loaders, which do not know it
+REMEDY = (
+    f" Fetch it once where a model hub can be reached with `itemkit download --preset {ANY_PRESET}`, name a "
+    "folder that holds it, or use the models that come with itemkit: preset 'mini'."
+)
+# What the model libraries raise for damaged, cut off or foreign files.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+    UnpicklingError,
+)
+_MODEL_FILES = ("config.json", "open_clip_config.json", "config.cfg")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+# What else in a model folder changes the numbers: configuration, tokenizer, preprocessing.
+_CONFIG_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+# Keys that checkpoints written by older versions lack and that are no weights.
+_HARMLESS_MISSING = re.compile(r"position_ids$|attn_mask$|\.attn\.(masked_)?bias$")
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a model was found.
+
+    Attributes
+    ----------
+    what : str
+        What was asked for, in words.
+    path : Path
+        The folder, or the one weights file, that will be read.
+    revision : str
+        Commit of the model hub, or "" for a folder that is not from the hub.
+    """
+
+    what: str
+    path: Path
+    revision: str = ""
+
+
+def not_found(what: str, looked: str | Path, reason: str = "") -> ModelNotFound:
+    """Build the one error for a model that is not on this machine.
+
+    Parameters
+    ----------
+    what : str
+        What was asked for.
+    looked : str or Path
+        Where it was looked for.
+    reason : str
+        What exactly is missing there.
+    """
+    where = f"{tidy(looked)}: {reason}" if reason else tidy(looked)
+    return ModelNotFound(f"{what} is not on this machine (looked in {where}).{REMEDY}")
+
+
+def tidy(path: str | Path) -> str:
+    """Write the home folder as ``~``, so that no message carries somebody's user name."""
+    text, home = str(path), str(Path.home())
+    return "~" + text[len(home) :] if len(home) > 1 and text.startswith(home) else text
+
+
+def looks_like_path(model: str | Path) -> bool:
+    """Tell a folder from a model's name: a Path, a text written like one, or a folder that holds a model."""
+    text = str(model)
+    if isinstance(model, Path) or text.startswith((".", "/", "~", "\\")):
+        return True
+    return any((Path(text) / file).is_file() for file in _MODEL_FILES)
+
+
+def hub_cache() -> Path:
+    """Folder in which the Hugging Face hub keeps what was downloaded."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def find_folder(model: str | Path, what: str) -> Located:
+    """Find a transformers model: a local folder, or a hub name in the local cache.
+
+    Parameters
+    ----------
+    model : str or Path
+        Folder, or name such as "Salesforce/blip-image-captioning-base".
+    what : str
+        Words for the error, e.g. "captioner".
+
+    Raises
+    ------
+    ModelNotFound
+        Neither a folder nor in the cache, or the folder holds no configuration or no weights.
+    """
+    if looks_like_path(model):
+        folder, revision = Path(model).expanduser(), ""
+        if not folder.is_dir():
+            raise not_found(f"{what} '{tidy(folder)}'", folder, "no such folder")
+    else:
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(str(model), local_files_only=True))
+        except Exception as error:  # the hub's errors for a missing entry, a bad name, offline mode differ
+            raise not_found(f"{what} '{model}'", hub_cache()) from error
+        revision = folder.name
+    if not (folder / "config.json").is_file():
+        raise not_found(f"{what} '{tidy(model)}'", folder, "no config.json")
+    if not weight_files(folder):
+        raise not_found(f"{what} '{tidy(model)}'", folder, "no weights (*.safetensors, *.bin)")
+    return Located(f"{what} '{tidy(model)}'", folder, revision)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Weights in a folder; when there are safetensors, only those, because loaders prefer them."""
+    files = sorted(f for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES and f.is_file())
+    safe = [f for f in files if f.suffix == ".safetensors"]
+    return safe or files
+
+
+def folder_hash(folder: Path, recursive: bool = False) -> str:
+    """SHA-256 over names and contents of everything in a model folder that changes its numbers."""
+    if recursive:  # spaCy: every file counts, except what Python or a reader leaves behind
+        files = [f for f in folder.rglob("*") if f.is_file() and f.suffix not in (".pyc", ".py", ".md")]
+    else:
+        files = [f for f in folder.iterdir() if f.is_file() and f.suffix in _CONFIG_SUFFIXES]
+        files += weight_files(folder)
+    digest = hashlib.sha256()
+    for file in sorted(set(files)):
+        digest.update(f"{file.relative_to(folder).as_posix()}={file_hash(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file; computed once per path, size and modification time."""
+    path = Path(path).resolve()
+    stat = path.stat()
+    return _file_hash(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_hash(path: str, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' and the hub's warnings and progress bars off the terminal and out of notebooks."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    verbosity, bars, hub_bars = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        not are_progress_bars_disabled(),
+    )
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        if hub_bars:
+            enable_progress_bars()
+
+
+@contextmanager
+def from_disk_only() -> Iterator[None]:
+    """Keep the model libraries off the network, and quiet, while a model loads.
+
+    Set in the process rather than by HF_HUB_OFFLINE, which is read only once, when the hub's library is
+    imported.
+    """
+    from huggingface_hub import constants
+
+    was_offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        with quiet():
+            yield
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+
+
+def load_transformer(auto_class: Any, located: Located, **options: Any) -> Any:
+    """Load a transformers model from a folder, whole or not at all.
+
+    ``from_pretrained`` fills weights that the file lacks with random numbers and only logs it; here that is
+    an error. No code from the folder is run, and no pickle is read other than weights-only.
+
+    Parameters
+    ----------
+    auto_class : transformers model class
+        Anything with ``from_pretrained``.
+    located : Located
+        From `find_folder`.
+    **options
+        Passed on.
+    """
+    try:
+        with from_disk_only():
+            model, info = auto_class.from_pretrained(
+                located.path,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+    except UNREADABLE as error:
+        raise ModelNotFound(
+            f"{located.what} was found in {tidy(located.path)} but cannot be loaded: {first_line(error)}"
+        ) from error
+    missing = [k for k in info["missing_keys"] if not _HARMLESS_MISSING.search(k)]
+    wrong = [str(k[0] if isinstance(k, (tuple, list)) else k) for k in info["mismatched_keys"]]
+    refuse_partial(located, missing, wrong)
+    return model.eval()
+
+
+def refuse_partial(located: Located, missing: Sequence[str], wrong_shape: Sequence[str]) -> None:
+    """Raise if a checkpoint does not hold all weights of its model."""
+    if missing or wrong_shape:
+        kinds = [(len(missing), "missing"), (len(wrong_shape), "of another shape")]
+        count = " and ".join(f"{n} {kind}" for n, kind in kinds if n)
+        first = sorted([*missing, *wrong_shape])[0]
+        raise InputError(
+            f"{located.what}: the weights in {tidy(located.path)} do not fit the configuration beside them "
+            f"({count}, e.g. '{first}'); random numbers would take their place. Fetch the model again."
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """First non-empty line of an error's text, shortened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

@@ -1,0 +1,279 @@
+"""From a preset and a data folder to features in one call: what notebooks and the command line share."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from itemkit import schema
+from itemkit.detector import Detector
+from itemkit.errors import InputError
+from itemkit.features import Features
+from itemkit.head import MisalignmentMLP
+from itemkit.images import ImageError, load_image
+from itemkit.manifest import assign_splits, read_manifest
+from itemkit.pipeline import extract
+from itemkit.presets import Preset, get_preset, mini_folder
+from itemkit.stages import Stages, fingerprint
+from itemkit.store import load_features
+
+LAB_NOTE = "mini laboratory: rendered scenes and small generators, not photographs"
+MINI_ON_FOREIGN_IMAGES = (
+    "note: the mini models know rendered scenes only. On other images the path is real, the numbers mean "
+    "nothing; use --preset fast or paper for results."
+)
+
+
+def data_manifest(data: str | Path | None, out_dir: str | Path, preset: str = "mini") -> pd.DataFrame:
+    """Read a data set's manifest; without one, lay out the mini laboratory's images and read theirs.
+
+    Parameters
+    ----------
+    data : path or None
+        CSV, Parquet or folder; None or empty stands for the mini laboratory.
+    out_dir : path
+        The mini images are written to ``out_dir/mini`` the first time.
+    preset : str
+        Only to tell what is missing.
+
+    Returns
+    -------
+    DataFrame
+        Every labelled image has a split.
+    """
+    if data is None or str(data) == "":
+        if preset != "mini":
+            raise InputError(f"preset '{preset}' needs images: give a folder or a manifest (DATA, or --data)")
+        # the one place outside its own command where the laboratory is used: it is the default data set
+        from itemkit.lab.fakes import materialise
+
+        data = materialise(mini_folder() / "fakes.parquet", Path(out_dir) / "mini")
+    manifest = read_manifest(data)
+    labelled = manifest[schema.LABEL].notna()
+    if (labelled & manifest[schema.SPLIT].isna()).any():
+        manifest = assign_splits(manifest)
+    return manifest
+
+
+def features(
+    preset: str | Preset = "mini",
+    data: str | Path | None = None,
+    out_dir: str | Path = "results",
+    device: str = "auto",
+    *,
+    name: str = "",
+    splits: tuple[str, ...] = (),
+    generators: tuple[str, ...] = (),
+    transform: Callable[..., Any] | None = None,
+    captions: str | pd.Series = "generate",
+    progress: bool = True,
+    **overrides: Any,
+) -> Features:
+    """Features of a data set, computed now or read back from ``out_dir/features``.
+
+    Parameters
+    ----------
+    preset : str or Preset
+        ``mini``, ``fast``, ``paper``, or a preset put together by hand.
+    data, out_dir
+        See :func:`data_manifest`.
+    device : str
+    name : str
+        Of the feature store, beside the preset's own; needed where another transform or other models make it.
+    splits, generators : tuple of str
+        Take images of these only; all by default. ``real`` is a generator here.
+    transform : callable, optional
+        Applied to every image before the method sees it, e.g. a perturbation.
+    captions : {"generate", "user"} or Series
+        From the captioner, from the manifest, or from a Series indexed by path.
+    progress : bool
+    **overrides
+        Parts of the preset to replace, e.g. ``localiser="dense"``.
+
+    Returns
+    -------
+    Features
+    """
+    chosen = get_preset(preset, **overrides) if isinstance(preset, str) else preset
+    manifest = data_manifest(data, out_dir, chosen.name)
+    for column, wanted in ((schema.SPLIT, splits), (schema.GENERATOR, generators)):
+        if wanted:
+            manifest = manifest[manifest[column].isin(wanted)].reset_index(drop=True)
+    if not isinstance(captions, str):
+        manifest = manifest.assign(**{schema.CAPTION: manifest[schema.PATH].map(captions)})
+        captions = "user"
+    store = Path(out_dir) / "features" / "-".join(p for p in (chosen.name, name) if p)
+    extract(
+        manifest,
+        store,
+        chosen.build(device),
+        captions=captions,
+        transform=transform,
+        progress=progress,
+        config=chosen.record(),
+    )
+    return load_features(store)
+
+
+def add_pixels(features: Features, side_px: int = 48) -> Features:
+    """Load the images themselves beside their features, for the controls that look at pixels.
+
+    Parameters
+    ----------
+    features : Features
+    side_px : int
+        Images are scaled to this size if they have another.
+
+    Returns
+    -------
+    Features
+        With ``pixels``, uint8, shape (n, side_px, side_px, 3).
+    """
+    images = (load_image(path) for path in features.table[schema.PATH])
+    size = (side_px, side_px)
+    pixels = np.stack([np.asarray(i if i.size == size else i.resize(size)) for i in images])
+    return dataclasses.replace(features, pixels=pixels)
+
+
+def warn_if_foreign(preset: str, data: str | Path | None) -> None:
+    """Say on stderr that the mini models mean nothing on images from elsewhere."""
+    if preset == "mini" and data:
+        print(MINI_ON_FOREIGN_IMAGES, file=sys.stderr)
+
+
+def take_split(features: Features, split: str) -> Features:
+    """Select the labelled images of one split.
+
+    Parameters
+    ----------
+    features : Features
+    split : str
+
+    Returns
+    -------
+    Features
+
+    Raises
+    ------
+    InputError
+        The split is empty; says which there are.
+    """
+    table = features.table
+    rows = (table[schema.SPLIT] == split) & table[schema.LABEL].notna()
+    if not rows.any():
+        there = ", ".join(f"{k} ({v})" for k, v in table[schema.SPLIT].value_counts().items()) or "none"
+        raise InputError(f"no labelled image has split '{split}'; splits there are: {there}")
+    return features.select(rows.to_numpy())
+
+
+def train_detector(
+    features: Features,
+    representation: str = "absolute",
+    generators: Sequence[str] | None = None,
+    seeds: int = 5,
+) -> Detector:
+    """Train a detector on the train split, stop and calibrate it on the val split.
+
+    Parameters
+    ----------
+    features : Features
+    representation : str
+        See ``itemkit.misalignment.REPRESENTATIONS``.
+    generators : sequence of str, optional
+        Fakes of these only, in both splits; all by default.
+    seeds : int
+        Heads whose log-odds are averaged.
+
+    Returns
+    -------
+    Detector
+    """
+    name = features.table[schema.GENERATOR]
+    if generators is not None:
+        if unknown := sorted(set(generators) - set(name)):
+            raise InputError(
+                f"no image of {', '.join(unknown)}; generators there are: {', '.join(sorted(set(name)))}"
+            )
+        features = features.select(name.isin([schema.REAL_GENERATOR, *generators]).to_numpy())
+    detector = Detector(representation, MisalignmentMLP(members=seeds))
+    return detector.fit(take_split(features, "train"), take_split(features, "val"))
+
+
+def detect(
+    paths: Sequence[str | Path],
+    preset: Preset,
+    detector: str | Path | None = None,
+    device: str = "auto",
+    caption: str | None = None,
+    fpr: float = 0.05,
+    fnr: float = 0.05,
+) -> Iterator[dict[str, Any]]:
+    """Judge single images with all steps of the method.
+
+    Parameters
+    ----------
+    paths : sequence of path
+    preset : Preset
+    detector : path, optional
+        Folder of a trained detector; the mini preset has its own.
+    device : str
+    caption : str, optional
+        The user's caption; generated if not given.
+    fpr : float
+        At most this share of real images like the validation ones is called fake.
+    fnr : float
+        At most this share of fake images like the validation ones is called real.
+
+    Yields
+    ------
+    dict
+        For each image, ready for JSON: ``path, verdict, p_fake, because, caption, global_cosine,
+        global_real_below, objects`` (phrase, box in pixels, cosine, real_below), or ``path, error``.
+    """
+    folder = Path(detector) if detector is not None else mini_folder() / "models" / "detector"
+    if detector is None and preset.name != "mini":
+        raise InputError(
+            f"there is no detector for preset '{preset.name}' yet: train one with `itemkit extract` and "
+            "`itemkit train`, and name its folder with --detector"
+        )
+    judge = Detector.load(folder, device)
+    components = preset.build(device)
+    stages = Stages(components)
+    # a user's caption is another source of text; the check covers everything else
+    ignore = ("captions", "captioner") if caption is not None else ("captions",)
+    for path in paths:
+        try:
+            image = load_image(path)
+        except ImageError as error:
+            yield {"path": str(path), "error": str(error)}
+            continue
+        one = stages([image], [caption])
+        one.table[schema.IMAGE_ID], one.table[schema.PATH] = str(path), str(path)
+        one.run = {"fingerprint": fingerprint(components)}
+        verdict = judge.verdict(one, fpr, fnr, ignore).iloc[0]
+        evidence = judge.explain(one, 0, ignore=ignore)
+        whole, local = evidence.iloc[0], evidence.iloc[1:]
+        yield {
+            "path": str(path),
+            "verdict": verdict["verdict"],
+            "p_fake": round(float(verdict["p_fake"]), 4),
+            "because": verdict["because"],
+            "caption": whole["text"],
+            "global_cosine": round(float(whole["cosine"]), 4),
+            "global_real_below": round(float(whole["real_below"]), 4),
+            "objects": [
+                {
+                    "phrase": row["text"],
+                    "box": [round(float(row[k]), 1) for k in ("x0", "y0", "x1", "y1")],
+                    "cosine": round(float(row["cosine"]), 4),
+                    "real_below": round(float(row["real_below"]), 4),
+                }
+                for _, row in local.iterrows()
+            ],
+        }

@@ -1,0 +1,513 @@
+"""Small random models in the true on-disk formats, so that tests load them through the loaders a user calls.
+
+The mini models of the laboratory are written in the same formats; what had to be found out is noted where it
+matters. Everything here is random: these folders test code paths, never quality.
+"""
+
+from __future__ import annotations
+
+import itemkit  # noqa: F401  (first: it repairs the torchvision import, which open_clip and transformers need)
+
+# isort: split
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Punctuation, WhitespaceSplit
+from tokenizers.pre_tokenizers import Sequence as PreSequence
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessor,
+    BlipProcessor,
+    BlipTextConfig,
+    BlipVisionConfig,
+    PreTrainedTokenizerFast,
+)
+
+WORDS = (
+    "a an the red blue green ball cube cup on in left right of and grass sand photo picture dog sky ,".split()
+)
+MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+def word_tokenizer(words: Iterable[str], max_length: int) -> PreTrainedTokenizerFast:
+    """Word-level fast tokenizer: ids 0 pad, 1 unknown, 2 start, then the words, last of all the end token.
+
+    - Lower-casing sits inside the tokenizer: open_clip's wrapper for a folder's own tokenizer only cleans
+      white space.
+    - Start and end come from the post-processor, not from the text, so a cut text still ends with the end
+    token:
+      a fast tokenizer keeps room for special tokens when it truncates.
+    - The end token has the *highest* id, so it is found by CLIP's default text pooling (``argmax``) too.
+    """
+    vocab = ["<pad>", "<unk>", "<start>", *dict.fromkeys(w.lower() for w in words), "<end>"]
+    ids = {word: i for i, word in enumerate(vocab)}
+    core = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    core.normalizer = Lowercase()
+    core.pre_tokenizer = PreSequence([WhitespaceSplit(), Punctuation()])
+    core.post_processor = TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[(t, ids[t]) for t in ("<start>", "<end>")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        model_max_length=max_length,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<start>",
+        cls_token="<start>",
+        eos_token="<end>",
+        sep_token="<end>",
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_clip_config(
+    vocab_size: int,
+    *,
+    image_size: int = 48,
+    patch_size: int = 6,
+    width: int = 128,
+    layers: int = 4,
+    head_width: int = 32,
+    embed_dim: int = 128,
+    context_length: int = 32,
+    text_width: int = 128,
+    text_layers: int = 2,
+    text_heads: int = 4,
+) -> dict[str, Any]:
+    """``model_cfg`` of an open_clip folder with a small ViT and a small vocabulary."""
+    return {
+        "embed_dim": embed_dim,
+        "vision_cfg": {
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "width": width,
+            "layers": layers,
+            "head_width": head_width,  # default 64; the number of heads is width // head_width
+        },
+        "text_cfg": {
+            "context_length": context_length,
+            "vocab_size": vocab_size,
+            "width": text_width,
+            "layers": text_layers,
+            "heads": text_heads,
+            # Any non-empty name makes get_tokenizer("local-dir:...") take the folder's own tokenizer; when
+            # it is missing, the 49,408-token CLIP BPE is taken without a word and its ids run past the
+            # embedding.
+            "hf_tokenizer_name": "own",
+            # Pool at the first end token. Keep the (default) causal mask: open_clip's CLIP class has no
+            # padding mask, so only causality keeps the padding after the end token from changing the
+            # embedding.
+            "pool_type": "eos",
+            "eos_id": vocab_size - 1,
+        },
+    }
+
+
+def write_tiny_clip(
+    folder: str | Path,
+    words: Sequence[str] = WORDS,
+    *,
+    seed: int = 0,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+    **sizes: int,
+) -> Path:
+    """Write an open_clip ``local-dir``: config, safetensors weights, and the folder's own fast tokenizer.
+
+    The three files open_clip 3.3 wants: ``open_clip_config.json`` (``model_cfg`` + ``preprocess_cfg``),
+    ``open_clip_model.safetensors``, ``tokenizer.json`` with its ``tokenizer_config.json``.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = word_tokenizer(words, sizes.get("context_length", 32))
+    model_cfg = tiny_clip_config(len(tokenizer), **sizes)
+    torch.manual_seed(seed)
+    model = open_clip.model.CLIP(
+        **model_cfg
+    )  # a plain nn.Module: train it, then save its state_dict as below
+    with torch.no_grad():  # at their initial scale, tiny random towers map everything to nearly one point
+        for block in (*model.visual.transformer.resblocks, *model.transformer.resblocks):
+            block.mlp.c_proj.weight.mul_(4)
+        model.token_embedding.weight.mul_(50)
+    save_clip(folder, model, model_cfg, tokenizer, mean, std)
+    return folder
+
+
+def save_clip(
+    folder: Path,
+    model: torch.nn.Module,
+    model_cfg: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> None:
+    """Save an open_clip model and its tokenizer as a ``local-dir``; loads with equal outputs."""
+    state = {k: v.detach().float().contiguous() for k, v in model.state_dict().items()}
+    save_file(state, str(folder / "open_clip_model.safetensors"))
+    config = {
+        "model_cfg": model_cfg,
+        # resize_mode "squash" keeps the whole picture; the default "shortest" crops the sides of wide images.
+        # The size is taken from the vision tower.
+        "preprocess_cfg": {
+            "mean": list(mean),
+            "std": list(std),
+            "interpolation": "bicubic",
+            "resize_mode": "squash",
+        },
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
+    tokenizer.save_pretrained(folder)
+
+
+def write_tiny_blip(
+    folder: str | Path,
+    words: Sequence[str] = WORDS,
+    *,
+    seed: int = 0,
+    image_size: int = 48,
+    patch_size: int = 6,
+    width: int = 64,
+    layers: int = 2,
+    text_layers: int = 2,
+    heads: int = 4,
+    max_length: int = 40,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> Path:
+    """Write a transformers folder of BLIP for captions, with its processor and its own small vocabulary."""
+    folder = Path(folder)
+    tokenizer = word_tokenizer(words, max_length)
+    model = BlipForConditionalGeneration(
+        tiny_blip_config(
+            tokenizer,
+            image_size=image_size,
+            patch_size=patch_size,
+            width=width,
+            layers=layers,
+            text_layers=text_layers,
+            heads=heads,
+            max_length=max_length,
+        )
+    )
+    randomise(model, seed)
+    model.save_pretrained(folder)  # safetensors is the only format transformers 5 writes
+    size = {"height": image_size, "width": image_size}
+    image_processor = BlipImageProcessor(size=size, image_mean=list(mean), image_std=list(std))
+    BlipProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def tiny_blip_config(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    image_size: int = 48,
+    patch_size: int = 6,
+    width: int = 64,
+    layers: int = 2,
+    text_layers: int = 2,
+    heads: int = 4,
+    max_length: int = 40,
+) -> BlipConfig:
+    """BLIP configuration for a small vocabulary.
+
+    - ``generate`` starts from ``bos_token_id`` and stops at ``sep_token_id``; ``eos_token_id`` never stops
+    it.
+      All of them keep BERT's ids (30522, 102, ...) unless set, far outside a small vocabulary.
+    - A training text is ``[bos] words [sep] pad...``: pass it as ``input_ids`` and as ``labels`` with the
+    padding
+      replaced by -100; the model shifts the labels itself. Here bos == cls and sep == eos, so the tokenizer's
+      plain output is already right.
+    - ``BlipVisionConfig.initializer_range`` defaults to 1e-10 (the towers are meant to be loaded): a tower
+    trained
+      from scratch must get 0.02.
+    - ``encoder_hidden_size`` of the text side follows ``vision_config.hidden_size`` by itself in BlipConfig.
+    """
+    text = BlipTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        encoder_hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=text_layers,
+        num_attention_heads=heads,
+        max_position_embeddings=max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        sep_token_id=tokenizer.sep_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        image_size=image_size,
+        patch_size=patch_size,
+        initializer_range=0.02,
+    )
+    return BlipConfig(
+        text_config=text.to_dict(),
+        vision_config=vision.to_dict(),
+        projection_dim=width,
+        image_text_hidden_size=width,
+    )
+
+
+def randomise(model: torch.nn.Module, seed: int, scale: float = 0.3) -> None:
+    """Give all weights a spread at which different inputs give visibly different outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            elif name.endswith("bias"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def write_tiny_vit_gpt2(
+    folder: str | Path, words: Sequence[str] = WORDS, *, seed: int = 0, width: int = 32
+) -> Path:
+    """Write a VisionEncoderDecoder folder laid out as nlpconnect/vit-gpt2-image-captioning: no "
+    "processor_config."""
+    from transformers import (
+        GPT2Config,
+        VisionEncoderDecoderConfig,
+        VisionEncoderDecoderModel,
+        ViTConfig,
+        ViTImageProcessor,
+    )
+
+    folder = Path(folder)
+    tokenizer = word_tokenizer(words, 40)
+    vision = ViTConfig(
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=48,
+        patch_size=6,
+    )
+    text = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=40,
+        n_embd=width,
+        n_layer=2,
+        n_head=2,
+        add_cross_attention=True,
+        is_decoder=True,
+        **_token_ids(tokenizer),
+    )
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, text)
+    config.decoder_start_token_id = tokenizer.bos_token_id
+    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    model = VisionEncoderDecoderModel(config=config)
+    randomise(model, seed)
+    model.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 48, "width": 48}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_tiny_git(
+    folder: str | Path, words: Sequence[str] = WORDS, *, seed: int = 0, width: int = 32
+) -> Path:
+    """Write a GIT folder (microsoft/git-base)."""
+    from transformers import CLIPImageProcessor, GitConfig, GitForCausalLM, GitProcessor
+
+    folder = Path(folder)
+    tokenizer = word_tokenizer(words, 60)
+    vision = {
+        "hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+        "image_size": 48, "patch_size": 12,
+    }  # fmt: skip
+    config = GitConfig(
+        vision_config=vision,
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=60,
+        **_token_ids(tokenizer),
+    )
+    model = GitForCausalLM(config)
+    randomise(model, seed)
+    model.save_pretrained(folder)
+    processor = CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
+    GitProcessor(image_processor=processor, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def write_tiny_blip2(
+    folder: str | Path, words: Sequence[str] = WORDS, *, seed: int = 0, width: int = 32
+) -> Path:
+    """Write a BLIP-2 folder with an OPT language model (Salesforce/blip2-opt-2.7b)."""
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
+
+    folder = Path(folder)
+    tokenizer = word_tokenizer(words, 60)
+    size = {"height": 48, "width": 48}
+    processor = Blip2Processor(BlipImageProcessor(size=size), tokenizer, num_query_tokens=4)  # adds "<image>"
+    sizes = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = Blip2Config(
+        vision_config={**sizes, "image_size": 48, "patch_size": 12},
+        qformer_config={**sizes, "encoder_hidden_size": width, "vocab_size": len(tokenizer)},
+        text_config={
+            "model_type": "opt", "vocab_size": len(tokenizer), "hidden_size": width, "ffn_dim": 64,
+            "word_embed_proj_dim": width, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "max_position_embeddings": 60, **_token_ids(tokenizer),
+        },
+        num_query_tokens=4,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    model = Blip2ForConditionalGeneration(config)
+    randomise(model, seed)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def write_tiny_owlv2(
+    folder: str | Path, words: Sequence[str] = WORDS, *, seed: int = 0, width: int = 32
+) -> Path:
+    """Write an Owlv2 folder (google/owlv2-base-patch16-ensemble)."""
+    from transformers import Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor, Owlv2Processor
+
+    folder = Path(folder)
+    tokenizer = word_tokenizer(words, 16)
+    sizes = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Owlv2Config(
+        text_config={
+            **sizes, "vocab_size": len(tokenizer), "max_position_embeddings": 16, **_token_ids(tokenizer),
+        },
+        vision_config={**sizes, "image_size": 48, "patch_size": 12},
+        projection_dim=width,
+    )  # fmt: skip
+    model = Owlv2ForObjectDetection(config)
+    randomise(model, seed)
+    model.save_pretrained(folder)
+    image_processor = Owlv2ImageProcessor(size={"height": 48, "width": 48})
+    Owlv2Processor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def write_tiny_grounding_dino(folder: str | Path, words: Sequence[str] = WORDS, *, seed: int = 0) -> Path:
+    """Write a Grounding DINO folder (IDEA-Research/grounding-dino-tiny), with a BERT tokenizer as it "
+    "needs."""
+    from transformers import (
+        BertTokenizer,
+        GroundingDinoConfig,
+        GroundingDinoForObjectDetection,
+        GroundingDinoImageProcessor,
+        GroundingDinoProcessor,
+        SwinConfig,
+    )
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Ids 101, 102, 1012 of [CLS], [SEP] and "." are written into the model's code: they split the prompt.
+    vocab = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, "?": 1029, ".": 1012}
+    vocab |= {f"[unused{i}]": i for i in range(1040) if i not in vocab.values()}
+    vocab |= {word: 1040 + i for i, word in enumerate(dict.fromkeys(words)) if word not in vocab}
+    tokenizer = BertTokenizer(vocab=vocab)
+    backbone = SwinConfig(
+        image_size=160, patch_size=4, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 2],
+        window_size=4, out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    text = {
+        "model_type": "bert", "vocab_size": len(vocab), "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64,
+    }  # fmt: skip
+    config = GroundingDinoConfig(
+        backbone_config=backbone, text_config=text, d_model=32, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        num_queries=20, max_text_len=48,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = GroundingDinoForObjectDetection(config)
+    model.save_pretrained(folder)
+    image_processor = GroundingDinoImageProcessor(size={"shortest_edge": 160, "longest_edge": 240})
+    GroundingDinoProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def write_tiny_parser(folder: str | Path, epochs: int = 3) -> Path:
+    """Train and write a spaCy pipeline that parses "a red ball and a blue cup on the grass"; takes seconds.
+
+    - Noun chunks need parts of speech besides tags and a parse, so an attribute_ruler maps tags to them. Its
+      patterns go in after ``initialize``, which clears them.
+    - ``tok2vec`` inside tagger and parser: no vectors, no pretrained weights.
+    """
+    import random
+
+    import spacy
+    from spacy.training import Example
+
+    nlp = spacy.blank("en")
+    for name in ("tagger", "parser"):
+        nlp.add_pipe(name)
+    ruler = nlp.add_pipe("attribute_ruler")
+    # words, tags, heads, dependencies of three shapes of sentence; "#": a colour, "@": a thing
+    shapes = [
+        ("a # @ on the @", "DT JJ NN IN DT NN", [2, 2, 2, 2, 5, 3], "det amod ROOT prep det pobj"),
+        (
+            "a # @ and a # @ on the @", "DT JJ NN CC DT JJ NN IN DT NN", [2, 2, 2, 2, 6, 6, 2, 2, 9, 7],
+            "det amod ROOT cc det amod conj prep det pobj",
+        ),
+        (
+            "A # @ is on the # @ .", "DT JJ NN VBZ IN DT JJ NN .", [2, 2, 3, 3, 3, 7, 7, 4, 3],
+            "det amod nsubj ROOT prep det amod pobj punct",
+        ),
+    ]  # fmt: skip
+    rng = random.Random(0)
+    examples = []
+    for index in range(60):
+        words, tags, heads, deps = shapes[index % len(shapes)]
+        text = "".join(
+            rng.choice(["red", "blue", "green"])
+            if c == "#"
+            else rng.choice(["ball", "cup", "grass"])
+            if c == "@"
+            else c
+            for c in words
+        )
+        annotations = {"words": text.split(), "tags": tags.split(), "heads": heads, "deps": deps.split()}
+        examples.append(Example.from_dict(nlp.make_doc(text), annotations))
+    spacy.util.fix_random_seed(0)
+    optimizer = nlp.initialize(lambda: examples)
+    for tag, pos in (
+        ("DT", "DET"),
+        ("JJ", "ADJ"),
+        ("NN", "NOUN"),
+        ("IN", "ADP"),
+        ("CC", "CCONJ"),
+        (".", "PUNCT"),
+    ):
+        ruler.add([[{"TAG": tag}]], {"POS": pos})  # type: ignore[attr-defined]
+    ruler.add([[{"TAG": "VBZ"}]], {"POS": "AUX"})  # type: ignore[attr-defined]
+    for _ in range(epochs):
+        for start in range(0, len(examples), 6):
+            nlp.update(examples[start : start + 6], sgd=optimizer)
+    nlp.to_disk(folder)
+    return Path(folder)

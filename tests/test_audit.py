@@ -1,0 +1,339 @@
+"""The audit finds the leaks that are there, invents none, and the equaliser closes them."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, PngImagePlugin
+from sklearn.metrics import roc_auc_score
+
+from itemkit.audit import audit, equalise_folder, measure
+from itemkit.duplicates import dhash, find_duplicates
+from itemkit.errors import InputError
+from itemkit.images import EqualiseConfig, ImageError
+from itemkit.jpeg import jpeg_bytes
+from itemkit.leakage import held_out_auroc
+from itemkit.manifest import read_manifest
+
+
+def picture(seed: int, size=(60, 40)) -> Image.Image:
+    """The same kind of picture for both classes, so that content tells nothing."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return coarse.resize(size, Image.Resampling.BICUBIC)
+
+
+def write(path: Path, image: Image.Image, **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def manifest(folder: Path, n: int, make, captions=None) -> pd.DataFrame:
+    """`make(number, label)` gives (image, extension, save options)."""
+    rows = []
+    for number in range(2 * n):
+        label = number % 2
+        image, extension, options = make(number, label)
+        path = folder / f"{number}{extension}"
+        write(path, image, **options)
+        caption = captions(number, label) if captions else "A dog ."
+        rows.append(
+            {"path": str(path), "label": label, "generator": "g" if label else "", "caption": caption}
+        )
+    return read_manifest(pd.DataFrame(rows))
+
+
+def auroc_of(report) -> dict[str, float]:
+    return report.table.set_index("property")["auroc"].to_dict()
+
+
+def alike(number, label):
+    size = ((60, 40), (40, 60), (64, 64))[number // 2 % 3]
+    return picture(number, size), ".jpg", {"quality": (75, 90)[number // 6 % 2]}
+
+
+def test_classes_that_are_alike_show_no_leak(tmp_path):
+    report = audit(manifest(tmp_path, 120, alike), n_boot=200)
+    for name in ("format", "size", "width", "height", "aspect", "jpeg_quality", "metadata", "colour_mode"):
+        row = report.table.set_index("property").loc[name]
+        assert row["low"] <= 0.5 + 1e-9 and row["auroc"] < 0.6, row
+    assert not len(report.leaks) and "No property separates the classes." in report.to_text()
+
+
+def test_each_planted_leak_is_found_and_named(tmp_path):
+    def make(number, label):
+        if not label:
+            size = ((50, 40), (80, 70), (60, 64))[number // 2 % 3]
+            return picture(number, size), ".jpg", {"quality": 92, "subsampling": "4:4:4"}
+        image = picture(number, (62, 62))  # one size, inside the range of the others
+        if number % 20 == 1:
+            return image, ".jpg", {"quality": 60, "subsampling": "4:2:0"}
+        info = PngImagePlugin.PngInfo()
+        info.add_text("parameters", "a prompt, 20 steps")
+        return image, ".png", {"pnginfo": info}
+
+    def captions(number, label):
+        return f"highly detailed, {number}, artstation" if label else f"A dog is {number} running ."
+
+    report = audit(manifest(tmp_path, 120, make, captions), n_boot=200)
+    found = auroc_of(report)
+    for name in ("format", "size", "width", "height", "metadata", "caption_vocabulary"):
+        assert found[name] > 0.9, (name, found[name])
+    assert found["jpeg_quality"] == 1 and found["jpeg_subsampling"] == 1  # among the JPEG files alone
+    rows = report.table.set_index("property")
+    assert rows.loc["jpeg_quality", ["n_real", "n_fake"]].tolist() == [120, 12]
+    assert rows.loc["format", "verdict"] == "decides"
+    assert "'JPEG' in 10% of fakes and 100% of real images" in rows.loc["format", "sentence"]
+    assert "'artstation'" in rows.loc["caption_vocabulary", "sentence"]
+    assert report.table["auroc"].dropna().is_monotonic_decreasing
+    text = report.to_text()
+    assert "240 images: 120 real, 120 fake" in text and "Equalise both classes before training" in text
+
+
+def test_too_few_images_with_a_property_are_not_judged(tmp_path):
+    def make(number, label):
+        kind = ".png" if label and number > 10 else ".jpg"
+        return picture(number), kind, {}
+
+    row = audit(manifest(tmp_path, 40, make), n_boot=50).table.set_index("property").loc["jpeg_quality"]
+    assert np.isnan(row["auroc"]) and row["verdict"] == "not measurable" and row["n_fake"] == 5
+
+
+def test_unreadable_and_unlabelled_images_are_told(tmp_path):
+    df = manifest(tmp_path, 20, alike)
+    Path(df["path"][3]).write_bytes(b"not an image")
+    df.loc[5, "label"] = pd.NA
+    report = audit(df, n_boot=50)
+    assert report.errors["path"].tolist() == [df["path"][3]] and report.errors["kind"].tolist() == ["unknown"]
+    assert "1 images cannot be read; first: " in report.to_text()
+    assert "1 images without a label were left out" in report.to_text()
+    assert len(report.measurements) == 38
+
+
+def test_one_class_only_is_an_error(tmp_path):
+    df = manifest(tmp_path, 15, alike)
+    with pytest.raises(
+        InputError, match="The audit needs real and fake images; the manifest has 15 real, 0 fake"
+    ):
+        audit(df[df["label"] == 0])
+    for path in df.loc[df["label"] == 1, "path"]:
+        Path(path).unlink()
+    with pytest.raises(InputError, match="of the readable images.*0 fake"):
+        audit(df)
+
+
+def test_extra_columns_do_not_disturb(tmp_path):
+    df = manifest(tmp_path, 15, alike).assign(width=1, image_id="x", format="?")
+    assert len(audit(df, n_boot=20).table) == 13
+
+
+def test_measure_by_hand(tmp_path):
+    exif = Image.Exif()
+    exif[0x010F] = "maker"
+    write(
+        tmp_path / "a.png",
+        picture(0, (30, 20)),
+        format="JPEG",
+        quality=81,
+        subsampling=1,
+        exif=exif,
+        comment=b"hi",
+    )
+    found = measure(tmp_path / "a.png")
+    assert (found["format"], found["width"], found["height"], found["size"]) == ("JPEG", 30, 20, "30 x 20")
+    assert (found["jpeg_quality"], found["jpeg_subsampling"]) == (81, "4:2:2")
+    assert found["metadata"] == "comment+exif" and found["aspect"] == 1.5
+    assert found["bytes_per_pixel"] == (tmp_path / "a.png").stat().st_size / 600
+    write(tmp_path / "b.png", picture(0).convert("L"))
+    found = measure(tmp_path / "b.png")
+    assert np.isnan(found["jpeg_quality"]) and found["metadata"] == "none" and found["colour_mode"] == "L"
+    with pytest.raises(ImageError):
+        measure(tmp_path / "none.png")
+
+
+# ---- scores of one property
+
+
+def auroc(values, y, groups, kind, **options) -> tuple[float, float, float]:
+    return held_out_auroc(pd.Series(values), y, pd.Series(groups), kind, n_boot=200, **options)
+
+
+@pytest.mark.parametrize("kind", ["category", "number", "text"])
+def test_a_property_without_meaning_scores_chance(kind):
+    def draw(rng):
+        if kind == "category":  # many rare ones, where counting the images themselves would be optimistic
+            return rng.integers(0, 40, 300).astype(str)
+        return (
+            rng.normal(size=300)
+            if kind == "number"
+            else [" ".join(rng.choice(list("abcdefg"), 3)) for _ in y]
+        )
+
+    y = np.repeat([0, 1], [200, 100])
+    points = [auroc(draw(np.random.default_rng(i)), y, range(300), kind)[0] for i in range(20)]
+    assert (
+        np.mean(points) == pytest.approx(0.5, abs=3 * np.std(points) / np.sqrt(20)) and np.std(points) < 0.06
+    )
+
+
+def test_a_constant_property_scores_exactly_chance():
+    y = np.repeat([0, 1], [70, 30])
+    assert auroc(["x"] * 100, y, range(100), "category") == (0.5, 0.5, 0.5)
+    assert auroc([3.0] * 100, y, range(100), "number") == (0.5, 0.5, 0.5)
+
+
+def test_category_by_hand():
+    # "png" occurs among fakes only, "jpg" among both: AUROC = P(png) + P(jpg) / 2 = 0.8 + 0.1
+    values, y = ["png"] * 80 + ["jpg"] * 120, np.array([1] * 100 + [0] * 100)
+    point, low, high = auroc(values, y, range(200), "category")
+    assert point == pytest.approx(0.9, abs=1e-9) and low < 0.9 < high and 0.04 < high - low < 0.12
+
+
+def test_a_number_in_the_middle_of_the_others_is_found():
+    width = np.r_[np.tile(np.arange(100, 400), 2), np.full(200, 256)]
+    y = np.repeat([0, 1], [600, 200])
+    assert roc_auc_score(y, width) == pytest.approx(0.5, abs=0.05)  # its rank says nothing
+    assert auroc(width.astype(float), y, range(800), "number")[0] > 0.98
+
+
+def test_groups_are_not_split_over_folds():
+    # 40 prompts, 10 images of each: a prompt seen in fitting would give the class of the others away
+    rng = np.random.default_rng(0)
+    prompts = [" ".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), 6)) for _ in range(40)]
+    captions = [f"{prompts[i // 10]} w{i // 10}" for i in range(400)]
+    y = np.array([(i // 10) % 2 for i in range(400)])
+    grouped, alone = auroc(captions, y, captions, "text")[0], auroc(captions, y, range(400), "text")[0]
+    assert alone > 0.95 and grouped < 0.75
+
+
+def test_interval_covers_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for trial in range(60):
+        y = np.repeat([0, 1], 150)
+        values = np.where(rng.random(300) < np.where(y, 0.7, 0.3), "a", "b")
+        _, low, high = auroc(values, y, range(300), "category", seed=trial)
+        hits += low <= 0.7 <= high  # 0.7 * 0.7 + (0.7 * 0.3 + 0.3 * 0.7) / 2
+    assert hits >= 51  # 95 % of 60 is 57; fewer than 51 would happen once in 200 runs
+
+
+# ---- duplicates
+
+
+def table(images: list[Image.Image], labels, splits, ids=None) -> pd.DataFrame:
+    hashes = [dhash(image) for image in images]
+    return pd.DataFrame(
+        {
+            "path": [f"{i}.png" for i in range(len(images))],
+            "label": pd.array(labels, dtype="Int8"), "split": splits,
+            "image_id": ids or [str(i) for i in range(len(images))],
+            "dhash_x": [x for x, _ in hashes], "dhash_y": [y for _, y in hashes],
+        }
+    )  # fmt: skip
+
+
+def test_exact_and_near_copies_within_and_across():
+    a, b, c = picture(1), picture(2), picture(3)
+    near = Image.open(BytesIO(jpeg_bytes(b.resize((40, 27)), 50)))
+    df = table([a, b, c, a, near], [0, 0, 0, 1, 0], ["train", "train", "val", "train", "test"], list("abcan"))
+    found = find_duplicates(df).set_index("kind")
+    assert found.loc["exact", ["path_a", "path_b", "across_classes", "across_splits"]].tolist() == [
+        "0.png", "3.png", True, False,
+    ]  # fmt: skip
+    assert found.loc["near", ["path_a", "path_b", "across_classes", "across_splits"]].tolist() == [
+        "1.png", "4.png", False, True,
+    ]  # fmt: skip
+    assert len(found) == 2 and len(find_duplicates(df, near=False)) == 1
+
+
+def test_many_copies_give_one_pair_each_and_flat_images_none():
+    df = table([picture(1)] * 4, [0, 1, 0, 1], [None] * 4, ["same"] * 4)
+    found = find_duplicates(df)
+    assert found["path_a"].tolist() == ["0.png"] * 3 and not found["across_splits"].any()
+    flat = table([Image.new("RGB", (9, 9), c) for c in ("red", "blue", "white")], [0, 1, 1], [None] * 3)
+    assert not len(find_duplicates(flat))
+    assert not len(find_duplicates(table([picture(i) for i in range(60)], [0, 1] * 30, [None] * 60)))
+
+
+def test_duplicates_are_in_the_report(tmp_path):
+    df = manifest(tmp_path, 15, alike)
+    Path(df["path"][1]).write_bytes(Path(df["path"][0]).read_bytes())
+    report = audit(df, n_boot=20)
+    assert "Pairs of exact copies: 1, 0 across splits, 1 across classes" in report.to_text()
+
+
+# ---- equalise a folder
+
+
+def different(number, label):
+    if label:
+        return picture(number, (64, 64)), ".png", {}
+    return picture(number, (80, 70)), ".jpg", {"quality": 70}
+
+
+def test_equalised_folder_closes_the_leaks(tmp_path):
+    df = manifest(tmp_path / "raw", 60, different)
+    before = auroc_of(audit(df, n_boot=20))
+    config = EqualiseConfig(size=48, quality=88)
+    copy = equalise_folder(df, tmp_path / "eq", config)
+    report = audit(read_manifest(tmp_path / "eq" / "manifest.csv"), n_boot=20)
+    after = auroc_of(report)
+    for name in ("format", "size", "width", "height", "aspect"):
+        assert before[name] > 0.95 and abs(after[name] - 0.5) < 0.03
+    assert after["jpeg_quality"] == after["jpeg_subsampling"] == 0.5
+    assert set(report.measurements["jpeg_quality"]) == {88}
+    assert (
+        copy["label"].tolist() == df["label"].tolist() and copy["caption"].tolist() == df["caption"].tolist()
+    )
+    pd.testing.assert_frame_equal(copy, read_manifest(tmp_path / "eq" / "manifest.csv"))
+
+
+def test_a_second_run_writes_nothing_and_another_config_is_refused(tmp_path):
+    df = manifest(tmp_path / "raw", 5, different)
+    copy = equalise_folder(df, tmp_path / "eq", EqualiseConfig(size=32))
+    times = [Path(p).stat().st_mtime_ns for p in copy["path"]]
+    again = equalise_folder(df, tmp_path / "eq", EqualiseConfig(size=32))
+    assert again.equals(copy) and times == [Path(p).stat().st_mtime_ns for p in copy["path"]]
+    with pytest.raises(InputError, match="was equalised with .*'size': 32.*choose another folder"):
+        equalise_folder(df, tmp_path / "eq", EqualiseConfig(size=24))
+    with pytest.raises(InputError, match="is not empty and was not made by equalise"):
+        equalise_folder(df, tmp_path / "raw")
+
+
+def test_unreadable_images_are_listed_and_equal_ones_kept(tmp_path):
+    df = manifest(tmp_path / "raw", 5, different)
+    Path(df["path"][2]).write_bytes(b"")
+    Path(df["path"][1]).write_bytes(Path(df["path"][3]).read_bytes())
+    with pytest.warns(UserWarning, match="1 of 10 images cannot be read"):
+        copy = equalise_folder(df, tmp_path / "eq", EqualiseConfig(size=32))
+    assert len(copy) == 9 and copy["path"].nunique() == 9
+    assert "is empty (0 bytes)" in (tmp_path / "eq" / "errors.csv").read_text()
+
+
+def test_enlarging_one_class_only_is_warned_about(tmp_path):
+    df = manifest(tmp_path / "raw", 5, different)
+    with pytest.warns(
+        UserWarning, match="0% of the real and 100% of the fake images were smaller than 70 px"
+    ):
+        equalise_folder(df, tmp_path / "eq", EqualiseConfig(size=70))
+
+
+@pytest.mark.real
+def test_real_images_leak_before_and_not_after(real_dir, tmp_path):
+    df = read_manifest(real_dir / "index.csv")
+    report = audit(df, n_boot=200)
+    found = auroc_of(report)
+    # fakes are 256, 512 or 559 px squares, 89 % of them PNG; photographs are JPEG of other sizes
+    assert found["size"] > 0.99 and found["width"] > 0.99 and 0.92 < found["format"] < 0.96
+    assert found["caption_vocabulary"] > 0.97 and found["bytes_per_pixel"] > 0.9
+    assert found["jpeg_quality"] == 0.5  # all 1,050 JPEG files were saved at quality 75 with 4:2:0
+    assert len(report.duplicates) == 1 and report.duplicates["distance"].tolist() == [10]
+    sample = pd.concat([df[df["label"] == 0].head(150), df[df["label"] == 1].iloc[::3]])
+    equalise_folder(sample, tmp_path / "eq", EqualiseConfig(size=64))
+    after = auroc_of(audit(read_manifest(tmp_path / "eq" / "manifest.csv"), n_boot=50))
+    for name in ("format", "size", "width", "height", "aspect", "jpeg_quality", "jpeg_subsampling"):
+        assert abs(after[name] - 0.5) < 0.03

@@ -1,0 +1,197 @@
+"""Controls and baselines see what they should see, and nothing else."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+
+from itemkit.baselines import (
+    CONTROLS,
+    FeatureScorer,
+    NearestNeighbour,
+    generic_texts,
+    get_control,
+    likelihood_and_confidence,
+    shuffle_texts,
+)
+from itemkit.errors import InputError
+from itemkit.fusion import LateFusion, early_fusion, late_fusion
+from itemkit.head import MisalignmentMLP
+from itemkit.metrics import auroc
+from itemkit.misalignment import cosines, represent
+from itemkit.pixel_baselines import PixelCNN, augment, noise_residual, spectrum
+
+from synthetic import make_features, unit
+
+QUICK = MisalignmentMLP(max_epochs=10, patience=3, device="cpu")
+
+
+def picture_features(n_real=120, n_fake=60, size=32, seed=0):
+    """Smooth random pictures with noise; the fakes carry the checkerboard of a careless upsampling."""
+    features = make_features(n_real, n_fake, generators=("gan",), seed=seed, style=0.0)
+    rng = np.random.default_rng(seed)
+    coarse = torch.from_numpy(rng.normal(size=(len(features), 3, 4, 4)))
+    smooth = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic").permute(0, 2, 3, 1).numpy()
+    x = 128 + 30 * smooth + rng.normal(size=smooth.shape) * 4
+    board = (np.indices((size, size)).sum(0) % 2 * 2 - 1)[None, :, :, None]
+    x = x + 8 * board * features.labels[:, None, None, None]
+    return replace(features, pixels=np.clip(x, 0, 255).astype(np.uint8))
+
+
+def parts(features):
+    return [
+        features.select((features.table["split"] == name).to_numpy()) for name in ("train", "val", "test")
+    ]
+
+
+FEATURES = picture_features()
+
+
+@pytest.mark.parametrize("name", [n for n in CONTROLS if n != "cnn"])
+def test_every_control_trains_and_scores(name):
+    train, val, test = parts(FEATURES)
+    scorer = CONTROLS[name].build(seed=3, head=QUICK, generic_emb=unit(np.ones(24)))
+    score = scorer.fit(train, val).decision_function(test)
+    assert score.shape == (len(test),) and np.isfinite(score).all()
+    again = CONTROLS[name].build(seed=3, head=QUICK, generic_emb=unit(np.ones(24))).fit(train, val)
+    np.testing.assert_array_equal(again.decision_function(test), score)
+    if name in ("spectrum", "noise_residual"):
+        assert auroc(test.labels, score) > 0.95
+    if name == "text_only":  # the captions of the made-up fakes are like those of the reals
+        assert 0.25 < auroc(test.labels, score) < 0.75
+
+
+def test_cnn_finds_the_checkerboard_reproducibly_and_leaves_torch_alone():
+    train, val, test = parts(picture_features(300, 150))
+    state = torch.get_rng_state()
+    cnn = PixelCNN(width=4, epochs=6, patience=6, batch_size=16, learning_rate=1e-2, seed=1, device="cpu")
+    scorer = FeatureScorer(CONTROLS["cnn"].build().vectors, cnn).fit(train, val)
+    score = scorer.decision_function(test)
+    assert auroc(test.labels, score) > 0.9
+    again = clone(cnn).fit(train.pixels, train.labels, val.pixels, val.labels)
+    np.testing.assert_allclose(again.decision_function(test.pixels), score, atol=1e-6)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(scorer.estimator_.history_["val_loss"]) <= 6
+
+
+def test_augmentation_is_applied():
+    image = FEATURES.pixels[0]
+    np.testing.assert_array_equal(augment(image, np.random.default_rng(0), probability=0.0), image)
+    changed = [augment(image, np.random.default_rng(seed), probability=1.0) for seed in range(5)]
+    assert all(c.shape == image.shape and c.dtype == np.uint8 for c in changed)
+    assert all(np.abs(c.astype(int) - image).mean() > 0.5 for c in changed)
+
+
+def test_spectrum_by_hand():
+    rng = np.random.default_rng(0)
+    wave = np.sin(2 * np.pi * 8 * np.arange(64) / 64)
+    images = np.stack([wave[None] + np.zeros((64, 1)), wave[:, None] + np.zeros((1, 64))])
+    x = np.clip(127 + 100 * images[..., None].repeat(3, axis=3), 0, 255).astype(np.uint8)
+    features = replace(make_features(1, 1, generators=("gan",)), pixels=x)
+    s = spectrum(features)
+    assert s.shape == (2, 46) and (s.argmax(1) == 8).all()
+    np.testing.assert_allclose(s[0], s[1], atol=0.02)  # the direction of the wave does not matter
+    noise = rng.integers(0, 256, (2, 64, 64, 3)).astype(np.uint8)
+    flat = spectrum(replace(features, pixels=noise))[:, 3:]
+    assert flat.std(1).max() < 0.25  # white noise has a flat spectrum
+
+
+def test_noise_residual_by_hand():
+    features = make_features(1, 1, generators=("gan",))
+    x = np.zeros((2, 16, 16, 3), np.uint8)
+    x[1] = np.arange(16, dtype=np.uint8)[None, :, None] * 5  # a ramp has no second difference either
+    r = noise_residual(replace(features, pixels=x))
+    middle = 3 * 7 + 3  # the pair (0, 0)
+    assert r.shape == (2, 98) and np.allclose(r[:, [middle, 49 + middle]], 1) and np.allclose(r.sum(1), 2)
+
+
+def test_nearest_neighbour_by_hand():
+    x = np.array([[1.0, 0.0], [0.0, 1.0]])
+    model = NearestNeighbour().fit(x, [0, 1])
+    np.testing.assert_allclose(
+        model.decision_function([[3.0, 4.0], [5.0, 0.0]]), [0.8 - 0.6, -1.0], atol=1e-6
+    )
+    np.testing.assert_array_equal(model.predict([[3.0, 4.0], [5.0, 0.0]]), [1, 0])
+
+
+def test_shuffling_leaves_no_text_in_place_and_keeps_them_all():
+    features = make_features(50, 20)
+    shuffled = shuffle_texts(features, seed=1)
+    assert not (shuffled.caption_emb == features.caption_emb).all(1).any()
+    assert not (shuffled.phrase_emb == features.phrase_emb).all(1).any()
+    for name in ("caption_emb", "phrase_emb"):
+        a, b = getattr(shuffled, name), getattr(features, name)
+        np.testing.assert_array_equal(a[np.lexsort(a.T)], b[np.lexsort(b.T)])
+    np.testing.assert_array_equal(shuffled.image_emb, features.image_emb)
+    assert cosines(shuffled)["global_cosine"].mean() < 0.2 < cosines(features)["global_cosine"].mean()
+    np.testing.assert_array_equal(shuffle_texts(features, 1).caption_emb, shuffled.caption_emb)
+    with pytest.raises(InputError, match="one caption alone cannot be shuffled"):
+        shuffle_texts(features.select([0]))
+
+
+def test_generic_text_is_one_for_all():
+    features = make_features(20, 10)
+    one = generic_texts(features, np.ones(24) * 7)
+    assert len(np.unique(one.caption_emb, axis=0)) == len(np.unique(one.phrase_emb, axis=0)) == 1
+    represent(one, "absolute")  # still normalised
+    with pytest.raises(InputError, match=r"generic_emb has shape \(3,\); expected one embedding of width 24"):
+        generic_texts(features, np.ones(3))
+
+
+def test_likelihood_and_confidence_by_hand():
+    features = make_features(30, 10)
+    x = likelihood_and_confidence(features)
+    row = int(np.flatnonzero(features.table["n_objects"] == 2)[0])
+    score = features.objects["score"].to_numpy()[features.owner == row]
+    np.testing.assert_allclose(
+        x[row], [features.table["caption_logprob"][row], score.mean(), score.min(), 2], rtol=1e-5
+    )
+    bare = int(np.flatnonzero(features.table["n_objects"] == 0)[0])
+    assert x[bare, 1] == x[bare, 2] == pytest.approx(features.objects["score"].mean(), rel=1e-5)
+
+
+def test_what_is_missing_is_said():
+    features = make_features(30, 10)
+    assert "generic_emb" in CONTROLS["generic_caption"].missing(features)
+    assert "the images themselves" in CONTROLS["cnn"].missing(features)
+    assert CONTROLS["cnn"].missing(FEATURES) is None and CONTROLS["image_mlp"].missing(features) is None
+    features.table.loc[3, "caption_logprob"] = np.nan
+    assert "likelihoods" in CONTROLS["caption_likelihood"].missing(features)
+    with pytest.raises(InputError, match="1 of 50 captions have no likelihood: they were given by the user"):
+        likelihood_and_confidence(features)
+    with pytest.raises(InputError, match="these features carry no images; attach them"):
+        spectrum(features)
+    with pytest.raises(InputError, match=r"pixels are float64 of shape \(50, 8, 8, 3\); expected uint8"):
+        spectrum(replace(features, pixels=np.zeros((50, 8, 8, 3))))
+    with pytest.raises(InputError, match="generic_caption needs the embedding of one caption"):
+        get_control("generic_caption").build()
+    with pytest.raises(InputError, match="unknown control 'resnet'; expected one of image_mlp"):
+        get_control("resnet")
+
+
+def test_late_fusion_by_hand_and_scale_free():
+    rng = np.random.default_rng(0)
+    y_val, y = rng.integers(0, 2, 500), rng.integers(0, 2, 500)
+    val = [y_val + rng.normal(size=500) for _ in range(2)]
+    test = [y + rng.normal(size=500) for _ in range(2)]
+    single = max(auroc(y, s) for s in test)
+    for how in ("mean", "max", "stack"):
+        fused = late_fusion(val, y_val, test, how)
+        loud = late_fusion([val[0] * 100 + 7, val[1]], y_val, [test[0] * 100 + 7, test[1]], how)
+        np.testing.assert_allclose(loud, fused, atol=1e-3)
+        assert auroc(y, fused) > single if how != "max" else auroc(y, fused) > 0.7
+    with pytest.raises(InputError, match="how='vote': expected one of mean, max, stack"):
+        late_fusion(val, y_val, test, "vote")
+    with pytest.raises(InputError, match="1 validation and 1 test score vectors"):
+        late_fusion(val[:1], y_val, test[:1])
+
+
+def test_fusion_scorers():
+    train, val, test = parts(FEATURES)
+    for scorer in (
+        early_fusion("cosines", QUICK),
+        LateFusion([CONTROLS["spectrum"].build(), CONTROLS["caption_likelihood"].build()]),
+    ):
+        assert auroc(test.labels, scorer.fit(train, val).decision_function(test)) > 0.7

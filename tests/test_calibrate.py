@@ -1,0 +1,135 @@
+"""Calibration, thresholds and conformal verdicts keep what they promise."""
+
+import numpy as np
+import pytest
+
+from itemkit.calibrate import (
+    Calibrator,
+    best_threshold,
+    conformal_p,
+    fit_calibrator,
+    split_validation,
+    three_way,
+    threshold_at_fpr,
+)
+from itemkit.errors import InputError
+from itemkit.metrics import expected_calibration_error
+
+
+def overconfident(n, seed, factor=4.0):
+    """Scores whose true log-odds are the score divided by ``factor``."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 2, n)
+    return y, factor * (
+        rng.normal(size=n) * np.sqrt(2) + (2 * y - 1)
+    )  # log-odds of N(+-1, 2) are the value itself
+
+
+@pytest.mark.parametrize("method", ["temperature", "platt", "isotonic", "auto"])
+def test_calibration_repairs_overconfidence(method):
+    y, s = overconfident(4000, 0)
+    calibrator = fit_calibrator(y, s, method)
+    y, s = overconfident(4000, 1)
+    before, after = (expected_calibration_error(y, c(s)) for c in (Calibrator(), calibrator))
+    assert before > 0.12 and after < 0.04
+    p = calibrator(np.sort(s))
+    assert (np.diff(p) >= 0).all() and p.min() > 0 and p.max() < 1
+    assert Calibrator.from_dict(calibrator.to_dict()) == calibrator
+
+
+def test_temperature_and_platt_find_the_known_numbers():
+    y, s = overconfident(20000, 2)
+    assert 1 / fit_calibrator(y, s).scale == pytest.approx(4, rel=0.05)
+    shifted = fit_calibrator(y, s + 6, "platt")
+    assert shifted.scale == pytest.approx(1 / 4, rel=0.05) and shifted.offset == pytest.approx(
+        -6 / 4, abs=0.06
+    )
+
+
+def test_class_mix_does_not_move_the_probability():
+    y, s = overconfident(20000, 3)
+    rows = np.r_[np.flatnonzero(y == 0), np.flatnonzero(y == 1)[:1000]]
+    assert fit_calibrator(y[rows], s[rows]).scale == pytest.approx(fit_calibrator(y, s).scale, rel=0.1)
+
+
+def test_separable_scores_stay_modest():
+    y, s = np.r_[np.zeros(20, int), np.ones(20, int)], np.r_[np.full(20, -1.0), np.full(20, 1.0)]
+    for method in ("temperature", "platt", "isotonic"):
+        p = fit_calibrator(y, s, method)(s)
+        assert p[-1] == pytest.approx(21 / 22, abs=1e-3) and p[0] == pytest.approx(1 / 22, abs=1e-3)
+
+
+def test_threshold_rank_by_hand():
+    scores = np.arange(1, 100)  # 99 reals
+    threshold = threshold_at_fpr(scores, 0.01)
+    assert (threshold.value, threshold.rank, threshold.n_real) == (99, 1, 99)
+    assert threshold_at_fpr(scores, 0.05).value == 95  # floor(0.05 * 100) = 5th largest; 4 of 99 lie above it
+    with pytest.raises(InputError, match=r"0.01 needs at least 99 real validation images, got 98; add"):
+        threshold_at_fpr(scores[1:], 0.01)
+    with pytest.raises(InputError, match="needs at least 59 real validation images, got 58"):
+        threshold_at_fpr(scores[:58], 0.05, guarantee="confident")
+    assert threshold_at_fpr(scores[:59], 0.05, guarantee="confident").value == 59
+    assert threshold.statement.startswith(
+        "Of real images like the 99 validation ones, on average at most 1.00%"
+    )
+    with pytest.raises(InputError, match="fpr=5: expected a rate"):
+        threshold_at_fpr(scores, 5)
+
+
+@pytest.mark.parametrize("guarantee", ["average", "confident"])
+def test_threshold_keeps_its_promise_by_simulation(guarantee):
+    rng = np.random.default_rng(0)
+    rates, inside = [], 0
+    for _ in range(1000):
+        threshold = threshold_at_fpr(rng.random(150), 0.05, guarantee, confidence=0.9)
+        rate = 1 - threshold.value  # uniform scores: the true rate is known exactly
+        rates.append(rate)
+        inside += threshold.low <= rate <= threshold.high
+    assert 0.87 <= inside / 1000 <= 0.93
+    if guarantee == "average":
+        assert 0.044 <= np.mean(rates) <= 0.0475  # 7 / 151 = 0.0464
+    else:
+        assert 0.90 <= np.mean(np.array(rates) <= 0.05) <= 0.97
+
+
+def test_conformal_p_by_hand():
+    reals = np.array([0.1, 0.2, 0.3, 0.4])
+    np.testing.assert_allclose(conformal_p(reals, [0.0, 0.3, 0.35, 0.9], 0), [1.0, 0.6, 0.4, 0.2])
+    np.testing.assert_allclose(conformal_p(reals, [0.0, 0.3, 0.35, 0.9], 1), [0.2, 0.8, 0.8, 1.0])
+    verdict = three_way(np.array([0.01, 0.5, 0.5, 0.01]), np.array([0.5, 0.01, 0.5, 0.01]), 0.05, 0.05)
+    assert list(verdict) == ["fake", "real", "unsure", "unsure"]
+
+
+def test_conformal_coverage_by_simulation():
+    rng = np.random.default_rng(1)
+    wrong = []
+    for _ in range(500):
+        real, fake = rng.normal(size=60), rng.normal(size=40) + 1
+        new_real, new_fake = rng.normal(size=50), rng.normal(size=50) + 1
+        for new, bad in ((new_real, "fake"), (new_fake, "real")):
+            verdict = three_way(conformal_p(real, new, 0), conformal_p(fake, new, 1), 0.1, 0.1)
+            wrong.append(np.mean(verdict == bad))
+    assert np.mean(wrong[::2]) <= 0.105 and np.mean(wrong[1::2]) <= 0.105
+    assert np.mean(wrong[::2]) >= 0.05  # not vacuous either
+
+
+def test_conformal_fake_verdict_is_the_threshold():
+    rng = np.random.default_rng(2)
+    real, new = rng.normal(size=200), rng.normal(size=1000) + 1
+    above = new > threshold_at_fpr(real, 0.05).value
+    np.testing.assert_array_equal(conformal_p(real, new, 0) <= 0.05, above)
+
+
+def test_best_threshold_by_hand():
+    assert best_threshold([0, 0, 1, 1], [0.0, 1.0, 3.0, 4.0]) == 2.0
+    assert best_threshold([0, 0, 0, 1], [0.0, 1.0, 3.0, 2.0]) == 1.5
+
+
+def test_split_validation():
+    y = np.r_[np.zeros(20, int), np.ones(7, int)]
+    select, rest = split_validation(y, 0.5, seed=1)
+    assert np.array_equal(np.sort(np.r_[select, rest]), np.arange(27))
+    assert (y[select] == 0).sum() == 10 and (y[select] == 1).sum() == 4
+    assert not np.array_equal(select, split_validation(y, 0.5, seed=2)[0])
+    with pytest.raises(InputError, match="1 fake validation images; at least 2"):
+        split_validation([0, 0, 1])

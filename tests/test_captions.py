@@ -1,0 +1,280 @@
+"""Captioners of four families in their true folder formats, against transformers' own path."""
+
+from __future__ import annotations
+
+import models  # first: it repairs the torchvision import
+
+# isort: split
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from itemkit.captions import Captioner, Decoding, _mean_until_end, load_captioner
+from itemkit.cleaning import clean_caption
+from itemkit.errors import InputError, ModelNotFound
+
+WRITERS = {
+    "blip": models.write_tiny_blip,
+    "vit-gpt2": models.write_tiny_vit_gpt2,
+    "git": models.write_tiny_git,
+    "blip2": models.write_tiny_blip2,
+}
+
+
+def pictures(count: int = 5) -> list[Image.Image]:
+    rng = np.random.default_rng(1)
+    return [Image.fromarray(rng.integers(0, 255, (50 + 9 * i, 80, 3), dtype=np.uint8)) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("captioners")
+    return {name: write(root / name) for name, write in WRITERS.items()}
+
+
+def load(folder: Path, **options: object) -> Captioner:
+    return load_captioner(folder, device="cpu", precision="float32", **{"max_new_tokens": 8, **options})
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_equals_transformers_itself(folders: dict[str, Path], name: str, beams: int) -> None:
+    ours = load(folders[name], num_beams=beams).caption(pictures())
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folders[name]).eval()
+    images = transformers.AutoImageProcessor.from_pretrained(folders[name])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[name])
+    with torch.no_grad():
+        ids = model.generate(
+            **images(pictures(), return_tensors="pt"), max_new_tokens=8, num_beams=beams, do_sample=False
+        )
+    theirs = [" ".join(line.split()) for line in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    assert [caption.text for caption in ours] == theirs
+    assert len(set(theirs)) > 2  # the images matter
+    assert all(math.isfinite(caption.logprob) and caption.logprob < 0 for caption in ours)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_batch_size_and_order_change_nothing(folders: dict[str, Path], name: str, beams: int) -> None:
+    images = pictures()
+    whole = load(folders[name], num_beams=beams).caption(images)
+    parts = load(folders[name], num_beams=beams, batch_size=2).caption(images[::-1])[::-1]
+    assert [c.text for c in whole] == [c.text for c in parts]
+    assert np.allclose([c.logprob for c in whole], [c.logprob for c in parts], atol=1e-5)
+
+
+def test_logprob_is_the_mean_over_the_tokens_up_to_the_end(folders: dict[str, Path]) -> None:
+    captioner = load(folders["blip"], max_new_tokens=20)
+    caption = captioner.caption(pictures(1))[0]
+    pixels = captioner._inputs(pictures(1))
+    with torch.no_grad():
+        ids = captioner.model.generate(**pixels, max_new_tokens=20, do_sample=False)
+        logits = captioner.model(**pixels, input_ids=ids).logits[0].log_softmax(dim=-1)
+    end = captioner.tokenizer.sep_token_id
+    new = ids[0, 1:].tolist()
+    new = new[: new.index(end) + 1] if end in new else new
+    expected = sum(float(logits[i, token]) for i, token in enumerate(new)) / len(new)
+    assert caption.logprob == pytest.approx(expected, abs=1e-5)
+
+
+def test_mean_until_end_by_hand() -> None:
+    tokens = torch.tensor([[5, 9, 9, 0], [5, 6, 7, 8], [9, 0, 0, 0]])
+    values = torch.tensor([[-1.0, -3.0, -100.0, -math.inf], [-1.0, -2.0, -3.0, -4.0], [-0.5, 0.0, 0.0, 0.0]])
+    assert _mean_until_end(tokens, values, [9]).tolist() == [-2.0, -2.5, -0.5]
+    assert _mean_until_end(tokens, values, [9, 6])[1] == -1.5
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_scoring_a_models_own_caption_gives_its_logprob(folders: dict[str, Path], name: str) -> None:
+    captioner = load(folders[name])
+    generated, logprobs = captioner._generate(pictures())
+    again, forced = captioner._generate(pictures(), generated)
+    assert torch.equal(again, generated)
+    ends = captioner._end_ids
+    assert torch.allclose(_mean_until_end(again, forced, ends), _mean_until_end(generated, logprobs, ends))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_scores_of_texts(folders: dict[str, Path], name: str) -> None:
+    captioner = load(folders[name])
+    texts = ["a red ball", "the dog and the cup on the grass", ""]
+    together = captioner.score(pictures(3), texts)
+    alone = [captioner.score([image], [text])[0] for image, text in zip(pictures(3), texts, strict=True)]
+    assert np.allclose(together[:2], alone[:2], atol=1e-5) and math.isnan(together[2])
+    assert abs(captioner.score(pictures(1), texts[1:2])[0] - together[1]) > 1e-3  # the image matters
+
+
+def test_score_of_a_text_by_hand(folders: dict[str, Path]) -> None:
+    captioner = load(folders["blip"])
+    pixels = captioner._inputs(pictures(1))
+    ids = captioner.tokenizer(["a red ball"], return_tensors="pt").input_ids  # <start> a red ball <end>
+    with torch.no_grad():
+        logits = captioner.model(**pixels, input_ids=ids).logits[0].log_softmax(dim=-1)
+    expected = sum(float(logits[i, ids[0, i + 1]]) for i in range(4)) / 4
+    assert captioner.score(pictures(1), ["a red ball"])[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_score_refuses_what_it_would_cut(folders: dict[str, Path]) -> None:
+    captioner = load(folders["blip"])
+    with pytest.raises(InputError, match="a text of 61 tokens cannot be scored: .* has room for 39"):
+        captioner.score(pictures(1), ["dog " * 60])
+    with pytest.raises(InputError, match="given 2 images and 1 texts"):
+        captioner.score(pictures(2), ["dog"])
+
+
+def test_length_is_lowered_to_the_decoders_positions_and_recorded(folders: dict[str, Path]) -> None:
+    captioner = load(folders["blip"], max_new_tokens=500)
+    assert captioner.fingerprint()["decoding"]["max_new_tokens"] == 39
+    captioner.caption(pictures(1))
+
+
+def test_minimum_length(folders: dict[str, Path]) -> None:
+    captions = load(folders["vit-gpt2"], min_new_tokens=6).caption(pictures())
+    short = load(folders["vit-gpt2"]).caption(pictures())
+    assert min(len(c.text.split()) for c in captions) > min(len(c.text.split()) for c in short)
+
+
+def test_prompt_is_continued_and_not_repeated(folders: dict[str, Path]) -> None:
+    plain, prompted = (
+        load(folders["git"], prompt=p).caption(pictures(1))[0].text for p in ("", "a photo of")
+    )
+    assert plain != prompted and not prompted.startswith("a photo of a photo of")
+    with pytest.raises(InputError, match="with the prompt 'a photo'|takes no prompt"):
+        load(folders["vit-gpt2"], prompt="a photo").caption(pictures(1))
+
+
+def test_fingerprint(folders: dict[str, Path], tmp_path: Path) -> None:
+    first = load(folders["blip"]).fingerprint()
+    assert json.loads(json.dumps(first)) == first == load(folders["blip"]).fingerprint()
+    assert first["class"] == "BlipForConditionalGeneration" and first["precision"] == "float32"
+    assert load(folders["blip"], num_beams=2).fingerprint() != first
+    other = models.write_tiny_blip(tmp_path / "blip", seed=3)
+    assert load(other).fingerprint()["files_sha256"] != first["files_sha256"]
+
+
+def test_loading_is_silent(folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    load(folders["vit-gpt2"]).caption(pictures(2))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_missing_weights_are_never_random(folders: dict[str, Path], tmp_path: Path) -> None:
+    broken = shutil.copytree(folders["blip"], tmp_path / "blip")
+    weights = load_file(broken / "model.safetensors")
+    weights.pop("vision_model.post_layernorm.weight")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"1 missing, e.g. 'vision_model.post_layernorm.weight'"):
+        load(broken)
+    (broken / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ModelNotFound, match="was found in .* but cannot be loaded"):
+        load(broken)
+
+
+@pytest.mark.parametrize("gone", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_incomplete_folders(folders: dict[str, Path], tmp_path: Path, gone: str) -> None:
+    broken = shutil.copytree(folders["blip"], tmp_path / "blip")
+    (broken / gone).unlink()
+    message = {
+        "config.json": "no config.json",
+        "model.safetensors": "no weights",
+        "tokenizer.json": "tokenizer in .* cannot be loaded",
+    }[gone]
+    with pytest.raises(ModelNotFound, match=message):
+        load(broken)
+
+
+def test_a_hub_name_that_is_not_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        ModelNotFound, match="captioner 'Salesforce/blip-image-captioning-base' is not on this"
+    ):
+        load_captioner("Salesforce/blip-image-captioning-base")
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 0}, {"min_new_tokens": 9}, {"max_new_tokens": 0}])
+def test_bad_decoding(options: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="decoding options do not fit together"):
+        Decoding(**{"max_new_tokens": 8, **options})
+
+
+@pytest.mark.slow
+def test_true_size_blip_large(tmp_path: Path) -> None:
+    """1.9 GB on disk: the captioner of the preset `paper`, random, through the same loader."""
+    tokenizer = models.word_tokenizer([f"word{i}" for i in range(30000)], 512)
+    config = models.tiny_blip_config(
+        tokenizer,
+        image_size=384,
+        patch_size=16,
+        width=768,
+        layers=12,
+        text_layers=12,
+        heads=12,
+        max_length=512,
+    )
+    large = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    }
+    config = transformers.BlipConfig(
+        text_config=config.text_config.to_dict() | {"encoder_hidden_size": 1024},
+        vision_config=config.vision_config.to_dict() | large,
+    )
+    transformers.BlipForConditionalGeneration(config).save_pretrained(tmp_path)
+    processor = transformers.BlipImageProcessor(size={"height": 384, "width": 384})
+    transformers.BlipProcessor(processor, tokenizer).save_pretrained(tmp_path)
+    captions = load_captioner(
+        tmp_path, device="cpu", num_beams=3, min_new_tokens=5, max_new_tokens=7
+    ).caption(pictures(1))
+    assert len(captions) == 1 and math.isfinite(captions[0].logprob)
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_same_captions(folders: dict[str, Path]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    for name in WRITERS:
+        here = load(folders[name]).caption(pictures())
+        there = load_captioner(folders[name], "cuda", "float32", max_new_tokens=8).caption(pictures())
+        assert [c.text for c in here] == [c.text for c in there]
+        assert np.allclose([c.logprob for c in here], [c.logprob for c in there], atol=1e-3)
+
+
+# -- captions as people post them ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("posted", "cleaned"),
+    [
+        ("A black dog and a spotted dog are fighting .", "A black dog and a spotted dog are fighting."),
+        ('"A boy , a girl . "', "A boy, a girl."),
+        ("RT @joe.b: Sunset at the sea https://t.co/abc", "Sunset at the sea"),
+        ("#GoldenHour_2024 at #NYC!!!", "Golden Hour 2024 at NYC!"),
+        ("Tom &amp; Jerry", "Tom & Jerry"),
+        ("beach\U0001f305\U0001f3fdday ❤️ \U0001f1e9\U0001f1ea", "beach day"),
+        ("family \U0001f468‍\U0001f469‍\U0001f467 time", "family time"),
+        ("write to a.b@c.de", "write to a.b@c.de"),
+        ("café au lait", "café au lait"),
+        ("ｆａｎｃｙ", "fancy"),
+        ("犬がいる", "犬がいる"),
+        ("#नमस्ते दुनिया", "नमस्ते दुनिया"),
+        ("می‌خواهم", "می‌خواهم"),
+        ("line\none\ttwo", "line one two"),
+        ("\U0001f600\U0001f600", ""),
+        ("   ", ""),
+    ],
+)
+def test_clean_caption(posted: str, cleaned: str) -> None:
+    assert clean_caption(posted) == cleaned
+    assert clean_caption(cleaned) == cleaned

@@ -1,0 +1,66 @@
+"""Device and precision: what was asked for is what is used, or an error says why not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from itemkit import devices
+from itemkit.errors import InputError
+
+
+def test_auto_is_cpu_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices.choose_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert devices.choose_device("auto") == torch.device("cuda")
+
+
+def test_missing_cuda_is_an_error_not_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(InputError, match="'cuda' was asked for, but this torch .* is built without CUDA"):
+        devices.choose_device("cuda")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert devices.choose_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(InputError, match=r"'cuda:1' was asked for, but torch sees 1 CUDA device"):
+        devices.choose_device("cuda:1")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cdua", "xpu", "meta"])
+def test_unknown_devices(name: str) -> None:
+    with pytest.raises(InputError, match=f"device '{name}' is (unknown|not supported)"):
+        devices.choose_device(name)
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx", "expected"),
+    [
+        (False, False, torch.float32),
+        (True, False, torch.bfloat16),
+        (False, True, torch.bfloat16),
+    ],
+)
+def test_auto_precision_on_a_cpu(monkeypatch, amx: bool, avx: bool, expected: torch.dtype) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx, raising=False)
+    assert devices.choose_precision("auto", "cpu") is expected
+    assert devices.choose_precision("float32", "cpu") is torch.float32
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float32), ((9, 0), torch.bfloat16)])
+def test_auto_precision_on_cuda(monkeypatch, capability, expected) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert devices.choose_precision("auto", "cuda") is expected
+    assert devices.choose_precision("float16", "cuda") is torch.float16
+
+
+def test_bad_precision() -> None:
+    with pytest.raises(InputError, match="precision 'fp16' is unknown; use one of auto, float32"):
+        devices.choose_precision("fp16")
+    with pytest.raises(InputError, match="'float16' is not for the CPU"):
+        devices.choose_precision("float16", "cpu")
+
+
+def test_dtype_name() -> None:
+    assert devices.dtype_name(torch.bfloat16) == "bfloat16"

@@ -1,0 +1,356 @@
+"""open_clip folders of every family, through the function a user calls, against open_clip's own path."""
+
+from __future__ import annotations
+
+import models  # first: it repairs the torchvision import
+
+# isort: split
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from itemkit.checkpoints import find_encoder
+from itemkit.encoder import Encoder, load_encoder
+from itemkit.errors import InputError, ModelNotFound
+from itemkit.patches import patch_grid, patch_pass
+
+TEXTS = ["a red ball on the grass", "a blue cup", "the dog and the green cube", "a blue cup"]
+
+
+def pictures(count: int = 5) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    sizes = [(60, 80), (48, 48), (90, 50), (20, 30), (64, 65)]
+    return [Image.fromarray(rng.integers(0, 255, (*sizes[i % 5], 3), dtype=np.uint8)) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.write_tiny_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> Encoder:
+    return load_encoder(folder, device="cpu", precision="float32")
+
+
+def test_equals_open_clip_itself(folder: Path, encoder: Encoder) -> None:
+    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}", device="cpu")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    model.eval()
+    theirs = torch.stack([preprocess(image) for image in pictures()])
+    ours = torch.stack([encoder.preprocess(image) for image in pictures()])
+    assert torch.equal(ours, theirs)
+    with torch.no_grad():
+        pooled = model.encode_image(theirs, normalize=True)
+        texts = model.encode_text(tokenizer(TEXTS[:3]), normalize=True)
+    # Not to the last bit: the weights lie elsewhere in memory, and a sum's order may depend on alignment.
+    assert torch.allclose(encoder.encode_images(ours).pooled, pooled, atol=1e-6)
+    assert torch.allclose(encoder.encode_texts(TEXTS[:3]), texts, atol=1e-6)
+    assert (encoder.dim, encoder.context_length, encoder.image_size) == (128, 32, (48, 48))
+
+
+def test_batch_size_changes_nothing(encoder: Encoder) -> None:
+    pixels = torch.stack([encoder.preprocess(image) for image in pictures()])
+    together = encoder.encode_images(pixels, patches=True)
+    alone = [encoder.encode_images(p[None], patches=True) for p in pixels]
+    assert torch.allclose(together.pooled, torch.cat([a.pooled for a in alone]), atol=2e-6)
+    assert torch.allclose(together.patches, torch.cat([a.patches for a in alone]), atol=5e-6)
+    assert torch.allclose(encoder.encode_pil(pictures(), batch_size=2), together.pooled, atol=2e-6)
+
+
+def test_patches_come_from_the_same_pass(encoder: Encoder) -> None:
+    pixels = torch.stack([encoder.preprocess(image) for image in pictures(2)])
+    both = encoder.encode_images(pixels, patches=True)
+    assert torch.allclose(both.pooled, encoder.encode_images(pixels).pooled, atol=1e-6)
+    visual = encoder.model.visual
+    visual.output_tokens = True  # open_clip's own way to the tokens after the last layer norm
+    _, tokens = visual(pixels)
+    visual.output_tokens = False
+    assert torch.allclose(both.patches, F.normalize(tokens @ visual.proj, dim=-1), atol=1e-6)
+    assert encoder.patch_grid == (8, 8) and both.patches.shape == (2, 64, 128)
+    assert torch.allclose(both.patches.norm(dim=-1), torch.ones(2, 64))
+
+
+def test_results_can_take_part_in_training(encoder: Encoder) -> None:
+    pooled = encoder.encode_images(torch.zeros(2, 3, 48, 48)).pooled
+    weight = torch.ones(pooled.shape[1], requires_grad=True)
+    (pooled * weight).sum().backward()
+    assert weight.grad is not None
+    pixels = torch.zeros(1, 3, 48, 48, requires_grad=True)
+    encoder.embed_pixels(pixels).pooled[0, 0].backward()
+    assert pixels.grad is not None and pixels.grad.abs().sum() > 0
+
+
+def test_equal_texts_are_encoded_once(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    original = encoder.model.encode_text
+    monkeypatch.setattr(
+        encoder.model, "encode_text", lambda tokens: seen.append(len(tokens)) or original(tokens)
+    )
+    rows = encoder.encode_texts(TEXTS)
+    assert seen == [3] and torch.equal(rows[1], rows[3]) and not torch.allclose(rows[0], rows[1])
+    assert encoder.encode_texts([]).shape == (0, 128)
+
+
+def test_padding_does_not_change_a_text(encoder: Encoder) -> None:
+    tokens = encoder.tokenizer(["a red ball"])
+    assert tokens[0, 4] == len(encoder.tokenizer.tokenizer) - 1 and tokens[0, 5:].eq(0).all()
+    noisy = tokens.clone()
+    noisy[0, 5:] = 4  # whatever stands after the end token
+    encoded = [F.normalize(encoder.model.encode_text(t), dim=-1) for t in (tokens, noisy)]
+    assert torch.allclose(*encoded, atol=1e-6)
+
+
+def test_long_texts_are_counted_before_the_cut(encoder: Encoder) -> None:
+    assert encoder.count_tokens(["a red ball", "", "dog " * 40]) == [5, 2, 42]
+    cut = encoder.tokenizer(["dog " * 40])[0]
+    assert (
+        cut.shape == (32,) and cut[-1] == len(encoder.tokenizer.tokenizer) - 1
+    )  # still ends with the end token
+
+
+def test_clip_bpe_counts() -> None:
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    stub = Encoder.__new__(Encoder)
+    stub.tokenizer = tokenizer
+    text = "a photo of an astronaut"
+    assert stub.count_tokens([text]) == [int((tokenizer([text]) != 0).sum())] == [7]
+
+
+def test_fingerprint_follows_everything_that_changes_the_numbers(folder: Path, tmp_path: Path) -> None:
+    def of(where: Path, precision: str = "float32") -> dict:
+        return load_encoder(where, device="cpu", precision=precision).fingerprint()
+
+    first = of(folder)
+    assert json.loads(json.dumps(first)) == first == of(folder)
+    assert of(shutil.copytree(folder, tmp_path / "a" / "clip")) == first  # the place does not matter
+    assert of(folder, "bfloat16") != first
+    other = models.write_tiny_clip(tmp_path / "b" / "clip", seed=1)
+    assert of(other)["weights_sha256"] != first["weights_sha256"]
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["preprocess_cfg"]["resize_mode"] = "shortest"
+    moved = shutil.copytree(folder, tmp_path / "c" / "clip")
+    (moved / "open_clip_config.json").write_text(json.dumps(config))
+    assert of(moved)["preprocess"] != first["preprocess"]
+
+
+def test_bfloat16_stays_close(folder: Path, encoder: Encoder) -> None:
+    low = load_encoder(folder, device="cpu", precision="bfloat16")
+    pixels = torch.stack([encoder.preprocess(image) for image in pictures()])
+    cosine = (low.encode_images(pixels).pooled * encoder.encode_images(pixels).pooled).sum(dim=1)
+    assert low.encode_images(pixels).pooled.dtype is torch.float32
+    assert cosine.min() > 0.999
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "frame"),
+    [
+        ("squash", (96, 48), (0, 0, 96, 48)),
+        ("shortest", (96, 48), (24, 0, 72, 48)),
+        ("shortest", (30, 60), (0, 15, 30, 45)),
+        ("longest", (96, 48), (0, -24, 96, 72)),
+    ],
+)
+def test_frame(encoder: Encoder, mode: str, size: tuple[int, int], frame: tuple, monkeypatch) -> None:
+    monkeypatch.setitem(encoder._record, "preprocess", {"resize_mode": mode})
+    assert encoder.frame(*size) == frame
+
+
+# -- families ------------------------------------------------------------------------------------------------
+
+
+def family(folder: Path, vision: dict, **top: object) -> Path:
+    """A folder with another image tower."""
+    folder.mkdir()
+    tokenizer = models.word_tokenizer(models.WORDS, 32)
+    config = models.tiny_clip_config(len(tokenizer), embed_dim=32, text_width=32, text_heads=2) | top
+    config["vision_cfg"] = {
+        "image_size": 48,
+        "patch_size": 12,
+        "width": 64,
+        "layers": 2,
+        "head_width": 32,
+    } | vision
+    torch.manual_seed(0)
+    kind = open_clip.model.CustomTextCLIP if config.pop("custom_text", False) else open_clip.model.CLIP
+    model = kind(**config)
+    if kind is open_clip.model.CustomTextCLIP:
+        config["custom_text"] = True
+    models.save_clip(folder, model, config, tokenizer)
+    return folder
+
+
+FAMILIES = {
+    "clipa": ({"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True}, {}, (4, 4)),
+    "siglip-like": (
+        {"timm_model_name": "test_vit3", "image_size": 160, "timm_pool": "map", "timm_proj": "none"},
+        {"custom_text": True, "embed_dim": 96, "init_logit_bias": -10},
+        (10, 10),
+    ),
+    "eva-like": (
+        {"timm_model_name": "test_vit", "image_size": 160, "timm_pool": "token", "timm_proj": None},
+        {"custom_text": True},
+        (10, 10),
+    ),
+    "resnet": ({"layers": [1, 1, 1, 1], "width": 32, "image_size": 64, "patch_size": None}, {}, None),
+    "convnext": (
+        {"timm_model_name": "test_convnext", "image_size": 64, "timm_pool": "", "timm_proj": "linear"},
+        {},
+        None,
+    ),
+    "attentional pooling": ({"attentional_pool": True, "attn_pooler_heads": 2}, {}, None),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families(name: str, tmp_path: Path) -> None:
+    vision, top, grid = FAMILIES[name]
+    encoder = load_encoder(family(tmp_path / "model", vision, **top), device="cpu", precision="float32")
+    pixels = torch.stack([encoder.preprocess(image) for image in pictures(2)])
+    assert encoder.patch_grid == grid
+    if grid is None:
+        assert encoder.encode_images(pixels).pooled.shape == (2, encoder.dim)
+        with pytest.raises(
+            InputError, match="'dense' is not available with it. Use localiser 'grid' or 'whole'"
+        ):
+            encoder.encode_images(pixels, patches=True)
+    else:
+        both = encoder.encode_images(pixels, patches=True)
+        assert torch.allclose(both.pooled, encoder.encode_images(pixels).pooled, atol=1e-6)
+        assert both.patches.shape == (2, grid[0] * grid[1], encoder.dim)
+        assert torch.allclose(both.patches.norm(dim=-1), torch.ones(2, grid[0] * grid[1]), atol=1e-5)
+
+
+def test_attention_pooling_of_one_patch() -> None:
+    """SigLIP: an image of equal tokens pools to what each of its patches is mapped to."""
+    visual = open_clip.timm_model.TimmModel(
+        "test_vit3", embed_dim=96, image_size=160, pool="map", proj="none"
+    ).eval()
+    trunk = visual.trunk
+    token = torch.randn(1, 1, trunk.embed_dim)
+    trunk.forward_features = lambda pixels: token.expand(1, trunk.num_prefix_tokens + 100, -1)
+    run = patch_pass(visual)
+    assert run is not None and patch_grid(visual) == (10, 10)
+    with torch.no_grad():
+        pooled, patches = run(torch.zeros(1, 3, 160, 160))
+    assert torch.allclose(patches[0], pooled.expand(100, -1), atol=1e-5)
+
+
+# -- what is not there ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "tag", "error", "message"),
+    [
+        ("ViT-L-14", None, InputError, "needs a tag that says which weights.*Known: openai, "),
+        ("ViT-L14", "openai", InputError, "neither a folder nor known to open_clip. Did you mean 'ViT-L-14'"),
+        ("ViT-L-14", "opennai", InputError, "no weights called 'opennai'. Did you mean 'openai'"),
+        ("./nowhere", None, ModelNotFound, "looked in nowhere: no such folder"),
+        ("hf-hub:owner/name", None, ModelNotFound, "encoder 'hf-hub:owner/name' is not on this machine"),
+        ("ViT-L-14", "/nowhere/weights.pt", ModelNotFound, "looked in /nowhere/weights.pt"),
+    ],
+)
+def test_unknown_or_missing(model: str, tag: str | None, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        load_encoder(model, tag)
+
+
+@pytest.fixture
+def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path / "hub"
+
+
+def test_missing_weights_say_where_and_what_next(empty_hub: Path) -> None:
+    with pytest.raises(ModelNotFound) as caught:
+        load_encoder("ViT-L-14", "openai")
+    text = str(caught.value)
+    assert text.startswith("encoder 'ViT-L-14' (openai) is not on this machine (looked in ~/hub). ")
+    assert "`itemkit download --preset NAME`" in text
+
+
+def test_cached_weights_are_found_with_the_activation_of_their_tag(empty_hub: Path) -> None:
+    repo = empty_hub / "models--timm--vit_large_patch14_clip_224.openai"
+    commit = "0123456789012345678901234567890123456789"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    snapshot = repo / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "open_clip_model.safetensors").write_bytes(b"x")
+    source = find_encoder("ViT-L-14", "openai")
+    # open_clip's "ViT-L-14" has plain GELU, OpenAI's weights were trained with QuickGELU; it only warns.
+    assert source.quick_gelu and source.located.revision == commit
+    assert source.checkpoint.name == "open_clip_model.safetensors"
+    assert source.preprocess is not None and source.preprocess["mean"][0] == pytest.approx(0.48145466)
+
+
+def test_folder_without_configuration_or_weights(folder: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(folder, tmp_path / "clip")
+    (broken / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ModelNotFound, match="no weights"):
+        load_encoder(broken)
+    (broken / "open_clip_config.json").unlink()
+    with pytest.raises(ModelNotFound, match="no open_clip_config.json"):
+        load_encoder(broken)
+
+
+def test_incomplete_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(folder, tmp_path / "clip")
+    weights = load_file(broken / "open_clip_model.safetensors")
+    weights.pop("visual.proj")
+    save_file(weights, broken / "open_clip_model.safetensors")
+    with pytest.raises(ModelNotFound, match="cannot be loaded: Error.* loading state_dict"):
+        load_encoder(broken)
+    (broken / "open_clip_model.safetensors").write_bytes(b"version https://git-lfs")
+    with pytest.raises(ModelNotFound, match="was found in .* but cannot be loaded"):
+        load_encoder(broken)
+
+
+def test_foreign_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(folder, tmp_path / "clip")
+    config = json.loads((broken / "open_clip_config.json").read_text())
+    del config["model_cfg"]["text_cfg"]["hf_tokenizer_name"]
+    (broken / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="tokenizer has 49408 tokens, its text tower only 26"):
+        load_encoder(broken)
+
+
+@pytest.mark.slow
+def test_true_size_vit_l_14(tmp_path: Path) -> None:
+    """1.7 GB on disk: the encoder of the preset `paper`, random, through the same loader."""
+    model = open_clip.create_model("ViT-L-14", force_quick_gelu=True)
+    config = open_clip.get_model_config("ViT-L-14") | {"quick_gelu": True}
+    body = {"model_cfg": config, "preprocess_cfg": {"mean": models.MEAN, "std": models.STD}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(body))
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    encoder = load_encoder(tmp_path, device="cpu")
+    both = encoder.encode_images(torch.stack([encoder.preprocess(i) for i in pictures(2)]), patches=True)
+    assert both.patches.shape == (2, 256, 768) and encoder.context_length == 77
+    assert encoder.encode_texts(["a dog"]).shape == (1, 768)
+
+
+@pytest.mark.gpu
+def test_cuda_agrees_with_cpu(folder: Path, encoder: Encoder) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    pixels = torch.stack([encoder.preprocess(image) for image in pictures()])
+    reference = encoder.encode_images(pixels, patches=True)
+    for precision, least in (("float32", 0.9999), ("bfloat16", 0.999)):
+        there = load_encoder(folder, device="cuda", precision=precision)
+        both = there.encode_images(pixels, patches=True)
+        assert both.pooled.is_cuda and both.pooled.dtype is torch.float32
+        assert (both.pooled.cpu() * reference.pooled).sum(dim=1).min() > least
+        assert (both.patches.cpu() * reference.patches).sum(dim=2).min() > least
+        assert (there.encode_texts(TEXTS).cpu() * encoder.encode_texts(TEXTS)).sum(dim=1).min() > least

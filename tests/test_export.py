@@ -1,0 +1,76 @@
+"""Features leave for other tools and come back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from itemkit import export
+from itemkit.errors import InputError
+from itemkit.pipeline import extract
+from itemkit.store import load_features
+
+from fakes import fake_models, make_images
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    extract(make_images(folder / "images", 7), folder / "out", fake_models(), progress=False)
+    return load_features(folder / "out")
+
+
+@pytest.mark.parametrize("rows", [3, 100])
+def test_clip_retrieval_layout_there_and_back(features, tmp_path, rows):
+    folder = export.export_clip_retrieval(features, tmp_path / "x", rows)
+    parts = 3 if rows == 3 else 1
+    for name, end in (("img_emb", "npy"), ("text_emb", "npy"), ("metadata", "parquet")):
+        expected = [f"{name}_{i}.{end}" for i in range(parts)]
+        assert sorted(p.name for p in (folder / name).iterdir()) == expected
+    metadata = pd.read_parquet(folder / "metadata" / "metadata_0.parquet")
+    assert list(metadata["image_path"]) == list(features.table["path"][:rows])
+    assert list(metadata["caption"]) == list(features.table["caption"][:rows])
+    assert np.load(folder / "img_emb" / "img_emb_0.npy").dtype == np.float16
+    back = export.import_clip_retrieval(folder)
+    np.testing.assert_allclose(back.image_emb, features.image_emb, atol=1e-3)
+    np.testing.assert_allclose(back.caption_emb, features.caption_emb, atol=1e-3)
+    assert list(back.labels) == list(features.labels) and back.dim == features.dim
+    assert len(back.objects) == 0 and set(back.table["n_objects"]) == {0}
+
+
+def test_parts_are_read_in_the_order_of_their_numbers(tmp_path):
+    (tmp_path / "img_emb").mkdir()
+    for i in range(12):  # as text, 10 would come before 2
+        x = np.zeros((1, 12), np.float32)
+        x[0, i] = 5
+        np.save(tmp_path / "img_emb" / f"img_emb_{i}.npy", x)
+    back = export.import_clip_retrieval(tmp_path)
+    np.testing.assert_array_equal(back.image_emb, np.eye(12))
+    assert back.caption_emb.shape == (12, 0) and back.table["label"].isna().all()
+
+
+def test_numpy_there_and_back(features, tmp_path):
+    back = export.import_numpy(export.export_numpy(features, tmp_path / "x"))
+    pd.testing.assert_frame_equal(back.table, features.table)
+    pd.testing.assert_frame_equal(back.objects, features.objects)
+    for name in (*export.ARRAYS, "owner"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(features, name))
+
+
+def test_what_does_not_fit_is_said(features, tmp_path):
+    with pytest.raises(InputError, match=r"no img_emb/\*.npy"):
+        export.import_clip_retrieval(tmp_path)
+    with pytest.raises(InputError, match="lacks embeddings.npz, table.parquet, objects.parquet"):
+        export.import_numpy(tmp_path)
+    (tmp_path / "x").write_text("")
+    with pytest.raises(InputError, match="is not empty"):
+        export.export_numpy(features, tmp_path)
+    table = pd.DataFrame({"path": ["a", "b"]})
+    for image, text, message in [
+        (np.ones((3, 4)), None, r"shape \(3, 4\); the table has 2 rows"),
+        (np.full((2, 4), np.nan), None, "image embedding 0 is not finite"),
+        (np.ones((2, 4)), np.ones((2, 5)), "4 dimensions and caption embeddings 5"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            export.from_arrays(image, table, text)

@@ -1,0 +1,401 @@
+"""Every layout of the field, built as a small tree: labels, generators, sources and splits come out right."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from itemkit.errors import InputError
+from itemkit.images import content_id, load_image
+from itemkit.manifest import read_manifest
+
+pa = pytest.importorskip("pyarrow")
+import pyarrow.parquet as pq  # noqa: E402
+
+
+def png(colour: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (colour % 256, colour // 256, 7)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Build a tree from paths; every image has a content of its own."""
+
+    def build(*paths: str, root: str = "set") -> Path:
+        for number, path in enumerate(paths):
+            file = tmp_path / root / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(png(number) if file.suffix != ".txt" else b"notes")
+        return tmp_path / root
+
+    return build
+
+
+def table(df: pd.DataFrame, root: Path) -> dict[str, tuple]:
+    """Relative path -> (label, generator, source, split)."""
+    rows = df[["label", "generator", "source", "split"]].astype(object).itertuples(index=False, name=None)
+    return {
+        os.path.relpath(p, root).replace(os.sep, "/"): row for p, row in zip(df["path"], rows, strict=True)
+    }
+
+
+GENIMAGE = (
+    "Midjourney/train/ai/a.png", "Midjourney/train/nature/b.JPEG",
+    "stable_diffusion_v_1_4/val/ai/c.png", "stable_diffusion_v_1_4/val/nature/n01440764/d.jpg",
+)  # fmt: skip
+
+
+def test_genimage_as_documented(tree):
+    root = tree(*GENIMAGE)
+    assert table(read_manifest(root), root) == {
+        "Midjourney/train/ai/a.png": (1, "Midjourney", "Midjourney", "train"),
+        "Midjourney/train/nature/b.JPEG": (0, "real", "Midjourney", "train"),
+        "stable_diffusion_v_1_4/val/ai/c.png": (1, "stable_diffusion_v_1_4", "stable_diffusion_v_1_4", "val"),
+        "stable_diffusion_v_1_4/val/nature/n01440764/d.jpg": (0, "real", "stable_diffusion_v_1_4", "val"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("folder", "generator"),
+    [
+        ("stable_diffusion_v_1_4/imagenet_ai_0419_sdv4", "stable_diffusion_v_1_4"),
+        ("imagenet_ai_0424_sdv5", "stable_diffusion_v_1_5"),  # without the outer folder, as some keep it
+        ("Midjourney/imagenet_midjourney", "Midjourney"),
+        ("BigGAN/imagenet_ai_0419_biggan", "BigGAN"),
+        ("Glide/imagenet_glide", "glide"),
+    ],
+)
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_genimage_as_downloaded_from_any_depth(tree, folder, generator, depth):
+    root = tree(f"{folder}/train/ai/a.png", f"{folder}/train/nature/b.png")
+    for name in folder.split("/")[:depth]:
+        root = root / name
+    df = read_manifest(root)
+    assert df["generator"].tolist() == [generator, "real"] and df["label"].tolist() == [1, 0]
+    assert set(df["source"]) == {generator} and set(df["split"]) == {"train"}
+
+
+def test_upper_case_and_deep_folders(tree):
+    root = tree("X/Midjourney/Train/AI/x/y/a.PNG", "X/Midjourney/Train/Nature/b.Jpg")
+    df = read_manifest(root)
+    assert df["label"].tolist() == [1, 0] and df["generator"].tolist() == ["Midjourney", "real"]
+
+
+def test_forensynths_with_class_level(tree):
+    root = tree(
+        "test/progan/airplane/0_real/a.png", "test/progan/airplane/1_fake/a.png",
+        "test/progan/cat/1_fake/a.png", "test/biggan/0_real/a.png", "test/biggan/1_fake/a.png",
+        "train/progan/cat/1_fake/a.png",
+    )  # fmt: skip
+    found = table(read_manifest(root), root)
+    assert found["test/progan/airplane/1_fake/a.png"] == (1, "progan", "progan", "test")
+    assert found["test/progan/airplane/0_real/a.png"] == (0, "real", "progan", "test")
+    assert found["test/biggan/1_fake/a.png"] == (1, "biggan", "biggan", "test")
+    assert found["train/progan/cat/1_fake/a.png"] == (1, "progan", "progan", "train")
+    inner = read_manifest(root / "test" / "progan", layout="forensynths")
+    assert set(inner["generator"]) == {"real", "progan"}
+    inner = read_manifest(root / "test" / "biggan")
+    assert set(inner["generator"]) == {"real", "biggan"}
+
+
+def test_ufd_diffusion_sets_are_paired_with_the_reals_they_share(tree):
+    base = "test/diffusion_datasets"
+    names = ("imagenet/0_real", "guided/1_fake", "laion/0_real", "ldm_200/1_fake", "dalle/1_fake")
+    root = tree(*(f"{base}/{name}/a.png" for name in names))
+    for start in (root, root / "test", root / base):
+        df = read_manifest(start, layout="ufd")
+        fakes = df[df["label"] == 1].set_index("generator")["source"].to_dict()
+        assert fakes == {"guided": "imagenet", "ldm_200": "laion", "dalle": "laion"}
+        assert sorted(df[df["label"] == 0]["source"]) == ["imagenet", "laion"]
+
+
+def test_aigibench_and_fatformer(tree):
+    root = tree("val/sdv3/0_real/a.png", "val/sdv3/1_fake/b.png", "train/sdv14/dog/1_fake/c.png")
+    found = table(read_manifest(root, layout="aigibench"), root)
+    assert found["val/sdv3/1_fake/b.png"] == (1, "sdv3", "sdv3", "val")
+    assert found["train/sdv14/dog/1_fake/c.png"] == (1, "sdv14", "sdv14", "train")
+
+
+def test_diffusionforensics(tree):
+    root = tree(
+        "images/train/lsun_bedroom/real/a.png", "images/train/lsun_bedroom/adm/b.png",
+        "images/test/imagenet/real/n01440764/c.png", "images/test/imagenet/sdv1/d.png",
+        "images/test/celebahq/real/e.png", "images/test/celebahq/dalle2/f.png",
+    )  # fmt: skip
+    found = table(read_manifest(root), root)
+    assert found["images/train/lsun_bedroom/adm/b.png"] == (1, "adm", "lsun_bedroom", "train")
+    assert found["images/test/imagenet/real/n01440764/c.png"] == (0, "real", "imagenet", "test")
+    assert found["images/test/imagenet/sdv1/d.png"] == (1, "sdv1", "imagenet", "test")
+    one = read_manifest(root / "images" / "train" / "lsun_bedroom")
+    assert one["generator"].tolist() == ["adm", "real"]
+
+
+def test_real_beside_unknown_folders_asks(tree):
+    root = tree("real/a.png", "sdxl/b.png", "flux/c.png")
+    with pytest.raises(InputError, match=r"beside 'real' there are flux, sdxl.*layout='generators'"):
+        read_manifest(root)
+    df = read_manifest(root, layout="generators")
+    assert df["generator"].tolist() == ["flux", "real", "sdxl"] and df["label"].tolist() == [1, 0, 1]
+
+
+def test_drct_with_two_roots(tree):
+    fakes = tree("ldm-text2im/train2017/a.png", "sd-turbo/val2017/b.png", root="DRCT-2M")
+    reals = tree("train2017/c.jpg", "val2017/d.jpg", root="MSCOCO")
+    for layout in ("auto", "drct"):
+        df = read_manifest(fakes, layout=layout, real_root=reals)
+        assert df["label"].tolist() == [1, 1, 0, 0]
+        assert df["generator"].tolist() == ["ldm-text2im", "sd-turbo", "real", "real"]
+        assert df["split"].tolist() == ["train", "val", "train", "val"] and set(df["source"]) == {"MSCOCO"}
+    assert set(read_manifest(fakes)["label"]) == {1}  # the folder's name says what it is
+    both = read_manifest(fakes.parent, layout="drct")
+    assert both["label"].tolist() == [1, 1, 0, 0]
+
+
+def test_train2017_without_a_name_asks(tree):
+    root = tree("somewhere/train2017/a.png")
+    with pytest.raises(InputError, match=r"both DRCT-2M \(fakes\) and MSCOCO.*real_root="):
+        read_manifest(root)
+
+
+def test_synthbuster_and_raise(tree):
+    fakes = tree("dalle2/r0a1b2c3dt.png", "glide/r0d1e2f3at.png", "prompts.txt", root="synthbuster")
+    reals = tree("r000da54ft.TIF", root="RAISE-1k")
+    df = read_manifest(fakes, real_root=reals)
+    assert df["generator"].tolist() == ["dalle2", "glide", "real"] and df["label"].tolist() == [1, 1, 0]
+    assert set(df["source"]) == {"RAISE-1k"}
+    assert set(read_manifest(fakes)["label"]) == {1}
+
+
+def test_two_plain_roots(tree):
+    fakes, reals = tree("sdxl/a.png", root="mine"), tree("b.jpg", root="camera")
+    df = read_manifest(fakes, real_root=reals)
+    assert df["generator"].tolist() == ["sdxl", "real"]
+    with pytest.raises(InputError, match="real_root .*nowhere is not a folder"):
+        read_manifest(fakes, real_root=fakes / "nowhere")
+    with pytest.raises(InputError, match="holds label folders of its own: fake"):
+        read_manifest(tree("fake/a.png", root="other"), real_root=reals)
+    with pytest.raises(InputError, match="has its photographs in the same tree"):
+        read_manifest(fakes, layout="genimage", real_root=reals)
+
+
+def test_plain_folder(tree):
+    root = tree("real/a.png", "fake/sdxl/b.png", "fake/flux/0001/c.png", "fake/d.png")
+    assert table(read_manifest(root), root) == {
+        "real/a.png": (0, "real", "set", None),
+        "fake/sdxl/b.png": (1, "sdxl", "set", None),
+        "fake/flux/0001/c.png": (1, "flux", "set", None),
+        "fake/d.png": (1, "unknown", "set", None),
+    }
+    root = tree("sdxl/test/Real/a.png", "sdxl/test/Fake/b.png", root="second")
+    assert table(read_manifest(root), root)["sdxl/test/Fake/b.png"] == (1, "sdxl", "sdxl", "test")
+
+
+def test_labels_come_from_whole_components_below_the_root_only(tree):
+    # neither 'unreal_engine', nor 'real.png', nor the root's own parents may label an image
+    root = tree("unreal_engine/real_01.png", "surreal/fake.png", root="real/fake/1_fake/pictures")
+    df = read_manifest(root)
+    assert df["label"].isna().all() and set(df["generator"]) == {"unknown"}
+
+
+def test_unlabelled_folder_is_sorted(tree):
+    df = read_manifest(tree("b.png", "a/z.png", "a.png", ".hidden.png", "__MACOSX/a.png"))
+    assert [Path(p).name for p in df["path"]] == ["z.png", "a.png", "b.png"]  # by folder, then by name
+    assert len(df) == 3 and df["label"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("paths", "says"),
+    [
+        (("real/a.png", "ai/b.png", "nature/c.png"), r"mixes.*ai\|nature \(2 images, layout 'genimage'\)"),
+        (
+            ("fake/a.png", "loose.png"),
+            r"1 images lie under fake and 1 under no label folder \(first: loose.png\)",
+        ),
+        (("fake/real/a.png",), r"'fake/real/a.png' has label folders of both classes \(fake, real\)"),
+        (("train/test/fake/a.png", "real/b.png"), "folders of several splits: test, train"),
+        (("ai/a.png", "x/b.png"), r"1 images lie under ai and 1 under no label folder"),
+    ],
+)
+def test_ambiguity_is_an_error_that_lists_what_was_found(tree, paths, says):
+    with pytest.raises(InputError, match=says):
+        read_manifest(tree(*paths))
+
+
+def test_folder_with_a_table_and_no_labels_points_to_the_table(tree):
+    root = tree("images/a.png")
+    (root / "index.csv").write_text("path,label\nimages/a.png,1\n")
+    with pytest.raises(InputError, match=r"holds index.csv: read that table"):
+        read_manifest(root)
+    assert len(read_manifest(root, layout="unlabelled")) == 1
+
+
+def test_empty_folder_says_what_it_looked_for(tmp_path):
+    (tmp_path / "readme.txt").write_text("x")
+    with pytest.raises(InputError, match=r"looked for \.jpg .*\.webp.*; found 1 \.txt"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs links")
+def test_links_are_followed_once(tree):
+    root = tree("real/a.png", "fake/b.png")
+    (root / "fake" / "up").symlink_to(root)
+    assert len(read_manifest(root)) == 2
+
+
+# ---- tables with the images inside
+
+
+def parquet(path: Path, columns: dict, features: dict | None = None) -> Path:
+    arrow = pa.table(columns)
+    if features:
+        arrow = arrow.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(arrow, path)
+    return path
+
+
+def test_openfake(tmp_path):
+    images = [{"bytes": png(i), "path": f"{i}.png"} for i in range(3)]
+    columns = {
+        "image": images, "prompt": ["a dog", None, "a cat"], "label": ["fake", "real", "fake"],
+        "model": ["flux.1-dev", "laion", "sdxl"], "type": ["base", None, "base"],
+        "release_date": ["2024", None, "2023"],
+    }  # fmt: skip
+    parquet(tmp_path / "OpenFake/data/train-00000-of-00002.parquet", columns)
+    parquet(tmp_path / "OpenFake/data/test-00000-of-00001.parquet", columns)
+    with pytest.raises(InputError, match=r"holds the images inside \(column 'image'\).*images_to="):
+        read_manifest(tmp_path / "OpenFake")
+    df = read_manifest(tmp_path / "OpenFake", images_to=tmp_path / "out")
+    assert df["split"].tolist() == ["test"] * 3 + ["train"] * 3
+    assert df["generator"].tolist()[:3] == ["flux.1-dev", "real", "sdxl"] and df["label"].tolist()[:3] == [
+        1,
+        0,
+        1,
+    ]
+    assert df["source"].tolist()[:3] == ["OpenFake", "laion", "OpenFake"]
+    assert df["caption"].tolist()[:3] == ["a dog", None, "a cat"]
+    assert Path(df["path"][0]).read_bytes() == png(0) and Path(df["path"][0]).suffix == ".png"
+    times = {p: os.stat(p).st_mtime_ns for p in df["path"]}
+    pd.testing.assert_frame_equal(df, read_manifest(tmp_path / "OpenFake", images_to=tmp_path / "out"))
+    assert times == {p: os.stat(p).st_mtime_ns for p in df["path"]}, "written a second time"
+
+
+def test_communityforensics(tmp_path):
+    path = parquet(
+        tmp_path / "cf.parquet",
+        {
+            "image_name": ["a", "b", "c"], "format": ["PNG"] * 3, "image_data": [png(1), png(2), None],
+            "model_name": ["sd-2", "", "sd-2"], "real_source": [None, "coco", None],
+            "split": ["Systematic"] * 3, "label": [1, 0, 1], "architecture": ["LDM"] * 3,
+            "prompt": ["x", "", ""],
+        },
+    )  # fmt: skip
+    df = read_manifest(path, layout="communityforensics", images_to=tmp_path / "out")
+    assert df["label"].tolist() == [1, 0, 1] and df["generator"].tolist() == ["sd-2", "real", "sd-2"]
+    assert df["source"].tolist() == ["cf", "coco", "cf"] and set(df["split"]) == {"systematic"}
+    assert [os.path.exists(p) for p in df["path"]] == [
+        True,
+        True,
+        False,
+    ]  # an error row later, not a lost one
+
+
+def test_equal_images_in_a_table_keep_their_rows(tmp_path):
+    path = parquet(tmp_path / "t.parquet", {"image": [png(1), png(1)], "label": [0, 1]})
+    df = read_manifest(path, images_to=tmp_path / "out")
+    stem = content_id(png(1))[:32]
+    assert [Path(p).name for p in df["path"]] == [f"{stem}.png", f"{stem}-2.png"]
+
+
+def test_class_names_of_a_hub_set_decide_not_their_numbers(tmp_path):
+    features = {"label": {"names": ["fake", "real"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+    path = parquet(tmp_path / "t.parquet", {"image": [png(1), png(2)], "label": [0, 1]}, features)
+    assert read_manifest(path, images_to=tmp_path / "out")["label"].tolist() == [1, 0]
+
+
+def test_plain_parquet_and_broken_parquet(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    path = parquet(tmp_path / "t.parquet", {"path": ["a.png"], "label": [1.0]})
+    assert read_manifest(path)["label"].tolist() == [1]
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(InputError, match="bad.parquet cannot be read"):
+        read_manifest(tmp_path / "bad.parquet")
+
+
+def test_folder_of_save_to_disk(tmp_path):
+    for split, labels in (("train", [0, 1]), ("test", [1, 0])):
+        folder = tmp_path / "ds" / split
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text("{}")
+        arrow = pa.table(
+            {"image": [{"bytes": png(i + 5 * len(split)), "path": None} for i in range(2)], "label": labels}
+        )
+        with pa.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as sink, \
+                pa.ipc.new_stream(sink, arrow.schema) as writer:  # fmt: skip
+            writer.write_table(arrow)
+    (tmp_path / "ds" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    df = read_manifest(tmp_path / "ds", images_to=tmp_path / "out")
+    assert df["split"].tolist() == ["test", "test", "train", "train"] and df["label"].tolist() == [1, 0, 0, 1]
+
+
+class FakeImageFeature:
+    def __init__(self, decode=True):
+        self.decode = decode
+
+
+class FakeClassLabel:
+    names = ["synthetic", "photo"]
+
+
+class FakeDataset:
+    """What is needed of datasets.Dataset: features, iteration over rows, cast_column."""
+
+    def __init__(self, rows, decode=True):
+        self.rows, self.decode = rows, decode
+        self.features = {"image": FakeImageFeature(decode), "label": FakeClassLabel(), "text": object()}
+
+    def __iter__(self):
+        for row in self.rows:
+            image = (
+                Image.open(io.BytesIO(row["image"])) if self.decode else {"bytes": row["image"], "path": None}
+            )
+            yield {**row, "image": image}
+
+    def cast_column(self, name, feature):
+        assert name == "image"
+        return FakeDataset(self.rows, feature.decode)
+
+
+def test_datasets_objects(tmp_path):
+    rows = [{"image": png(i), "label": i % 2, "text": f"picture {i}"} for i in range(4)]
+    df = read_manifest(FakeDataset(rows), images_to=tmp_path / "one")
+    assert df["label"].tolist() == [1, 0, 1, 0] and df["caption"].tolist()[0] == "picture 0"
+    assert load_image(df["path"][3]).tobytes() == load_image(png(3)).tobytes()
+    both = {"train": FakeDataset(rows[:2]), "validation": FakeDataset(rows[2:])}
+    assert read_manifest(both, images_to=tmp_path / "two")["split"].tolist() == ["train"] * 2 + ["val"] * 2
+    plain = FakeDataset(rows)
+    plain.cast_column = None
+    del FakeDataset.cast_column
+    del plain.cast_column
+    with pytest.raises(InputError, match=r"holds PngImageFile.*Image\(decode=False\)"):
+        read_manifest(plain, images_to=tmp_path / "three")
+
+
+@pytest.mark.real
+def test_layouts_of_real_photographs(real_dir, tmp_path):
+    index = pd.read_csv(real_dir / "index.csv")
+    some = pd.concat([index[index["label"] == "real"].head(3), index[index["label"] == "fake"].head(3)])
+    for row in some.itertuples():
+        folder = tmp_path / "Midjourney/imagenet_midjourney/val" / ("nature" if row.label == "real" else "ai")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / Path(row.path).name).symlink_to(real_dir / row.path)
+    df = read_manifest(tmp_path)
+    assert df["label"].sum() == 3 and all(load_image(p).mode == "RGB" for p in df["path"])

@@ -1,0 +1,234 @@
+"""The manifest: aliases, labels, checks and their messages, splits, writing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from itemkit import schema
+from itemkit.errors import InputError
+from itemkit.manifest import assign_splits, read_manifest, require_two_classes, write_manifest
+
+
+@pytest.fixture
+def csv(tmp_path):
+    """Write a table beside ten empty images a0.png ... a9.png."""
+    for i in range(10):
+        (tmp_path / f"a{i}.png").touch()
+
+    def write(text: str, name: str = "t.csv", encoding: str = "utf-8") -> Path:
+        (tmp_path / name).write_bytes(text.encode(encoding))
+        return tmp_path / name
+
+    return write
+
+
+def test_columns_and_types(csv):
+    df = read_manifest(csv("path,label,generator,caption\na0.png,0,,A dog\na1.png,1,sdxl,\na2.png,,,\n"))
+    assert list(df.columns) == list(schema.MANIFEST_COLUMNS)
+    assert str(df["label"].dtype) == "Int8" and df["label"].tolist() == [0, 1, pd.NA]
+    assert df["generator"].tolist() == ["real", "sdxl", "unknown"]
+    assert df["caption"].tolist() == ["A dog", None, None] and df["source"].tolist() == ["t"] * 3
+    assert df["split"].isna().all() and all(os.path.isabs(p) for p in df["path"])
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["path,label,generator,caption", "filename,label,model,prompt", "file_name,target,model_name,text",
+     "Image Path,LABEL,Generator, Caption ", "img,label,generator,sentence"],
+)  # fmt: skip
+def test_aliases(csv, header):
+    df = read_manifest(csv(f"{header}\na0.png,real,,x\na1.png,fake,g,y\n"))
+    assert df["label"].tolist() == [0, 1] and df["generator"].tolist() == ["real", "g"]
+    assert df["caption"].tolist() == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("real", "fake"), [("0", "1"), ("real", "FAKE"), ("nature", "ai"), ("0_real", "1_fake"), ("0.0", "1.0"),
+                       (" Photo ", "AI-generated")]
+)  # fmt: skip
+def test_label_words(csv, real, fake):
+    assert read_manifest(csv(f"path,label\na0.png,{real}\na1.png,{fake}\n"))["label"].tolist() == [0, 1]
+
+
+def test_is_fake_column(csv):
+    assert read_manifest(csv("path,is_fake\na0.png,False\na1.png,True\n"))["label"].tolist() == [0, 1]
+
+
+def test_grip_csv(csv):
+    df = read_manifest(csv("filename,typ\na0.png,real\na1.png,dalle3\na2.png,midjourney\n"), layout="grip")
+    assert df["label"].tolist() == [0, 1, 1] and df["generator"].tolist() == ["real", "dalle3", "midjourney"]
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("t.tsv", "path\tlabel\tcaption\na0.png\t1\ta, b\n"),
+    ("t.csv", "path;label;caption\na0.png;1;a, b\n"),
+    ("t.csv", '\ufeffpath,label,caption\na0.png,1,"a, b"\n'),
+])  # fmt: skip
+def test_separators_and_byte_order_mark(csv, name, text):
+    df = read_manifest(csv(text, name))
+    assert df["caption"].tolist() == ["a, b"] and df["label"].tolist() == [1]
+
+
+def test_captions_are_text_as_they_stand(csv):
+    df = read_manifest(csv("path,label,caption\na0.png,1,None\na1.png,0,NA\na2.png,0,007\na3.png,1,été ✓\n"))
+    assert df["caption"].tolist() == ["None", "NA", "007", "été ✓"]
+
+
+def test_origin_of_a_photograph_is_not_its_generator(csv):
+    df = read_manifest(csv("path,label,generator\na0.png,0,camera\na1.png,1,sdxl\n"))
+    assert df["generator"].tolist() == ["real", "sdxl"] and df["source"].tolist() == ["camera", "t"]
+
+
+def test_splits_are_named_alike(csv):
+    df = read_manifest(
+        csv("path,split\na0.png,Training\na1.png,validation\na2.png,test\na3.png,\na4.png,Fold7\n")
+    )
+    assert df["split"].tolist() == ["train", "val", "test", None, "fold7"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("pth,label\na0.png,1\n", r"no column 'path' .*filename.*; found pth, label\. Is 'pth' meant\?"),
+        ("a,b\n1,2\n", r"no column 'path'.*found a, b\.$"),
+        ("path,lable\na0.png,1\n", r"no column 'label'.*Is 'lable' meant\?"),
+        ("path,label\na0.png,photoshopped\na1.png,2\na2.png,2\n",
+         r"2 unknown values in column 'label': '2' \(2 rows\), 'photoshopped' \(1 rows\)\. Expected 0"),
+        ("path,label\na0.png,1\na1.png,0\na0.png,1\n",
+         r"lists 1 paths more than once; first: .*a0\.png \(rows 1, 3\)"),
+        ("path,label\na0.png,1\n./a0.png,0\n",
+         r"1 paths with labels that contradict each other; first: .*a0\.png"),
+        ("path,label\n,1\na0.png,0\n", r"row 1 has no 'path'"),
+        ("path,label\n", r"t\.csv has no rows"),
+        ("", r"t\.csv is empty; expected a header line"),
+        ("path,label\nno/b.png,1\nno/c.png,0\n",
+         r"none of the 2 images of t\.csv exists; first looked for: .*no/b\.png.*root="),
+        ("path,label\na0.png,1,a dog, a cat\na1.png,0,x,y\n", r"more fields than the header; quote"),
+        ("path,label\na0.png,1\na1.png,0,x,y\n", r"cannot be read as a table: .*line 3"),
+    ],
+)  # fmt: skip
+def test_errors_name_got_expected_next_step(csv, text, says):
+    with pytest.raises(InputError, match=says):
+        read_manifest(csv(text))
+
+
+def test_other_files(csv, tmp_path):
+    with pytest.raises(InputError, match="not UTF-8 text"):
+        read_manifest(csv("path,caption\na0.png,é\n", encoding="latin-1"))
+    with pytest.raises(InputError, match=r"no such file or folder"):
+        read_manifest(tmp_path / "nothing.csv")
+    with pytest.raises(InputError, match=r"a0\.png is no table known here: expected \.csv, \.tsv, \.parquet"):
+        read_manifest(tmp_path / "a0.png")
+    with pytest.raises(InputError, match=r"no layout 'genimag'; Did you mean 'genimage'\?"):
+        read_manifest(tmp_path, layout="genimag")
+    with pytest.raises(InputError, match="is a table; layout='genimage'"):
+        read_manifest(csv("path\na0.png\n"), layout="genimage")
+    with pytest.raises(InputError, match="cannot read a int"):
+        read_manifest(3)
+
+
+def test_single_missing_files_are_no_error_here(csv):
+    assert len(read_manifest(csv("path,label\na0.png,1\ngone.png,0\n"))) == 2
+
+
+def test_no_labels_is_fine_until_they_are_needed(csv):
+    df = read_manifest(csv("path\na0.png\na1.png\n"))
+    assert df["label"].isna().all()
+    with pytest.raises(
+        InputError, match="Training needs real and fake.* 0 real, 0 fake and 2 without a label"
+    ):
+        require_two_classes(df, "Training")
+    require_two_classes(read_manifest(csv("path,label\na0.png,0\na1.png,1\n")))
+
+
+def test_root_and_dataframes(csv, tmp_path):
+    path = csv("path,label\na0.png,1\n", name="t.csv")
+    moved = tmp_path / "elsewhere" / "t.csv"
+    moved.parent.mkdir()
+    moved.write_bytes(path.read_bytes())
+    assert read_manifest(moved, root=tmp_path)["path"].tolist() == [str(tmp_path / "a0.png")]
+    df = read_manifest(pd.DataFrame({"file": ["a0.png"], "label": [0]}), root=tmp_path)
+    assert df["path"].tolist() == [str(tmp_path / "a0.png")]
+
+
+def test_image_id_is_kept_other_columns_are_not(csv):
+    df = read_manifest(csv("path,image_id,width\na0.png,abc,7\n"))
+    assert df["image_id"].tolist() == ["abc"] and "width" not in df
+
+
+@pytest.mark.parametrize("name", ["m.csv", "m.tsv", "m.parquet", "sub/m.csv"])
+def test_written_manifests_read_back(csv, tmp_path, name):
+    df = read_manifest(csv('path,label,caption,split\na0.png,0,"x, ""y""",train\na1.png,1,,\na2.png,,z,\n'))
+    write_manifest(df, tmp_path / name)
+    back = read_manifest(tmp_path / name)
+    pd.testing.assert_frame_equal(back, df)
+    if name == "m.csv":  # relative: the folder can be moved
+        assert (tmp_path / name).read_text().splitlines()[1].startswith("a0.png,0,")
+
+
+def test_write_manifest_wants_a_known_extension(tmp_path):
+    with pytest.raises(InputError, match=r"end the name in \.csv, \.tsv or \.parquet"):
+        write_manifest(pd.DataFrame({"path": []}), tmp_path / "m.xlsx")
+
+
+# ---- splits
+
+
+def many(n=400, generators=("real", "a", "b"), root="/data") -> pd.DataFrame:
+    rows = [(f"{root}/{g}/{i}.png", int(g != "real"), g) for g in generators for i in range(n)]
+    df = pd.DataFrame(rows, columns=["path", "label", "generator"])
+    return df.assign(source="s", split=None, caption=[f"caption {i % 50}" for i in range(len(df))])
+
+
+def test_splits_hold_their_shares_in_every_generator():
+    counts = (
+        assign_splits(many(), {"train": 0.5, "val": 0.25, "test": 0.25})
+        .groupby("generator")["split"]
+        .value_counts()
+    )
+    for generator in ("real", "a", "b"):
+        assert dict(counts[generator]) == {"train": 200, "val": 100, "test": 100}
+    assert assign_splits(many(3), {"train": 0.5, "test": 0.5})["split"].notna().all()
+
+
+def test_splits_do_not_depend_on_row_order_or_machine_but_on_the_seed():
+    df = many(50)
+    split = assign_splits(df).set_index("path")["split"]
+    assert split.equals(
+        assign_splits(df.sample(frac=1, random_state=1)).set_index("path")["split"].loc[split.index]
+    )
+    assert split.tolist() == assign_splits(many(50, root="/home/else"))["split"].tolist()
+    assert split.tolist() != assign_splits(df, seed=1)["split"].tolist()
+
+
+def test_given_splits_are_kept():
+    df = many(20)
+    df.loc[:9, "split"] = "test"
+    assert assign_splits(df, {"train": 1.0})["split"].tolist() == ["test"] * 10 + ["train"] * 50
+    assert df["split"].isna().sum() == 50, "the input was changed"
+
+
+def test_groups_stay_together():
+    df = assign_splits(many(), group="caption")
+    assert (df.groupby("caption")["split"].nunique() == 1).all() and df["split"].nunique() == 3
+
+
+def test_split_options_are_checked():
+    with pytest.raises(InputError, match="add up to 1"):
+        assign_splits(many(2), {"train": 0.5})
+    with pytest.raises(InputError, match="add up to 1"):
+        assign_splits(many(2), {"learn": 1.0})
+    with pytest.raises(InputError, match="no column 'prompt' to group by"):
+        assign_splits(many(2), group="prompt")
+
+
+@pytest.mark.real
+def test_real_index_reads_directly(real_dir):
+    df = read_manifest(real_dir / "index.csv")
+    assert len(df) == 1450 and df["label"].value_counts().to_dict() == {0: 1000, 1: 450}
+    assert df["caption"].isna().sum() == 50 and set(df.loc[df["label"] == 0, "generator"]) == {"real"}
+    assert df["generator"].nunique() == 10 and all(os.path.isfile(p) for p in df["path"])

@@ -1,0 +1,157 @@
+"""Misalignment vectors against hand-worked numbers, and what must not change them."""
+
+import numpy as np
+import pytest
+
+from itemkit.errors import InputError
+from itemkit.misalignment import (
+    KINDS,
+    LEVELS,
+    POOLINGS,
+    REPRESENTATIONS,
+    RepresentationConfig,
+    cosines,
+    get_representation,
+    misalign,
+    pool,
+    represent,
+)
+
+from synthetic import make_features, unit
+
+A = np.array([[1.0, 0.0], [0.6, 0.8]])
+B = np.array([[0.6, 0.8], [0.8, -0.6]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("cosine", [[0.6], [0.0]]),
+        ("difference", [[0.4, -0.8], [-0.2, 1.4]]),
+        ("absolute", [[0.4, 0.8], [0.2, 1.4]]),
+        ("product", [[0.6, 0.0], [0.48, -0.48]]),
+        ("concat", [[1.0, 0.0, 0.6, 0.8], [0.6, 0.8, 0.8, -0.6]]),
+    ],
+)
+def test_kinds_by_hand(kind, expected):
+    out = misalign(A, B, kind)
+    assert out.dtype == np.float32
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+def test_cosine_is_the_sum_of_the_product_and_follows_from_the_difference():
+    rng = np.random.default_rng(0)
+    a, b = unit(rng.normal(size=(50, 16))), unit(rng.normal(size=(50, 16)))
+    cosine = misalign(a, b, "cosine")[:, 0]
+    np.testing.assert_allclose(misalign(a, b, "product").sum(1), cosine, atol=1e-6)
+    np.testing.assert_allclose((misalign(a, b, "difference") ** 2).sum(1), 2 - 2 * cosine, atol=1e-5)
+
+
+# three objects of image 0 (cosines 0.9, 0.1, 0.5), one of image 2, none of image 1
+LOCAL = np.array([[1.0, 10.0], [2.0, 20.0], [6.0, 60.0], [7.0, 70.0]])
+OWNER = np.array([0, 0, 0, 2])
+COSINE = np.array([0.9, 0.1, 0.5, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("mean", [[3, 30], [0, 0], [7, 70]]),
+        ("worst", [[2, 20], [0, 0], [7, 70]]),
+        ("mean_worst", [[3, 30, 2, 20], [0, 0, 0, 0], [7, 70, 7, 70]]),
+        ("top_k", [[2, 20, 6, 60], [0, 0, 0, 0], [7, 70, 0, 0]]),
+    ],
+)
+def test_pooling_by_hand(how, expected):
+    np.testing.assert_allclose(pool(LOCAL, OWNER, 3, how, cosine=COSINE, top_k=2), expected, atol=1e-5)
+
+
+def test_attention_lies_between_worst_and_mean_and_reaches_both():
+    def pooled(temperature):
+        return pool(LOCAL, OWNER, 3, "attention", cosine=COSINE, attention_temperature=temperature)
+
+    np.testing.assert_allclose(pooled(1e-4), pool(LOCAL, OWNER, 3, "worst", cosine=COSINE), atol=1e-4)
+    np.testing.assert_allclose(pooled(1e6), pool(LOCAL, OWNER, 3, "mean", cosine=COSINE), atol=1e-4)
+    weights = np.exp(-COSINE[:3] / 0.4)
+    np.testing.assert_allclose(pooled(0.4)[0], weights @ LOCAL[:3] / weights.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", POOLINGS)
+def test_order_of_objects_does_not_matter(how):
+    shuffle = np.array([3, 1, 0, 2])
+    np.testing.assert_allclose(
+        pool(LOCAL, OWNER, 3, how, cosine=COSINE),
+        pool(LOCAL[shuffle], OWNER[shuffle], 3, how, cosine=COSINE[shuffle]),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_width_and_image_order(level, kind, pooling):
+    features = make_features(20, 10, dim=8)
+    config = RepresentationConfig(level=level, kind=kind, pooling=pooling)
+    x = represent(features, config)
+    assert x.shape == (len(features), config.width(8)) and np.isfinite(x).all()
+    rows = np.random.default_rng(1).permutation(len(features))[:17]
+    np.testing.assert_allclose(represent(features.select(rows), config), x[rows], atol=1e-6)
+
+
+def test_rules_for_an_image_without_objects():
+    features = make_features(30, 10, dim=8)
+    empty = int(np.flatnonzero(features.table["n_objects"] == 0)[0])
+    whole = misalign(features.image_emb, features.caption_emb, "absolute")[empty]
+    x = represent(features, RepresentationConfig(empty="global"))[empty]
+    np.testing.assert_allclose(x, np.tile(whole, 3))
+    x = represent(features, RepresentationConfig(empty="zero"))[empty]
+    np.testing.assert_allclose(x, np.concatenate([whole, np.zeros(16)]))
+    with pytest.raises(
+        InputError, match=rf"images have no semantic object, the first is row {empty} \(images/"
+    ):
+        represent(features, RepresentationConfig(empty="raise"))
+
+
+def test_no_object_anywhere():
+    features = make_features(6, 3, dim=8)
+    features = features.select(np.flatnonzero(features.table["n_objects"] == 0))
+    assert len(features.owner) == 0 and len(features) > 0
+    for pooling in POOLINGS:
+        assert represent(features, RepresentationConfig(pooling=pooling)).shape[0] == len(features)
+
+
+def test_cosines_table_by_hand():
+    features = make_features(40, 10, dim=8)
+    table = cosines(features)
+    row = int(np.flatnonzero(features.table["n_objects"] == 3)[0])
+    mine = np.flatnonzero(features.owner == row)
+    local = [float(features.region_emb[i] @ features.phrase_emb[i]) for i in mine]
+    assert table.loc[row, "worst_local_cosine"] == pytest.approx(min(local), abs=1e-6)
+    assert table.loc[row, "mean_local_cosine"] == pytest.approx(np.mean(local), abs=1e-6)
+    whole = float(features.image_emb[row] @ features.caption_emb[row])
+    assert table.loc[row, "global_cosine"] == pytest.approx(whole, abs=1e-6)
+    assert list(table["n_objects"]) == list(features.table["n_objects"])
+
+
+def test_errors_quote_what_was_got():
+    with pytest.raises(InputError, match=r"shape \(2, 2\), text embeddings \(1, 2\); expected"):
+        misalign(A, B[:1])
+    with pytest.raises(InputError, match=r"text embedding 1 has norm 2.0000; expected 1 within"):
+        misalign(A, B * [[1], [2]])
+    with pytest.raises(InputError, match="image embedding 0 has norm nan"):
+        misalign(np.full((2, 2), np.nan), B)
+    with pytest.raises(InputError, match="kind='angle': expected one of cosine, difference"):
+        misalign(A, B, "angle")
+    with pytest.raises(InputError, match="owner runs from 0 to 2; expected 0 to 1"):
+        pool(LOCAL, OWNER, 2, "mean", cosine=COSINE)
+    with pytest.raises(InputError, match="pooling='max': expected one of mean"):
+        RepresentationConfig(pooling="max")
+    with pytest.raises(InputError, match="unknown representation 'cos'; expected one of absolute, cosines"):
+        get_representation("cos")
+
+
+def test_config_round_trip():
+    for config in REPRESENTATIONS.values():
+        assert RepresentationConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(InputError, match="unknown representation option 'levle'"):
+        RepresentationConfig.from_dict({"levle": "global"})

@@ -1,0 +1,354 @@
+"""The committed notebooks keep the rules; the tool that executes and checks them does what it says."""
+
+from __future__ import annotations
+
+import base64
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from itemkit import notebook_rules as rules
+from itemkit import notebooks
+from itemkit.errors import InputError
+
+REPO = Path(__file__).resolve().parents[1]
+COMMITTED = sorted((REPO / "notebooks").glob("*.ipynb"))
+
+# the smallest PNG there is: one transparent pixel
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+
+
+# ---- the committed notebooks -------------------------------------------------------------------------------
+
+
+def test_there_are_notebooks() -> None:
+    assert COMMITTED, "notebooks/ is empty"
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_notebook_keeps_the_rules(path: Path) -> None:
+    assert rules.problems(path) == []
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `itemkit run` makes on mini: made here, or by the caller and named in ITEMKIT_RESULTS."""
+    if made := os.environ.get("ITEMKIT_RESULTS"):
+        return Path(made)
+    out = tmp_path_factory.mktemp("results")
+    subprocess.run([sys.executable, "-m", "itemkit.cli", "run", "--out", str(out)], cwd=REPO, check=True)
+    return out
+
+
+@pytest.mark.notebooks
+def test_all_notebooks_run_on_mini(results: Path) -> None:
+    executed = {path.name: path for path in results.rglob("*.ipynb")}
+    assert set(executed) == {path.name for path in COMMITTED}
+    assert [rules.problems(path, committed=False) for path in executed.values()] == [[]] * len(executed)
+
+
+@pytest.mark.notebooks
+def test_each_figure_has_its_print_version_and_its_data(results: Path) -> None:
+    figures = sorted(path for path in results.rglob("*.png") if "figures" in path.parts)
+    assert len(figures) >= len(COMMITTED)
+    missing = [
+        path.with_suffix(suffix).name
+        for path in figures
+        for suffix in (".pdf", ".csv")
+        if not path.with_suffix(suffix).is_file()
+    ]
+    assert missing == []
+
+
+# ---- the rules ---------------------------------------------------------------------------------------------
+
+
+def figure() -> nbformat.NotebookNode:
+    return new_output("display_data", data={"image/png": PIXEL, "text/plain": "<Figure>"})
+
+
+def good_notebook() -> nbformat.NotebookNode:
+    """A page that keeps every rule, apart from its stamp."""
+    parameters = new_code_cell(
+        'PRESET = "mini"\nSEED = 0\nDEVICE: str = "cpu"\nDATA = None\nRATES = [-1, 0.5]',
+        metadata={"tags": ["parameters"]},
+        execution_count=1,
+    )
+    work = new_code_cell("import base64\nSEED + 1", execution_count=2, outputs=[figure()])
+    return new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+        cells=[
+            new_markdown_cell("# Does it work?\nNeeds nothing. Runs in: 1 s CPU (mini)"),
+            parameters,
+            work,
+            new_markdown_cell("**What to notice**: it is short."),
+        ],
+    )
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkout" / "notebooks"
+    folder.mkdir(parents=True)
+    data = tmp_path / "checkout" / "data" / "mini"
+    data.mkdir(parents=True)
+    (data / "table.csv").write_text("a,b\n1,2\n")
+    return folder / "page.ipynb"
+
+
+def save(notebook: nbformat.NotebookNode, path: Path, stamped: bool = True) -> Path:
+    if stamped:
+        root = path.parent.parent
+        values = rules.read_parameters(notebook)
+        notebook.metadata[rules.STAMP] = notebooks.stamp(notebook, values, path.parent, root, 1.0)
+    nbformat.write(notebook, path)
+    return path
+
+
+def test_a_good_notebook_has_no_problems(page: Path) -> None:
+    assert rules.problems(save(good_notebook(), page)) == []
+
+
+def edit_title(notebook):
+    notebook.cells[0].source = "# It works\nRuns in: 1 s"
+
+
+def edit_title_cell(notebook):
+    del notebook.cells[0]
+
+
+def edit_notice(notebook):
+    notebook.cells[3].source = "The end."
+
+
+def edit_counts(notebook):
+    notebook.cells[2].execution_count = 7
+
+
+def edit_error(notebook):
+    notebook.cells[2].outputs.append(
+        new_output("error", ename="ValueError", evalue="no such image", traceback=[])
+    )
+
+
+def edit_stderr(notebook):
+    notebook.cells[2].outputs.append(new_output("stream", name="stderr", text="FutureWarning: soon\n"))
+
+
+def edit_no_figure(notebook):
+    notebook.cells[2].outputs = []
+
+
+def edit_output_path(notebook):
+    home = "/".join(["", "home", "somebody", "features"])
+    notebook.cells[2].outputs.append(new_output("stream", name="stdout", text=f"written to {home}\n"))
+
+
+def edit_source_path(notebook):
+    notebook.cells[2].source = 'open("' + "/".join(["", "data", "genimage", "index.csv"]) + '")'
+
+
+def edit_windows_path(notebook):
+    notebook.cells[2].outputs.append(new_output("stream", name="stdout", text="C:\\Users\\me\n"))
+
+
+def edit_address(notebook):
+    notebook.cells[2].outputs.append(
+        new_output("execute_result", data={"text/plain": "<Axes at 0x7f12ab34cd>"})
+    )
+
+
+def edit_length(notebook):
+    notebook.cells[2].source = "\n".join(f"a{i} = {i}" for i in range(26))
+
+
+def edit_size(notebook):
+    big = base64.b64encode(bytes(400_000)).decode()
+    notebook.cells[2].outputs.append(new_output("display_data", data={"image/png": big}))
+
+
+def edit_install(notebook):
+    notebook.cells[2].source = "%pip install itemkit"
+
+
+def edit_no_parameters(notebook):
+    notebook.cells[1].metadata = {}
+
+
+def edit_late_parameters(notebook):
+    notebook.cells[1], notebook.cells[2] = notebook.cells[2], notebook.cells[1]
+    notebook.cells[1].execution_count, notebook.cells[2].execution_count = 1, 2
+
+
+def edit_derived_parameter(notebook):
+    notebook.cells[1].source += "\nOUT_DIR = PRESET + '/out'"
+
+
+def edit_import_in_parameters(notebook):
+    notebook.cells[1].source = "import os\n" + notebook.cells[1].source
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (edit_title, "title is not a question"),
+        (edit_title_cell, "title is not a question"),
+        (edit_notice, "no 'What to notice'"),
+        (edit_counts, "execution counts are [1, 7]"),
+        (edit_error, "code cell 2 ends in an error: ValueError: no such image"),
+        (edit_stderr, "code cell 2 writes to stderr: 'FutureWarning: soon'"),
+        (edit_no_figure, "no figure"),
+        (edit_output_path, "an output holds an absolute path"),
+        (edit_source_path, "the source holds an absolute path"),
+        (edit_windows_path, "an output holds an absolute path: 'C:"),
+        (edit_address, "object's address"),
+        (edit_length, "code cell 2 has 26 lines, at most 25"),
+        (edit_size, " KB, at most 500 KB"),
+        (edit_install, "installs packages"),
+        (edit_no_parameters, "0 cells are tagged 'parameters'"),
+        (edit_late_parameters, "first code cell is not tagged"),
+        (edit_derived_parameter, "more than literals"),
+        (edit_import_in_parameters, "more than literals: import os"),
+    ],
+)
+def test_each_broken_rule_is_named(page: Path, edit, words: str) -> None:
+    notebook = good_notebook()
+    edit(notebook)
+    stamped = "parameter" not in edit.__name__  # a stamp records them
+    found = rules.problems(save(notebook, page, stamped=stamped))
+    assert [problem for problem in found if words in problem], found
+    if stamped and edit is not edit_title_cell:  # that cell also held the line 'Runs in'
+        assert len(found) == 1, found
+
+
+def test_urls_fractions_and_html_are_no_absolute_paths(page: Path) -> None:
+    notebook = good_notebook()
+    text = "see https://example.org/a/b/c, 120/240 images/s, and/or ../results/a/b.csv, ./a/b/c"
+    html = "<table><tr><td>real/fake/other</td></tr></table>"
+    notebook.cells[2].outputs += [
+        new_output("stream", name="stdout", text=text),
+        new_output("execute_result", data={"text/html": html, "text/plain": "1 / 2 / 3"}),
+    ]
+    assert rules.problems(save(notebook, page)) == []
+
+
+def test_the_stamp_notices_changed_code_parameters_and_data(page: Path) -> None:
+    save(good_notebook(), page)
+    table = page.parent.parent / "data" / "mini" / "table.csv"
+    (table.parent / "README.md").write_text("prose does not count")
+    (table.parent / ".cache").mkdir()
+    (table.parent / ".cache" / "x").write_text("caches do not count")
+    assert rules.problems(page) == []
+
+    table.write_text("a,b\n1,3\n")
+    assert ["the data in mini/ changed" in problem for problem in rules.problems(page)] == [True]
+
+    save(good_notebook(), page)
+    notebook = nbformat.read(page, as_version=4)
+    notebook.cells[0].source += "\nMore prose."
+    assert rules.problems(save(notebook, page, stamped=False)) == []
+    notebook.cells[2].source = "SEED + 2"
+    found = rules.problems(save(notebook, page, stamped=False))
+    assert ["the code was changed" in problem for problem in found] == [True]
+
+    notebook.metadata.pop(rules.STAMP)
+    assert rules.problems(save(notebook, page, stamped=False)) == ["no stamp: run `make notebooks`"]
+
+
+def test_unreadable_files_are_problems_with_a_name(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.ipynb"
+    broken.write_text("{")
+    assert ["not a readable notebook" in problem for problem in rules.problems(broken)] == [True]
+    assert ["there is no notebook" in problem for problem in rules.problems(tmp_path / "no.ipynb")] == [True]
+    (tmp_path / "half.failed.ipynb").write_text("{}")
+    with pytest.raises(InputError, match="no notebook in"):
+        rules.find_notebooks(tmp_path / "elsewhere")
+
+
+# ---- scrubbing and executing -------------------------------------------------------------------------------
+
+
+def test_scrub_removes_the_machine_and_keeps_warnings(tmp_path: Path) -> None:
+    notebook = good_notebook()
+    notebook.metadata["papermill"] = {"input_path": "x"}
+    cell = notebook.cells[2]
+    cell.metadata = {"papermill": {"duration": 1}, "tags": [], "execution": {"t": 1}}
+    widget = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "HBox()"}
+    bar = "\r 40%|####      | 4/10 [00:01<00:02, 3.1it/s]\r100%|##########| 10/10 [00:03<00:00]\n"
+    cell.outputs += [
+        new_output("display_data", data=widget),
+        new_output("stream", name="stderr", text=bar),
+        new_output("stream", name="stderr", text="UserWarning: small sample\n"),
+        new_output("stream", name="stdout", text=f"{tmp_path / 'results' / 'a.csv'} and {Path.home()}"),
+    ]
+    notebooks.scrub(notebook, tmp_path)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert dict(cell.metadata) == {}
+    assert notebook.cells[1].metadata == {"tags": ["parameters"]}
+    texts = [output.get("text") for output in cell.outputs[1:]]
+    assert texts == ["UserWarning: small sample\n", f"{Path('results', 'a.csv')} and ~"]
+
+
+def runnable(source: str) -> nbformat.NotebookNode:
+    notebook = good_notebook()
+    notebook.cells[2].source = source
+    for cell in notebook.cells[1:3]:
+        cell.execution_count, cell.outputs = None, []
+    return notebook
+
+
+def test_write_executes_in_place_and_passes_the_check(page: Path, monkeypatch, capsys) -> None:
+    source = (
+        "import base64\nfrom pathlib import Path\nfrom IPython.display import Image, display\n"
+        f"assert Path.cwd().name == 'notebooks'\nprint(SEED, RATES)\n"
+        f'display(Image(base64.b64decode("{PIXEL}")))'
+    )
+    save(runnable(source), page, stamped=False)
+    monkeypatch.chdir(page.parent.parent)
+    assert notebooks.main(["check"]) == 1  # no outputs, no stamp
+    assert notebooks.main(["write"]) == 0, capsys.readouterr().out
+    notebook = nbformat.read(page, as_version=4)
+    assert notebook.cells[2].outputs[0].text == "0 [-1, 0.5]\n"
+    stamp = notebook.metadata[rules.STAMP]
+    assert stamp["parameters"]["PRESET"] == "mini"
+    assert stamp["device"].startswith("cpu")
+    assert stamp["versions"]["python"].startswith("3.")
+    assert len(stamp["code_sha256"]) == len(stamp["data_sha256"]) == 64
+
+    # with other parameters, into another folder; the committed page stays as it is
+    before = page.read_bytes()
+    out = page.parent.parent / "out"
+    assert notebooks.main(["run", "--out", str(out), "-p", "SEED=5"]) == 0
+    executed = nbformat.read(out / page.name, as_version=4)
+    assert executed.cells[-2].outputs[0].text == "5 [-1, 0.5]\n"
+    assert executed.metadata[rules.STAMP]["parameters"]["SEED"] == 5
+    assert executed.metadata[rules.STAMP]["code_sha256"] == stamp["code_sha256"]
+    assert page.read_bytes() == before
+
+
+def test_a_failing_notebook_is_left_untouched_and_named(page: Path, monkeypatch, capsys) -> None:
+    save(runnable("raise RuntimeError('no features yet')"), page, stamped=False)
+    before = page.read_bytes()
+    monkeypatch.chdir(page.parent.parent)
+    assert notebooks.main(["write"]) == 2
+    told = capsys.readouterr().err
+    assert "page.ipynb stopped in code cell 2: RuntimeError: no features yet" in told
+    assert page.read_bytes() == before
+    assert page.with_name("page.failed.ipynb").is_file()
+    assert rules.find_notebooks(page.parent) == [page]
+
+
+def test_unknown_parameters_and_wrong_options_are_errors(page: Path, tmp_path: Path) -> None:
+    save(good_notebook(), page)
+    with pytest.raises(InputError, match="no parameter SEEDS; it has PRESET, SEED, DEVICE"):
+        notebooks.execute(page, tmp_path / "a.ipynb", {"SEEDS": 3})
+    with pytest.raises(InputError, match="no notebook has a parameter EPOCHS"):
+        notebooks.execute_all([page], tmp_path, {"EPOCHS": 3})
+    for wrong in ("run", "check --out x", "write -p SEED=1", "run --out x -p SEED"):
+        with pytest.raises(SystemExit):
+            notebooks.main([*wrong.split(), str(page)])

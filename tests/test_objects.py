@@ -1,0 +1,169 @@
+"""Semantic objects: rules on hand-parsed sentences, the loader, real captions against a human reading."""
+
+from __future__ import annotations
+
+import models  # first: it repairs the torchvision import
+
+# isort: split
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import spacy
+from spacy.tokens import Doc
+
+from itemkit.errors import InputError, ModelNotFound
+from itemkit.objects import ObjectRules, Parser, load_parser, phrases
+
+POS = {"DT": "DET", "JJ": "ADJ", "NN": "NOUN", "NNS": "NOUN", "NNP": "PROPN", "PRP": "PRON", "PRP$": "PRON"}
+POS |= {"IN": "ADP", "CC": "CCONJ", "CD": "NUM", "VBZ": "VERB", "POS": "PART", "RB": "ADV", ",": "PUNCT"}
+VOCAB = spacy.blank("en").vocab
+
+
+def parsed(text: str) -> Doc:
+    """Build a parse from "word/TAG/head/dep" items; head is the index of the word it hangs on."""
+    words, tags, heads, deps = zip(*(item.split("/") for item in text.split()), strict=True)
+    return Doc(
+        VOCAB,
+        words=words,
+        tags=tags,
+        pos=[POS[tag] for tag in tags],
+        heads=[int(head) for head in heads],
+        deps=deps,
+    )
+
+
+BALL = "a/DT/2/det red/JJ/2/amod ball/NN/2/ROOT on/IN/2/prep the/DT/5/det grass/NN/3/pobj"
+
+
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        (BALL, ["red ball", "grass"]),
+        ("The/DT/1/det photo/NN/1/ROOT of/IN/1/prep a/DT/4/det dog/NN/2/pobj", ["dog"]),
+        ("She/PRP/1/nsubj holds/VBZ/1/ROOT it/PRP/1/dobj", []),
+        ("his/PRP$/1/poss hat/NN/1/ROOT", ["hat"]),
+        ("a/DT/1/det man/NN/1/ROOT without/IN/1/prep a/DT/4/det shirt/NN/2/pobj", ["man"]),
+        ("a/DT/1/det room/NN/1/ROOT with/IN/1/prep no/DT/4/det people/NNS/2/pobj", ["room"]),
+        ("the/DT/2/det right/JJ/2/amod side/NN/2/ROOT", []),
+        ("the/DT/2/det street/NN/2/compound corner/NN/2/ROOT", ["street corner"]),
+        ("a/DT/1/det group/NN/1/ROOT of/IN/1/prep two/CD/4/nummod dogs/NNS/2/pobj", ["two dogs"]),
+        ("only/RB/2/advmod a/DT/2/det few/JJ/3/amod people/NNS/3/ROOT", ["people"]),
+        (
+            "a/DT/1/det dog/NN/1/ROOT and/CC/1/cc a/DT/4/det dog/NN/1/conj and/CC/4/cc Dog/NN/4/conj",
+            ["dog"],
+        ),
+        ("a/DT/1/det man/NN/3/poss 's/POS/1/case face/NN/3/ROOT", ["man's face"]),
+        ("huge/JJ/3/amod ,/,/3/punct ugly/JJ/3/amod ogre/NN/3/ROOT", ["huge, ugly ogre"]),
+    ],
+)
+def test_rules(sentence: str, expected: list[str]) -> None:
+    assert phrases(parsed(sentence), ObjectRules()) == expected
+
+
+def test_options() -> None:
+    photo = parsed("a/DT/1/det photo/NN/1/ROOT without/IN/1/prep people/NNS/2/pobj")
+    assert phrases(photo, ObjectRules()) == []
+    assert phrases(photo, ObjectRules(drop_generic=False)) == ["photo"]
+    assert phrases(photo, ObjectRules(drop_generic=False, drop_negated=False)) == ["photo", "people"]
+    assert phrases(parsed(BALL), ObjectRules(max_objects=1)) == ["red ball"]
+    with pytest.raises(InputError, match="max_objects is 0; it must be at least 1"):
+        ObjectRules(max_objects=0)
+
+
+class Counting:
+    """A pipeline that counts what it parses."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def pipe(self, texts):
+        for text in texts:
+            self.seen.append(text)
+            yield parsed(BALL) if text else Doc(VOCAB, words=[])
+
+
+def test_equal_captions_are_parsed_once_and_order_is_kept() -> None:
+    nlp = Counting()
+    found = Parser(nlp).objects(["a  red ball", "", "a  red ball"])  # type: ignore[arg-type]
+    assert found == [["red ball", "grass"], [], ["red ball", "grass"]]
+    assert nlp.seen == ["a red ball", ""]
+    found[0].append("changed")
+    assert found[2] == ["red ball", "grass"]
+
+
+def test_a_true_folder(tmp_path: Path) -> None:
+    parser = load_parser(models.write_tiny_parser(tmp_path / "parser"), max_objects=3)
+    captions = ["a red ball and a blue cup on the grass", ""]
+    found = parser.objects(captions)
+    assert "red ball" in found[0] and found[1] == []
+    assert found == [parser.objects([caption])[0] for caption in captions]
+    fingerprint = parser.fingerprint()
+    assert json.loads(json.dumps(fingerprint)) == fingerprint
+    assert fingerprint == load_parser(tmp_path / "parser", max_objects=3).fingerprint()
+    assert fingerprint != load_parser(tmp_path / "parser").fingerprint()
+
+
+def test_pipeline_without_parser_is_refused(tmp_path: Path) -> None:
+    spacy.blank("en").to_disk(tmp_path / "blank")
+    with pytest.raises(InputError, match="no noun chunks|noun chunks need a tagger, a parser"):
+        load_parser(tmp_path / "blank")
+    spacy.blank("xx").to_disk(tmp_path / "other")
+    with pytest.raises(InputError, match="no noun chunks|use an English pipeline"):
+        load_parser(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("en_core_web_nothing", r"no package 'en_core_web_nothing'.*spacy download en_core_web_nothing"),
+        ("./nowhere", "looked in nowhere: no such folder"),
+        (".", r"no config.cfg, which a spaCy pipeline has"),
+    ],
+)
+def test_missing_parser(model: str, message: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFound, match=message):
+        load_parser(model)
+
+
+def test_damaged_parser(tmp_path: Path) -> None:
+    folder = tmp_path / "parser"
+    folder.mkdir()
+    (folder / "config.cfg").write_text("[nlp]\nlang = 'xx-nonsense'\n")
+    with pytest.raises(ModelNotFound, match="was found in .* but spaCy .* cannot load it"):
+        load_parser(folder)
+
+
+@pytest.fixture(scope="module")
+def real_parser(real_dir: Path) -> Parser:
+    return load_parser(real_dir / "spacy_en_port")
+
+
+@pytest.mark.real
+def test_agrees_with_a_human_reading(real_parser: Parser) -> None:
+    """Fifty captions and prompts, drawn at random; the objects were written down by hand.
+
+    What is missed is mostly the parser's ("dressed in black" gives the object "black"), which here is a port
+    of a small pipeline. Phrases count as found only when they are equal, adjectives included.
+    """
+    with open(Path(__file__).parent / "data" / "noun_chunks.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 50
+    found = real_parser.objects([row["caption"] for row in rows])
+    expected = [[phrase for phrase in row["objects"].split("; ") if phrase] for row in rows]
+    hits = sum(len(set(a) & set(b)) for a, b in zip(found, expected, strict=True))
+    f1 = 2 * hits / (sum(map(len, found)) + sum(map(len, expected)))
+    assert f1 > 0.92, f1  # 0.931 when this was written
+
+
+@pytest.mark.real
+def test_all_real_captions(real_parser: Parser, real_dir: Path) -> None:
+    with open(real_dir / "index.csv", encoding="utf-8", newline="") as file:
+        captions = [row["caption"] for row in csv.DictReader(file)]
+    found = real_parser.objects(captions)
+    written = [objects for caption, objects in zip(captions, found, strict=True) if caption.strip()]
+    assert len(written) > 1000 and sum(map(bool, written)) / len(written) > 0.98
+    assert all(phrase == phrase.strip().lower() and phrase for objects in found for phrase in objects)

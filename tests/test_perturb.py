@@ -1,0 +1,161 @@
+"""Perturbations: applied at the strength their name says, repeatable, the identity at strength 0."""
+
+from __future__ import annotations
+
+import pickle
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from itemkit import perturb
+from itemkit.errors import InputError
+from itemkit.images import load_image
+from itemkit.jpeg import jpeg_bytes, jpeg_quality
+from itemkit.perturb import GRID, QUICK_GRID, get_perturbation
+
+
+def picture(size=64, seed=0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    return coarse.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def pixels(image) -> np.ndarray:
+    return np.asarray(image, dtype=float)
+
+
+def test_names_are_unique_and_found():
+    for grid in (GRID, QUICK_GRID):
+        assert len({p.name for p in grid}) == len(grid)
+        assert all(get_perturbation(p.name) is not None for p in grid)
+    assert get_perturbation("jpeg_q50").setting == "q 50"
+    assert {p.family for p in GRID} == {
+        "clean", "jpeg", "webp", "blur", "noise", "resize", "resize_px", "crop", "chain",
+    }  # fmt: skip
+
+
+def test_unknown_name_gets_a_suggestion():
+    with pytest.raises(InputError, match=r"no perturbation 'jpg_q50'; Did you mean 'jpeg_q50'\?.*social"):
+        get_perturbation("jpg_q50")
+
+
+def test_the_grid_of_the_field_is_complete():
+    names = {p.name for p in GRID}
+    assert {f"jpeg_q{q}" for q in (95, 90, 75, 65, 50, 30)} <= names
+    assert {f"webp_q{q}" for q in (90, 75, 50)} <= names
+    assert {f"blur_{s}px" for s in (1, 2, 3, 5)} <= names
+    assert {f"noise_{s}" for s in (2, 5, 10, 20)} <= names
+    assert {"resize_x0.75", "resize_x0.5", "resize_x0.25", "resize_112px", "resize_64px"} <= names
+    assert {"crop_0.9", "crop_0.75", "crop_0.5"} <= names
+    assert {"resize_x0.75+jpeg_q75", "jpeg_q50+blur_2px", "social"} <= names
+
+
+def test_strength_ascends_within_a_family():
+    for grid in (GRID, QUICK_GRID):
+        for family in {p.family for p in grid}:
+            strengths = [p.strength for p in grid if p.family == family]
+            assert strengths == sorted(strengths) and len(set(strengths)) == len(strengths)
+
+
+@pytest.mark.parametrize("p", [*GRID, *QUICK_GRID], ids=lambda p: p.name)
+def test_same_image_same_result_and_rgb(p):
+    image = picture(48)
+    before = image.tobytes()
+    first, second = p(image, "an id"), pickle.loads(pickle.dumps(p))(image, "an id")
+    assert first.tobytes() == second.tobytes() and first.mode == "RGB" and min(first.size) >= 8
+    assert image.tobytes() == before, "the input was changed"
+
+
+@pytest.mark.parametrize(
+    "p", [perturb.CLEAN, perturb.blur(0), perturb.noise(0), perturb.resize(1), perturb.crop(1)]
+)
+def test_strength_zero_is_the_identity(p):
+    assert p.strength == 0 and p(picture(), "x").tobytes() == picture().tobytes()
+
+
+@pytest.mark.parametrize("quality", [95, 75, 30])
+def test_jpeg_applies_its_quality(quality, monkeypatch):
+    written = []
+
+    def spy(*args):
+        written.append(jpeg_bytes(*args))
+        return written[-1]
+
+    monkeypatch.setattr(perturb, "jpeg_bytes", spy)
+    out = perturb.jpeg(quality)(picture(), "x")
+    assert jpeg_quality(Image.open(BytesIO(written[0]))) == quality  # from the quantisation tables
+    assert out.tobytes() == load_image(written[0]).tobytes()
+
+
+@pytest.mark.parametrize("make", [perturb.jpeg, perturb.webp])
+def test_lower_quality_loses_more(make):
+    noisy = perturb.noise(20)(picture(), "x").convert("L").convert("RGB")  # no fine colour: 4:2:0 drops that
+    loss = [np.abs(pixels(make(q)(noisy, "x")) - pixels(noisy)).mean() for q in (95, 75, 50, 20)]
+    assert loss == sorted(loss) and loss[-1] > 2 * loss[0] > 0
+
+
+def test_noise_has_the_stated_deviation_and_is_the_images_own():
+    grey = Image.new("RGB", (200, 200), (128, 128, 128))
+    for std in (2, 5, 20):
+        noisy = pixels(perturb.noise(std)(grey, "a")) - 128
+        assert abs(noisy.mean()) < 0.1 * std
+        assert noisy.std() == pytest.approx(
+            np.sqrt(std**2 + 1 / 12), rel=0.02
+        )  # 1/12: rounding to whole numbers
+    assert perturb.noise(5)(grey, "a").tobytes() != perturb.noise(5)(grey, "b").tobytes()
+    assert perturb.noise(5)(grey).tobytes() == perturb.noise(5)(grey).tobytes()
+
+
+def test_blur_has_the_stated_sigma():
+    point = Image.new("RGB", (61, 61))
+    point.putpixel((30, 30), (255, 255, 255))
+    for sigma in (2, 3):
+        weight = pixels(perturb.blur(sigma)(point, "x"))[:, :, 0].sum(axis=0)
+        spread = np.sqrt((weight * (np.arange(61) - 30) ** 2).sum() / weight.sum())
+        assert spread == pytest.approx(sigma, rel=0.2)  # 8-bit rounding cuts the tails
+
+
+def test_sizes():
+    image = Image.new("RGB", (400, 200))
+    assert perturb.resize(0.25)(image, "x").size == (100, 50)
+    assert perturb.resize_px(64)(image, "x").size == (128, 64)
+    assert perturb.crop(0.75)(image, "x").size == (300, 150)
+    small = Image.new("RGB", (48, 48))
+    assert perturb.resize_px(64)(small, "x") is small  # never enlarged
+    assert perturb.resize(0.05)(small, "x").size == (8, 8)
+    assert perturb.resize(0.5)(Image.new("RGB", (6, 100)), "x").size == (6, 50)
+
+
+def test_crop_keeps_the_centre():
+    image = Image.new("RGB", (40, 40), "red")
+    image.paste((0, 0, 255), (10, 10, 30, 30))
+    assert perturb.crop(0.5)(image, "x").getcolors() == [(400, (0, 0, 255))]
+
+
+def test_a_chain_is_its_parts_in_order():
+    p = perturb.chain(perturb.resize(0.5), perturb.jpeg(60))
+    by_hand = perturb.jpeg(60)(perturb.resize(0.5)(picture(), "x"), "x")
+    assert p(picture(), "x").tobytes() == by_hand.tobytes() and p.name == "resize_x0.5+jpeg_q60"
+
+
+def test_social_differs_between_images():
+    social = get_perturbation("social")
+    assert len({social(picture(200), f"id{i}").size for i in range(5)}) > 1
+
+
+def test_fingerprints_differ():
+    prints = {str(p.fingerprint()) for p in GRID}
+    assert len(prints) == len(GRID)
+
+
+def test_bad_options_and_modes_say_so():
+    with pytest.raises(InputError, match="JPEG quality is 0; choose 1 to 100"):
+        perturb.jpeg(0)
+    with pytest.raises(InputError, match="resize factor is 2; choose 0.01 to 1"):
+        perturb.resize(2)
+    with pytest.raises(InputError, match="at least one"):
+        perturb.chain()
+    with pytest.raises(InputError, match="got an image of mode L"):
+        perturb.blur(1)(Image.new("L", (9, 9)), "x")

@@ -1,0 +1,206 @@
+"""Figures: every function draws onto the axes it is given; looks and files do not depend on the user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from PIL import Image
+
+from itemkit import plots
+
+RNG = np.random.default_rng(0)
+PICTURE = RNG.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+CLOUD = pd.DataFrame(
+    {"generator": ["real"] * 40 + ["gan"] * 30 + ["flow"] * 30, "cosine": RNG.normal(size=100)}
+)
+ESTIMATES = pd.DataFrame(
+    {
+        "detector": ["global", "global", "local", "local"],
+        "on": ["seen", "unseen"] * 2,
+        "value": [0.9, 0.7, 0.8, 0.75],
+        "low": [0.85, 0.6, 0.7, 0.7],
+        "high": [0.95, 0.8, 0.9, 0.8],
+    }
+)
+CURVES = pd.DataFrame(
+    {"step": [0, 1, 2] * 2, "what": ["train"] * 3 + ["val"] * 3, "value": [3.0, 2, 1, 3, 2.5, 2]}
+)
+REGIONS = pd.DataFrame({"phrase": ["a red ball"], "x0": [2.0], "y0": [3.0], "x1": [6.0], "y1": [9.0]})
+
+DRAW: dict[str, Callable[[Axes], Axes]] = {
+    "distributions": lambda ax: plots.distributions(ax, CLOUD, "cosine", "cosine"),
+    "intervals": lambda ax: plots.intervals(
+        ax, ESTIMATES, y="detector", hue="on", xlabel="AUROC", reference=0.5
+    ),
+    "intervals without hue": lambda ax: plots.intervals(ax, ESTIMATES[::2], y="detector", xlabel="AUROC"),
+    "matrix": lambda ax: plots.matrix(ax, ESTIMATES, rows="detector", columns="on", label="AUROC"),
+    "lines": lambda ax: plots.lines(ax, CURVES, x="step", hue="what", xlabel="step", ylabel="loss"),
+    "lines with bands": lambda ax: plots.lines(
+        ax,
+        ESTIMATES,
+        x="on",
+        hue="detector",
+        xlabel="tested on",
+        ylabel="AUROC",
+        palette={"local": "#123456"},
+    ),
+    "scatter": lambda ax: plots.scatter(ax, RNG.normal(size=(100, 2)), list(CLOUD["generator"]), "map"),
+    "show_image": lambda ax: plots.show_image(ax, PICTURE, "a title\nof two lines", plots.VERMILION),
+    "boxes": lambda ax: plots.boxes(plots.show_image(ax, PICTURE), REGIONS),
+    "heat": lambda ax: plots.heat(ax, PICTURE, np.where(PICTURE[..., 0] > 99, 1.0, np.nan), "where"),
+}
+
+
+@pytest.fixture(autouse=True)
+def own_settings() -> Iterator[None]:
+    with mpl.rc_context():
+        mpl.use("Agg")
+        plots.style()
+        yield
+    plt.close("all")
+
+
+@pytest.fixture
+def ax() -> Axes:
+    return plt.subplots(figsize=(3, 2))[1]
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_draws_onto_the_given_axes_and_returns_them(name: str) -> None:
+    fig, (left, right) = plt.subplots(1, 2, figsize=(6, 2))
+    plt.sca(left)  # the current axes are others
+    assert DRAW[name](right) is right
+    assert right.has_data() or right.patches
+    assert not left.has_data() and plt.get_fignums() == [fig.number]
+    fig.canvas.draw()
+
+
+def test_no_plot_changes_its_data() -> None:
+    before = [t.copy() for t in (CLOUD, ESTIMATES, CURVES, REGIONS)]
+    for draw in DRAW.values():
+        draw(plt.subplots()[1])
+    for table, copy in zip((CLOUD, ESTIMATES, CURVES, REGIONS), before, strict=True):
+        pd.testing.assert_frame_equal(table, copy)
+
+
+def test_the_numbers_drawn_are_the_numbers_given(ax: Axes) -> None:
+    plots.intervals(ax, ESTIMATES[::2], y="detector", xlabel="AUROC (test)")
+    line = ax.containers[0].lines[0]
+    assert list(line.get_xdata()) == [0.9, 0.8] and list(line.get_ydata()) == [0, 1]
+    ((left, right),) = {tuple(s[:, 0]) for s in ax.containers[0].lines[2][0].get_segments()[:1]}
+    assert (left, right) == pytest.approx((0.85, 0.95))
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["global", "local"]
+    assert ax.get_xlabel() == "AUROC (test)"
+    assert ax.yaxis_inverted()  # the first name on top
+
+
+def test_bands_stand_over_their_own_categories(ax: Axes) -> None:
+    part = pd.concat([ESTIMATES.iloc[:2], ESTIMATES.iloc[3:]])  # the second line has the second category only
+    plots.lines(ax, part, x="on", hue="detector", xlabel="", ylabel="")
+    first, second = (c.get_paths()[0].vertices[:, 0] for c in ax.collections)
+    assert set(first) == {0.0, 1.0} and set(second) == {1.0}
+
+
+def test_distributions_tell_how_many(ax: Axes) -> None:
+    plots.distributions(ax, CLOUD, "cosine", "cosine of image and caption")
+    told = [t.get_text() for t in ax.get_legend().get_texts()]
+    assert told == ["real (n=40)", "gan (n=30)", "flow (n=30)"]
+    medians = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "^"]
+    assert medians == pytest.approx(CLOUD.groupby("generator", sort=False)["cosine"].median().tolist())
+
+
+def test_a_matrix_keeps_the_order_of_the_table(ax: Axes) -> None:
+    plots.matrix(ax, ESTIMATES.iloc[::-1], rows="detector", columns="on", label="AUROC")
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["local", "global"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["unseen", "seen"]
+    assert [t.get_text() for t in ax.texts] == ["0.75", "0.80", "0.70", "0.90"]
+
+
+def test_a_map_hides_its_ticks_and_mixes_its_classes(ax: Axes) -> None:
+    xy = np.c_[np.arange(100.0), np.zeros(100)]
+    plots.scatter(ax, xy, list(CLOUD["generator"]))
+    assert len(ax.get_xticks()) == len(ax.get_yticks()) == 0
+    cloud = ax.collections[0]
+    drawn = cloud.get_offsets()[:, 0].astype(int)
+    assert sorted(drawn) == list(range(100)) and list(drawn) != sorted(drawn)
+    palette = plots.colours(list(CLOUD["generator"]))
+    expected = [palette[CLOUD["generator"][i]] for i in drawn]
+    assert [to_hex(c).upper() for c in cloud.get_facecolors()] == [to_hex(c).upper() for c in expected]
+    assert ax.get_legend_handles_labels()[1] == ["real", "gan", "flow"]
+
+
+def test_a_box_goes_around_its_pixels(ax: Axes) -> None:
+    plots.boxes(plots.show_image(ax, PICTURE), REGIONS)
+    (box,) = ax.patches
+    # imshow draws pixel (2, 3) from 1.5 to 2.5 and from 2.5 to 3.5
+    assert (box.get_x(), box.get_y(), box.get_width(), box.get_height()) == (1.5, 2.5, 4, 6)
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a red ball"]
+
+
+# -------------------------------------------------------------------------------------------------- colours
+
+
+def test_colours_belong_to_names() -> None:
+    assert plots.colours([]) == {"real": plots.BLUE}
+    everything = plots.colours(["flow", "flow_early", "gan", "vae", "edit", "real"])
+    assert list(everything) == ["real", "flow", "flow_early", "gan", "vae", "edit"]
+    assert len(set(everything.values())) == 6
+    # also where only some are shown, or in another order
+    for some in (["gan"], ["edit", "real", "gan"], ["vae", "vae", "flow"]):
+        assert plots.colours(some) == {k: everything[k] for k in plots.colours(some)}
+
+
+def test_other_generators_get_colours_of_their_own() -> None:
+    got = plots.colours(["sdxl", "gan", "midjourney", "real"])
+    assert len(set(got.values())) == 4 and got["gan"] == plots.FIXED["gan"]
+    assert plots.colours(["sdxl", "gan", "midjourney"]) == got
+    assert len(plots.colours([f"g{i}" for i in range(12)])) == 13  # more than there are colours
+
+
+def test_the_colours_are_okabe_and_ito_s() -> None:
+    known = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"}
+    assert {plots.BLUE, *plots.CYCLE} == known and set(plots.FIXED.values()) < known
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def test_the_style_does_not_depend_on_the_user() -> None:
+    plots.style()
+    ours = dict(mpl.rcParams)
+    mpl.rcParams.update({"axes.facecolor": "black", "font.size": 33, "lines.linewidth": 9, "axes.grid": True})
+    plots.style()
+    assert {k: v for k, v in mpl.rcParams.items() if k != "backend"} == {
+        k: v for k, v in ours.items() if k != "backend"
+    }
+    first = mpl.rcParams["axes.prop_cycle"].by_key()["color"][0]
+    assert to_hex(first).upper() == plots.VERMILION
+
+
+def test_saving_writes_three_files_with_the_numbers(ax: Axes, tmp_path: Path) -> None:
+    plots.lines(ax, CURVES, x="step", hue="what", xlabel="step", ylabel="loss")
+    paths = plots.save(ax.figure, "03_curves", CURVES, tmp_path / "new" / "figures", "made in the mini lab")
+    assert [p.name for p in paths] == ["03_curves.pdf", "03_curves.png", "03_curves.csv"]
+    assert paths[0].read_bytes().startswith(b"%PDF") and b"CreationDate" not in paths[0].read_bytes()
+    with Image.open(paths[1]) as image:
+        assert image.format == "PNG" and min(image.size) > 300
+    pd.testing.assert_frame_equal(pd.read_csv(paths[2]), CURVES)
+    assert ax.figure.texts[-1].get_text() == "made in the mini lab"
+
+
+def test_the_same_figure_gives_the_same_files(tmp_path: Path) -> None:
+    made = []
+    for name in ("a", "b"):
+        ax = plots.scatter(
+            plt.subplots()[1], np.c_[np.arange(100.0), np.arange(100)], list(CLOUD["generator"])
+        )
+        made.append([p.read_bytes() for p in plots.save(ax.figure, "same", CLOUD, tmp_path / name)])
+    assert made[0] == made[1]

@@ -1,0 +1,156 @@
+"""Presets: names, overrides, true-format folders end to end, and failure in seconds without a network."""
+
+from __future__ import annotations
+
+import models  # first: it repairs the torchvision import
+
+# isort: split
+
+import json
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from itemkit.errors import InputError, ModelNotFound
+from itemkit.presets import PRESETS, get_preset, mini_folder
+
+
+@pytest.fixture(scope="module")
+def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `itemkit download --to` writes it."""
+    root = tmp_path_factory.mktemp("fetched")
+    models.write_tiny_clip(root / "encoder")
+    models.write_tiny_blip(root / "captioner")
+    models.write_tiny_parser(root / "parser")
+    models.write_tiny_grounding_dino(root / "detector")
+    return root
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty hub cache, and an error for whoever opens a connection."""
+    from huggingface_hub import constants
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("a loader opened a network connection")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_build_from_a_folder(name: str, fetched: Path, offline: None) -> None:
+    preset = get_preset(name, folder=fetched, precision="float32")
+    parts = preset.build("cpu")
+    image = Image.new("RGB", (60, 40), "#40a060")
+    caption = parts.captioner.caption([image])[0]
+    phrases = ["red ball", "grass"]
+    pixels = torch.stack([parts.encoder.preprocess(image)])
+    embedding = parts.encoder.encode_images(pixels, patches=parts.localiser.needs_patches)
+    regions = parts.localiser.locate(
+        [image], embedding, parts.encoder.encode_texts(phrases), torch.tensor([0, 0]), phrases=phrases
+    )
+    assert isinstance(caption.text, str) and regions.boxes.shape == (2, 4)
+    assert parts.parser.objects(["a red ball on the grass"])[0]
+    fingerprint = parts.fingerprint()
+    assert list(fingerprint) == ["captioner", "parser", "encoder", "localiser"]
+    assert json.loads(json.dumps(fingerprint)) == fingerprint
+    assert fingerprint["captioner"]["decoding"]["num_beams"] == (3 if name == "paper" else 1)
+
+
+@pytest.mark.parametrize("name", ["fast", "paper"])
+def test_offline_failure_takes_seconds_and_says_what_to_do(name: str, offline: None) -> None:
+    started = time.perf_counter()
+    with pytest.raises(ModelNotFound) as caught:
+        get_preset(name).build("cpu")
+    assert time.perf_counter() - started < 20
+    text = str(caught.value)
+    for part in ("captioner 'Salesforce/blip", "parser 'en_core_web_sm'", "encoder 'ViT-"):
+        assert part in text
+    assert text.count("Fetch it once") == 1 and f"`itemkit download --preset {name}`" in text
+
+
+def test_missing_mini_models_name_their_own_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ITEMKIT_DATA", str(tmp_path))
+    assert mini_folder() == tmp_path / "mini"
+    with pytest.raises(
+        ModelNotFound, match=r"`git checkout data/mini` brings them back, `make lab`"
+    ) as caught:
+        get_preset("mini").build("cpu")
+    assert "itemkit download" not in str(caught.value)
+
+
+def test_find_reports_each_part(fetched: Path, offline: None) -> None:
+    found = get_preset("paper", encoder=str(fetched / "encoder")).find()
+    assert found["encoder"].path == fetched / "encoder"
+    assert isinstance(found["captioner"], ModelNotFound)
+    assert set(found) == {"captioner", "parser", "localiser", "encoder"}
+
+
+class Part:
+    """Stands for any of the models."""
+
+    def fingerprint(self) -> dict:
+        return {"kind": "mine"}
+
+
+def test_parts_can_be_objects_or_left_out(offline: None) -> None:
+    mine = Part()
+    preset = get_preset("paper", captioner=mine, encoder=mine, parser=None, localiser=None)
+    parts = preset.build("cpu")
+    assert parts.captioner is mine and parts.encoder is mine
+    assert parts.fingerprint() == {
+        "captioner": {"kind": "mine"},
+        "parser": None,
+        "encoder": {"kind": "mine"},
+        "localiser": None,
+    }
+    assert json.loads(json.dumps(preset.record()))["captioner"] == "Part"
+
+
+def test_replaced_part_starts_from_its_own_options() -> None:
+    preset = get_preset("paper", localiser="whole", encoder="./clip")
+    assert preset.localiser_options == {} and preset.encoder_pretrained is None
+    assert preset.captioner_options == PRESETS["paper"].captioner_options
+    kept = get_preset("paper", captioner="./blip", captioner_options={"num_beams": 2})
+    assert kept.captioner_options == {"num_beams": 2}
+    assert get_preset("fast", encoder="ViT-B-16", encoder_pretrained="openai").encoder_pretrained == "openai"
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(
+        InputError, match="preset 'papre' is unknown. Did you mean 'paper'. Known: mini, fast, paper"
+    ):
+        get_preset("papre")
+    with pytest.raises(InputError, match="a preset has no field 'localizer'. Did you mean 'localiser'"):
+        get_preset("mini", localizer="whole")
+    with pytest.raises(
+        ModelNotFound, match="no folder of models at .*nowhere.*itemkit download --preset fast --to"
+    ):
+        get_preset("fast", folder="nowhere")
+
+
+def test_record_is_free_of_machine_paths() -> None:
+    record = get_preset("mini").record()
+    assert record["encoder"] == "data/mini/models/clip" and record["precision"] == "float32"
+    assert str(Path.home()) not in json.dumps(get_preset("fast", encoder=Path.home() / "clip").record())
+
+
+def test_wrong_device_is_told_before_anything_is_loaded(fetched: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    with pytest.raises(InputError, match="device 'cuda' was asked for"):
+        get_preset("fast", folder=fetched).build("cuda")
+
+
+def test_mini_models_load_as_committed() -> None:
+    if not (mini_folder() / "models" / "clip").is_dir():
+        pytest.skip("needs data/mini/models (make lab)")
+    parts = get_preset("mini").build("cpu")
+    assert parts.encoder.patch_grid is not None and parts.captioner is not None
+    assert parts.encoder.dtype is torch.float32

@@ -1,0 +1,234 @@
+"""What has to hold for the repository as a whole: pins, targets, versions, and what is never committed."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import itemkit
+from itemkit import machine
+
+REPO = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+PINS = machine.tested_versions()
+CORE = [Requirement(line) for line in PROJECT["dependencies"]]
+EXTRAS = {
+    extra: [Requirement(line) for line in lines] for extra, lines in PROJECT["optional-dependencies"].items()
+}
+
+# needed, but imported by no line of this project
+USED_INDIRECTLY = {
+    "torchvision": "open_clip's preprocessing",
+    "timm": "open_clip's towers of other families",
+    "ipykernel": "the kernel that executes notebooks",
+    "ipywidgets": "progress bars in notebooks",
+    "jupyterlab": "where a reader opens the notebooks",
+    "nbclient": "papermill's engine; its version moves outputs",
+}
+
+
+# ---- pins
+
+
+def test_environment_yml_has_the_same_pins() -> None:
+    environment = yaml.safe_load((REPO / "environment.yml").read_text())
+    assert "python=3.11" in environment["dependencies"]
+    lines = next(entry for entry in environment["dependencies"] if isinstance(entry, dict))["pip"]
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    optional = {requirement.name for requirement in EXTRAS["ray"]}
+    assert pins == {name: version for name, version in PINS.items() if name not in optional}
+
+
+@pytest.mark.parametrize("requirement", [*CORE, *EXTRAS["dev"], *EXTRAS["ray"]], ids=str)
+def test_each_dependency_is_pinned_within_its_bounds(requirement: Requirement) -> None:
+    assert requirement.name in PINS, "not in constraints.txt"
+    assert requirement.specifier.contains(PINS[requirement.name])
+
+
+def test_the_tests_run_with_the_pins() -> None:
+    wrong = {}
+    for name in (requirement.name for requirement in [*CORE, *EXTRAS["dev"]]):
+        if Version(metadata.version(name)).public != PINS[name]:
+            wrong[name] = (metadata.version(name), PINS[name])
+    assert wrong == {}
+
+
+def test_imports_and_declared_dependencies_agree() -> None:
+    distributions = metadata.packages_distributions()
+    imported: set[str] = set()
+    for path in tracked(".py", ".ipynb"):
+        for module in third_party_imports(path):
+            names = distributions.get(module, [module])
+            imported |= {name.lower().replace("_", "-") for name in names}
+    declared = {
+        requirement.name.lower().replace("_", "-") for requirement in [*CORE, *sum(EXTRAS.values(), [])]
+    }
+    assert imported - declared == set(), "imported, but not in pyproject.toml"
+    unused = {
+        requirement.name for requirement in CORE if requirement.name.lower().replace("_", "-") not in imported
+    }
+    assert unused - set(USED_INDIRECTLY) == set(), "in pyproject.toml, but never imported"
+
+
+def third_party_imports(path: Path) -> set[str]:
+    if path.suffix == ".ipynb":
+        cells = json.loads(path.read_text())["cells"]
+        source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        source = re.sub(r"^\s*[%!].*$", "", source, flags=re.MULTILINE)
+    else:
+        source = path.read_text()
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.add(node.module.partition(".")[0])
+    own = {"itemkit", "benchmarks", "tests", *(test.stem for test in (REPO / "tests").glob("*.py"))}
+    return found - set(sys.stdlib_module_names) - own
+
+
+def test_versions_agree_and_numbers_changed_is_told() -> None:
+    citation = yaml.safe_load((REPO / "CITATION.cff").read_text())
+    assert citation["version"] == itemkit.__version__
+    sections = re.split(r"^## ", (REPO / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1:]
+    assert sections[0].startswith(itemkit.__version__)
+    assert [section.split()[0] for section in sections if "**Numbers changed**" not in section] == []
+
+
+def test_import_is_quick_and_silent() -> None:
+    code = "import itemkit, sys; print(sorted({'torch', 'matplotlib', 'pandas'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+# ---- make and CI
+
+
+def make(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "VENV")
+    }
+    return subprocess.run(
+        ["make", *arguments, *(f"{name}={value}" for name, value in variables.items())],
+        cwd=REPO,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def targets() -> set[str]:
+    phony = re.search(r"^\.PHONY: (.*)$", (REPO / "Makefile").read_text(), flags=re.MULTILINE)
+    assert phony is not None
+    return set(phony.group(1).split())
+
+
+def test_make_lists_every_target() -> None:
+    listed = re.findall(r"^  make (\S+) +\S", make().stdout, flags=re.MULTILINE)
+    assert set(listed) == targets()
+    assert {"run", "test", "notebooks", "lab", "lab-check", "lint", "clean"} <= set(listed)
+
+
+@pytest.mark.parametrize("target", ["run", "test"])
+def test_make_creates_the_environment_when_it_is_missing(target: str, tmp_path: Path) -> None:
+    plan = make("-n", target, VENV=str(tmp_path / "new")).stdout
+    made, installed = plan.find("-m venv"), plan.find("-m pip install")
+    assert -1 < made < installed < plan.rfind(str(tmp_path / "new" / "bin"))
+    assert "-c constraints.txt" in plan
+
+
+def test_make_says_what_to_do_without_python(tmp_path: Path) -> None:
+    done = make("test", VENV=str(tmp_path / "new"), PYTHON="")
+    assert done.returncode != 0
+    assert "Python of version 3.11 or newer" in done.stdout
+    assert not (tmp_path / "new").exists()
+
+
+def test_ci_runs_lint_and_the_test_command() -> None:
+    script = REPO / ".ci" / "run"
+    text = script.read_text()
+    assert text.startswith("#!/usr/bin/env bash\n") and "set -euo pipefail" in text
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert re.findall(r"\bmake ([a-z-]+)", text)[:3] == ["lint", "test", "run"]
+
+
+# ---- what is committed
+
+
+def tracked(*suffixes: str) -> list[Path]:
+    """Files that are, or would be, committed."""
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=REPO, capture_output=True
+    )
+    if listing.returncode:
+        pytest.skip("needs the git checkout, to know what is committed")
+    paths = [REPO / name for name in listing.stdout.decode().split("\0") if name]
+    return [path for path in paths if path.is_file() and (not suffixes or path.suffix in suffixes)]
+
+
+def texts() -> list[tuple[str, str]]:
+    found = []
+    for path in tracked():
+        raw = path.read_bytes()
+        if b"\0" not in raw[:8192] and path.suffix != ".ipynb":  # notebooks have rules of their own
+            found.append((path.relative_to(REPO).as_posix(), raw.decode("utf-8", errors="replace")))
+    assert len(found) > 20
+    return found
+
+
+def offenders(pattern: str, only: str = "") -> list[str]:
+    return [
+        f"{name}:{number}: {line.strip()[:100]}"
+        for name, text in texts()
+        if name.endswith(only)
+        for number, line in enumerate(text.splitlines(), start=1)
+        if re.search(pattern, line)
+    ]
+
+
+def test_no_absolute_path_of_a_machine() -> None:
+    folders = "|".join(["work", "farm", "root", "home", "Users"])
+    found = offenders(rf"(?<![\w.:/])/(?:{folders})/\w")
+    made_up = "/".join(["", "home", ""])  # tests may speak of somebody's home
+    assert [line for line in found if not (line.startswith("tests/") and made_up in line)] == []
+
+
+def test_no_registry_host() -> None:
+    # written apart, so that this line is no offender itself
+    hosts = ["pypi" + ".org", "python" + "hosted", "registry.npm" + "js", "download.py" + "torch"]
+    assert offenders("(?i)" + "|".join(map(re.escape, hosts))) == []
+
+
+def test_nothing_unfinished() -> None:
+    marks = ["TO" + "DO", "FIX" + "ME", "X" + "XX", "raise NotImplemented" + "Error"]
+    assert offenders(rf"\b(?:{'|'.join(marks)})\b", ".py") == []
+
+
+def test_no_pickles_and_no_large_files() -> None:
+    pickles = tracked(".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib")
+    assert pickles == []
+    sizes = {path.relative_to(REPO).as_posix(): path.stat().st_size for path in tracked()}
+    assert [name for name, size in sizes.items() if size > 1_000_000 and not name.startswith("data/")] == []
+    assert sum(size for name, size in sizes.items() if name.startswith("data/mini/")) <= 30e6
+
+
+def test_modules_stay_readable() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in (REPO / "itemkit").rglob("*.py")}
+    assert lengths
+    assert {path.name: lines for path, lines in lengths.items() if lines > 400} == {}

@@ -1,0 +1,265 @@
+"""From a data folder to features, a detector and verdicts, with stand-ins for the models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from itemkit import presets, schema, workflow
+from itemkit.detector import Detector
+from itemkit.errors import InputError, ModelNotFound
+from itemkit.features import Features
+from itemkit.presets import Preset
+
+import fakes
+from synthetic import make_features
+
+
+def stand_ins(version: str = "1") -> Preset:
+    return Preset(
+        name="stub",
+        about="For this test.",
+        captioner=fakes.FakeCaptioner(),
+        encoder=fakes.FakeEncoder(version),
+        parser=fakes.FakeParser(),
+        localiser=fakes.FakeLocaliser(),
+    )
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """60 pictures, real and fake in turn, in three splits, as a CSV beside them."""
+    table = fakes.make_images(tmp_path / "images", 60)
+    table["split"] = ["train", "train", "val", "val", "test", "test"] * 10
+    table["caption"] = [f"a {fakes.COLOURS[i % 3]} ball" for i in range(60)]
+    table.to_csv(tmp_path / "manifest.csv", index=False)
+    return tmp_path / "manifest.csv"
+
+
+@pytest.fixture
+def features(data: Path, tmp_path: Path) -> Features:
+    return workflow.features(stand_ins(), data, tmp_path / "out", "cpu", progress=False)
+
+
+# ----------------------------------------------------------------------------------------------------- data
+
+
+def test_without_data_another_preset_asks_for_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="preset 'paper' needs images: give a folder or a manifest"):
+        workflow.data_manifest(None, tmp_path, "paper")
+
+
+def test_mini_without_its_files_says_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ITEMKIT_DATA", str(tmp_path))
+    with pytest.raises(InputError, match="`git checkout data/mini`"):
+        workflow.data_manifest("", tmp_path / "out")
+
+
+def test_missing_splits_are_filled_and_given_ones_kept(data: Path, tmp_path: Path) -> None:
+    table = pd.read_csv(data)
+    assert list(workflow.data_manifest(data, tmp_path)[schema.SPLIT]) == list(table["split"])
+    table.loc[10:, "split"] = None
+    table.to_csv(data, index=False)
+    filled = workflow.data_manifest(data, tmp_path)[schema.SPLIT]
+    assert list(filled[:10]) == list(table["split"][:10]) and set(filled) == set(schema.SPLITS)
+
+
+def test_unlabelled_images_need_no_split(tmp_path: Path) -> None:
+    table = fakes.make_images(tmp_path / "images", 4)[["path"]]
+    table.to_csv(tmp_path / "m.csv", index=False)
+    assert workflow.data_manifest(tmp_path / "m.csv", tmp_path)[schema.SPLIT].isna().all()
+
+
+# ------------------------------------------------------------------------------------------------- features
+
+
+def test_features_are_computed_once(data: Path, tmp_path: Path) -> None:
+    preset = stand_ins()
+    first = workflow.features(preset, data, tmp_path / "out", "cpu", progress=False)
+    assert len(first) == 60 and first.dim == fakes.DIM
+    assert first.run["config"]["name"] == "stub" and first.run["config"]["encoder"] == "FakeEncoder"
+    assert (tmp_path / "out" / "features" / "stub" / "run.json").is_file()
+    seen = preset.encoder.images_encoded
+    again = workflow.features(preset, data, tmp_path / "out", "cpu", progress=False)
+    assert preset.encoder.images_encoded == seen == 60
+    np.testing.assert_array_equal(again.image_emb, first.image_emb)
+    pd.testing.assert_frame_equal(again.table, first.table)
+
+
+def test_splits_and_generators_can_be_chosen(data: Path, tmp_path: Path) -> None:
+    some = workflow.features(
+        stand_ins(), data, tmp_path / "out", "cpu", name="some", splits=("test",), generators=("real",),
+        progress=False,
+    )  # fmt: skip
+    assert set(some.table[schema.SPLIT]) == {"test"} and set(some.table[schema.GENERATOR]) == {"real"}
+    assert len(some) == 10 and (tmp_path / "out" / "features" / "stub-some").is_dir()
+
+
+def test_captions_can_come_from_elsewhere(data: Path, tmp_path: Path) -> None:
+    preset = stand_ins()
+    own = workflow.features(
+        preset, data, tmp_path / "out", "cpu", name="user", captions="user", progress=False
+    )
+    assert list(own.table[schema.CAPTION][:3]) == ["a red ball", "a green ball", "a blue ball"]
+    assert preset.captioner.batches == []
+    paths = own.table[schema.PATH]
+    swapped = pd.Series("a red dog", index=paths)
+    other = workflow.features(
+        preset, data, tmp_path / "out", "cpu", name="swapped", captions=swapped, progress=False
+    )
+    assert set(other.table[schema.CAPTION]) == {"a red dog"}
+    np.testing.assert_array_equal(other.image_emb, own.image_emb)
+    with pytest.raises(InputError, match="1 of 60 images have no caption; first: .*00005.png"):
+        workflow.features(
+            preset, data, tmp_path / "out", "cpu", name="gap", captions=swapped.drop(paths[5]), progress=False
+        )
+
+
+def test_a_transform_is_applied_before_the_method(data: Path, tmp_path: Path) -> None:
+    plain = workflow.features(stand_ins(), data, tmp_path / "out", "cpu", progress=False)
+    bright = workflow.features(
+        stand_ins(),
+        data,
+        tmp_path / "out",
+        "cpu",
+        name="bright",
+        transform=fakes.Brightened(40),
+        progress=False,
+    )
+    assert list(bright.table[schema.IMAGE_ID]) == list(plain.table[schema.IMAGE_ID])
+    assert not np.allclose(bright.image_emb, plain.image_emb)
+
+
+def test_pixels_come_in_the_order_of_the_features(features: Features) -> None:
+    with_pixels = workflow.add_pixels(features, 10)
+    assert features.pixels is None and with_pixels.pixels.shape == (60, 10, 10, 3)
+    exact = [i for i, p in enumerate(features.table[schema.PATH]) if Image.open(p).size == (10, 10)]
+    assert exact
+    for i in exact[:3]:
+        expected = np.asarray(Image.open(features.table[schema.PATH][i]).convert("RGB"))
+        np.testing.assert_array_equal(with_pixels.pixels[i], expected)
+
+
+# ---------------------------------------------------------------------------------------------- the detector
+
+
+def test_a_split_holds_its_labelled_images() -> None:
+    features = make_features(n_real=40, n_fake=20)
+    test = workflow.take_split(features, "test")
+    assert set(test.table[schema.SPLIT]) == {"test"}
+    features.table.loc[features.table[schema.SPLIT] == "val", schema.LABEL] = pd.NA
+    with pytest.raises(
+        InputError, match=r"no labelled image has split 'val'; splits there are: .*val \(\d+\)"
+    ):
+        workflow.take_split(features, "val")
+    with pytest.raises(
+        InputError, match=r"no labelled image has split 'tset'; splits there are: train \(\d+\)"
+    ):
+        workflow.take_split(features, "tset")
+    features.table[schema.SPLIT] = None
+    with pytest.raises(InputError, match="splits there are: none"):
+        workflow.take_split(features, "train")
+
+
+def test_training_on_some_generators_leaves_out_the_others() -> None:
+    features = make_features()
+    both = workflow.train_detector(features, seeds=1)
+    one = workflow.train_detector(features, generators=["gan"], seeds=1)
+    assert set(both.trained_on_["train_images"]) == {"real", "gan", "flow"}
+    assert set(one.trained_on_["train_images"]) == {"real", "gan"} == set(one.trained_on_["val_images"])
+    with pytest.raises(InputError, match="no image of gann; generators there are: flow, gan, real"):
+        workflow.train_detector(features, generators=["gann"])
+
+
+def test_the_trained_detector_tells_the_made_up_classes_apart() -> None:
+    features = make_features()
+    table = workflow.train_detector(features, seeds=2).evaluate(workflow.take_split(features, "test"))
+    auroc = table.loc[table["metric"] == "auroc"].set_index("generator")["value"]
+    assert (auroc > 0.85).all()
+
+
+# -------------------------------------------------------------------------------------------------- verdicts
+
+
+# 5 of the 10 real and of the 10 fake validation images set the bounds, so only rates from 1/6 on can be had
+RATES = {"fpr": 0.2, "fnr": 0.2}
+
+
+@pytest.fixture
+def detector(features: Features, tmp_path: Path) -> Path:
+    workflow.train_detector(features, seeds=1).save(tmp_path / "detector")
+    return tmp_path / "detector"
+
+
+def test_detect_answers_for_every_file_also_for_broken_ones(
+    detector: Path, data: Path, tmp_path: Path
+) -> None:
+    good = sorted((data.parent / "images").iterdir())[:3]
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"no picture")
+    paths = [good[0], bad, good[1], tmp_path / "absent.png", good[2]]
+    answers = list(workflow.detect(paths, stand_ins(), detector, "cpu", **RATES))
+    assert [a["path"] for a in answers] == [str(p) for p in paths]
+    assert [sorted(a) for a in (answers[1], answers[3])] == [["error", "path"]] * 2
+    assert "bad.jpg: is not an image" in answers[1]["error"] and "no such file" in answers[3]["error"]
+    for answer in (answers[0], answers[2], answers[4]):
+        assert answer["verdict"] in ("real", "fake", "unsure") and 0 <= answer["p_fake"] <= 1
+        assert -1 <= answer["global_cosine"] <= 1 and 0 <= answer["global_real_below"] <= 1
+        named = [] if answer["caption"] == "nothing" else answer["caption"].replace("a ", "").split(" and ")
+        assert sorted(thing["phrase"] for thing in answer["objects"]) == sorted(set(named))
+        cosines = [thing["cosine"] for thing in answer["objects"]]
+        assert cosines == sorted(cosines)  # the worst fit first
+        assert all(len(thing["box"]) == 4 for thing in answer["objects"])
+
+
+def test_one_image_gets_the_score_its_features_give(detector: Path, features: Features, data: Path) -> None:
+    expected = Detector.load(detector).score(features)
+    answers = list(
+        workflow.detect(list(features.table[schema.PATH][:4]), stand_ins(), detector, "cpu", **RATES)
+    )
+    # features on disk are half precision
+    assert [a["p_fake"] for a in answers] == pytest.approx(expected[:4].tolist(), abs=5e-3)
+
+
+def test_a_caption_of_the_user_takes_the_place_of_the_generated_one(detector: Path, data: Path) -> None:
+    image = next(iter(sorted((data.parent / "images").iterdir())))
+    preset = stand_ins()
+    (answer,) = workflow.detect([image], preset, detector, "cpu", "a red dog and a blue cup", **RATES)
+    assert answer["caption"] == "a red dog and a blue cup" and preset.captioner.batches == []
+    assert sorted(thing["phrase"] for thing in answer["objects"]) == ["blue cup", "red dog"]
+
+
+def test_a_detector_refuses_other_models(detector: Path, data: Path) -> None:
+    image = next(iter(sorted((data.parent / "images").iterdir())))
+    with pytest.raises(InputError, match="encoder.version is 2, was 1"):
+        list(workflow.detect([image], stand_ins("2"), detector, "cpu", **RATES))
+
+
+def test_too_few_validation_images_for_a_rate_are_told(detector: Path, data: Path) -> None:
+    image = next(iter(sorted((data.parent / "images").iterdir())))
+    with pytest.raises(InputError, match="false-positive rate of 0.05 needs at least 19 real .* got 5"):
+        list(workflow.detect([image], stand_ins(), detector, "cpu", fnr=0.2))
+    with pytest.raises(InputError, match="missed fakes of 0.05 needs at least 19 fake .* got 5"):
+        list(workflow.detect([image], stand_ins(), detector, "cpu", fpr=0.2))
+
+
+def test_without_a_detector_it_says_which_to_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="there is no detector for preset 'stub' yet: train one with"):
+        list(workflow.detect(["x.png"], stand_ins()))
+    with pytest.raises(ModelNotFound, match="nowhere"):
+        list(workflow.detect(["x.png"], stand_ins(), tmp_path / "nowhere"))
+    monkeypatch.setenv("ITEMKIT_DATA", str(tmp_path))
+    with pytest.raises(ModelNotFound, match="mini/models/detector"):
+        list(workflow.detect(["x.png"], presets.get_preset("mini")))
+
+
+def test_foreign_images_get_a_note_with_the_mini_models_only(capsys: pytest.CaptureFixture[str]) -> None:
+    workflow.warn_if_foreign("mini", "photos")
+    assert capsys.readouterr().err.count("\n") == 1
+    workflow.warn_if_foreign("mini", None)
+    workflow.warn_if_foreign("paper", "photos")
+    assert capsys.readouterr().err == ""
