@@ -32,6 +32,7 @@ notebooks: $(READY)  ## execute the notebooks in place and stamp them: the only 
 
 lab: $(READY)  ## rebuild the mini laboratory from nothing: every model and every fake image (hours on a CPU)
 	$(BIN)/itemkit lab build
+	$(BIN)/itemkit lab detector --out $(OUT)
 
 lab-check: $(READY)  ## verify the laboratory's hashes and measure its key figures again
 	$(BIN)/itemkit lab check

@@ -2,8 +2,8 @@
 
     python -m benchmarks.scale --rows 1000000
 
-A thousand small files stand for all rows: each row has a caption of its own, so every row is a feature of its
-own, and nothing but the models is left out. Prints resident memory as the rows go by, then the times of a
+A thousand small files stand for all rows: each comes with a thousand captions, so every row is a feature of
+its own, and nothing but the models is left out. Prints resident memory as the rows go by, then the times of a
 second run and of reading one column back.
 """
 
@@ -112,7 +112,7 @@ def run(rows: int, scratch: Path) -> None:
     for i in range(FILES):
         (scratch / f"{i:04d}.bin").write_bytes(bytes([i % 256, i // 256]))
     paths = [str(scratch / f"{i % FILES:04d}.bin") for i in range(rows)]
-    manifest = pd.DataFrame({"path": paths, "caption": [f"the {i} ball" for i in range(rows)]})
+    manifest = pd.DataFrame({"path": paths, "caption": [f"the {i // FILES} ball" for i in range(rows)]})
     stub = Stub(every=max(rows // 10, 1000))
     models = Models(stub, None, stub, stub)
     print(f"        0 images {resident_mb():7.0f} MB, the manifest of {rows} rows in memory")
@@ -121,7 +121,7 @@ def run(rows: int, scratch: Path) -> None:
     print(extract(manifest, scratch / "out", models, **options))
     if len(stub.memory) > 1:
         images, memory = np.array(stub.memory).T
-        half = len(images) // 2  # by then the caches have reached their bounds
+        half = len(images) // 2  # by then what is bounded has reached its bound
         slope = np.polyfit(images[half:], memory[half:], 1)[0] * 2**20
         print(f"growth over the second half: {slope:.0f} bytes per image")
     print(extract(manifest, scratch / "out", models, **options))

@@ -139,12 +139,16 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--to", type=Path, metavar="FOLDER", help="fill a folder for a machine without a network")
     _part_options(c)
 
-    c = add("lab", _lab, "The mini laboratory: build its models and fakes, check them, lay out its images.")
-    c.add_argument("action", choices=("build", "check", "images"))
+    c = add(
+        "lab",
+        _lab,
+        "The mini laboratory: build models and fakes, train its detector, check all, lay out images.",
+    )
+    c.add_argument("action", choices=("build", "detector", "check", "images"))
     c.add_argument("parts", nargs="*", help="build these parts only, e.g. clip captioner")
     c.add_argument("--data", type=Path, help="folder of the laboratory (default: data/mini)")
     c.add_argument("--work", default=Path("build/lab"), type=Path, help="renders and checkpoints")
-    c.add_argument("--out", default=Path("results"), type=Path, help="where `images` lays them out")
+    c.add_argument("--out", default=Path("results"), type=Path, help="where images and features go")
     c.add_argument("--device", default="cpu")
     return parser
 
@@ -348,6 +352,11 @@ def _lab(args: argparse.Namespace) -> int:
         raise InputError(f"the laboratory has no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
     if args.action == "build":
         build(folder, args.work, args.parts or None, args.device)
+        return 0
+    if args.action == "detector":
+        from itemkit.workflow import save_mini_detector
+
+        print(save_mini_detector(args.out))
         return 0
     problems = check(folder)
     print("\n".join(problems) or "all files and measurements are as the cards say")

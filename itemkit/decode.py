@@ -57,6 +57,7 @@ class Decoded:
     image: Image.Image | None = None
     size: tuple[int, int] = (0, 0)  # of the file's image, before any transform
     pixels: Any = None  # the encoder's input, if a preprocess was given
+    caption: str | None = None  # the user's
     stage: str = ""
     reason: str = ""
     error: Exception | None = None

@@ -138,9 +138,9 @@ class Extraction:
                     items = next(source, None)
                 if items is None:
                     break
-                fresh = self._sort(items, on_error)
+                fresh = self.sort(items, on_error)
                 if fresh:
-                    self._run(fresh, on_error)
+                    self.take(runner.run(fresh))
                 self._check_that_anything_works(at_least=8)
                 if time.monotonic() - last > flush_seconds:
                     with self.profile("write"):
@@ -159,7 +159,7 @@ class Extraction:
         # reached in an orderly way only: after a crash the journal tells which images were at hand
         journal.unlink(missing_ok=True)
 
-    def _sort(self, items: list[Decoded], on_error: str) -> list[Decoded]:
+    def sort(self, items: list[Decoded], on_error: str) -> list[Decoded]:
         """Note what reading found out; return the images that are new."""
         fresh = []
         for item in items:
@@ -175,44 +175,18 @@ class Extraction:
                 self.status[item.row] = REUSED
             else:
                 self.added.add(feature)
+                item.caption = None if self.captions is None else self.captions[item.row]
                 fresh.append(item)
         return fresh
 
-    def _run(self, items: list[Decoded], on_error: str) -> None:
-        """Run the models; on lack of memory in halves, on another error image by image."""
-        try:
-            captions = None if self.captions is None else [self.captions[item.row] for item in items]
-            images = [item.image for item in items if item.image is not None]
-            features = self.stages(images, captions, [item.pixels for item in items])
-        except Exception as error:
-            if on_error == "raise" or is_fatal(error):
-                raise
-            memory, stage, reason = is_out_of_memory(error), self.profile.current, one_line(error)
-            # without its trace, which would keep the batch's tensors alive
-            kept = error.with_traceback(None)
-        else:
+    def take(self, outcome: Outcome) -> None:
+        """Note what the models made of images that :meth:`sort` found to be new."""
+        for failure in outcome.failures:
+            self._fail(failure.item, failure.stage, failure.reason, failure.error)
+        for items, features in outcome.done:
             self._add(items, features)
-            return
-        if len(items) == 1:
-            self._fail(items[0], stage, "out of memory with this image alone" if memory else reason, kept)
-            return
-        size = (len(items) + 1) // 2 if memory else 1
-        if memory:
-            free_memory()
-            if size < self.batch_size:
-                line = f"out of memory in '{stage}': batch size {self.batch_size} -> {size}"
-                tqdm.write(line, file=sys.stderr)
-                self.batch_size = size
-        for start in range(0, len(items), size):
-            self._run(items[start : start + size], on_error)
 
     def _add(self, items: list[Decoded], features: Features) -> None:
-        bad = set(bad_rows(features).tolist())
-        for i in sorted(bad):
-            self._fail(items[i], "image", "a model gave no finite embedding for it", None)
-        if bad:
-            good = np.array([i for i in range(len(items)) if i not in bad], dtype=np.int64)
-            items, features = [items[i] for i in good], features.select(good)
         features.table = features.table.assign(
             **{
                 store.FEATURE_ID: [self._feature_of(item.row, item.digest).hex() for item in items],

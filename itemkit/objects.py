@@ -86,7 +86,8 @@ class Parser:
         Returns
         -------
         list of list of str
-            Lower-case phrases, without article unless the rules keep it, in the order of the caption, without repeats.
+            Lower-case phrases, without article unless the rules keep it, in the order of the caption,
+            without repeats.
         """
         unique = list(dict.fromkeys(captions))
         parsed = zip(unique, self.nlp.pipe(" ".join(text.split()) for text in unique), strict=True)

@@ -205,6 +205,27 @@ def train_detector(
     return detector.fit(take_split(features, "train"), take_split(features, "val"))
 
 
+def save_mini_detector(out_dir: str | Path) -> Path:
+    """Train the detector that comes with the mini preset, on all of its generators.
+
+    Parameters
+    ----------
+    out_dir : path
+        Where the images and features go.
+
+    Returns
+    -------
+    Path
+        Folder of the detector, beside the mini models.
+    """
+    detector = train_detector(features("mini", None, out_dir, "cpu"))
+    return detector.save(_mini_detector())
+
+
+def _mini_detector() -> Path:
+    return mini_folder() / "models" / "detector"
+
+
 def detect(
     paths: Sequence[str | Path],
     preset: Preset,
@@ -236,7 +257,7 @@ def detect(
         For each image, ready for JSON: ``path, verdict, p_fake, because, caption, global_cosine,
         global_real_below, objects`` (phrase, box in pixels, cosine, real_below), or ``path, error``.
     """
-    folder = Path(detector) if detector is not None else mini_folder() / "models" / "detector"
+    folder = Path(detector) if detector is not None else _mini_detector()
     if detector is None and preset.name != "mini":
         raise InputError(
             f"there is no detector for preset '{preset.name}' yet: train one with `itemkit extract` and "

@@ -10,165 +10,69 @@ import itemkit  # noqa: F401  (first: it repairs the torchvision import, which o
 
 # isort: split
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.normalizers import Lowercase
-from tokenizers.pre_tokenizers import Punctuation, WhitespaceSplit
-from tokenizers.pre_tokenizers import Sequence as PreSequence
-from tokenizers.processors import TemplateProcessing
-from transformers import (
-    BlipConfig,
-    BlipForConditionalGeneration,
-    BlipImageProcessor,
-    BlipProcessor,
-    BlipTextConfig,
-    BlipVisionConfig,
-    PreTrainedTokenizerFast,
+from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, PreTrainedTokenizerFast
+
+from itemkit.lab.formats import (  # the one place where these formats are written
+    MEAN,
+    STD,
+    blip_config,
+    clip_config,
+    save_blip,
+    save_clip,
+    word_tokenizer,
 )
+
+__all__ = ["MEAN", "STD", "save_clip", "word_tokenizer"]
 
 WORDS = (
     "a an the red blue green ball cube cup on in left right of and grass sand photo picture dog sky ,".split()
 )
-MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-
-
-def word_tokenizer(words: Iterable[str], max_length: int) -> PreTrainedTokenizerFast:
-    """Word-level fast tokenizer: ids 0 pad, 1 unknown, 2 start, then the words, last of all the end token.
-
-    - Lower-casing sits inside the tokenizer: open_clip's wrapper for a folder's own tokenizer only cleans
-      white space.
-    - Start and end come from the post-processor, not from the text, so a cut text still ends with the end
-    token:
-      a fast tokenizer keeps room for special tokens when it truncates.
-    - The end token has the *highest* id, so it is found by CLIP's default text pooling (``argmax``) too.
-    """
-    vocab = ["<pad>", "<unk>", "<start>", *dict.fromkeys(w.lower() for w in words), "<end>"]
-    ids = {word: i for i, word in enumerate(vocab)}
-    core = Tokenizer(WordLevel(ids, unk_token="<unk>"))
-    core.normalizer = Lowercase()
-    core.pre_tokenizer = PreSequence([WhitespaceSplit(), Punctuation()])
-    core.post_processor = TemplateProcessing(
-        single="<start> $A <end>", special_tokens=[(t, ids[t]) for t in ("<start>", "<end>")]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        model_max_length=max_length,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        bos_token="<start>",
-        cls_token="<start>",
-        eos_token="<end>",
-        sep_token="<end>",
-        padding_side="right",
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def tiny_clip_config(
-    vocab_size: int,
-    *,
-    image_size: int = 48,
-    patch_size: int = 6,
-    width: int = 128,
-    layers: int = 4,
-    head_width: int = 32,
-    embed_dim: int = 128,
-    context_length: int = 32,
-    text_width: int = 128,
-    text_layers: int = 2,
-    text_heads: int = 4,
+    vocab_size: int, *, text_width: int | None = None, text_heads: int | None = None, **sizes: int
 ) -> dict[str, Any]:
-    """``model_cfg`` of an open_clip folder with a small ViT and a small vocabulary."""
-    return {
-        "embed_dim": embed_dim,
-        "vision_cfg": {
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "width": width,
-            "layers": layers,
-            "head_width": head_width,  # default 64; the number of heads is width // head_width
-        },
-        "text_cfg": {
-            "context_length": context_length,
-            "vocab_size": vocab_size,
-            "width": text_width,
-            "layers": text_layers,
-            "heads": text_heads,
-            # Any non-empty name makes get_tokenizer("local-dir:...") take the folder's own tokenizer; when
-            # it is missing, the 49,408-token CLIP BPE is taken without a word and its ids run past the
-            # embedding.
-            "hf_tokenizer_name": "own",
-            # Pool at the first end token. Keep the (default) causal mask: open_clip's CLIP class has no
-            # padding mask, so only causality keeps the padding after the end token from changing the
-            # embedding.
-            "pool_type": "eos",
-            "eos_id": vocab_size - 1,
-        },
-    }
+    """``model_cfg`` of an open_clip folder; the text tower may have a width of its own."""
+    config = clip_config(vocab_size, **sizes)
+    own = {"width": text_width, "heads": text_heads}
+    config["text_cfg"] |= {key: value for key, value in own.items() if value is not None}
+    return config
 
 
-def write_tiny_clip(
-    folder: str | Path,
-    words: Sequence[str] = WORDS,
-    *,
-    seed: int = 0,
-    mean: Sequence[float] = MEAN,
-    std: Sequence[float] = STD,
-    **sizes: int,
-) -> Path:
-    """Write an open_clip ``local-dir``: config, safetensors weights, and the folder's own fast tokenizer.
-
-    The three files open_clip 3.3 wants: ``open_clip_config.json`` (``model_cfg`` + ``preprocess_cfg``),
-    ``open_clip_model.safetensors``, ``tokenizer.json`` with its ``tokenizer_config.json``.
-    """
+def write_tiny_clip(folder: str | Path, words: Sequence[str] = WORDS, *, seed: int = 0, **sizes: int) -> Path:
+    """Write an open_clip ``local-dir``: config, safetensors weights, and the folder's own fast tokenizer."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = word_tokenizer(words, sizes.get("context_length", 32))
     model_cfg = tiny_clip_config(len(tokenizer), **sizes)
     torch.manual_seed(seed)
-    model = open_clip.model.CLIP(
-        **model_cfg
-    )  # a plain nn.Module: train it, then save its state_dict as below
+    model = open_clip.model.CLIP(**model_cfg)
     with torch.no_grad():  # at their initial scale, tiny random towers map everything to nearly one point
         for block in (*model.visual.transformer.resblocks, *model.transformer.resblocks):
             block.mlp.c_proj.weight.mul_(4)
         model.token_embedding.weight.mul_(50)
-    save_clip(folder, model, model_cfg, tokenizer, mean, std)
+    save_clip(folder, model, model_cfg, tokenizer)
     return folder
 
 
-def save_clip(
-    folder: Path,
-    model: torch.nn.Module,
-    model_cfg: dict[str, Any],
+def tiny_blip_config(
     tokenizer: PreTrainedTokenizerFast,
-    mean: Sequence[float] = MEAN,
-    std: Sequence[float] = STD,
-) -> None:
-    """Save an open_clip model and its tokenizer as a ``local-dir``; loads with equal outputs."""
-    state = {k: v.detach().float().contiguous() for k, v in model.state_dict().items()}
-    save_file(state, str(folder / "open_clip_model.safetensors"))
-    config = {
-        "model_cfg": model_cfg,
-        # resize_mode "squash" keeps the whole picture; the default "shortest" crops the sides of wide images.
-        # The size is taken from the vision tower.
-        "preprocess_cfg": {
-            "mean": list(mean),
-            "std": list(std),
-            "interpolation": "bicubic",
-            "resize_mode": "squash",
-        },
-    }
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
-    tokenizer.save_pretrained(folder)
+    *,
+    width: int = 64,
+    layers: int = 2,
+    text_layers: int = 2,
+    heads: int = 4,
+    **sizes: int,
+) -> BlipConfig:
+    """BLIP configuration for a small vocabulary, smaller than the laboratory's."""
+    return blip_config(
+        tokenizer, width=width, layers=layers, text_layers=text_layers, head_width=width // heads, **sizes
+    )
 
 
 def write_tiny_blip(
@@ -177,93 +81,17 @@ def write_tiny_blip(
     *,
     seed: int = 0,
     image_size: int = 48,
-    patch_size: int = 6,
-    width: int = 64,
-    layers: int = 2,
-    text_layers: int = 2,
-    heads: int = 4,
     max_length: int = 40,
-    mean: Sequence[float] = MEAN,
-    std: Sequence[float] = STD,
+    **sizes: int,
 ) -> Path:
     """Write a transformers folder of BLIP for captions, with its processor and its own small vocabulary."""
     folder = Path(folder)
     tokenizer = word_tokenizer(words, max_length)
-    model = BlipForConditionalGeneration(
-        tiny_blip_config(
-            tokenizer,
-            image_size=image_size,
-            patch_size=patch_size,
-            width=width,
-            layers=layers,
-            text_layers=text_layers,
-            heads=heads,
-            max_length=max_length,
-        )
-    )
+    config = tiny_blip_config(tokenizer, image_size=image_size, max_length=max_length, **sizes)
+    model = BlipForConditionalGeneration(config)
     randomise(model, seed)
-    model.save_pretrained(folder)  # safetensors is the only format transformers 5 writes
-    size = {"height": image_size, "width": image_size}
-    image_processor = BlipImageProcessor(size=size, image_mean=list(mean), image_std=list(std))
-    BlipProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
+    save_blip(folder, model, tokenizer, image_size)
     return folder
-
-
-def tiny_blip_config(
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    image_size: int = 48,
-    patch_size: int = 6,
-    width: int = 64,
-    layers: int = 2,
-    text_layers: int = 2,
-    heads: int = 4,
-    max_length: int = 40,
-) -> BlipConfig:
-    """BLIP configuration for a small vocabulary.
-
-    - ``generate`` starts from ``bos_token_id`` and stops at ``sep_token_id``; ``eos_token_id`` never stops
-    it.
-      All of them keep BERT's ids (30522, 102, ...) unless set, far outside a small vocabulary.
-    - A training text is ``[bos] words [sep] pad...``: pass it as ``input_ids`` and as ``labels`` with the
-    padding
-      replaced by -100; the model shifts the labels itself. Here bos == cls and sep == eos, so the tokenizer's
-      plain output is already right.
-    - ``BlipVisionConfig.initializer_range`` defaults to 1e-10 (the towers are meant to be loaded): a tower
-    trained
-      from scratch must get 0.02.
-    - ``encoder_hidden_size`` of the text side follows ``vision_config.hidden_size`` by itself in BlipConfig.
-    """
-    text = BlipTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        encoder_hidden_size=width,
-        intermediate_size=4 * width,
-        projection_dim=width,
-        num_hidden_layers=text_layers,
-        num_attention_heads=heads,
-        max_position_embeddings=max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        sep_token_id=tokenizer.sep_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    vision = BlipVisionConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        projection_dim=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        image_size=image_size,
-        patch_size=patch_size,
-        initializer_range=0.02,
-    )
-    return BlipConfig(
-        text_config=text.to_dict(),
-        vision_config=vision.to_dict(),
-        projection_dim=width,
-        image_text_hidden_size=width,
-    )
 
 
 def randomise(model: torch.nn.Module, seed: int, scale: float = 0.3) -> None:

@@ -116,8 +116,8 @@ TINY_TAG = {"hf_hub": "tiny/clip/", "quick_gelu": True, "mean": (0.4, 0.5, 0.6),
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Repositories in true formats, with what real ones hold besides: code, other weights, a card."""
     root = tmp_path_factory.mktemp("shelf")
-    models.write_tiny_clip(root / "tiny" / "clip", width=32, layers=1, head_width=16, embed_dim=16,
-                           text_width=32, text_layers=1, text_heads=2)  # fmt: skip
+    sizes = {"width": 32, "layers": 1, "text_layers": 1, "head_width": 16, "embed_dim": 16}
+    models.write_tiny_clip(root / "tiny" / "clip", **sizes)
     models.write_tiny_blip(root / "tiny" / "blip", width=32, layers=1, text_layers=1, heads=2)
     models.write_tiny_grounding_dino(root / "tiny" / "dino")
     for repo in ("clip", "blip", "dino"):

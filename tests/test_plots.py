@@ -150,18 +150,18 @@ def test_a_box_goes_around_its_pixels(ax: Axes) -> None:
 
 def test_colours_belong_to_names() -> None:
     assert plots.colours([]) == {"real": plots.BLUE}
-    everything = plots.colours(["flow", "flow_early", "gan", "vae", "edit", "real"])
-    assert list(everything) == ["real", "flow", "flow_early", "gan", "vae", "edit"]
-    assert len(set(everything.values())) == 6
+    everything = plots.colours(["flow", "flow_early", "vae", "edit", "real"])
+    assert list(everything) == ["real", "flow", "flow_early", "vae", "edit"]
+    assert len(set(everything.values())) == 5
     # also where only some are shown, or in another order
-    for some in (["gan"], ["edit", "real", "gan"], ["vae", "vae", "flow"]):
+    for some in (["vae"], ["edit", "real", "vae"], ["vae", "vae", "flow"]):
         assert plots.colours(some) == {k: everything[k] for k in plots.colours(some)}
 
 
 def test_other_generators_get_colours_of_their_own() -> None:
-    got = plots.colours(["sdxl", "gan", "midjourney", "real"])
-    assert len(set(got.values())) == 4 and got["gan"] == plots.FIXED["gan"]
-    assert plots.colours(["sdxl", "gan", "midjourney"]) == got
+    got = plots.colours(["sdxl", "vae", "midjourney", "real"])
+    assert len(set(got.values())) == 4 and got["vae"] == plots.FIXED["vae"]
+    assert plots.colours(["sdxl", "vae", "midjourney"]) == got
     assert len(plots.colours([f"g{i}" for i in range(12)])) == 13  # more than there are colours
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from itemkit import presets, schema, workflow
+from itemkit import presets, report, schema, workflow
 from itemkit.detector import Detector
 from itemkit.errors import InputError, ModelNotFound
 from itemkit.features import Features
@@ -263,3 +263,20 @@ def test_foreign_images_get_a_note_with_the_mini_models_only(capsys: pytest.Capt
     workflow.warn_if_foreign("mini", None)
     workflow.warn_if_foreign("paper", "photos")
     assert capsys.readouterr().err == ""
+
+
+# --------------------------------------------------------------------------------------------------- summary
+
+
+def test_the_summary_holds_every_metric_it_names(tmp_path: Path) -> None:
+    features = make_features()
+    table = workflow.train_detector(features, seeds=1).evaluate(workflow.take_split(features, "test"))
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "01_cosines.png").write_bytes(b"")
+    text = report.write_summary(table, tmp_path, workflow.LAB_NOTE, 90.0).read_text()
+    assert text.startswith(f"# Summary\n\nMade with: {workflow.LAB_NOTE}. 1.5 minutes.")
+    assert f"| {' | '.join(report.SUMMARY_COLUMNS)} |" in text  # none is missing under another name
+    auroc = table[(table["metric"] == "auroc") & (table["generator"] == "gan")].iloc[0]
+    shown = f"{auroc['value']:.2f} ({auroc['low']:.2f}-{auroc['high']:.2f})"
+    assert f"| gan | {shown} |" in text
+    assert "- [01_cosines](figures/01_cosines.png)" in text and "nan" not in text

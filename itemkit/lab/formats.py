@@ -143,7 +143,7 @@ def save_clip(
     tokenizer.save_pretrained(folder)
 
 
-def blip_model(
+def blip_config(
     tokenizer: PreTrainedTokenizerFast,
     *,
     image_size: int = 48,
@@ -153,8 +153,8 @@ def blip_model(
     text_layers: int = 2,
     head_width: int = 32,
     max_length: int = 40,
-) -> BlipForConditionalGeneration:
-    """Build an untrained BLIP for a small vocabulary.
+) -> BlipConfig:
+    """Configure a BLIP for a small vocabulary.
 
     Parameters
     ----------
@@ -164,7 +164,7 @@ def blip_model(
 
     Returns
     -------
-    BlipForConditionalGeneration
+    BlipConfig
     """
     # generate() starts from bos and stops at sep, whatever eos is; unset, they keep BERT's ids (30522, 102)
     text = BlipTextConfig(
@@ -192,13 +192,28 @@ def blip_model(
         patch_size=patch_size,
         initializer_range=0.02,
     )
-    config = BlipConfig(
+    return BlipConfig(
         text_config=text.to_dict(),
         vision_config=vision.to_dict(),
         projection_dim=width,
         image_text_hidden_size=width,
     )
-    return BlipForConditionalGeneration(config)
+
+
+def blip_model(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> BlipForConditionalGeneration:
+    """Build an untrained BLIP for a small vocabulary.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerFast
+    **sizes
+        Of :func:`blip_config`.
+
+    Returns
+    -------
+    BlipForConditionalGeneration
+    """
+    return BlipForConditionalGeneration(blip_config(tokenizer, **sizes))
 
 
 def save_blip(

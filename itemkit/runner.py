@@ -1,0 +1,92 @@
+"""Batches through the models, come what may: memory that runs out halves them, one bad image costs one row."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from itemkit.decode import Decoded, one_line
+from itemkit.features import Features
+from itemkit.stages import Stages, bad_rows
+from itemkit.system import free_memory, is_fatal, is_out_of_memory
+
+
+@dataclass
+class Failure:
+    """An image on which a model failed; ``error`` is empty where the model answered with nonsense."""
+
+    item: Decoded
+    stage: str
+    reason: str
+    error: Exception | None = None
+
+
+@dataclass
+class Outcome:
+    """What became of some decoded images: ``items[i]`` belongs to ``features[i]``, the others failed."""
+
+    done: list[tuple[list[Decoded], Features]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+
+class Runner:
+    """Runs the stages over decoded images.
+
+    Parameters
+    ----------
+    stages : Stages
+    batch_size : int
+        Lowered by itself when memory runs out.
+    on_error : {"row", "raise"}
+    """
+
+    def __init__(self, stages: Stages, batch_size: int, on_error: str = "row") -> None:
+        self.stages, self.batch_size, self.on_error = stages, batch_size, on_error
+
+    def run(self, items: list[Decoded]) -> Outcome:
+        """Features of images; each item either has them or is among the failures."""
+        outcome = Outcome()
+        for start in range(0, len(items), self.batch_size):
+            self._run(items[start : start + self.batch_size], outcome)
+        return outcome
+
+    def _run(self, items: list[Decoded], outcome: Outcome) -> None:
+        try:
+            images = [item.image for item in items if item.image is not None]
+            features = self.stages(images, [item.caption for item in items], [item.pixels for item in items])
+        except Exception as error:
+            if self.on_error == "raise" or is_fatal(error):
+                raise
+            memory, stage, reason = is_out_of_memory(error), self.stages.profile.current, one_line(error)
+            # without its trace, which would keep the batch's tensors alive
+            kept = error.with_traceback(None)
+        else:
+            self._check(items, features, outcome)
+            return
+        if len(items) == 1:
+            reason = "out of memory with this image alone" if memory else reason
+            outcome.failures.append(Failure(items[0], stage, reason, kept))
+            return
+        size = (len(items) + 1) // 2 if memory else 1
+        if memory:
+            free_memory()
+            if size < self.batch_size:
+                line = f"out of memory in '{stage}': batch size {self.batch_size} -> {size}"
+                tqdm.write(line, file=sys.stderr)
+                self.batch_size = size
+        for start in range(0, len(items), size):
+            self._run(items[start : start + size], outcome)
+
+    @staticmethod
+    def _check(items: list[Decoded], features: Features, outcome: Outcome) -> None:
+        bad = set(bad_rows(features).tolist())
+        for i in sorted(bad):
+            outcome.failures.append(Failure(items[i], "image", "a model gave no finite embedding for it"))
+        if bad:
+            good = np.array([i for i in range(len(items)) if i not in bad], dtype=np.int64)
+            items, features = [items[i] for i in good], features.select(good)
+        if items:
+            outcome.done.append((items, features))
