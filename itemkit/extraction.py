@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Generator
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -17,20 +16,25 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from itemkit import schema, store
-from itemkit._files import write_quickly
-from itemkit.decode import DecodeConfig, Decoded, ImageReader, batches, one_line
+from itemkit.decode import Decoded
 from itemkit.errors import InputError
 from itemkit.features import Features
 from itemkit.known import KnownFiles
-from itemkit.stages import Components, Profile, Stages, bad_rows
-from itemkit.system import StopSignal, free_memory, is_fatal, is_out_of_memory
+from itemkit.runner import Outcome
+from itemkit.stages import Profile
+from itemkit.system import StopSignal
 from itemkit.writer import StoreWriter
 
-JOURNAL_FILE = "decoding.json"  # names the images being decoded, so that one that kills the process is known
-JOURNAL_ROWS = 256
 REUSED, COMPUTED, COPY = 1, 2, 3
 # stages before the models in which our code runs, not a decoder on a user's file
 OURS = ("transform", "preprocess")
+
+
+class Engine(Protocol):
+    """Where and how the models run."""
+
+    def work(self, job: Extraction) -> Generator[int, None, None]:
+        """Deal with the rows of ``job.todo``; yields how many after each batch."""
 
 
 class Extraction:
@@ -40,19 +44,14 @@ class Extraction:
         self,
         manifest: pd.DataFrame,
         writer: StoreWriter,
-        components: Components,
         captions: str,
         missing: str,
-        transform: Callable[..., Any] | None,
-        decode: DecodeConfig,
+        on_error: str,
         retry_errors: bool,
     ) -> None:
-        self.manifest, self.writer, self.decode = manifest, writer, decode
+        self.manifest, self.writer, self.on_error = manifest, writer, on_error
         self.profile = Profile()
-        self.stages = Stages(components, self.profile)
-        self.reader = ImageReader(decode, self._is_done, transform, components.encoder.preprocess)
-        self.on_gpu = not str(getattr(components.encoder, "device", "cpu")).startswith("cpu")
-        self.batch_size = 1
+        self.batch_size = 0  # in the end; the engine's affair
         self.root = str(store.store_root(writer.folder, writer.run))
         self.paths = manifest[schema.PATH].to_numpy(dtype=object)
         self.captions = _user_captions(manifest) if captions == "user" else None
@@ -78,7 +77,8 @@ class Extraction:
         caption = None if self.captions is None else self.captions[row]
         return digest if caption is None else hashlib.sha256(digest + caption.encode()).digest()
 
-    def _is_done(self, row: int, digest: bytes) -> bool:
+    def is_done(self, row: int, digest: bytes) -> bool:
+        """Whether the features of a row whose file has this SHA-256 are in the store or on their way."""
         feature = self._feature_of(row, digest)
         return feature in self.added or feature in self.stored
 
@@ -108,7 +108,7 @@ class Extraction:
             if error is not None:
                 self._identify(row, digest)
                 self.errors[row] = error
-            elif digest and self._is_done(row, digest):
+            elif digest and self.is_done(row, digest):
                 self._identify(row, digest)
                 self.status[row] = REUSED
             else:
@@ -117,49 +117,33 @@ class Extraction:
 
     # ---- the loop
 
-    def compute(self, stop: StopSignal, flush_seconds: float, on_error: str, progress: bool) -> None:
-        """Run all batches; returns early, with everything on disk, when asked to stop."""
-        journal = self.writer.folder / JOURNAL_FILE
-        if not self.todo:
-            journal.unlink(missing_ok=True)
-            return
-        suspects = self._suspects()
-        prefetch = self.decode.prefetch if self.decode.prefetch is not None else (2 if self.on_gpu else 0)
-
-        def read(row: int) -> Decoded:
-            return self.reader.read(row, self.paths[row], self.relative(row), row in suspects)
-
-        source = batches(self._journalled(), read, lambda: self.batch_size, self.decode, prefetch)
-        bar = tqdm(total=len(self.todo), unit="image", file=sys.stderr, disable=not progress)
+    def compute(self, engine: Engine, stop: StopSignal, flush_seconds: float, progress: bool) -> None:
+        """Let an engine work; returns early, with everything on disk, when asked to stop."""
+        work = engine.work(self)
+        bar = tqdm(total=len(self.todo), unit="image", file=sys.stderr, disable=not progress or not self.todo)
         last = time.monotonic()
         try:
             while not stop.requested:
-                with self.profile("decode"):
-                    items = next(source, None)
-                if items is None:
+                count = next(work, None)
+                if count is None:
                     break
-                fresh = self.sort(items, on_error)
-                if fresh:
-                    self.take(runner.run(fresh))
                 self._check_that_anything_works(at_least=8)
                 if time.monotonic() - last > flush_seconds:
                     with self.profile("write"):
                         self.writer.write_shard()
                     last = time.monotonic()
-                bar.update(len(items))
+                bar.update(count)
                 if self.errors:
                     bar.set_postfix(errors=len(self.errors), refresh=False)
         finally:
             bar.close()
-            source.close()
+            work.close()
             # whatever ended the loop: features that were paid for are kept
             with self.profile("write"):
                 self.writer.flush()
         self._check_that_anything_works(at_least=1)
-        # reached in an orderly way only: after a crash the journal tells which images were at hand
-        journal.unlink(missing_ok=True)
 
-    def sort(self, items: list[Decoded], on_error: str) -> list[Decoded]:
+    def sort(self, items: list[Decoded]) -> list[Decoded]:
         """Note what reading found out; return the images that are new."""
         fresh = []
         for item in items:
@@ -167,7 +151,7 @@ class Extraction:
             feature = self._identify(item.row, item.digest) if item.digest else b""
             if item.reason:
                 self._fail(item, item.stage, item.reason, item.error if item.stage in OURS else None)
-                if on_error == "raise":
+                if self.on_error == "raise":
                     raise item.error if isinstance(item.error, InputError) else InputError(item.reason)
             elif feature in self.added:
                 self.status[item.row] = COPY
@@ -216,24 +200,6 @@ class Extraction:
         """Some images may upset a model; if all do, it is not the images: show the error itself."""
         if self.first_error is not None and self.failures >= at_least and not self.status.any():
             raise self.first_error
-
-    # ---- images that may have killed an earlier run
-
-    def _suspects(self) -> set[int]:
-        try:
-            names = set(json.loads((self.writer.folder / JOURNAL_FILE).read_text()))
-        except (OSError, ValueError):
-            return set()
-        return {row for row in self.todo if self.relative(row) in names}
-
-    def _journalled(self) -> Iterator[int]:
-        """The rows to do; before a row is handed out, the journal on disk names it."""
-        for i, row in enumerate(self.todo):
-            if i % JOURNAL_ROWS == 0:
-                # two spans, because the end of the previous one is still being decoded
-                names = [self.relative(r) for r in self.todo[max(0, i - JOURNAL_ROWS) : i + JOURNAL_ROWS]]
-                write_quickly(self.writer.folder / JOURNAL_FILE, json.dumps(names))
-            yield row
 
     # ---- the end
 

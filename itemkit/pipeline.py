@@ -13,18 +13,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from itemkit import __version__, schema, store
 from itemkit.decode import DecodeConfig
+from itemkit.engine_local import LocalEngine
 from itemkit.errors import InputError
-from itemkit.extraction import COMPUTED, COPY, REUSED, Extraction
+from itemkit.extraction import COMPUTED, COPY, REUSED, Engine, Extraction
 from itemkit.stages import STAGES, Components, fingerprint
 from itemkit.system import StopSignal, raise_malloc_thresholds
 from itemkit.writer import StoreWriter
+
+if TYPE_CHECKING:
+    from itemkit.engine_ray import RayOptions
+    from itemkit.presets import Preset
 
 PACKAGES = ("torch", "open_clip_torch", "transformers", "spacy", "numpy", "pandas", "pyarrow", "pillow")
 
@@ -87,7 +92,7 @@ class ExtractReport:
 def extract(
     manifest: pd.DataFrame,
     out: str | Path,
-    components: Components | str = "mini",
+    components: Components | Preset | str = "mini",
     *,
     device: str = "auto",
     captions: str = "generate",
@@ -102,6 +107,8 @@ def extract(
     retry_errors: bool = False,
     progress: bool = True,
     config: dict | None = None,
+    engine: str = "local",
+    ray: RayOptions | None = None,
 ) -> ExtractReport:
     """Compute the features of all images of a manifest that the store does not hold yet.
 
@@ -112,10 +119,10 @@ def extract(
         than once (with several captions); files of equal content share their features.
     out : path
         The feature store; made if missing, continued if made with the same models and options.
-    components : Components or str
-        The models, or the name of a preset.
+    components : Components, Preset or str
+        The models, a preset, or the name of one.
     device : str
-        For a preset given by name.
+        For a preset.
     captions : {"generate", "user"}
         From the captioner, or from the manifest's ``caption`` column.
     missing : {"raise", "generate", "error"}
@@ -139,6 +146,11 @@ def extract(
         Progress bar and closing line on stderr.
     config : dict, optional
         Noted in ``run.json`` for the reader, e.g. the preset's options; does not decide what is reused.
+    engine : {"local", "ray"}
+        Run the models in this process, or in the workers of a Ray cluster (a preset is needed for that, as
+        the workers load the models themselves). The store is the same.
+    ray : RayOptions, optional
+        How many workers, and where; see :mod:`itemkit.engine_ray`.
 
     Returns
     -------
@@ -163,19 +175,32 @@ def extract(
     decode = decode or DecodeConfig()
     if on_error not in ("row", "raise"):
         raise InputError(f"got on_error={on_error!r}; choose 'row' or 'raise'")
-    models, config = _built(components, device, config)
+    if engine not in ("local", "ray"):
+        raise InputError(f"got engine={engine!r}; choose 'local' or 'ray'")
+    if isinstance(components, str):
+        from itemkit.presets import get_preset
+
+        components = get_preset(components)
+    if config is None and hasattr(components, "record"):
+        config = components.record()
+    chosen: Engine
+    if engine == "ray":
+        from itemkit.engine_ray import RayEngine, RayOptions, builder_of
+
+        build = builder_of(components, device)
+        chosen = RayEngine(build, ray or RayOptions(), decode, transform, batch_size)
+        models = chosen.describe()
+    else:
+        models = components.build(device) if hasattr(components, "build") else components
+        chosen = LocalEngine(models, decode, transform, batch_size)
     started = time.perf_counter()
     if models.captioner is None and (captions == "generate" or missing == "generate"):
         raise InputError("there is no captioner to make captions with; give one, or pass captions='user'")
     raise_malloc_thresholds()
     run = _run_head(manifest, Path(out), models, captions, transform, decode, config)
     with StoreWriter(out, run, shard_size) as writer, StopSignal() as stop:
-        job = Extraction(manifest, writer, models, captions, missing, transform, decode, retry_errors)
-        job.batch_size = batch_size or (256 if job.on_gpu else 32)
-        try:
-            job.compute(stop, flush_seconds, on_error, progress)
-        finally:
-            job.reader.close()
+        job = Extraction(manifest, writer, captions, missing, on_error, retry_errors)
+        job.compute(chosen, stop, flush_seconds, progress)
         report = _finish(job, started, stop.requested is not None)
         if progress:
             print(report, file=sys.stderr, flush=True)
@@ -187,15 +212,6 @@ def extract(
             )
             stop.leave()
     return report
-
-
-def _built(components: Components | str, device: str, config: dict | None) -> tuple[Components, dict | None]:
-    if not isinstance(components, str):
-        return components, config
-    from itemkit.presets import get_preset
-
-    preset = get_preset(components)
-    return preset.build(device), config or preset.record()
 
 
 def _checked(manifest: pd.DataFrame, captions: str, missing: str, limit: int | None) -> pd.DataFrame:

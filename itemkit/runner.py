@@ -1,4 +1,4 @@
-"""Batches through the models, come what may: memory that runs out halves them, one bad image costs one row."""
+"""Batches through the models: memory that runs out halves them, one bad image costs one row."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from itemkit import extraction, system
+from itemkit import engine_local, system
 from itemkit.decode import DecodeConfig
 from itemkit.errors import InputError
 from itemkit.pipeline import extract
@@ -161,7 +161,7 @@ def test_second_run_opens_no_image(tmp_path, monkeypatch):
     first = extract(manifest, tmp_path / "out", fake_models(), progress=False)
     assert (first.reused, first.computed, first.errors) == (0, 12, 1)
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("[!.]*") if p.is_file()}
-    monkeypatch.setattr(extraction.ImageReader, "read", lambda *a: pytest.fail("an image was opened"))
+    monkeypatch.setattr(engine_local.ImageReader, "read", lambda *a: pytest.fail("an image was opened"))
     second = extract(manifest, tmp_path / "out", fake_models(), progress=False)
     assert (second.reused, second.computed, second.errors) == (12, 0, 1)
     assert {p: p.stat().st_mtime_ns for p in files} == files, "a run without work must not touch the store"

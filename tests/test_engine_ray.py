@@ -1,0 +1,63 @@
+"""The Ray engine writes what the local engine writes."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from itemkit.engine_ray import RayOptions, start_ray
+from itemkit.errors import InputError, MissingExtra
+from itemkit.pipeline import extract
+from itemkit.store import load_features
+
+from fakes import fake_models, make_images, manifest_of
+
+
+def test_without_the_extra_the_install_line_is_given(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtra, match=r'pip install "itemkit\[ray\]", or use engine="local"'):
+        start_ray(RayOptions())
+
+
+def test_unknown_engine(tmp_path):
+    with pytest.raises(InputError, match="got engine='spark'; choose 'local' or 'ray'"):
+        extract(make_images(tmp_path, 1), tmp_path / "out", fake_models(), engine="spark", progress=False)
+
+
+@pytest.fixture(scope="module")
+def ray():
+    ray = pytest.importorskip("ray", reason="needs the optional package ray")
+    pytest.importorskip("ray.data", reason="needs the optional package ray[data]")
+    yield ray
+    ray.shutdown()
+
+
+def test_models_must_be_made_in_the_workers(ray, tmp_path):
+    with pytest.raises(InputError, match="needs a preset .* not Models"):
+        extract(make_images(tmp_path, 1), tmp_path / "out", fake_models(), engine="ray", progress=False)
+
+
+@pytest.mark.slow
+def test_two_workers_write_what_one_process_writes(ray, tmp_path):
+    images = tmp_path / "images"
+    manifest = make_images(images, 40)
+    (images / "copy.png").write_bytes((images / "00004.png").read_bytes())
+    (images / "bad.png").write_bytes(b"not an image")
+    extra = manifest_of([images / "copy.png", images / "bad.png"])
+    manifest = pd.concat([manifest, extra], ignore_index=True)
+    options = {"batch_size": 8, "shard_size": 16, "progress": False}
+    extract(manifest, tmp_path / "local", fake_models(), **options)
+    first = extract(manifest[:20], tmp_path / "ray", fake_models, engine="ray", **options)
+    assert (first.computed, first.left) == (20, 0)
+    report = extract(manifest, tmp_path / "ray", fake_models, engine="ray", **options)
+    assert (report.reused, report.computed, report.errors, report.left) == (21, 20, 1, 0)
+    again = extract(manifest, tmp_path / "ray", fake_models(), **options)
+    assert (again.reused, again.computed) == (41, 0), "the engines continue each other's stores"
+    one, two = load_features(tmp_path / "local"), load_features(tmp_path / "ray")
+    pd.testing.assert_frame_equal(one.table, two.table)
+    pd.testing.assert_frame_equal(one.objects, two.objects, atol=1e-6)
+    for name in ("image_emb", "caption_emb", "region_emb", "phrase_emb", "owner"):
+        np.testing.assert_allclose(getattr(one, name), getattr(two, name), atol=2e-4)
