@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from itemkit.decode import DecodeConfig, Decoded, ImageReader, batches
+from itemkit.decode import DecodeConfig, Decoded, ImageReader, batches, one_line
 from itemkit.errors import InputError, MissingExtra
 from itemkit.extraction import Extraction
 from itemkit.features import Features
@@ -86,49 +86,78 @@ class RayEngine:
         """See :class:`itemkit.extraction.Engine`."""
         if not job.todo:
             return
-        from ray.data import ActorPoolStrategy, from_items
-
-        rows = [
-            {
-                "row": row,
-                "path": os.path.abspath(job.paths[row]),
-                "name": job.relative(row),
-                "caption": _caption(job, row),
-            }
-            for row in job.todo
-        ]
-        stored = self._ray.put(frozenset(job.stored))
-        results = (
-            from_items(rows)
-            .repartition(target_num_rows_per_block=self.batch_size)
-            .map_batches(
-                Worker,
-                fn_constructor_args=(
-                    self.build,
-                    self.decode,
-                    self.transform,
-                    self.batch_size,
-                    job.on_error,
-                    stored,
-                ),
-                batch_size=self.batch_size,
-                compute=ActorPoolStrategy(size=self.options.workers),
-                num_cpus=self.options.cpus_per_worker,
-                num_gpus=self.options.gpus_per_worker or None,
-            )
+        ray = self._ray
+        stored = ray.put(frozenset(job.stored))
+        worker = ray.remote(Worker).options(
+            num_cpus=self.options.cpus_per_worker,
+            num_gpus=self.options.gpus_per_worker,
+            max_restarts=-1,  # one that dies comes back; what it was given is then tried image by image
         )
-        for line in results.iter_rows():
-            items, outcome, seconds, batch_size = line["result"]
-            for stage in STAGES:
-                job.profile.seconds[stage] += seconds[stage]
-            job.batch_size = batch_size
-            fresh = {item.row: item for item in job.sort(items)}
-            job.take(_only(outcome, fresh))
-            yield len(items)
+        what = (self.build, self.decode, self.transform, self.batch_size, job.on_error, stored)
+        workers = [worker.remote(*what) for _ in range(self.options.workers)]
+        batches_to_do = _in_batches(job, self.batch_size)
+        pending: dict[Any, tuple[Any, list[Task]]] = {}
+
+        def give(to: Any, tasks: list[Task] | None) -> None:
+            if tasks:
+                pending[to.run.remote(tasks)] = (to, tasks)
+
+        try:
+            for _ in range(2):  # two each, so that none waits for this process
+                for one in workers:
+                    give(one, next(batches_to_do, None))
+            while pending:
+                ready = ray.wait(list(pending), timeout=0.5)[0]
+                if not ready:
+                    yield 0  # lets a Ctrl-C be noticed
+                    continue
+                one, tasks = pending.pop(ready[0])
+                try:
+                    answer = ray.get(ready[0])
+                except ray.exceptions.RayActorError as error:
+                    if len(tasks) > 1:
+                        for task in tasks:
+                            give(one, [task])
+                        continue
+                    answer = _died(tasks[0], error)
+                give(one, next(batches_to_do, None))
+                yield self._take(job, answer)
+        finally:
+            for one in workers:
+                ray.kill(one)
+
+    @staticmethod
+    def _take(job: Extraction, answer: Answer) -> int:
+        for stage in STAGES:
+            job.profile.seconds[stage] += answer.seconds.get(stage, 0.0)
+        job.batch_size = answer.batch_size
+        fresh = {item.row: item for item in job.sort(answer.items)}
+        job.take(_only(answer.outcome, fresh))
+        return len(answer.items)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the manifest for a worker."""
+
+    row: int
+    path: str
+    name: str
+    caption: str | None
+
+
+@dataclass
+class Answer:
+    """What a worker made of its tasks."""
+
+    items: list[Decoded]
+    outcome: Outcome
+    seconds: dict[str, float]
+    batch_size: int
 
 
 class Worker:
-    """One process with its own models; called by Ray Data with a batch of rows."""
+    """One process with its own models."""
 
     def __init__(
         self,
@@ -137,14 +166,11 @@ class Worker:
         transform: Callable[..., Any] | None,
         batch_size: int,
         on_error: str,
-        stored: Any,
+        stored: frozenset[bytes],
     ) -> None:
-        import ray
-
         raise_malloc_thresholds()
         models = build()
-        self.decode, self.profile = decode, Profile()
-        self.stored = ray.get(stored) if isinstance(stored, ray.ObjectRef) else stored
+        self.decode, self.profile, self.stored = decode, Profile(), stored
         self.runner = Runner(Stages(models, self.profile), batch_size, on_error)
         self.reader = ImageReader(decode, self._is_done, transform, models.encoder.preprocess)
         self.captions: list[str | None] = []
@@ -153,37 +179,38 @@ class Worker:
         # with a user's caption the key is another; then this process decides, after the work
         return self.captions[row] is None and digest in self.stored
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list]:
-        """Read and run one batch."""
+    def run(self, tasks: list[Task]) -> Answer:
+        """Read the images and run the models on them."""
         self.profile.seconds = dict.fromkeys(STAGES, 0.0)
-        self.captions = [None if caption == "" else str(caption) for caption in batch["caption"]]
+        self.captions = [task.caption for task in tasks]
 
         def read(i: int) -> Decoded:
-            return self.reader.read(i, str(batch["path"][i]), str(batch["name"][i]))
+            return self.reader.read(i, tasks[i].path, tasks[i].name)
 
         items, outcome = [], Outcome()
-        source = batches(range(len(batch["row"])), read, lambda: self.runner.batch_size, self.decode, 0)
+        source = batches(range(len(tasks)), read, lambda: self.runner.batch_size, self.decode, 0)
         while True:
             with self.profile("decode"):
                 part = next(source, None)
             if part is None:
                 break
             for item in part:
-                item.caption = self.captions[item.row]
+                item.caption = tasks[item.row].caption
             done = self.runner.run([item for item in part if item.image is not None])
             outcome.done += done.done
             outcome.failures += done.failures
+            for item in part:
+                item.image = item.pixels = None  # they stay here
             items += part
-        for item in items:  # pixels stay here, and the row becomes that of the manifest
-            item.row, item.image, item.pixels = int(batch["row"][item.row]), None, None
-        return {"result": [(items, outcome, self.profile.seconds, self.runner.batch_size)]}
+        for item in items:
+            item.row = tasks[item.row].row  # the row in the manifest, not in this batch
+        return Answer(items, outcome, self.profile.seconds, self.runner.batch_size)
 
 
 def start_ray(options: RayOptions) -> Any:
     """Connect to a cluster or start one on this machine."""
     try:
         import ray
-        import ray.data
     except ImportError as error:
         raise MissingExtra(
             'the Ray engine needs an optional package: pip install "itemkit[ray]", or use engine="local"'
@@ -200,7 +227,6 @@ def start_ray(options: RayOptions) -> Any:
                 },
             }
         ray.init(**where, log_to_driver=False, logging_level="error")
-    ray.data.DataContext.get_current().enable_progress_bars = False
     return ray
 
 
@@ -231,9 +257,26 @@ def _describe(build: Callable[[], Components]) -> dict[str, dict[str, Any] | Non
     return parts
 
 
-def _caption(job: Extraction, row: int) -> str:
-    caption = None if job.captions is None else job.captions[row]
-    return caption or ""
+def _in_batches(job: Extraction, size: int) -> Iterator[list[Task]]:
+    for start in range(0, len(job.todo), size):
+        yield [
+            Task(
+                row,
+                os.path.abspath(job.paths[row]),
+                job.relative(row),
+                None if job.captions is None else job.captions[row],
+            )
+            for row in job.todo[start : start + size]
+        ]
+
+
+def _died(task: Task, error: Exception) -> Answer:
+    """The answer for an image that takes its worker down even alone."""
+    reason = (
+        f"{task.name}: the worker died on it ({one_line(error)[:200]}); drop the row or look at the image"
+    )
+    item = Decoded(task.row, stage="worker", reason=reason)
+    return Answer([item], Outcome(), {}, 1)
 
 
 def _only(outcome: Outcome, fresh: dict[int, Decoded]) -> Outcome:

@@ -7,6 +7,7 @@ padding changes the numbers.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from itemkit.encoder import Encoder, ImageEmbedding
 
 
-class Detector:
+class ObjectDetector(ABC):
     """A detector that scores boxes for phrases; the base of both localisers."""
 
     needs_patches, needs_phrases = False, True
@@ -53,9 +54,9 @@ class Detector:
         self.device, self.dtype = parameter.device, parameter.dtype
         self._record = dict(record or {})
 
+    @abstractmethod
     def detect(self, image: Image, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Give every candidate box (q, 4) in pixels and its confidence for every phrase (q, len(phrases))."""
-        raise NotImplementedError
 
     def locate(
         self,
@@ -110,13 +111,13 @@ class Detector:
         }
 
 
-class Owlv2(Detector):
+class Owlv2(ObjectDetector):
     """Owlv2: each phrase is a query of its own."""
 
     kind = "owlv2"
 
     def detect(self, image: Image, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """See `Detector.detect`."""
+        """See `ObjectDetector.detect`."""
         with quiet():
             inputs = self.processor(
                 images=image.convert("RGB"),
@@ -134,13 +135,13 @@ class Owlv2(Detector):
         return boxes, out.logits[0].float().sigmoid()[:, : len(phrases)]
 
 
-class GroundingDino(Detector):
+class GroundingDino(ObjectDetector):
     """Grounding DINO: one prompt for all phrases, "cat. red ball."; the best token speaks for its phrase."""
 
     kind = "grounding_dino"
 
     def detect(self, image: Image, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """See `Detector.detect`."""
+        """See `ObjectDetector.detect`."""
         parts = [
             self._detect(image, phrases[start : start + self._fit(phrases[start:])])
             for start in self._chunks(phrases)

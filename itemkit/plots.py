@@ -32,7 +32,7 @@ def style() -> None:
     sns.set_theme(context="paper", style="ticks", palette=CYCLE, font="DejaVu Sans")
     mpl.rcParams.update(
         {
-            "figure.dpi": 85,  # of the pages; files are saved at 220
+            "figure.dpi": 100,  # of the pages; files are saved at 220
             "savefig.dpi": 220,
             "savefig.bbox": "tight",
             "figure.constrained_layout.use": True,

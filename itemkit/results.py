@@ -21,10 +21,8 @@ from itemkit.metrics import draw_weights, percentile_interval, replicate
 
 FORMAT = "itemkit study 1"
 POOLED = "pooled_unseen"
-STUDY_METRICS = (
-    "ap", "auroc", "balanced_accuracy", "accuracy_real", "accuracy_fake",
-    "tpr_at_fpr01", "tpr_at_fpr05", "ece",
-)  # fmt: skip
+STUDY_METRICS = ("ap", "auroc", "balanced_accuracy", "accuracy_real", "accuracy_fake")
+STUDY_METRICS += ("tpr_at_fpr01", "tpr_at_fpr05", "ece")
 SMALLER_IS_BETTER = ("ece", "brier")
 
 
@@ -394,9 +392,7 @@ class Study:
         try:
             about = json.loads((folder / "study.json").read_text())
         except FileNotFoundError:
-            raise InputError(
-                f"{folder} holds no study: study.json is missing. Make one with train_on_test_on"
-            ) from None
+            raise InputError(f"{folder} holds no study.json; make one with train_on_test_on") from None
         if about.get("format") != FORMAT:
             raise InputError(f"{folder}/study.json has format {about.get('format')!r}; expected {FORMAT!r}")
         runs = [Run(**json.loads((folder / "runs" / name).read_text())) for name in about["runs"]]

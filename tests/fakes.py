@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -159,6 +161,21 @@ class FakeLocaliser:
 def fake_models(**captioner: Any) -> Models:
     """All four stand-ins."""
     return Models(FakeEncoder(), FakeCaptioner(**captioner), FakeParser(), FakeLocaliser())
+
+
+class DeadlyCaptioner(FakeCaptioner):
+    """Takes its process down when it sees a picture 31 pixels wide."""
+
+    def caption(self, images: Sequence[Image.Image]) -> list[Said]:
+        """As a bug in a model's native code would."""
+        if any(image.width == 31 for image in images):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().caption(images)
+
+
+def deadly_models() -> Models:
+    """Stand-ins of which one is dangerous."""
+    return Models(FakeEncoder(), DeadlyCaptioner(), FakeParser(), FakeLocaliser())
 
 
 @dataclass

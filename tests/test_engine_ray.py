@@ -13,7 +13,7 @@ from itemkit.errors import InputError, MissingExtra
 from itemkit.pipeline import extract
 from itemkit.store import load_features
 
-from fakes import fake_models, make_images, manifest_of
+from fakes import deadly_models, fake_models, make_images, manifest_of, png
 
 
 def test_without_the_extra_the_install_line_is_given(monkeypatch):
@@ -30,7 +30,6 @@ def test_unknown_engine(tmp_path):
 @pytest.fixture(scope="module")
 def ray():
     ray = pytest.importorskip("ray", reason="needs the optional package ray")
-    pytest.importorskip("ray.data", reason="needs the optional package ray[data]")
     yield ray
     ray.shutdown()
 
@@ -61,3 +60,13 @@ def test_two_workers_write_what_one_process_writes(ray, tmp_path):
     pd.testing.assert_frame_equal(one.objects, two.objects, atol=1e-6)
     for name in ("image_emb", "caption_emb", "region_emb", "phrase_emb", "owner"):
         np.testing.assert_allclose(getattr(one, name), getattr(two, name), atol=2e-4)
+
+
+@pytest.mark.slow
+def test_image_that_kills_a_worker_costs_one_row(ray, tmp_path):
+    manifest = make_images(tmp_path / "images", 10)
+    (tmp_path / "images" / "00003.png").write_bytes(png(3, (31, 9)))
+    report = extract(manifest, tmp_path / "out", deadly_models, engine="ray", batch_size=5, progress=False)
+    assert (report.computed, report.errors, report.left) == (9, 1, 0)
+    error = pd.read_parquet(tmp_path / "out" / "errors.parquet").iloc[0]
+    assert error["path"] == "00003.png" and "the worker died on it" in error["reason"]

@@ -503,6 +503,7 @@ def test_crash_and_hang_of_a_decoder_cost_one_image_each(tmp_path):
 # ---------------------------------------------------------------------------------------------------- memory
 
 
+@pytest.mark.slow  # what a process holds depends on what ran in it before: run this one by itself
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc to watch memory")
 def test_memory_stays_flat(tmp_path):
     """What grows with the number of images is their bookkeeping, far less than one embedding each."""

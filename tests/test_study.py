@@ -209,7 +209,7 @@ def test_save_and_load(study, tmp_path):
     stored = pd.read_csv(tmp_path / "study" / "table.csv")
     np.testing.assert_allclose(stored["value"], study.table["value"])
     json.loads((tmp_path / "study" / "runs" / "item--gan--s1.json").read_text())
-    with pytest.raises(InputError, match="holds no study: study.json is missing"):
+    with pytest.raises(InputError, match="holds no study.json"):
         Study.load(tmp_path)
 
 
