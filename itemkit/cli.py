@@ -104,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     c.add_argument("--batch-size", type=int, help="images per batch (default: by device)")
     c.add_argument("--limit", type=int, help="first rows only")
+    c.add_argument("--engine", default="local", choices=("local", "ray"), help="this process, or Ray workers")
+    c.add_argument("--address", help="Ray cluster to join (default: start one on this machine)")
+    c.add_argument("--workers", type=int, default=2, help="Ray workers (default: 2)")
     c.add_argument("--perturb", help="apply a perturbation first, e.g. jpeg_q50")
     _model_options(c)
 
@@ -248,12 +251,20 @@ def _extract(args: argparse.Namespace) -> int:
 
     preset = _preset(args)
     manifest = _manifest(args)
+    ray = None
+    if args.engine == "ray":
+        from itemkit.engine_ray import RayOptions
+
+        ray = RayOptions(address=args.address, workers=args.workers)
     if not (manifest[schema.SOURCE] == SOURCE).all():
         warn_if_foreign(preset.name, args.manifest)
     report = extract(
         manifest,
         args.out,
-        preset.build(args.device),
+        preset,
+        device=args.device,
+        engine=args.engine,
+        ray=ray,
         captions=args.captions,
         missing=args.missing,
         batch_size=args.batch_size,
@@ -265,10 +276,9 @@ def _extract(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from itemkit.store import load_features
-    from itemkit.workflow import train_detector
+    from itemkit.workflow import read_features, train_detector
 
-    detector = train_detector(load_features(args.features), args.representation, args.train_on, args.seeds)
+    detector = train_detector(read_features(args.features), args.representation, args.train_on, args.seeds)
     detector.save(args.out)
     print(f"detector written to {args.out}")
     try:
@@ -280,10 +290,9 @@ def _train(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from itemkit.detector import Detector
-    from itemkit.store import load_features
-    from itemkit.workflow import take_split
+    from itemkit.workflow import read_features, take_split
 
-    test = take_split(load_features(args.features), args.split)
+    test = take_split(read_features(args.features), args.split)
     table = Detector.load(args.detector).evaluate(test, args.fpr)
     print(table.round(3).to_string(index=False))
     if args.csv:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,8 @@ from itemkit.features import Features
 from itemkit.runner import Failure, Outcome, Runner
 from itemkit.stages import STAGES, Components, Models, Profile, Stages
 from itemkit.system import raise_malloc_thresholds
+
+DEATHS = 2  # of a worker with nothing but this image at hand, until the image is to blame
 
 
 @dataclass(frozen=True)
@@ -89,39 +92,47 @@ class RayEngine:
         ray = self._ray
         stored = ray.put(frozenset(job.stored))
         worker = ray.remote(Worker).options(
-            num_cpus=self.options.cpus_per_worker,
-            num_gpus=self.options.gpus_per_worker,
-            max_restarts=-1,  # one that dies comes back; what it was given is then tried image by image
+            num_cpus=self.options.cpus_per_worker, num_gpus=self.options.gpus_per_worker
         )
         what = (self.build, self.decode, self.transform, self.batch_size, job.on_error, stored)
         workers = [worker.remote(*what) for _ in range(self.options.workers)]
-        batches_to_do = _in_batches(job, self.batch_size)
-        pending: dict[Any, tuple[Any, list[Task]]] = {}
+        todo = _in_batches(job, self.batch_size)
+        pending: dict[Any, tuple[int, Any, list[Task]]] = {}
+        running = [0] * len(workers)
+        # of each worker: what it was given when it died, to be tried again one by one with nothing beside it
+        suspects: list[deque[Task]] = [deque() for _ in workers]
+        deaths: Counter[int] = Counter()
 
-        def give(to: Any, tasks: list[Task] | None) -> None:
-            if tasks:
-                pending[to.run.remote(tasks)] = (to, tasks)
+        def feed(i: int) -> None:
+            while running[i] < (1 if suspects[i] else 2):  # two batches each, so that none waits
+                tasks = [suspects[i].popleft()] if suspects[i] else next(todo, None)
+                if tasks is None:
+                    return
+                pending[workers[i].run.remote(tasks)] = (i, workers[i], tasks)
+                running[i] += 1
 
         try:
-            for _ in range(2):  # two each, so that none waits for this process
-                for one in workers:
-                    give(one, next(batches_to_do, None))
+            for i in range(len(workers)):
+                feed(i)
             while pending:
                 ready = ray.wait(list(pending), timeout=0.5)[0]
                 if not ready:
                     yield 0  # lets a Ctrl-C be noticed
                     continue
-                one, tasks = pending.pop(ready[0])
+                i, one, tasks = pending.pop(ready[0])
+                running[i] -= 1
                 try:
-                    answer = ray.get(ready[0])
+                    yield self._take(job, ray.get(ready[0]))
                 except ray.exceptions.RayActorError as error:
-                    if len(tasks) > 1:
-                        for task in tasks:
-                            give(one, [task])
-                        continue
-                    answer = _died(tasks[0], error)
-                give(one, next(batches_to_do, None))
-                yield self._take(job, answer)
+                    if one is workers[i]:
+                        workers[i] = worker.remote(*what)
+                    alone = len(tasks) == 1 and running[i] == 0
+                    deaths[tasks[0].row] += alone
+                    if deaths[tasks[0].row] >= DEATHS:
+                        yield self._take(job, _died(tasks[0], error))
+                    else:
+                        suspects[i].extend(tasks)
+                feed(i)
         finally:
             for one in workers:
                 ray.kill(one)

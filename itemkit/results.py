@@ -21,7 +21,7 @@ from itemkit.metrics import draw_weights, percentile_interval, replicate
 
 FORMAT = "itemkit study 1"
 POOLED = "pooled_unseen"
-STUDY_METRICS = ("ap", "auroc", "balanced_accuracy", "accuracy_real", "accuracy_fake")
+STUDY_METRICS: tuple[str, ...] = ("ap", "auroc", "balanced_accuracy", "accuracy_real", "accuracy_fake")
 STUDY_METRICS += ("tpr_at_fpr01", "tpr_at_fpr05", "ece")
 SMALLER_IS_BETTER = ("ece", "brier")
 

@@ -147,6 +147,28 @@ def warn_if_foreign(preset: str, data: str | Path | None) -> None:
         print(MINI_ON_FOREIGN_IMAGES, file=sys.stderr)
 
 
+def read_features(store: str | Path) -> Features:
+    """Read a feature store; labelled images without any split are split here, always in the same way.
+
+    Parameters
+    ----------
+    store : path
+
+    Returns
+    -------
+    Features
+    """
+    features = load_features(store)
+    table = features.table
+    labelled = table[schema.LABEL].notna()
+    if labelled.any() and table.loc[labelled, schema.SPLIT].isna().all():
+        split = assign_splits(table.loc[labelled])[schema.SPLIT]
+        table = table.assign(**{schema.SPLIT: split.reindex(table.index)})
+        counts = ", ".join(f"{k} {v}" for k, v in split.value_counts().items())
+        print(f"note: the images have no splits; divided by generator with seed 0: {counts}", file=sys.stderr)
+    return dataclasses.replace(features, table=table)
+
+
 def take_split(features: Features, split: str) -> Features:
     """Select the labelled images of one split.
 

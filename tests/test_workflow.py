@@ -13,6 +13,8 @@ from itemkit import presets, report, schema, workflow
 from itemkit.detector import Detector
 from itemkit.errors import InputError, ModelNotFound
 from itemkit.features import Features
+from itemkit.manifest import read_manifest
+from itemkit.pipeline import extract
 from itemkit.presets import Preset
 
 import fakes
@@ -280,3 +282,17 @@ def test_the_summary_holds_every_metric_it_names(tmp_path: Path) -> None:
     shown = f"{auroc['value']:.2f} ({auroc['low']:.2f}-{auroc['high']:.2f})"
     assert f"| gan | {shown} |" in text
     assert "- [01_cosines](figures/01_cosines.png)" in text and "nan" not in text
+
+
+def test_a_store_without_splits_is_divided_in_the_same_way_each_time(tmp_path, capsys):
+    paths = []
+    for i in range(40):
+        path = tmp_path / ("real" if i % 2 else "fake") / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 2 * i, 3 * i)).save(path)
+        paths.append(path)
+    extract(read_manifest(tmp_path), tmp_path / "store", fakes.fake_models(), progress=False)
+    first, second = (workflow.read_features(tmp_path / "store").table for _ in range(2))
+    assert first["split"].tolist() == second["split"].tolist()
+    assert set(first["split"]) == {"train", "val", "test"}
+    assert "no splits" in capsys.readouterr().err
