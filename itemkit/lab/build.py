@@ -106,7 +106,7 @@ def build_flow(b: Build) -> None:
     trained = b.run("flow", flow.FlowLesson(b.renders, b.device), flow.SCHEDULE)
     _save_half(b.generators / "flow.safetensors", trained.model.unet.state_dict())
     early = {k.removeprefix("unet."): v for k, v in trained.snapshots[EARLY_STEP].items()}
-    _save_half(b.generators / "flow_early.safetensors", early)
+    _save_half(b.work / "flow_early.safetensors", early)  # not committed: its fakes are
     facts = {"steps": flow.SCHEDULE.steps, "early_steps": EARLY_STEP, "batch": flow.BATCH}
     b.card("flow", trained, **facts, parameters=_count(trained.model.unet))
 
@@ -122,7 +122,9 @@ def build_vae(b: Build) -> None:
 def build_fakes(b: Build) -> None:
     """Fake images."""
     began = time.monotonic()
-    table = fakes.build_fakes(b.generators, device=b.device)
+    table = fakes.build_fakes(
+        {g: b.work if g == "flow_early" else b.generators for g in fakes.GENERATORS}, b.device
+    )
     table.to_parquet(b.out / "fakes.parquet", index=False, compression="none")  # PNG is compressed already
     b.card("fakes", None, seconds=round(time.monotonic() - began), images=len(table))
 
@@ -192,8 +194,7 @@ def check(out: Path) -> list[str]:
 def file_hashes(out: Path) -> dict[str, str]:
     """SHA-256 of every committed model and image file under the mini data."""
     files = [p for d in ("models", "generators") for p in sorted((out / d).rglob("*")) if p.is_file()]
-    # not committed, and trained from all the rest
-    files = [p for p in files if p.stem != "flow_early" and p.parent.name != "detector"]
+    files = [p for p in files if p.parent.name != "detector"]  # trained from all the rest
     files += [p for p in (out / "fakes.parquet",) if p.is_file()]
     return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 

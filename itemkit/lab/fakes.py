@@ -7,7 +7,7 @@ Both leave as 8-bit PNG of the same size. Prompts of fakes and the renders that 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -141,14 +141,13 @@ def png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def build_fakes(folder: Path, generators: tuple[str, ...] = GENERATORS, device: str = "cpu") -> pd.DataFrame:
+def build_fakes(folders: Mapping[str, Path], device: str = "cpu") -> pd.DataFrame:
     """Sample the fakes of every generator and split.
 
     Parameters
     ----------
-    folder : Path
-        Generator weights.
-    generators : tuple of str
+    folders : mapping of generator to Path
+        Where the weights of each lie.
     device : str
 
     Returns
@@ -159,9 +158,9 @@ def build_fakes(folder: Path, generators: tuple[str, ...] = GENERATORS, device: 
     rows = []
     n = sum(COUNTS.values())
     splits = [s for s, k in COUNTS.items() for _ in range(k)]
-    for i, name in enumerate(generators):
+    for i, name in enumerate(folders):
         scenes = make_renders("spare", n, start=i * n)
-        images = sample_fakes(name, folder, scenes, seed=i + 1, device=device)
+        images = sample_fakes(name, folders[name], scenes, seed=i + 1, device=device)
         for image, split, facts in zip(images, splits, scenes.facts, strict=True):
             rows.append({"generator": name, "split": split, "prompt": caption(facts), "png": png(image)})
     return pd.DataFrame(rows)
