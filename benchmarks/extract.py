@@ -30,13 +30,13 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from itemkit.decode import DecodeConfig, ImageReader, batches
 from itemkit.devices import choose_device, choose_precision, dtype_name
 from itemkit.images import load_image
 from itemkit.pipeline import extract
-from itemkit.stages import Models, Stages
+from itemkit.pipeline.decode import DecodeConfig, ImageReader, batches
+from itemkit.pipeline.stages import Models, Stages
+from itemkit.pipeline.system import raise_malloc_thresholds
 from itemkit.store import concat_features
-from itemkit.system import raise_malloc_thresholds
 
 # Dense arithmetic of the data sheets in TFLOP/s, for the share of the peak; by device and precision.
 PEAK_TFLOPS = {

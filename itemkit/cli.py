@@ -253,7 +253,7 @@ def _extract(args: argparse.Namespace) -> int:
     manifest = _manifest(args)
     ray = None
     if args.engine == "ray":
-        from itemkit.engine_ray import RayOptions
+        from itemkit.pipeline.engine_ray import RayOptions
 
         ray = RayOptions(address=args.address, workers=args.workers)
     if not (manifest[schema.SOURCE] == SOURCE).all():

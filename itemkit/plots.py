@@ -23,7 +23,10 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
 GREY = "#8C8C8C"
 CYCLE = (VERMILION, ORANGE, GREEN, PURPLE, BLACK, YELLOW, SKY)
 # the mini laboratory's generators look the same in every figure, also where only some of them are shown
-FIXED = dict(zip(("flow", "flow_early", "vae", "edit"), CYCLE, strict=False))
+FIXED = {
+    "flow": VERMILION, "flow_early": ORANGE, "vae": GREEN, "edit": PURPLE,
+    "gan": BLACK, "latent_flow": SKY, "vq_prior": YELLOW,
+}  # fmt: skip
 
 
 def style() -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from itemkit import notebook_rules, notebooks, workflow
+from itemkit import notebooks, workflow
 from itemkit.errors import InputError
+from itemkit.notebooks import rules as notebook_rules
 
 SUMMARY_COLUMNS = ("generator", "auroc", "ap", "accuracy_real", "accuracy_fake", "tpr_at_fpr05")
 

@@ -19,8 +19,8 @@ from itemkit.head import MisalignmentMLP
 from itemkit.images import ImageError, load_image
 from itemkit.manifest import assign_splits, read_manifest
 from itemkit.pipeline import extract
+from itemkit.pipeline.stages import Stages, fingerprint
 from itemkit.presets import Preset, get_preset, mini_folder
-from itemkit.stages import Stages, fingerprint
 from itemkit.store import load_features
 
 LAB_NOTE = "mini laboratory: rendered scenes and small generators, not photographs"

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from itemkit.stages import Models
+from itemkit.pipeline.stages import Models
 
 DIM = 16
 COLOURS = ("red", "green", "blue")

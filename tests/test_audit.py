@@ -12,11 +12,11 @@ from PIL import Image, PngImagePlugin
 from sklearn.metrics import roc_auc_score
 
 from itemkit.audit import audit, equalise_folder, measure
-from itemkit.duplicates import dhash, find_duplicates
+from itemkit.audit.duplicates import dhash, find_duplicates
+from itemkit.audit.leakage import held_out_auroc
 from itemkit.errors import InputError
 from itemkit.images import EqualiseConfig, ImageError
-from itemkit.jpeg import jpeg_bytes
-from itemkit.leakage import held_out_auroc
+from itemkit.images.jpeg import jpeg_bytes
 from itemkit.manifest import read_manifest
 
 

@@ -16,12 +16,12 @@ from itemkit.baselines import (
     likelihood_and_confidence,
     shuffle_texts,
 )
+from itemkit.baselines.pixels import PixelCNN, augment, noise_residual, spectrum
 from itemkit.errors import InputError
-from itemkit.fusion import LateFusion, early_fusion, late_fusion
 from itemkit.head import MisalignmentMLP
 from itemkit.metrics import auroc
 from itemkit.misalignment import cosines, represent
-from itemkit.pixel_baselines import PixelCNN, augment, noise_residual, spectrum
+from itemkit.study.fusion import LateFusion, early_fusion, late_fusion
 
 from synthetic import make_features, unit
 

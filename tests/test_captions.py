@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from itemkit.captions import Captioner, Decoding, _mean_until_end, load_captioner
-from itemkit.cleaning import clean_caption
+from itemkit.captions.cleaning import clean_caption
 from itemkit.errors import InputError, ModelNotFound
 
 WRITERS = {

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from itemkit.detector import Detector
+from itemkit.detector.identity import fingerprint_differences
 from itemkit.errors import InputError, ModelNotFound
 from itemkit.head import MisalignmentMLP
-from itemkit.identity import fingerprint_differences
 from itemkit.metrics import auroc
 from itemkit.misalignment import RepresentationConfig
 

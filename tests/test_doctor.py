@@ -15,9 +15,10 @@ import torch
 from packaging.requirements import Requirement
 from PIL import Image
 
-from itemkit import doctor, machine, selftest
+from itemkit import doctor
+from itemkit.doctor import machine, selftest
+from itemkit.doctor.machine import FAIL, OK, WARN, Check
 from itemkit.encoder import load_encoder
-from itemkit.machine import FAIL, OK, WARN, Check
 from itemkit.presets import PARTS, Preset
 
 from models import write_tiny_blip, write_tiny_clip

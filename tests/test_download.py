@@ -27,7 +27,8 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
 
-from itemkit import cli, download, hub, presets
+from itemkit import cli, download, presets
+from itemkit.download import hub
 from itemkit.encoder import load_encoder
 from itemkit.errors import InputError, ModelNotFound, StoreError
 from itemkit.presets import Preset, get_preset

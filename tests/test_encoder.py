@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from itemkit.checkpoints import find_encoder
 from itemkit.encoder import Encoder, load_encoder
+from itemkit.encoder.checkpoints import find_encoder
+from itemkit.encoder.patches import patch_grid, patch_pass
 from itemkit.errors import InputError, ModelNotFound
-from itemkit.patches import patch_grid, patch_pass
 
 TEXTS = ["a red ball on the grass", "a blue cup", "the dog and the green cube", "a blue cup"]
 

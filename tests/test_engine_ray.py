@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from itemkit.engine_ray import RayOptions, start_ray
 from itemkit.errors import InputError, MissingExtra
 from itemkit.pipeline import extract
+from itemkit.pipeline.engine_ray import RayOptions, start_ray
 from itemkit.store import load_features
 
 from fakes import deadly_models, fake_models, make_images, manifest_of, png

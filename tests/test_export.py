@@ -6,10 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from itemkit import export
 from itemkit.errors import InputError
 from itemkit.pipeline import extract
-from itemkit.store import load_features
+from itemkit.store import export, load_features
 
 from fakes import fake_models, make_images
 

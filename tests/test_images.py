@@ -25,7 +25,7 @@ from itemkit.images import (
     open_image,
     read_bytes,
 )
-from itemkit.jpeg import SUBSAMPLINGS, jpeg_bytes, jpeg_quality, jpeg_subsampling
+from itemkit.images.jpeg import SUBSAMPLINGS, jpeg_bytes, jpeg_quality, jpeg_subsampling
 
 
 def smooth(width=40, height=30, seed=0) -> Image.Image:

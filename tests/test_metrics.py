@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from itemkit.effects import compare, delong, effect_size, frechet_distance
 from itemkit.errors import InputError
 from itemkit.metrics import (
     METRICS,
@@ -18,6 +17,7 @@ from itemkit.metrics import (
     stratified_weights,
     tpr_at_fpr,
 )
+from itemkit.metrics.effects import compare, delong, effect_size, frechet_distance
 
 Y = np.array([0, 0, 0, 1, 1])
 S = np.array([0.1, 0.4, 0.35, 0.8, 0.4])

@@ -12,7 +12,7 @@ from PIL import Image
 from itemkit import perturb
 from itemkit.errors import InputError
 from itemkit.images import load_image
-from itemkit.jpeg import jpeg_bytes, jpeg_quality
+from itemkit.images.jpeg import jpeg_bytes, jpeg_quality
 from itemkit.perturb import GRID, QUICK_GRID, get_perturbation
 
 

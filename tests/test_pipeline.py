@@ -12,11 +12,10 @@ import pandas as pd
 import pytest
 import torch
 
-from itemkit import engine_local, system
-from itemkit.decode import DecodeConfig
 from itemkit.errors import InputError
-from itemkit.pipeline import extract
-from itemkit.stages import Models, TextCache, featurise
+from itemkit.pipeline import engine_local, extract, system
+from itemkit.pipeline.decode import DecodeConfig
+from itemkit.pipeline.stages import Models, TextCache, featurise
 from itemkit.store import load_features
 
 from fakes import (

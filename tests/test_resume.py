@@ -18,9 +18,9 @@ import pandas as pd
 import pytest
 
 from itemkit import _files, store
-from itemkit.decode import DecodeConfig
 from itemkit.errors import StoreError
 from itemkit.pipeline import extract
+from itemkit.pipeline.decode import DecodeConfig
 from itemkit.store import load_features
 
 from fakes import FakeEncoder, FakeLocaliser, FakeParser, Models, fake_models, make_images
@@ -34,7 +34,7 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 import itemkit.pipeline, itemkit.images
-from itemkit.decode import DecodeConfig
+from itemkit.pipeline.decode import DecodeConfig
 from fakes import fake_models, manifest_of
 torch.set_num_threads(1)
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -181,7 +181,7 @@ def test_stopped_at_every_single_write(tmp_path, monkeypatch):
         raise PowerCut
 
     monkeypatch.setattr(os, "fsync", lambda file: None)  # slow on a busy disk, and no power is cut in truth
-    for module in ("itemkit._files", "itemkit.writer"):
+    for module in ("itemkit._files", "itemkit.pipeline.writer"):
         monkeypatch.setattr(f"{module}.atomic_write", write)
     cut, finished = 0, False
     while not finished:

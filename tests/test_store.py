@@ -18,9 +18,9 @@ from PIL import Image
 from itemkit import _files, schema, store
 from itemkit.errors import InputError, StoreError
 from itemkit.pipeline import extract
-from itemkit.stages import featurise
+from itemkit.pipeline.stages import featurise
+from itemkit.pipeline.writer import StoreWriter
 from itemkit.store import load_features
-from itemkit.writer import StoreWriter
 
 from fakes import DIM, FakeEncoder, Models, fake_models, make_images
 

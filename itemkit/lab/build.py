@@ -9,6 +9,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from itemkit.errors import InputError
-from itemkit.lab import captioner, clip, fakes, flow, truth, vae
+from itemkit.lab import captioner, clip, fakes, flow, gan, latent, truth, vae, vq
 from itemkit.lab.formats import save_blip, save_clip
 from itemkit.lab.parser import train_parser
 from itemkit.lab.renders import RenderSet, cached_renders
-from itemkit.lab.training import Trained, train
+from itemkit.lab.training import Schedule, Trained, train
 from itemkit.weights import tidy
 
 N_RENDERS = 60_000
-EARLY_STEP = flow.SCHEDULE.snapshots[1]
+SECOND_SEED = 100
+"""Of the second CLIP and the second captioner: other first weights, other order of the same renders."""
+SECOND_CLIP_STEPS, SECOND_CAPTIONER_STEPS = 1500, 2400
 
 
 class Build:
@@ -42,27 +46,50 @@ class Build:
 
     def __init__(self, out: Path, work: Path, device: str = "cpu"):
         self.out, self.work, self.device = Path(out), Path(work), device
-        self.models, self.generators = self.out / "models", self.out / "generators"
+        self.models, self.generators = self.out / "models", self.work / "generators"
 
     @property
     def renders(self) -> RenderSet:
         """The renders that all models learn from."""
         return cached_renders("models", N_RENDERS, self.work / "renders")
 
-    def card(self, name: str, trained: Trained | None, **facts: Any) -> None:
-        """Add a part's training facts and measurements to ``cards.json``."""
+    def note(self, name: str, **facts: Any) -> None:
+        """Write what is known of a part to ``cards.json``."""
         path = self.out / "cards.json"
         cards = json.loads(path.read_text()) if path.exists() else {}
-        card = {"device": self.device, "machine": platform.machine(), "torch": torch.__version__, **facts}
-        if trained is not None:
-            card["seconds"] = round(trained.seconds)
-            card["last_log"] = trained.log[-1]
-        cards[name] = card
+        cards[name] = {
+            "device": self.device, "machine": platform.machine(), "torch": torch.__version__, **facts
+        }  # fmt: skip
         path.write_text(json.dumps(cards, indent=2, sort_keys=True) + "\n")
 
-    def run(self, name: str, lesson: torch.nn.Module, schedule: Any) -> Trained:
+    def card(
+        self, name: str, trained: Trained, schedule: Schedule, batch: int, model: torch.nn.Module
+    ) -> None:
+        """Write a training's facts to ``cards.json``."""
+        self.note(
+            name,
+            steps=schedule.steps,
+            batch=batch,
+            parameters=sum(p.numel() for p in model.parameters()),
+            seconds=round(trained.seconds),
+            last_log=trained.log[-1],
+        )
+
+    def run(self, name: str, lesson: torch.nn.Module, schedule: Schedule) -> Trained:
         """Train one lesson in the work folder."""
         return train(name, lesson, lambda m, rng: m(rng), schedule, self.work / "runs", self.device)
+
+    def generator(
+        self, name: str, make: Callable[[], torch.nn.Module], model: str, schedule: Schedule, batch: int
+    ) -> None:
+        """Train a generator; keep the weights of ``lesson.<model>``, and of its stages as ``name@step``."""
+        torch.manual_seed(schedule.seed)
+        trained = self.run(name, make(), schedule)
+        _save_half(self.generators / f"{name}.safetensors", getattr(trained.model, model).state_dict())
+        for step, state in trained.snapshots.items():
+            stage = {k.removeprefix(f"{model}."): v for k, v in state.items() if k.startswith(f"{model}.")}
+            _save_half(self.generators / f"{name}@{step}.safetensors", stage)
+        self.card(name, trained, schedule, batch, getattr(trained.model, model))
 
 
 def build_parser(b: Build) -> None:
@@ -70,68 +97,93 @@ def build_parser(b: Build) -> None:
     began = time.monotonic()
     shutil.rmtree(b.models / "parser", ignore_errors=True)
     scores = train_parser(b.models / "parser")
-    b.card("parser", None, seconds=round(time.monotonic() - began), held_out=scores)
+    b.note("parser", seconds=round(time.monotonic() - began), held_out=scores)
 
 
-def build_clip(b: Build) -> None:
+def build_clip(
+    b: Build, name: str = "clip", seed: int = clip.SCHEDULE.seed, steps: int = clip.SCHEDULE.steps
+) -> None:
     """Mini CLIP."""
-    torch.manual_seed(clip.SCHEDULE.seed)
+    torch.manual_seed(seed)
     lesson = clip.ClipLesson(b.renders, b.device)
-    trained = b.run("clip", lesson, clip.SCHEDULE)
-    save_clip(b.models / "clip", trained.model.clip, lesson.config, lesson.tokenizer)
-    _halve(b.models / "clip" / "open_clip_model.safetensors")
-    b.card(
-        "clip", trained, steps=clip.SCHEDULE.steps, batch=clip.BATCH, parameters=_count(trained.model.clip)
-    )
+    schedule = replace(clip.SCHEDULE, seed=seed, steps=steps)
+    trained = b.run(name, lesson, schedule)
+    save_clip(b.models / name, trained.model.clip, lesson.config, lesson.tokenizer)
+    _halve(b.models / name / "open_clip_model.safetensors")
+    b.card(name, trained, schedule, clip.BATCH, trained.model.clip)
 
 
-def build_captioner(b: Build) -> None:
+def build_captioner(
+    b: Build,
+    name: str = "captioner",
+    seed: int = captioner.SCHEDULE.seed,
+    steps: int = captioner.SCHEDULE.steps,
+) -> None:
     """Mini captioner."""
-    torch.manual_seed(captioner.SCHEDULE.seed)
+    torch.manual_seed(seed)
     lesson = captioner.CaptionerLesson(b.renders, b.device)
-    trained = b.run("captioner", lesson, captioner.SCHEDULE)
-    save_blip(b.models / "captioner", trained.model.blip, lesson.tokenizer)
-    _halve(b.models / "captioner" / "model.safetensors")
-    facts = {
-        "steps": captioner.SCHEDULE.steps,
-        "batch": captioner.BATCH,
-        "parameters": _count(trained.model.blip),
-    }
-    b.card("captioner", trained, **facts)
+    schedule = replace(captioner.SCHEDULE, seed=seed, steps=steps)
+    trained = b.run(name, lesson, schedule)
+    save_blip(b.models / name, trained.model.blip, lesson.tokenizer)
+    _halve(b.models / name / "model.safetensors")
+    b.card(name, trained, schedule, captioner.BATCH, trained.model.blip)
+
+
+def build_clip_second(b: Build) -> None:
+    """Mini CLIP, second seed."""
+    build_clip(b, "clip_second", SECOND_SEED, SECOND_CLIP_STEPS)
+
+
+def build_captioner_second(b: Build) -> None:
+    """Mini captioner, second seed."""
+    build_captioner(b, "captioner_second", SECOND_SEED, SECOND_CAPTIONER_STEPS)
 
 
 def build_flow(b: Build) -> None:
-    """Flow generator, and its early stage."""
-    torch.manual_seed(flow.SCHEDULE.seed)
-    trained = b.run("flow", flow.FlowLesson(b.renders, b.device), flow.SCHEDULE)
-    _save_half(b.generators / "flow.safetensors", trained.model.unet.state_dict())
-    early = {k.removeprefix("unet."): v for k, v in trained.snapshots[EARLY_STEP].items()}
-    _save_half(b.work / "flow_early.safetensors", early)  # not committed: its fakes are
-    facts = {"steps": flow.SCHEDULE.steps, "early_steps": EARLY_STEP, "batch": flow.BATCH}
-    b.card("flow", trained, **facts, parameters=_count(trained.model.unet))
+    """Pixel flow."""
+    b.generator("flow", lambda: flow.FlowLesson(b.renders, b.device), "unet", flow.SCHEDULE, flow.BATCH)
 
 
 def build_vae(b: Build) -> None:
-    """VAE generator."""
-    torch.manual_seed(vae.SCHEDULE.seed)
-    trained = b.run("vae", vae.VaeLesson(b.renders, b.device), vae.SCHEDULE)
-    _save_half(b.generators / "vae.safetensors", trained.model.vae.state_dict())
-    b.card("vae", trained, steps=vae.SCHEDULE.steps, batch=vae.BATCH, parameters=_count(trained.model.vae))
+    """VAE."""
+    b.generator("vae", lambda: vae.VaeLesson(b.renders, b.device), "vae", vae.SCHEDULE, vae.BATCH)
+
+
+def build_gan(b: Build) -> None:
+    """GAN."""
+    b.generator("gan", lambda: gan.GanLesson(b.renders, b.device), "generator", gan.SCHEDULE, gan.BATCH)
+
+
+def build_vq(b: Build) -> None:
+    """VQ-VAE, the decoder of the next two."""
+    b.generator("vq", lambda: vq.VqLesson(b.renders, b.device), "vq", vq.SCHEDULE, vq.BATCH)
+
+
+def build_latent_flow(b: Build) -> None:
+    """Latent flow."""
+    latents = latent.encode_renders(fakes.load_generator("vq", b.generators, b.device), b.renders, b.device)
+    make = partial(latent.LatentLesson, b.renders, latents, b.device)
+    b.generator("latent_flow", make, "unet", latent.SCHEDULE, latent.BATCH)
+
+
+def build_vq_prior(b: Build) -> None:
+    """Autoregressive prior of the VQ-VAE."""
+    codes = vq.encode_renders(fakes.load_generator("vq", b.generators, b.device), b.renders, b.device)
+    make = partial(vq.PriorLesson, b.renders, codes, b.device)
+    b.generator("vq_prior", make, "prior", vq.PRIOR_SCHEDULE, vq.PRIOR_BATCH)
 
 
 def build_fakes(b: Build) -> None:
     """Fake images."""
     began = time.monotonic()
-    table = fakes.build_fakes(
-        {g: b.work if g == "flow_early" else b.generators for g in fakes.GENERATORS}, b.device
-    )
+    table = fakes.build_fakes(b.generators, b.device)
     table.to_parquet(b.out / "fakes.parquet", index=False, compression="none")  # PNG is compressed already
-    b.card("fakes", None, seconds=round(time.monotonic() - began), images=len(table))
+    b.note("fakes", seconds=round(time.monotonic() - began), images=len(table))
 
 
 def build_measure(b: Build) -> None:
     """What the models can do, measured against the truth; and hashes of all files."""
-    b.card("measured", None, **truth.measure(b.models, device=b.device))
+    b.note("measured", **truth.measure(b.models, device=b.device))
     (b.out / "hashes.json").write_text(json.dumps(file_hashes(b.out), indent=2) + "\n")
 
 
@@ -139,8 +191,14 @@ PARTS: dict[str, Callable[[Build], None]] = {
     "parser": build_parser,
     "clip": build_clip,
     "captioner": build_captioner,
+    "clip_second": build_clip_second,
+    "captioner_second": build_captioner_second,
     "flow": build_flow,
     "vae": build_vae,
+    "gan": build_gan,
+    "vq": build_vq,
+    "latent_flow": build_latent_flow,
+    "vq_prior": build_vq_prior,
     "fakes": build_fakes,
     "measure": build_measure,
 }
@@ -197,10 +255,6 @@ def file_hashes(out: Path) -> dict[str, str]:
     files = [p for p in files if p.parent.name != "detector"]  # trained from all the rest
     files += [p for p in (out / "fakes.parquet",) if p.is_file()]
     return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def _count(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def _halve(path: Path) -> None:

@@ -7,7 +7,7 @@ Both leave as 8-bit PNG of the same size. Prompts of fakes and the renders that 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import nn
 
 from itemkit import schema
 from itemkit.errors import InputError
-from itemkit.lab import flow, vae
+from itemkit.lab import flow, gan, latent, vae, vq
 from itemkit.lab.clip import to_pixels
 from itemkit.lab.conditions import encode_facts
 from itemkit.lab.grammar import caption
@@ -32,16 +32,26 @@ COUNTS = {"train": 200, "val": 80, "test": 120}
 """Fakes of each generator; twice as many renders stand beside them."""
 REAL_FACTOR = 2
 SOURCE = "mini laboratory"
-GENERATORS = ("flow", "flow_early", "vae", "edit")
-FAMILY = {"flow": "flow", "flow_early": "flow", "edit": "flow", "vae": "vae"}
+GENERATORS = ("flow", "latent_flow", "vq_prior", "gan", "vae", "flow_early", "edit")
+FAMILY = {
+    "flow": "flow", "flow_early": "flow", "edit": "flow",
+    "latent_flow": "vq", "vq_prior": "vq",
+    "gan": "gan", "vae": "vae",
+}  # fmt: skip
 """``flow_early`` is the flow after a fraction of its training, ``edit`` a render in which the flow redrew one
-object: neither counts as unseen by a detector that was trained on another member of the family."""
+object; ``latent_flow`` and ``vq_prior`` paint with one decoder. None of a family counts as unseen by a
+detector that was trained on another member of it."""
 
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "flow": flow.UNet,
-    "flow_early": flow.UNet,
     "vae": vae.Vae,
+    "gan": gan.Generator,
+    "vq": vq.VqVae,
+    "latent_flow": latent.make_unet,
+    "vq_prior": vq.Prior,
 }
+STAGE = {"flow_early": "flow@1200", "edit": "flow"}
+"""Weights of the generators that are no training of their own; ``name@step`` is a stage of a training."""
 
 
 def load_generator(name: str, folder: Path, device: str = "cpu") -> nn.Module:
@@ -50,7 +60,7 @@ def load_generator(name: str, folder: Path, device: str = "cpu") -> nn.Module:
     Parameters
     ----------
     name : str
-        ``flow``, ``flow_early`` or ``vae``.
+        Key of ``MAKERS``, or ``name@step`` for a stage of its training.
     folder : Path
         Folder that holds ``<name>.safetensors``.
     device : str
@@ -60,7 +70,7 @@ def load_generator(name: str, folder: Path, device: str = "cpu") -> nn.Module:
     Module
         In evaluation mode, float32.
     """
-    model = MAKERS[name]()
+    model = MAKERS[name.partition("@")[0]]()
     model.load_state_dict({k: v.float() for k, v in load_file(folder / f"{name}.safetensors").items()})
     return model.to(device).eval()
 
@@ -71,8 +81,8 @@ def sample_fakes(name: str, folder: Path, scenes: RenderSet, seed: int, device: 
     Parameters
     ----------
     name : str
-        ``flow``, ``flow_early``, ``vae``, or ``edit`` (a render in which the flow redraws one
-        object).
+        One of ``GENERATORS``, or ``name@step`` for a stage; ``edit`` is a render in which the flow redraws
+        one object.
     folder : Path
         Generator weights.
     scenes : RenderSet
@@ -84,30 +94,32 @@ def sample_fakes(name: str, folder: Path, scenes: RenderSet, seed: int, device: 
     -------
     uint8 array, shape (n, SIZE, SIZE, 3)
     """
-    model = load_generator("flow" if name == "edit" else name, folder, device)
+    stage = STAGE.get(name, name)
+    model, kind = load_generator(stage, folder, device), stage.partition("@")[0]
+    decoder = load_generator("vq", folder, device) if kind in ("latent_flow", "vq_prior") else None
     fields = encode_facts(scenes.facts)
     batches = []
     for start in range(0, len(scenes), 64):
         part = slice(start, start + 64)
-        batch_seed = seed * 100_003 + start
-        if name in ("flow", "flow_early"):
-            batch = flow.sample(model, fields[part], seed=batch_seed)
-        elif name == "vae":
-            batch = vae.sample(model, fields[part], seed=batch_seed)
-        else:
+        asked, batch_seed = fields[part], seed * 100_003 + start
+        if name == "edit":
             real = scenes.images[part]
             masks = edit_masks(scenes.owner[part], batch_seed)
-            batch = flow.sample(
+            redrawn = flow.sample(
                 model,
-                fields[part],
+                asked,
                 seed=batch_seed,
                 start=to_pixels(real).to(device),
                 mask=torch.from_numpy(masks[:, None]).float().to(device),
             )
             # outside the mask the picture is the render's own bytes
-            batches.append(np.where(masks[..., None], flow.to_bytes(batch), real))
-            continue
-        batches.append(flow.to_bytes(batch))
+            batches.append(np.where(masks[..., None], flow.to_bytes(redrawn), real))
+        elif decoder is not None:
+            sample = latent.sample if kind == "latent_flow" else vq.sample
+            batches.append(flow.to_bytes(sample(model, decoder, asked, seed=batch_seed)))
+        else:
+            sample = {"flow": flow.sample, "vae": vae.sample, "gan": gan.sample}[kind]
+            batches.append(flow.to_bytes(sample(model, asked, seed=batch_seed)))
     return np.concatenate(batches)
 
 
@@ -141,13 +153,13 @@ def png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def build_fakes(folders: Mapping[str, Path], device: str = "cpu") -> pd.DataFrame:
+def build_fakes(folder: Path, device: str = "cpu") -> pd.DataFrame:
     """Sample the fakes of every generator and split.
 
     Parameters
     ----------
-    folders : mapping of generator to Path
-        Where the weights of each lie.
+    folder : Path
+        Weights of the generators.
     device : str
 
     Returns
@@ -158,9 +170,9 @@ def build_fakes(folders: Mapping[str, Path], device: str = "cpu") -> pd.DataFram
     rows = []
     n = sum(COUNTS.values())
     splits = [s for s, k in COUNTS.items() for _ in range(k)]
-    for i, name in enumerate(folders):
+    for i, name in enumerate(GENERATORS):
         scenes = make_renders("spare", n, start=i * n)
-        images = sample_fakes(name, folders[name], scenes, seed=i + 1, device=device)
+        images = sample_fakes(name, folder, scenes, seed=i + 1, device=device)
         for image, split, facts in zip(images, splits, scenes.facts, strict=True):
             rows.append({"generator": name, "split": split, "prompt": caption(facts), "png": png(image)})
     return pd.DataFrame(rows)

@@ -39,6 +39,10 @@ class Schedule:
         sees.
     snapshots : tuple of int
         Steps whose averaged weights are kept as well (the quality ladder).
+    betas : tuple of float
+        Momentum of AdamW.
+    max_norm : float
+        Longer gradients are cut to this length.
     """
 
     steps: int
@@ -48,6 +52,8 @@ class Schedule:
     ema: float = 0.998
     seed: int = 0
     snapshots: tuple[int, ...] = ()
+    betas: tuple[float, float] = (0.9, 0.99)
+    max_norm: float = 1.0
 
 
 @dataclass
@@ -93,7 +99,7 @@ def train(
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": schedule.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.99))
+    optimiser = torch.optim.AdamW(groups, lr=schedule.lr, betas=schedule.betas)
     start, seconds, snapshots = 0, 0.0, {}
     if ckpt.exists():
         state = torch.load(ckpt, map_location=device, weights_only=True)
@@ -124,7 +130,7 @@ def train(
             loss, numbers = loss_fn(model, np.random.default_rng([schedule.seed, step]))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), schedule.max_norm)
         optimiser.step()
         _update_average(averaged, model, min(schedule.ema, (step + 1) / (step + 10)))
         seconds = before + time.monotonic() - began

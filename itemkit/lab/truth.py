@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from itemkit.captions import load_captioner
+from itemkit.doctor.selftest import Case
 from itemkit.encoder import Encoder, load_encoder
 from itemkit.lab.clip import PHRASES
 from itemkit.lab.grammar import COLOURS, KINDS, Facts, caption, phrase, random_caption, read_caption
 from itemkit.lab.renders import RenderSet, make_renders
 from itemkit.lab.world import render_index
 from itemkit.regions import make_localiser
-from itemkit.selftest import Case
 
 
 def compare_facts(told: Facts, true: Facts) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """The study: every contender trained on each generator, tested on all, with honest thresholds and intervals.
 
 Scores are computed once per (contender, train generator, seed) and kept, one JSON file per run. Everything
-else (metrics, intervals, comparisons, fusion) is derived from those scores in seconds, see `itemkit.results`.
+else (metrics, intervals, comparisons, fusion) is derived from those scores in seconds, see
+`itemkit.study.results`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from itemkit.calibrate import split_validation
 from itemkit.errors import InputError
 from itemkit.features import Features
 from itemkit.metrics import METRICS
-from itemkit.recipes import (
+from itemkit.study.recipes import (
     ExternalScores,
     Recipe,
     control,
@@ -34,7 +35,7 @@ from itemkit.recipes import (
     late,
     standard_detectors,
 )
-from itemkit.results import STUDY_METRICS, Run, Study, finish_run, run_name
+from itemkit.study.results import STUDY_METRICS, Run, Study, finish_run, run_name
 
 __all__ = [
     "STUDY_METRICS", "ExternalScores", "Recipe", "Run", "Study", "control", "early", "external",

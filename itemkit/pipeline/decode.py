@@ -252,7 +252,7 @@ class IsolatedDecoder:
     """
 
     def __init__(self, loader: str, timeout_s: float) -> None:
-        self._command = [sys.executable, "-c", "from itemkit.decode import _serve; _serve()", loader]
+        self._command = [sys.executable, "-c", "from itemkit.pipeline.decode import _serve; _serve()", loader]
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -16,8 +16,8 @@ from itemkit import schema
 from itemkit._files import write_json
 from itemkit.calibrate import best_threshold, fit_calibrator, threshold_at_fpr
 from itemkit.errors import InputError
-from itemkit.fusion import late_fusion
 from itemkit.metrics import draw_weights, percentile_interval, replicate
+from itemkit.study.fusion import late_fusion
 
 FORMAT = "itemkit study 1"
 POOLED = "pooled_unseen"
@@ -313,7 +313,7 @@ class Study:
         parts : names
             Contenders to join, each run with the same train generators and seeds.
         how : str
-            See `itemkit.fusion.late_fusion`.
+            See `itemkit.study.fusion.late_fusion`.
 
         Returns
         -------

@@ -20,9 +20,9 @@ from itemkit import schema
 from itemkit.baselines import CONTROLS, FeatureScorer, Scorer, get_control
 from itemkit.errors import InputError
 from itemkit.features import Features
-from itemkit.fusion import FUSIONS, LateFusion, early_fusion
 from itemkit.head import MisalignmentMLP
 from itemkit.misalignment import RepresentationConfig, get_representation, represent
+from itemkit.study.fusion import FUSIONS, LateFusion, early_fusion
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def early(
 
 
 def late(parts: Sequence[Recipe], how: str = "mean", title: str | None = None) -> Recipe:
-    """Several recipes trained apart, their scores joined; see `itemkit.fusion.late_fusion`.
+    """Several recipes trained apart, their scores joined; see `itemkit.study.fusion.late_fusion`.
 
     Where the parts are in the study anyway, ``Study.fuse`` gives the same without training them again.
     """

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from itemkit.checkpoints import CONFIG_FILE, Source, find_encoder
 from itemkit.devices import choose_device, choose_precision, dtype_name
+from itemkit.encoder.checkpoints import CONFIG_FILE, Source, find_encoder
+from itemkit.encoder.patches import patch_grid, patch_pass
 from itemkit.errors import InputError, ModelNotFound
-from itemkit.patches import patch_grid, patch_pass
 from itemkit.weights import UNREADABLE, file_hash, first_line, folder_hash, from_disk_only, tidy
 
 if TYPE_CHECKING:

@@ -16,14 +16,14 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from itemkit import schema, store
-from itemkit.decode import Decoded
 from itemkit.errors import InputError
 from itemkit.features import Features
-from itemkit.known import KnownFiles
-from itemkit.runner import Outcome
-from itemkit.stages import Profile
-from itemkit.system import StopSignal
-from itemkit.writer import StoreWriter
+from itemkit.pipeline.decode import Decoded
+from itemkit.pipeline.known import KnownFiles
+from itemkit.pipeline.runner import Outcome
+from itemkit.pipeline.stages import Profile
+from itemkit.pipeline.system import StopSignal
+from itemkit.pipeline.writer import StoreWriter
 
 REUSED, COMPUTED, COPY = 1, 2, 3
 # stages before the models in which our code runs, not a decoder on a user's file

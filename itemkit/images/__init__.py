@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from itemkit.errors import InputError
-from itemkit.jpeg import SUBSAMPLINGS, jpeg_bytes
+from itemkit.images.jpeg import SUBSAMPLINGS, jpeg_bytes
 
 # Pillow's own warning bound: 256 MiB of RGB, more than any encoder here can use.
 MAX_PIXELS = 89_478_485

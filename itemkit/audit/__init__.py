@@ -19,7 +19,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from itemkit import _files, schema
-from itemkit.duplicates import dhash, find_duplicates
+from itemkit.audit.duplicates import dhash, find_duplicates
+from itemkit.audit.leakage import FOLDS, bag_of_words, held_out_auroc
 from itemkit.errors import InputError
 from itemkit.images import (
     EqualiseConfig,
@@ -30,8 +31,7 @@ from itemkit.images import (
     open_image,
     read_bytes,
 )
-from itemkit.jpeg import jpeg_quality, jpeg_subsampling
-from itemkit.leakage import FOLDS, bag_of_words, held_out_auroc
+from itemkit.images.jpeg import jpeg_quality, jpeg_subsampling
 from itemkit.manifest import require_two_classes, write_manifest
 
 MIN_PER_CLASS = 10  # with fewer images a property is listed as not measurable

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from itemkit import _files, embedded, layouts, schema
+from itemkit import _files, schema
 from itemkit.errors import InputError
+from itemkit.manifest import embedded, layouts
 
 # Names under which data sets of the field keep each column; the first one found is taken.
 ALIASES: dict[str, tuple[str, ...]] = {

@@ -26,9 +26,9 @@ import nbformat
 from PIL import Image
 
 import itemkit
-from itemkit import notebook_rules as rules
 from itemkit.devices import choose_device
 from itemkit.errors import InputError, ItemkitError
+from itemkit.notebooks import rules
 
 # whose versions the stamp records: those that can move a number
 STAMPED_VERSIONS = (
@@ -326,7 +326,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         broken += bool(found)
         print(f"[{'FAIL' if found else 'OK'}] {path}", *(f"       {problem}" for problem in found), sep="\n")
     return 1 if broken else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

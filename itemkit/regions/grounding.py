@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from itemkit.boxes import Regions, embed_boxes
 from itemkit.devices import choose_device, choose_precision, dtype_name
 from itemkit.errors import InputError, ModelNotFound
+from itemkit.regions.boxes import Regions, embed_boxes
 from itemkit.weights import (
     UNREADABLE,
     find_folder,
@@ -66,7 +66,7 @@ class ObjectDetector(ABC):
         owner: Tensor,
         phrases: Sequence[str] | None = None,
     ) -> Regions:
-        """See `itemkit.boxes.Localiser.locate`."""
+        """See `itemkit.regions.boxes.Localiser.locate`."""
         if phrases is None or len(phrases) != len(owner):
             got = "none" if phrases is None else str(len(phrases))
             raise InputError(

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from itemkit.decode import DecodeConfig, Decoded, ImageReader, batches, one_line
 from itemkit.errors import InputError, MissingExtra
-from itemkit.extraction import Extraction
 from itemkit.features import Features
-from itemkit.runner import Failure, Outcome, Runner
-from itemkit.stages import STAGES, Components, Models, Profile, Stages
-from itemkit.system import raise_malloc_thresholds
+from itemkit.pipeline.decode import DecodeConfig, Decoded, ImageReader, batches, one_line
+from itemkit.pipeline.extraction import Extraction
+from itemkit.pipeline.runner import Failure, Outcome, Runner
+from itemkit.pipeline.stages import STAGES, Components, Models, Profile, Stages
+from itemkit.pipeline.system import raise_malloc_thresholds
 
 DEATHS = 2  # of a worker with nothing but this image at hand, until the image is to blame
 
@@ -86,7 +86,7 @@ class RayEngine:
         return Models(**{name: None if part is None else Described(**part) for name, part in parts.items()})
 
     def work(self, job: Extraction) -> Generator[int, None, None]:
-        """See :class:`itemkit.extraction.Engine`."""
+        """See :class:`itemkit.pipeline.extraction.Engine`."""
         if not job.todo:
             return
         ray = self._ray

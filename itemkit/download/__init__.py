@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import itemkit
-from itemkit import hub
 from itemkit._files import explain_write_error, write_json
-from itemkit.checkpoints import CONFIG_FILE, find_encoder
+from itemkit.download import hub
+from itemkit.encoder.checkpoints import CONFIG_FILE, find_encoder
 from itemkit.errors import InputError, ModelNotFound, StoreError
 from itemkit.objects import find_parser
 from itemkit.presets import Preset, get_preset

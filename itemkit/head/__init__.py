@@ -27,8 +27,8 @@ from torch import Tensor
 from itemkit._files import atomic_write, write_json
 from itemkit.devices import choose_device, choose_precision, dtype_name
 from itemkit.errors import InputError, ModelNotFound
+from itemkit.head.network import ARCHITECTURES, Architecture, EarlyStopping, Net
 from itemkit.metrics import average_precision
-from itemkit.network import ARCHITECTURES, Architecture, EarlyStopping, Net
 
 LARGE = 5e7  # numbers in the training set from which precision="auto" considers bfloat16
 PREDICT_ROWS = 65536

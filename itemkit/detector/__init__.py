@@ -27,10 +27,10 @@ from itemkit.calibrate import (
     three_way,
     threshold_at_fpr,
 )
+from itemkit.detector.identity import IGNORED_PARTS, OBJECT_PARTS, data_hash, fingerprint_differences
 from itemkit.errors import InputError, ModelNotFound
 from itemkit.features import Features
 from itemkit.head import MisalignmentMLP
-from itemkit.identity import IGNORED_PARTS, OBJECT_PARTS, data_hash, fingerprint_differences
 from itemkit.metrics import bootstrap
 from itemkit.misalignment import RepresentationConfig, cosines, get_representation, leave_one_out, represent
 

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from itemkit.boxes import (
+from itemkit.errors import InputError
+from itemkit.regions.boxes import (
     MAX_STEPS,
     Box,
     Localiser,
@@ -30,7 +31,6 @@ from itemkit.boxes import (
     peak_boxes,
     windows,
 )
-from itemkit.errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -257,7 +257,7 @@ def make_localiser(name: str, encoder: Encoder, **options: Any) -> Localiser:
     classes: dict[str, Any] = {"whole": Whole, "grid": Grid, "dense": Dense}
     detectors = ("owlv2", "grounding_dino")
     if name in detectors:
-        from itemkit import grounding  # transformers only when a detector is wanted
+        from itemkit.regions import grounding  # transformers only when a detector is wanted
 
         classes = {"owlv2": grounding.load_owlv2, "grounding_dino": grounding.load_grounding_dino}
     elif name not in classes:

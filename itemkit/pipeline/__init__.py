@@ -19,16 +19,16 @@ import numpy as np
 import pandas as pd
 
 from itemkit import __version__, schema, store
-from itemkit.decode import DecodeConfig
-from itemkit.engine_local import LocalEngine
 from itemkit.errors import InputError
-from itemkit.extraction import COMPUTED, COPY, REUSED, Engine, Extraction
-from itemkit.stages import STAGES, Components, fingerprint
-from itemkit.system import StopSignal, raise_malloc_thresholds
-from itemkit.writer import StoreWriter
+from itemkit.pipeline.decode import DecodeConfig
+from itemkit.pipeline.engine_local import LocalEngine
+from itemkit.pipeline.extraction import COMPUTED, COPY, REUSED, Engine, Extraction
+from itemkit.pipeline.stages import STAGES, Components, fingerprint
+from itemkit.pipeline.system import StopSignal, raise_malloc_thresholds
+from itemkit.pipeline.writer import StoreWriter
 
 if TYPE_CHECKING:
-    from itemkit.engine_ray import RayOptions
+    from itemkit.pipeline.engine_ray import RayOptions
     from itemkit.presets import Preset
 
 PACKAGES = ("torch", "open_clip_torch", "transformers", "spacy", "numpy", "pandas", "pyarrow", "pillow")
@@ -150,7 +150,7 @@ def extract(
         Run the models in this process, or in the workers of a Ray cluster (a preset is needed for that, as
         the workers load the models themselves). The store is the same.
     ray : RayOptions, optional
-        How many workers, and where; see :mod:`itemkit.engine_ray`.
+        How many workers, and where; see :mod:`itemkit.pipeline.engine_ray`.
 
     Returns
     -------
@@ -185,7 +185,7 @@ def extract(
         config = components.record()
     chosen: Engine
     if engine == "ray":
-        from itemkit.engine_ray import RayEngine, RayOptions, builder_of
+        from itemkit.pipeline.engine_ray import RayEngine, RayOptions, builder_of
 
         build = builder_of(components, device)
         chosen = RayEngine(build, ray or RayOptions(), decode, transform, batch_size)

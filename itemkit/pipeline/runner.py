@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm.auto import tqdm
 
-from itemkit.decode import Decoded, one_line
 from itemkit.features import Features
-from itemkit.stages import Stages, bad_rows
-from itemkit.system import free_memory, is_fatal, is_out_of_memory
+from itemkit.pipeline.decode import Decoded, one_line
+from itemkit.pipeline.stages import Stages, bad_rows
+from itemkit.pipeline.system import free_memory, is_fatal, is_out_of_memory
 
 
 @dataclass

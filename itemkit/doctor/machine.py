@@ -78,7 +78,7 @@ def check_python() -> Check:
 
 def tested_versions() -> dict[str, str]:
     """Versions tested together: constraints.txt of the checkout, or the copy an installation carries."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     for path in (here / "constraints.txt", here.parent / "constraints.txt"):
         if path.is_file():
             lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
@@ -91,7 +91,7 @@ def requirements() -> list[tuple[Requirement, str]]:
 
     Read from the checkout's pyproject.toml, or from the metadata of an installed package.
     """
-    project = Path(__file__).parent.parent / "pyproject.toml"
+    project = Path(__file__).parents[2] / "pyproject.toml"
     if project.is_file():
         table = tomllib.loads(project.read_text())["project"]
         groups = {"": table["dependencies"], **table["optional-dependencies"]}

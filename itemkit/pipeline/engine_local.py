@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from itemkit._files import write_quickly
-from itemkit.decode import DecodeConfig, Decoded, ImageReader, batches
-from itemkit.extraction import Extraction
-from itemkit.runner import Runner
-from itemkit.stages import Components, Stages
+from itemkit.pipeline.decode import DecodeConfig, Decoded, ImageReader, batches
+from itemkit.pipeline.extraction import Extraction
+from itemkit.pipeline.runner import Runner
+from itemkit.pipeline.stages import Components, Stages
 
 JOURNAL_FILE = "decoding.json"  # names the images being decoded, so that one that kills the process is known
 JOURNAL_ROWS = 256
@@ -43,7 +43,7 @@ class LocalEngine:
         self.prefetch = decode.prefetch if decode.prefetch is not None else (2 if on_gpu else 0)
 
     def work(self, job: Extraction) -> Generator[int, None, None]:
-        """See :class:`itemkit.extraction.Engine`."""
+        """See :class:`itemkit.pipeline.extraction.Engine`."""
         journal = job.writer.folder / JOURNAL_FILE
         suspects = _suspects(job, journal)
         runner = Runner(Stages(self.components, job.profile), self.batch_size, job.on_error)

@@ -1,7 +1,7 @@
 """Is this machine ready for a preset: packages, devices, memory, disk, models; one line each, with a remedy.
 
 Nothing heavy is loaded, unless the deep test is asked for: then the models are built and asked questions with
-known answers (`itemkit.selftest`).
+known answers (`itemkit.doctor.selftest`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from itemkit import machine, selftest, weights
+from itemkit import weights
+from itemkit.doctor import machine, selftest
+from itemkit.doctor.machine import FAIL, OK, WARN, Check
 from itemkit.errors import ItemkitError, ModelNotFound
-from itemkit.machine import FAIL, OK, WARN, Check
 from itemkit.presets import MINI_REMEDY, PARTS, Preset, get_preset
 
 

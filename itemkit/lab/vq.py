@@ -1,0 +1,235 @@
+"""A VQ-VAE (van den Oord et al. 2017), and an autoregressive transformer that writes its codes.
+
+The codebook follows the encoder by moving averages (Razavi et al. 2019), in few normalised dimensions and
+with unused codes restarted (Yu et al. 2022). The prior reads the scene's facts first, then predicts the 144
+codes row by row. The latent flow of :mod:`itemkit.lab.latent` paints with the same decoder.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from itemkit.lab.clip import to_pixels
+from itemkit.lab.conditions import Condition, encode_facts
+from itemkit.lab.renders import RenderSet
+from itemkit.lab.training import Schedule, autocast
+
+SCHEDULE = Schedule(steps=1800, lr=1.5e-3, warmup=100, ema=0.998, weight_decay=0.0)
+PRIOR_SCHEDULE = Schedule(steps=2000, lr=1.5e-3, warmup=150, ema=0.998, weight_decay=0.05, snapshots=(400,))
+BATCH, PRIOR_BATCH = 64, 32
+GRID = 12
+N_CODES, N_DIMS = 512, 8
+COMMITMENT, CODE_DECAY = 0.25, 0.99
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions beside the identity."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1),
+            nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Residual update."""
+        return x + self.body(x)
+
+
+class VqVae(nn.Module):
+    """Pictures to a grid of codes and back; each code stands for 4 x 4 px."""
+
+    def __init__(self, base: int = 48):
+        super().__init__()
+        a, b = base, 2 * base
+        # full resolution is folded into channels at both ends: most of the work happens at 24 and 12 px
+        self.encode_image = nn.Sequential(
+            nn.PixelUnshuffle(2), nn.Conv2d(12, a, 3, padding=1), ResBlock(a), nn.Conv2d(a, b, 4, 2, 1),
+            ResBlock(b), ResBlock(b), nn.Conv2d(b, N_DIMS, 1),
+        )  # fmt: skip
+        self.decode_image = nn.Sequential(
+            nn.Conv2d(N_DIMS, b, 3, padding=1), ResBlock(b), ResBlock(b), nn.Upsample(scale_factor=2),
+            nn.Conv2d(b, a, 3, padding=1), ResBlock(a), nn.GroupNorm(8, a), nn.SiLU(),
+        )  # fmt: skip
+        self.paint = nn.Conv2d(a, 12, 3, padding=1)
+        self.register_buffer("codes", F.normalize(torch.randn(N_CODES, N_DIMS), dim=1))
+        self.register_buffer("counts", torch.ones(N_CODES))
+        self.register_buffer("sums", self.codes.clone())
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Unit vectors before quantisation, shape (n, N_DIMS, GRID, GRID)."""
+        return F.normalize(self.encode_image(x).float(), dim=1)
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """Code of each position, shape (n, GRID, GRID)."""
+        return torch.einsum("ndhw,kd->nhwk", z, self.codes).argmax(-1)
+
+    def look_up(self, indices: Tensor) -> Tensor:
+        """Vectors of codes, shape (n, N_DIMS, GRID, GRID)."""
+        return self.codes[indices].permute(0, 3, 1, 2)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pictures in about [-1, 1] of quantised vectors."""
+        h = self.decode_image(z)
+        with torch.autocast(z.device.type, enabled=False):  # see lab.flow: no coarser lattice than renders
+            return F.pixel_shuffle(self.paint(h.float()), 2)
+
+    @torch.no_grad()
+    def follow(self, z: Tensor, indices: Tensor) -> None:
+        """Move the codes after the encoder; codes that nothing uses jump to a vector of this batch."""
+        flat, at = z.permute(0, 2, 3, 1).reshape(-1, N_DIMS), indices.flatten()
+        counts = torch.bincount(at, minlength=N_CODES).float()
+        sums = torch.zeros_like(self.sums).index_add_(0, at, flat)
+        self.counts.lerp_(counts, 1 - CODE_DECAY)
+        self.sums.lerp_(sums, 1 - CODE_DECAY)
+        idle = self.counts < 0.03 * counts.mean()
+        fresh = flat[torch.randint(len(flat), (N_CODES,), device=flat.device)]
+        self.sums[idle], self.counts[idle] = fresh[idle], 1.0
+        self.codes.copy_(F.normalize(self.sums / self.counts[:, None].clamp_min(1e-5), dim=1))
+
+
+class VqLesson(nn.Module):
+    """Reconstruction of renders through the codes."""
+
+    def __init__(self, renders: RenderSet, device: str = "cpu"):
+        super().__init__()
+        self.vq = VqVae().to(memory_format=torch.channels_last)
+        self.renders, self.device = renders, device
+
+    def forward(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        """One step's loss and the numbers to log."""
+        rows = rng.integers(len(self.renders), size=BATCH)
+        x = to_pixels(self.renders.images[rows]).to(self.device)
+        with autocast(self.device):
+            z = self.vq.encode(x)
+            indices = self.vq.nearest(z.detach())
+            quantised = self.vq.look_up(indices)
+            y = self.vq.decode(z + (quantised - z).detach())  # straight through
+        self.vq.follow(z.detach(), indices)
+        error, distance = F.mse_loss(y, x), F.mse_loss(z, quantised)
+        used = torch.bincount(indices.flatten(), minlength=N_CODES).float()
+        p = used / used.sum()
+        perplexity = torch.exp(-(p * (p + 1e-9).log()).sum())
+        return error + COMMITMENT * distance, {
+            "error": round(float(error.detach()), 4),
+            "perplexity": round(float(perplexity)),
+        }
+
+
+class Layer(nn.Module):
+    """Causal self-attention and a two-layer perceptron, both beside the identity."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Residual update of (n, length, width)."""
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class Prior(nn.Module):
+    """Next code from the facts and the codes before it."""
+
+    def __init__(self, width: int = 192, depth: int = 4, heads: int = 6):
+        super().__init__()
+        self.condition = Condition(width)
+        self.embed = nn.Embedding(N_CODES, width)
+        self.row = nn.Parameter(0.02 * torch.randn(GRID, 1, width))
+        self.column = nn.Parameter(0.02 * torch.randn(1, GRID, width))
+        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, N_CODES)
+
+    def forward(self, codes: Tensor, fields: Tensor) -> Tensor:
+        """Logits of the next code at every position.
+
+        ``codes`` of shape (n, k) with k < GRID**2 + 1 gives logits of shape (n, k + 1, N_CODES), or one less
+        when all codes are given.
+        """
+        facts, vector = self.condition(fields)
+        place = (self.row + self.column).flatten(0, 1)
+        told = self.embed(codes[:, : GRID * GRID - 1]) + place[: min(codes.shape[1], GRID * GRID - 1)]
+        x = torch.cat([facts, vector[:, None], told], dim=1)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x[:, facts.shape[1] :]))
+
+
+class PriorLesson(nn.Module):
+    """Cross-entropy of the codes of renders; the VQ-VAE is given and frozen."""
+
+    def __init__(self, renders: RenderSet, codes: Tensor, device: str = "cpu"):
+        super().__init__()
+        self.prior = Prior()
+        self.codes, self.device = codes, device
+        self.fields = encode_facts(renders.facts)
+
+    def forward(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        """One step's loss."""
+        rows = torch.from_numpy(rng.integers(len(self.codes), size=PRIOR_BATCH))
+        codes, fields = self.codes[rows].long().to(self.device), self.fields[rows].to(self.device)
+        with autocast(self.device):
+            logits = self.prior(codes, fields)
+        return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten()), {}
+
+
+@torch.no_grad()
+def encode_renders(vq: VqVae, renders: RenderSet, device: str = "cpu") -> Tensor:
+    """Codes of all renders.
+
+    Parameters
+    ----------
+    vq : VqVae
+    renders : RenderSet
+    device : str
+
+    Returns
+    -------
+    int16 tensor, shape (n, GRID**2)
+    """
+    rows = []
+    for start in range(0, len(renders), 256):
+        x = to_pixels(renders.images[start : start + 256]).to(device)
+        with autocast(device):
+            rows.append(vq.nearest(vq.encode(x)).flatten(1).short().cpu())
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def sample(prior: Prior, vq: VqVae, fields: Tensor, *, seed: int, temperature: float = 1.0) -> Tensor:
+    """Write codes one after the other and paint them.
+
+    Parameters
+    ----------
+    prior : Prior
+    vq : VqVae
+    fields : int64 tensor, shape (n, 7)
+    seed : int
+    temperature : float
+        1 samples the prior as it is.
+
+    Returns
+    -------
+    float tensor, shape (n, 3, SIZE, SIZE)
+        In [-1, 1], not yet clipped.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = vq.codes.device
+    fields = fields.to(device)
+    codes = torch.zeros((len(fields), 0), dtype=torch.long, device=device)
+    for _ in range(GRID * GRID):
+        p = (prior(codes, fields)[:, -1].float() / temperature).softmax(-1)
+        codes = torch.cat([codes, torch.multinomial(p.cpu(), 1, generator=generator).to(device)], dim=1)
+    return vq.decode(vq.look_up(codes.unflatten(1, (GRID, GRID))))
