@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import nn
 from itemkit.captions import load_captioner
 from itemkit.encoder import load_encoder
 from itemkit.errors import InputError
-from itemkit.lab import build, captioner, clip, fakes, flow, training, truth, vae
+from itemkit.lab import build, captioner, clip, flow, gan, training, truth, vae, vq
 from itemkit.lab.conditions import Condition, encode_facts
 from itemkit.lab.formats import save_blip, save_clip
 from itemkit.lab.grammar import COLOURS, KINDS, SETTINGS, Facts, caption
@@ -30,6 +29,8 @@ LESSONS = {
     "captioner": (captioner, captioner.CaptionerLesson),
     "flow": (flow, flow.FlowLesson),
     "vae": (vae, vae.VaeLesson),
+    "gan": (gan, gan.GanLesson),
+    "vq": (vq, vq.VqLesson),
 }
 
 
@@ -363,33 +364,6 @@ def test_bytes_come_back_exactly() -> None:
     x = torch.tensor([-1.2, -1.0, 0.0, 0.0039, 1.0, 1.3]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
     # 127.5 + 0.5 is cut to 128; a two-hundredth of a step below stays
     assert flow.to_bytes(x)[0, 0, :, 0].tolist() == [0, 0, 128, 128, 255, 255]
-
-
-@pytest.fixture(scope="module")
-def generators(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Untrained generators in the files that the laboratory commits."""
-    folder = tmp_path_factory.mktemp("generators")
-    for seed, name in enumerate([*fakes.MAKERS, *(s for s in fakes.STAGE.values() if "@" in s)]):
-        torch.manual_seed(seed)
-        model = fakes.MAKERS[name.partition("@")[0]]()
-        build._save_half(folder / f"{name}.safetensors", model.state_dict())
-    return folder
-
-
-@pytest.mark.parametrize("name", fakes.GENERATORS)
-def test_every_generator_samples_from_its_file(
-    name: str, generators: Path, renders: RenderSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fakes.flow, "sample", partial(flow.sample, steps=2))
-    few = RenderSet(renders.images[:3], renders.owner[:3], renders.facts[:3])
-    images = fakes.sample_fakes(name, generators, few, seed=7)
-    assert images.shape == (3, SIZE, SIZE, 3) and images.dtype == np.uint8
-    np.testing.assert_array_equal(fakes.sample_fakes(name, generators, few, seed=7), images)
-    assert (fakes.sample_fakes(name, generators, few, seed=8) != images).any()
-    assert set(fakes.GENERATORS) == set(fakes.FAMILY)
-    if name == "edit":
-        changed = (images != few.images).any(-1)
-        assert not (changed & ~fakes.edit_masks(few.owner, 7 * 100_003)).any() and changed.any()
 
 
 # ---------------------------------------------------------------------------------------------- the truth

@@ -7,7 +7,7 @@ Both leave as 8-bit PNG of the same size. Prompts of fakes and the renders that 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from itemkit.lab.world import render_index
 from itemkit.presets import MINI_REMEDY
 from itemkit.weights import file_hash, tidy
 
-COUNTS = {"train": 200, "val": 80, "test": 120}
+COUNTS = {"train": 160, "val": 60, "test": 100}
 """Fakes of each generator; twice as many renders stand beside them."""
 REAL_FACTOR = 2
 SOURCE = "mini laboratory"
@@ -98,29 +98,44 @@ def sample_fakes(name: str, folder: Path, scenes: RenderSet, seed: int, device: 
     model, kind = load_generator(stage, folder, device), stage.partition("@")[0]
     decoder = load_generator("vq", folder, device) if kind in ("latent_flow", "vq_prior") else None
     fields = encode_facts(scenes.facts)
-    batches = []
-    for start in range(0, len(scenes), 64):
-        part = slice(start, start + 64)
-        asked, batch_seed = fields[part], seed * 100_003 + start
-        if name == "edit":
-            real = scenes.images[part]
-            masks = edit_masks(scenes.owner[part], batch_seed)
-            redrawn = flow.sample(
-                model,
-                asked,
-                seed=batch_seed,
-                start=to_pixels(real).to(device),
-                mask=torch.from_numpy(masks[:, None]).float().to(device),
-            )
-            # outside the mask the picture is the render's own bytes
-            batches.append(np.where(masks[..., None], flow.to_bytes(redrawn), real))
-        elif decoder is not None:
-            sample = latent.sample if kind == "latent_flow" else vq.sample
-            batches.append(flow.to_bytes(sample(model, decoder, asked, seed=batch_seed)))
-        else:
-            sample = {"flow": flow.sample, "vae": vae.sample, "gan": gan.sample}[kind]
-            batches.append(flow.to_bytes(sample(model, asked, seed=batch_seed)))
-    return np.concatenate(batches)
+    if name == "edit":
+        masks = np.concatenate([edit_masks(scenes.owner[p], s) for p, s in _parts(len(scenes), seed)])
+        start, mask = to_pixels(scenes.images).to(device), torch.from_numpy(masks[:, None]).float().to(device)
+        redrawn = in_batches(
+            len(scenes),
+            seed,
+            lambda p, s: flow.sample(model, fields[p], seed=s, start=start[p], mask=mask[p]),
+        )
+        # outside the mask the picture is the render's own bytes
+        return np.where(masks[..., None], redrawn, scenes.images)
+    sample: Callable[..., torch.Tensor] = {
+        "flow": flow.sample, "vae": vae.sample, "gan": gan.sample,
+        "latent_flow": latent.sample, "vq_prior": vq.sample,
+    }[kind]  # fmt: skip
+    models = (model,) if decoder is None else (model, decoder)
+    return in_batches(len(scenes), seed, lambda p, s: sample(*models, fields[p], seed=s))
+
+
+def _parts(n: int, seed: int) -> Iterator[tuple[slice, int]]:
+    """Batches of 64, each with a seed of its own."""
+    for start in range(0, n, 64):
+        yield slice(start, start + 64), seed * 100_003 + start
+
+
+def in_batches(n: int, seed: int, draw: Callable[[slice, int], torch.Tensor]) -> np.ndarray:
+    """Draw n pictures in batches.
+
+    Parameters
+    ----------
+    n, seed : int
+    draw : callable
+        From rows and a seed to pictures in [-1, 1], float tensor of shape (len(rows), 3, SIZE, SIZE).
+
+    Returns
+    -------
+    uint8 array, shape (n, SIZE, SIZE, 3)
+    """
+    return np.concatenate([flow.to_bytes(draw(part, s)) for part, s in _parts(n, seed)])
 
 
 def edit_masks(owner: np.ndarray, seed: int) -> np.ndarray:
@@ -178,15 +193,17 @@ def build_fakes(folder: Path, device: str = "cpu") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def materialise(fakes: Path, out: Path) -> Path:
+def materialise(fakes: Path, out: Path, renders: bool = True) -> Path:
     """Lay the data set out as files: renders come back from their indices, fakes from the Parquet file.
 
     Parameters
     ----------
     fakes : Path
-        ``fakes.parquet``.
+        ``fakes.parquet``, or another table of its form (``ladders.parquet``).
     out : Path
         Folder for ``images/<generator>/<split>-<index>.png`` and ``manifest.csv``.
+    renders : bool
+        Lay out the real images, too.
 
     Returns
     -------
@@ -200,7 +217,7 @@ def materialise(fakes: Path, out: Path) -> Path:
     """
     if not fakes.is_file():
         raise InputError(f"the mini laboratory's fake images are not in {tidy(fakes)}.{MINI_REMEDY}")
-    manifest, made_from = out / "manifest.csv", out / "fakes.sha256"
+    manifest, made_from = out / "manifest.csv", out / "made_from.sha256"
     if manifest.exists() and made_from.exists() and made_from.read_text() == file_hash(fakes):
         return manifest
     manifest.unlink(missing_ok=True)
@@ -222,7 +239,7 @@ def materialise(fakes: Path, out: Path) -> Path:
             }
         )
 
-    for split, k in COUNTS.items():
+    for split, k in COUNTS.items() if renders else ():
         for index in range(REAL_FACTOR * k):
             r = render_index(split, index)
             add(png(r.image), schema.REAL_GENERATOR, split, index, caption(r.scene.facts))

@@ -93,7 +93,7 @@ def retrieval(encoder: Encoder, renders: RenderSet, n: int = 1000, seed: int = 0
     rng = np.random.default_rng(seed)
     facts = renders.facts[:n]
     text = encoder.encode_texts([random_caption(f, rng) for f in facts]).cpu()
-    image = _encode(encoder, [Image.fromarray(x) for x in renders.images[:n]])
+    image = encode_pictures(encoder, [Image.fromarray(x) for x in renders.images[:n]])
     best = (image @ text.T).argmax(1).tolist()
     return float(np.mean([facts[b] == facts[i] for i, b in enumerate(best)]))
 
@@ -124,7 +124,7 @@ def crop_accuracy(encoder: Encoder, renders: RenderSet) -> float:
             padded = np.pad(image, ((24, 24), (24, 24), (0, 0)), mode="edge")
             crops.append(Image.fromarray(padded).crop(tuple(v + 24 for v in box)))
             truth.append(COLOURS.index(colour) * len(KINDS) + KINDS.index(kind))
-    hit = (_encode(encoder, crops) @ text.T).argmax(1).numpy() == np.array(truth)
+    hit = (encode_pictures(encoder, crops) @ text.T).argmax(1).numpy() == np.array(truth)
     return float(hit.mean())
 
 
@@ -174,7 +174,8 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
     return float(inner / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - inner))
 
 
-def _encode(encoder: Encoder, images: list[Image.Image]) -> torch.Tensor:
+def encode_pictures(encoder: Encoder, images: list[Image.Image]) -> torch.Tensor:
+    """Image embeddings, shape (n, d), length 1."""
     batches = [images[i : i + 128] for i in range(0, len(images), 128)]
     return torch.cat(
         [encoder.encode_images(torch.stack([encoder.preprocess(i) for i in b])).pooled.cpu() for b in batches]
@@ -187,7 +188,7 @@ def measure(models: Path, n: int = 1000, device: str = "cpu") -> dict[str, Any]:
     Parameters
     ----------
     models : Path
-        Folder with ``clip`` and ``captioner``.
+        Folder with ``clip`` and ``captioner``, and the second of each if it is there.
     n : int
         Renders of the ``models_val`` split.
     device : str
@@ -198,18 +199,25 @@ def measure(models: Path, n: int = 1000, device: str = "cpu") -> dict[str, Any]:
         Flat, for the model card.
     """
     renders = make_renders("models_val", n)
-    encoder = load_encoder(models / "clip", device=device)
-    captioner = load_captioner(models / "captioner", device=device)
     images = [Image.fromarray(x) for x in renders.images]
-    captions = [c.text for c in captioner.caption(images)]
+    few = RenderSet(renders.images[:300], renders.owner[:300], renders.facts[:300])
     result: dict[str, Any] = {"renders": n}
-    result["clip_r_at_1_of_1000"] = retrieval(encoder, renders, n)
-    result["clip_crop_to_phrase_of_96"] = crop_accuracy(encoder, renders)
-    result |= {f"caption_{k}": v for k, v in caption_quality(captions, renders.facts).items()}
-    for name in ("grid", "dense"):
-        few = RenderSet(renders.images[:300], renders.owner[:300], renders.facts[:300])
-        result |= {f"{name}_{k}": v for k, v in localiser_quality(name, encoder, few).items()}
+    for name in _present(models, "clip", "clip_second"):
+        encoder = load_encoder(models / name, device=device)
+        result[f"{name}_r_at_1_of_{n}"] = retrieval(encoder, renders, n)
+        result[f"{name}_crop_to_phrase_of_96"] = crop_accuracy(encoder, renders)
+        for localiser in ("grid", "dense"):
+            found = localiser_quality(localiser, encoder, few)
+            result |= {f"{name}_{localiser}_{k}": v for k, v in found.items()}
+    for name in _present(models, "captioner", "captioner_second"):
+        told = load_captioner(models / name, device=device).caption(images)
+        quality = caption_quality([c.text for c in told], renders.facts)
+        result |= {f"{name}_{k}": v for k, v in quality.items()}
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
+
+
+def _present(models: Path, first: str, second: str) -> list[str]:
+    return [first, second] if (models / second).is_dir() else [first]
 
 
 def doctor_cases(n: int = 24) -> list[Case]:

@@ -130,12 +130,14 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.heads = heads
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Residual update of (n, length, width)."""
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1)
-        )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    def forward(self, x: Tensor, cache: dict[str, Tensor] | None = None) -> Tensor:
+        """Residual update of (n, length, width); with a cache, x continues what was seen before."""
+        qkv = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv)
+        if cache is not None:
+            k, v = (torch.cat([cache[n], t], dim=2) if n in cache else t for n, t in (("k", k), ("v", v)))
+            cache.update(k=k, v=v)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] == k.shape[2])
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
@@ -152,19 +154,29 @@ class Prior(nn.Module):
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, N_CODES)
 
-    def forward(self, codes: Tensor, fields: Tensor) -> Tensor:
-        """Logits of the next code at every position.
-
-        ``codes`` of shape (n, k) with k < GRID**2 + 1 gives logits of shape (n, k + 1, N_CODES), or one less
-        when all codes are given.
-        """
+    def asked(self, fields: Tensor) -> Tensor:
+        """What is read before the first code: facts, and all of them together; shape (n, 5, width)."""
         facts, vector = self.condition(fields)
+        return torch.cat([facts, vector[:, None]], dim=1)
+
+    def told(self, codes: Tensor, start: int = 0) -> Tensor:
+        """Codes at their places from ``start`` on; shape (n, k, width)."""
         place = (self.row + self.column).flatten(0, 1)
-        told = self.embed(codes[:, : GRID * GRID - 1]) + place[: min(codes.shape[1], GRID * GRID - 1)]
-        x = torch.cat([facts, vector[:, None], told], dim=1)
+        return self.embed(codes) + place[start : start + codes.shape[1]]
+
+    def forward(self, codes: Tensor, fields: Tensor) -> Tensor:
+        """Logits of each of all GRID**2 codes, given those before it; shape (n, GRID**2, N_CODES)."""
+        asked = self.asked(fields)
+        x = torch.cat([asked, self.told(codes[:, :-1])], dim=1)
         for layer in self.layers:
             x = layer(x)
-        return self.head(self.norm(x[:, facts.shape[1] :]))
+        return self.head(self.norm(x[:, asked.shape[1] - 1 :]))
+
+    def continued(self, x: Tensor, caches: list[dict[str, Tensor]]) -> Tensor:
+        """Logits of the next code alone, after reading x behind what the caches hold; shape (n, N_CODES)."""
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer(x, cache)
+        return self.head(self.norm(x[:, -1]))
 
 
 class PriorLesson(nn.Module):
@@ -228,8 +240,11 @@ def sample(prior: Prior, vq: VqVae, fields: Tensor, *, seed: int, temperature: f
     generator = torch.Generator().manual_seed(seed)
     device = vq.codes.device
     fields = fields.to(device)
-    codes = torch.zeros((len(fields), 0), dtype=torch.long, device=device)
-    for _ in range(GRID * GRID):
-        p = (prior(codes, fields)[:, -1].float() / temperature).softmax(-1)
-        codes = torch.cat([codes, torch.multinomial(p.cpu(), 1, generator=generator).to(device)], dim=1)
-    return vq.decode(vq.look_up(codes.unflatten(1, (GRID, GRID))))
+    caches: list[dict[str, Tensor]] = [{} for _ in prior.layers]
+    logits, codes = prior.continued(prior.asked(fields), caches), []
+    for place in range(GRID * GRID):
+        p = (logits.float() / temperature).softmax(-1)
+        codes.append(torch.multinomial(p.cpu(), 1, generator=generator).to(device))
+        if place + 1 < GRID * GRID:
+            logits = prior.continued(prior.told(codes[-1], place), caches)
+    return vq.decode(vq.look_up(torch.cat(codes, dim=1).unflatten(1, (GRID, GRID))))
