@@ -13,7 +13,6 @@ the limit is the sum of both; on a GPU they overlap, so the limit is the slower 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import platform
 import shutil
@@ -21,16 +20,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 from PIL import Image
 
-from itemkit.devices import choose_device, choose_precision, dtype_name
+from benchmarks.report import Result, table
+from benchmarks.subjects import as_manifest, build, caption_of, read_images
+from itemkit.devices import dtype_name
 from itemkit.images import load_image
 from itemkit.pipeline import extract
 from itemkit.pipeline.decode import DecodeConfig, ImageReader, batches
@@ -47,130 +46,6 @@ PEAK_TFLOPS = {
     ("A100", "bfloat16"): 312.0,
     ("A100", "float32"): 19.5,
 }
-CAPTION_TOKENS = 20  # of a captioner with random weights, which would not stop by itself
-COLOURS = ("red", "green", "blue", "yellow", "white", "black", "brown", "grey")
-KINDS = ("dog", "bench", "boat", "tree", "car", "child", "horse", "table", "bird", "ball", "house", "road")
-
-
-class GivenObjects:
-    """Takes the place of a parser where captions are given with their objects: parts between "and"."""
-
-    def objects(self, captions: Sequence[str]) -> list[list[str]]:
-        """Phrases of each caption."""
-        return [list(dict.fromkeys(caption.split(" and "))) for caption in captions]
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Constant."""
-        return {"kind": "given objects"}
-
-
-@dataclass
-class Result:
-    """Everything one run of the benchmark has measured."""
-
-    device: str
-    precision: str
-    threads: int
-    images: int
-    weights: str
-    versions: dict[str, str]
-    bare_per_s: dict[str, float] = field(default_factory=dict)
-    bare_batch: dict[str, int] = field(default_factory=dict)
-    per_s: dict[str, float] = field(default_factory=dict)
-    ratios: dict[str, float] = field(default_factory=dict)
-    stages_s: dict[str, dict[str, float]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    memory_mb: float = 0.0
-    gpu_memory_mb: float = 0.0
-    gflop_per_image: float = 0.0
-    share_of_peak: float | None = None
-
-
-# ----------------------------------------------------------------------------------------------- what is run
-
-
-def random_encoder(name: str, device: torch.device, precision: str) -> Any:
-    """An open_clip model of true size with random weights: for its speed only, never inside itemkit."""
-    import open_clip
-
-    from itemkit.encoder import Encoder
-
-    torch.manual_seed(0)
-    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=None)
-    model = model.to(device=device, dtype=choose_precision(precision, device))
-    return Encoder(model, preprocess, open_clip.get_tokenizer(name), name=f"{name} (random weights)")
-
-
-def random_captioner(size: str, device: torch.device, precision: str, tokens: int) -> Any:
-    """A BLIP captioner of true size with random weights: for its speed only, never inside itemkit."""
-    from transformers import BlipConfig, BlipForConditionalGeneration
-
-    from itemkit.captions import Caption
-
-    vision = {
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-    }
-    config = BlipConfig(
-        text_config={"encoder_hidden_size": 1024 if size == "large" else 768},
-        vision_config=vision if size == "large" else {},
-    )
-    torch.manual_seed(0)
-    dtype = choose_precision(precision, device)
-    model = BlipForConditionalGeneration(config).eval().to(device=device, dtype=dtype)
-    side = config.vision_config.image_size
-
-    class Captioner:
-        """Resizes, encodes and decodes; the text is of no use, so a fixed one is returned."""
-
-        def caption(self, images: Sequence[Image.Image]) -> list[Caption]:
-            pixels = np.stack([np.asarray(i.resize((side, side), Image.Resampling.BICUBIC)) for i in images])
-            x = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device=device, dtype=dtype) / 127.5 - 1
-            with torch.no_grad():
-                model.generate(x, min_new_tokens=tokens, max_new_tokens=tokens, num_beams=1, do_sample=False)
-            return [Caption(caption_of(i), -1.0) for i in range(len(images))]
-
-        def fingerprint(self) -> dict[str, Any]:
-            return {"kind": f"BLIP {size} with random weights"}
-
-    return Captioner()
-
-
-def caption_of(number: int) -> str:
-    """A caption with three objects; captions repeat, as those of a real captioner do."""
-    pick = np.random.default_rng(number % 4096)
-    phrases = [
-        f"a {COLOURS[pick.integers(len(COLOURS))]} {KINDS[i]}" for i in pick.permutation(len(KINDS))[:3]
-    ]
-    return " and ".join(phrases)
-
-
-def read_images(folder: str | None, n: int, scratch: Path) -> list[str]:
-    """Up to n image files of a folder, or n made-up JPEG files of 500 x 375 pixels."""
-    if folder is not None:
-        ends = (".jpg", ".jpeg", ".png", ".webp", ".ppm")
-        paths = sorted(str(p) for p in Path(folder).rglob("*") if p.suffix.lower() in ends)
-        if not paths:
-            sys.exit(f"{folder} holds no images ({', '.join(ends)})")
-        return paths[:n]
-    rng = np.random.default_rng(0)
-    for i in range(n):
-        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
-        fine = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), dtype=np.float32)
-        noisy = np.clip(fine + rng.normal(0, 6, fine.shape), 0, 255).astype(np.uint8)
-        Image.fromarray(noisy).save(scratch / f"{i:06d}.jpg", quality=90)
-    return [str(scratch / f"{i:06d}.jpg") for i in range(n)]
-
-
-def as_manifest(paths: Sequence[str], user_captions: bool) -> pd.DataFrame:
-    """A manifest of unlabelled images."""
-    captions = [caption_of(i) if user_captions else None for i in range(len(paths))]
-    return pd.DataFrame({"path": paths, "label": pd.array([pd.NA] * len(paths), "Int8"), "caption": captions})
-
-
-# ---------------------------------------------------------------------------------------------- measurements
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, repeat: int = 1) -> float:
@@ -245,7 +120,8 @@ def run_benchmark(models: Any, paths: list[str], args: argparse.Namespace, scrat
     manifest = as_manifest(paths, user)
     n, config = len(paths), DecodeConfig(threads=args.decode_threads)
     result = Result(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        model=_name(models, args),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         precision=dtype_name(encoder.dtype),
         threads=torch.get_num_threads(),
         images=n,
@@ -311,6 +187,23 @@ def run_benchmark(models: Any, paths: list[str], args: argparse.Namespace, scrat
     return result
 
 
+def processor() -> str:
+    """Name of the CPU, with how it computes fast in bfloat16, if it does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "cpu"
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    fast = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in found.get("flags", "").split()]
+    return " ".join([found.get("model name", "cpu"), *fast[:1]])
+
+
+def _name(models: Any, args: argparse.Namespace) -> str:
+    captioner = f" with BLIP {args.random_captioner}" if args.random_captioner else ""
+    kind = getattr(models.localiser, "fingerprint", dict)().get("kind", "none")
+    return f"{args.random_true_size or 'preset ' + args.preset}{captioner}, regions {kind}"
+
+
 def _ratios(result: Result, limit: float) -> None:
     hierarchical = result.seconds["hierarchical"]
     result.ratios = {
@@ -340,59 +233,6 @@ def _memory(result: Result, device: torch.device) -> None:
         )
         if peak is not None:
             result.share_of_peak = result.bare_per_s["image"] * result.gflop_per_image / 1000 / peak
-
-
-# ---------------------------------------------------------------------------------------------------- output
-
-
-def table(result: Result) -> str:
-    """The result as a Markdown page."""
-    lines = [
-        f"{result.images} images, {result.device}, {result.precision}, {result.threads} threads, "
-        f"weights: {result.weights}, torch {result.versions['torch']}",
-        "",
-        "| images/s | |",
-        "|---|---:|",
-    ]
-    for name, value in result.bare_per_s.items():
-        batch = f" (batch {result.bare_batch[name]})" if name in result.bare_batch else ""
-        lines.append(f"| bare {name}{batch} | {value:.1f} |")
-    lines += [f"| {name} | {value:.1f} |" for name, value in result.per_s.items()]
-    lines += ["", "| ratio | |", "|---|---:|"]
-    lines += [f"| {name} | {value:.3f} |" for name, value in result.ratios.items()]
-    names = list(result.stages_s["global"])
-    lines += ["", f"| seconds | {' | '.join(names)} | all |", f"|---|{'---:|' * (len(names) + 1)}"]
-    for kind, stages in result.stages_s.items():
-        cells = " | ".join(f"{stages[name]:.2f}" for name in names)
-        lines.append(f"| {kind} | {cells} | {result.seconds[kind]:.2f} |")
-    lines += [
-        "",
-        f"Memory {result.memory_mb:.0f} MB; {result.gflop_per_image:.1f} GFLOP per image (image tower).",
-    ]
-    if result.gpu_memory_mb:
-        lines.append(f"GPU memory {result.gpu_memory_mb:.0f} MB.")
-    if result.share_of_peak is not None:
-        lines.append(f"Bare image tower: {result.share_of_peak:.0%} of the data sheet's dense arithmetic.")
-    return "\n".join(lines)
-
-
-def build(args: argparse.Namespace) -> Any:
-    """The models to measure."""
-    device = choose_device(args.device)
-    if args.random_true_size:
-        from itemkit.regions import make_localiser
-
-        encoder = random_encoder(args.random_true_size, device, args.precision)
-        captioner = None
-        if args.random_captioner:
-            captioner = random_captioner(args.random_captioner, device, args.precision, CAPTION_TOKENS)
-        return Models(encoder, captioner, GivenObjects(), make_localiser(args.localiser or "dense", encoder))
-    from itemkit.presets import get_preset
-
-    preset = get_preset(args.preset, **({"localiser": args.localiser} if args.localiser else {}))
-    if args.precision != "auto":
-        preset = replace(preset, precision=args.precision)
-    return preset.build(device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -438,9 +278,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shutil.rmtree(scratch)
     print(table(result))
     if args.json:
-        text = io.StringIO()
-        json.dump(asdict(result), text, indent=1)
-        args.json.write_text(text.getvalue() + "\n")
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -10,6 +10,9 @@ import pandas as pd
 from itemkit import schema
 from itemkit.errors import InputError
 
+IMAGE_NORMS = (schema.IMAGE_NORM, schema.CAPTION_NORM)
+OBJECT_NORMS = (schema.REGION_NORM, schema.PHRASE_NORM)
+
 
 @dataclass
 class Features:
@@ -31,6 +34,11 @@ class Features:
         The store's ``run.json``: configuration, model fingerprints, versions, counts.
     pixels : uint8 array, shape (n, h, w, 3), optional
         The images themselves, all of one size, for the pixel baselines only; never stored.
+    image_norm, caption_norm : float32 array, shape (n,), optional
+        Lengths of the embeddings before they were normalised, in the encoder's own scale. None where no row
+        has one (an older store, embeddings made elsewhere), NaN where some rows have none.
+    region_norm, phrase_norm : float32 array, shape (m,), optional
+        The same of each object's region and phrase.
     """
 
     table: pd.DataFrame
@@ -42,6 +50,10 @@ class Features:
     objects: pd.DataFrame
     run: dict = field(default_factory=dict)
     pixels: np.ndarray | None = None
+    image_norm: np.ndarray | None = None
+    caption_norm: np.ndarray | None = None
+    region_norm: np.ndarray | None = None
+    phrase_norm: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -92,5 +104,16 @@ class Features:
             owner=new_row[self.owner[kept]],
             objects=self.objects.iloc[kept].reset_index(drop=True),
             run=self.run,
-            pixels=None if self.pixels is None else self.pixels[rows],
+            **{name: _take(getattr(self, name), rows) for name in ("pixels", *IMAGE_NORMS)},
+            **{name: _take(getattr(self, name), kept) for name in OBJECT_NORMS},
         )
+
+
+def norms_or_none(lengths: np.ndarray) -> np.ndarray | None:
+    """The lengths, or None where not a single one is known."""
+    return None if len(lengths) and np.isnan(lengths).all() else lengths
+
+
+def _take(array: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+    return None if array is None else array[rows]
+

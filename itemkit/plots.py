@@ -361,3 +361,32 @@ def heat(ax: Axes, image: np.ndarray, heatmap: np.ndarray, title: str = "") -> A
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, fontsize=8, fontweight="normal", loc="center")
     return ax
+
+
+def options(ax: Axes, table: pd.DataFrame, xlabel: str) -> Axes:
+    """Draw the options of one question of an ablation: the reference, and what differs from it for certain.
+
+    Parameters
+    ----------
+    ax : Axes
+    table : DataFrame
+        Rows of one question from `itemkit.study.ablation.ablation`.
+    xlabel : str
+
+    Returns
+    -------
+    Axes
+        Blue: the reference, also as dotted line. Vermilion: the interval of the paired difference leaves out
+        zero. Grey: it does not.
+    """
+    certain = (table["difference_low"] > 0) | (table["difference_high"] < 0)
+    for i, (row, sure) in enumerate(zip(table.itertuples(), certain, strict=True)):
+        colour = BLUE if row.reference else VERMILION if sure else GREY
+        ax.plot([row.low, row.high], [i, i], color=colour, lw=1.4)
+        ax.plot(row.value, i, marker="o", ms=4.5, color=colour)
+    ax.axvline(table.loc[table["reference"], "value"].iloc[0], color=GREY, lw=1, ls=":", zorder=0)
+    ax.set(
+        yticks=range(len(table)), yticklabels=table["option"], ylim=(len(table) - 0.5, -0.5), xlabel=xlabel
+    )
+    ax.set_title(table["question"].iloc[0])
+    return ax

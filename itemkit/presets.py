@@ -26,6 +26,7 @@ MINI_REMEDY = (
     "them anew, and ITEMKIT_DATA names another data folder."
 )
 PARTS = ("captioner", "parser", "encoder", "localiser")
+MODELS_VARIABLE = "ITEMKIT_MODELS"
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ class Preset:
         from itemkit.regions import make_localiser
 
         chosen = choose_device(device)
+        self.require()
         try:
-            self.require()
             encoder, parser = self.encoder, self.parser
             captioner, localiser = self.captioner, self.localiser
             if _by_name(encoder):
@@ -119,7 +120,8 @@ class Preset:
                     options.setdefault("device", chosen)
                 localiser = make_localiser(localiser, encoder, **options)
         except ModelNotFound as error:
-            raise ModelNotFound(str(error).replace(ANY_PRESET, self.name)) from error
+            # from the cause: in a notebook the same message would be shown twice
+            raise ModelNotFound(str(error).replace(ANY_PRESET, self.name)) from error.__cause__
         return Components(captioner, parser, encoder, localiser)
 
     def find(self) -> dict[str, Located | ModelNotFound]:
@@ -162,11 +164,13 @@ class Preset:
         missing = [str(error) for error in self.find().values() if isinstance(error, ModelNotFound)]
         if not missing:
             return
-        facts = " ".join(message.partition(REMEDY)[0] for message in missing)
+        facts = _told_once([message.partition(REMEDY)[0] for message in missing])
         if self.name == "mini" and all(tidy(mini_folder()) in message for message in missing):
             remedy = MINI_REMEDY  # no hub has these
         else:
             remedy = REMEDY.replace(ANY_PRESET, self.name)
+        if len(missing) > 1:
+            remedy = remedy.replace("Fetch it", "Fetch them").replace("holds it", "holds them")
         raise ModelNotFound(facts + remedy)
 
     def record(self) -> dict[str, Any]:
@@ -222,7 +226,8 @@ def get_preset(name: str = "mini", folder: str | Path | None = None, **overrides
         "mini", "fast" or "paper".
     folder : str or Path, optional
         Take the models from the subfolders ``encoder``, ``captioner``, ``parser`` and ``detector`` of this
-        folder, as `itemkit download --to FOLDER` writes them.
+        folder, as `itemkit download --to FOLDER` writes them. For "fast" and "paper" the environment variable
+        ITEMKIT_MODELS can name it too, so that a notebook needs no change.
     **overrides
         Fields of `Preset`, e.g. ``localiser="whole"``, ``captioner=my_object``, ``encoder="./my-clip"``. A
         captioner, encoder, parser or localiser that is replaced starts from that part's default options.
@@ -251,6 +256,8 @@ def get_preset(name: str = "mini", folder: str | Path | None = None, **overrides
             part: str(mini_folder() / "models" / str(getattr(preset, part))) for part in PARTS[:3]
         }
         preset = dataclasses.replace(preset, **folders)
+    elif folder is None:
+        folder = os.environ.get(MODELS_VARIABLE) or None
     if folder is not None:
         preset = _from_folder(preset, Path(folder).expanduser())
     for part, options in (
@@ -292,6 +299,20 @@ def _from_folder(preset: Preset, folder: Path) -> Preset:
     if "model" in preset.localiser_options:
         changes["localiser_options"] = {**preset.localiser_options, "model": str(folder / "detector")}
     return dataclasses.replace(preset, **changes)
+
+
+def _told_once(facts: list[str]) -> str:
+    """Join what is missing; models that were looked for in one place share a sentence."""
+    places: dict[str, list[str]] = {}
+    for fact in facts:
+        what, _, place = fact.partition(" is not on this machine ")
+        places.setdefault(place, []).append(what)
+    return " ".join(
+        f"{', '.join(names)} {'are' if len(names) > 1 else 'is'} not on this machine {place}"
+        if place
+        else names[0]
+        for place, names in places.items()
+    )
 
 
 def _by_name(part: Any) -> bool:

@@ -23,6 +23,11 @@ CAPTION_EMB = "caption_emb"
 REGION_EMB = "region_emb"
 PHRASE_EMB = "phrase_emb"
 OBJECTS = "objects"
+# lengths of the embeddings before they are normalised; a store written before 0.2 has none
+IMAGE_NORM = "image_norm"
+CAPTION_NORM = "caption_norm"
+REGION_NORM = "region_norm"
+PHRASE_NORM = "phrase_norm"
 
 SPLITS = ("train", "val", "test")
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,7 +25,8 @@ from itemkit.errors import InputError, ModelNotFound
 ANY_PRESET = "NAME"  # stands for the preset's name in messages of loaders, which do not know it
 REMEDY = (
     f" Fetch it once where a model hub can be reached with `itemkit download --preset {ANY_PRESET}`, name a "
-    "folder that holds it, or use the models that come with itemkit: preset 'mini'."
+    "folder that holds it (--models, or ITEMKIT_MODELS), or use the models that come with itemkit: preset "
+    "'mini'."
 )
 # What the model libraries raise for damaged, cut off or foreign files.
 UNREADABLE = (
@@ -37,6 +39,7 @@ UNREADABLE = (
     SafetensorError,
     UnpicklingError,
 )
+_SHARD = re.compile(r"(.+)-\d+-of-\d+\.\w+")
 _MODEL_FILES = ("config.json", "open_clip_config.json", "config.cfg")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 # What else in a model folder changes the numbers: configuration, tokenizer, preprocessing.
@@ -116,23 +119,69 @@ def find_folder(model: str | Path, what: str) -> Located:
     ModelNotFound
         Neither a folder nor in the cache, or the folder holds no configuration or no weights.
     """
+    called = f"{what} '{tidy(Path(model).expanduser() if looks_like_path(model) else model)}'"
     if looks_like_path(model):
         folder, revision = Path(model).expanduser(), ""
         if not folder.is_dir():
-            raise not_found(f"{what} '{tidy(folder)}'", folder, "no such folder")
+            raise not_found(called, folder, "no such folder")
     else:
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(str(model), local_files_only=True))
-        except Exception as error:  # the hub's errors for a missing entry, a bad name, offline mode differ
-            raise not_found(f"{what} '{model}'", hub_cache()) from error
+        folder = cached_snapshot(str(model), called)
         revision = folder.name
     if not (folder / "config.json").is_file():
-        raise not_found(f"{what} '{tidy(model)}'", folder, "no config.json")
+        raise not_found(called, folder, "no config.json")
     if not weight_files(folder):
-        raise not_found(f"{what} '{tidy(model)}'", folder, "no weights (*.safetensors, *.bin)")
-    return Located(f"{what} '{tidy(model)}'", folder, revision)
+        raise not_found(called, folder, "no weights (*.safetensors, *.bin)")
+    if lost := missing_shards(folder):
+        raise not_found(called, folder, f"the weights are not whole, e.g. {lost[0]} is missing")
+    return Located(called, folder, revision)
+
+
+def cached_snapshot(repository: str, called: str) -> Path:
+    """Find the folder in which the hub's cache keeps a repository's main revision, whole or in part.
+
+    ``snapshot_download(local_files_only=True)`` will not do: it refuses a snapshot that lacks any file of the
+    repository, also one nobody needs (the same weights in another format), and takes one of which it knows no
+    list of files, however little of it there is. What is needed is for the caller to check.
+
+    Parameters
+    ----------
+    repository : str
+        "owner/name".
+    called : str
+        Words for the error.
+
+    Raises
+    ------
+    ModelNotFound
+        Nothing of it is in the cache.
+    """
+    place = hub_cache() / f"models--{repository.replace('/', '--')}"
+    try:
+        folder = place / "snapshots" / (place / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise not_found(called, hub_cache()) from error
+    if not folder.is_dir():
+        raise not_found(called, place, "its files are missing")
+    return folder
+
+
+def missing_shards(folder: Path) -> list[str]:
+    """Files that weights in several parts need and that are not there, their index included."""
+    files = weight_files(folder)
+    if not files or (folder / "model.safetensors").is_file():
+        return []  # the one file is taken first
+    if files[0].suffix == ".bin" and (folder / "pytorch_model.bin").is_file():
+        return []
+    needed: set[str] = set()
+    for file in files:
+        if part := _SHARD.fullmatch(file.name):
+            needed.add(f"{part[1]}{file.suffix}.index.json")
+    for index in folder.glob(f"*{files[0].suffix}.index.json"):
+        with suppress(
+            OSError, ValueError, KeyError, AttributeError
+        ):  # transformers says what is wrong with it
+            needed |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return sorted(name for name in needed if not (folder / name).is_file())
 
 
 def weight_files(folder: Path) -> list[Path]:

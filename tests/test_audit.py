@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from io import BytesIO
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 from sklearn.metrics import roc_auc_score
 
-from itemkit.audit import audit, equalise_folder, measure
+from itemkit.audit import audit, equalise_folder, measure, ranking
 from itemkit.audit.duplicates import dhash, find_duplicates
 from itemkit.audit.leakage import held_out_auroc
 from itemkit.errors import InputError
@@ -277,7 +278,8 @@ def different(number, label):
 
 def test_equalised_folder_closes_the_leaks(tmp_path):
     df = manifest(tmp_path / "raw", 60, different)
-    before = auroc_of(audit(df, n_boot=20))
+    first = audit(df, n_boot=20)
+    before = auroc_of(first)
     config = EqualiseConfig(size=48, quality=88)
     copy = equalise_folder(df, tmp_path / "eq", config)
     report = audit(read_manifest(tmp_path / "eq" / "manifest.csv"), n_boot=20)
@@ -286,6 +288,17 @@ def test_equalised_folder_closes_the_leaks(tmp_path):
         assert before[name] > 0.95 and abs(after[name] - 0.5) < 0.03
     assert after["jpeg_quality"] == after["jpeg_subsampling"] == 0.5
     assert set(report.measurements["jpeg_quality"]) == {88}
+    table = ranking({"raw": first, "equal": report})
+    assert table["property"][:2].tolist() == [first.table["property"][0]] * 2, "one property, both states"
+    assert table["data"][:2].tolist() == ["raw", "equal"] and table["value"].notna().all()
+    text = report.to_text(before=first)
+    assert "property              before   AUROC" in text
+    assert re.search(rf"size +{before['size']:.3f} +0.500  0.500 - 0.500", text)
+    strongest = first.leaks.iloc[0]["property"]
+    assert (
+        f"'{strongest}', reaches AUROC 1.000 alone: a detector that sees it can score as much"
+        in first.headline()
+    )
     assert (
         copy["label"].tolist() == df["label"].tolist() and copy["caption"].tolist() == df["caption"].tolist()
     )
@@ -317,7 +330,8 @@ def test_unreadable_images_are_listed_and_equal_ones_kept(tmp_path):
 def test_enlarging_one_class_only_is_warned_about(tmp_path):
     df = manifest(tmp_path / "raw", 5, different)
     with pytest.warns(
-        UserWarning, match="0% of the real and 100% of the fake images were smaller than 70 px"
+        UserWarning,
+        match="0% of the real and 100% of the fake images were smaller than 70 px.*size 64 enlarges",
     ):
         equalise_folder(df, tmp_path / "eq", EqualiseConfig(size=70))
 

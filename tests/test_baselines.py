@@ -20,7 +20,7 @@ from itemkit.baselines.pixels import PixelCNN, augment, noise_residual, spectrum
 from itemkit.errors import InputError
 from itemkit.head import MisalignmentMLP
 from itemkit.metrics import auroc
-from itemkit.misalignment import cosines, represent
+from itemkit.misalignment import RepresentationConfig, cosines, represent
 from itemkit.study.fusion import LateFusion, early_fusion, late_fusion
 
 from synthetic import make_features, unit
@@ -195,3 +195,32 @@ def test_fusion_scorers():
         LateFusion([CONTROLS["spectrum"].build(), CONTROLS["caption_likelihood"].build()]),
     ):
         assert auroc(test.labels, scorer.fit(train, val).decision_function(test)) > 0.7
+
+
+def test_lengths_travel_with_their_texts():
+    features = make_features(12, 6, dim=8)
+    m = len(features.owner)
+    lengths = {"caption_norm": np.arange(1, 25, dtype=np.float32), "phrase_norm": np.arange(m) + 1.0}
+    features = replace(features, **lengths)
+    shuffled = shuffle_texts(features)
+    for emb, norm in (("caption_emb", "caption_norm"), ("phrase_emb", "phrase_norm")):
+        source = getattr(shuffled, norm).astype(int) - 1
+        np.testing.assert_array_equal(getattr(shuffled, emb), getattr(features, emb)[source])
+    flat = generic_texts(features, np.ones(8))
+    np.testing.assert_allclose(flat.caption_norm, 12.5)
+    assert shuffle_texts(make_features(12, 6)).caption_norm is None
+
+
+@pytest.mark.parametrize("pooling", ["attention", "deep_set"])
+def test_learned_poolings_find_their_objects_in_every_scorer(pooling):
+    train, val, test = parts(make_features(300, 150, dim=12))
+    config = RepresentationConfig(pooling=pooling, max_objects=3)
+    generic = np.ones(12, np.float32)
+    scorers = {name: get_control(name).build(0, config, QUICK, generic) for name in
+               ("shuffled_captions", "generic_caption")} | {"early": early_fusion(config, QUICK)}  # fmt: skip
+    for name, scorer in scorers.items():
+        score = scorer.fit(train, val).decision_function(test)
+        assert scorer.estimator_.slots == (3, 12) and np.isfinite(score).all(), name
+    assert scorers["early"].estimator_.n_features_in_ == 3 * 13 + 12 + 12
+    assert auroc(test.labels, scorers["early"].decision_function(test)) > 0.7
+    assert QUICK.pooling is None  # the head that was handed in is left as it was

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from itemkit.calibrate import (
     Calibrator,
@@ -12,6 +13,7 @@ from itemkit.calibrate import (
     three_way,
     threshold_at_fpr,
 )
+from itemkit.calibrate.promises import check_promises, proportion_interval, told
 from itemkit.errors import InputError
 from itemkit.metrics import expected_calibration_error
 
@@ -133,3 +135,61 @@ def test_split_validation():
     assert not np.array_equal(select, split_validation(y, 0.5, seed=2)[0])
     with pytest.raises(InputError, match="1 fake validation images; at least 2"):
         split_validation([0, 0, 1])
+
+
+def test_proportion_interval_against_scipy_and_by_hand():
+    for count, n in ((0, 20), (3, 20), (20, 20), (1, 1), (57, 800)):
+        expected = stats.binomtest(count, n).proportion_ci(0.95, "exact")
+        assert proportion_interval(count, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert proportion_interval(0, 0) == (0.0, 1.0)
+    assert proportion_interval(0, 59)[1] == pytest.approx(1 - 0.025 ** (1 / 59))
+    with pytest.raises(InputError, match="5 of 4: expected 0 to 4"):
+        proportion_interval(5, 4)
+
+
+def test_promises_by_hand():
+    reals, fakes = np.arange(1, 100), np.arange(1, 100) + 1000
+    table = check_promises(reals, fakes, np.r_[np.zeros(96), np.full(4, 98.5)], np.full(50, 1000.5))
+    rows = table.set_index(["promise", "label", "requested"])
+    one = rows.loc["false positives", "real", 0.05]
+    # the threshold is the 5th largest of 99 reals, 95: four of a hundred new ones lie above
+    assert (one["realised"], one["n_new"], one["n_calibration"], one["kept"]) == (0.04, 100, 99, True)
+    assert (one["low"], one["high"]) == pytest.approx(proportion_interval(4, 100))
+    assert one["likely_low"] < 0.05 < one["likely_high"] < 0.15
+    assert rows.loc["false positives", "real", 0.01]["realised"] == 0.0  # threshold 99
+    cover = rows.loc["coverage", "real", 0.05]
+    assert (cover["bound"], cover["realised"]) == pytest.approx((0.95, 0.96))
+    # every new fake looks more real than all calibration fakes: p = 1 / 100
+    lost = rows.loc["coverage", "fake", 0.01]
+    assert lost["realised"] == 0.0 and not lost["kept"] and lost["high"] < 0.1
+    lines = told(table)
+    assert len(lines) == len(table) == 6
+    assert lines[1].startswith(
+        "false positives at a requested 5%: 4.0% (1.1%-9.9%) of 100 new ones; promised"
+    )
+    assert "NOT KEPT: the new images are not like the calibration ones" in lines[-1]
+
+
+def test_promises_that_cannot_be_made_say_so():
+    table = check_promises(np.arange(50), np.arange(50), np.arange(10), np.zeros(0), rates=(0.01,))
+    rows = table.set_index(["promise", "label"])
+    assert "needs at least 99 real validation images, got 50" in rows.loc[("false positives", "real"), "note"]
+    assert np.isnan(rows.loc[("false positives", "real"), "realised"])
+    assert rows.loc[("coverage", "real"), "realised"] == 1.0
+    assert rows.loc[("coverage", "real"), "note"] == "too few of this class to ever rule it out"
+    assert any("no new images of this class" in line or "too few" in line for line in told(table))
+
+
+def test_promises_are_judged_kept_as_often_as_they_say_by_simulation():
+    rng = np.random.default_rng(3)
+    kept, covered = [], []
+    for _ in range(120):
+        real, fake, new_real, new_fake = (rng.normal(size=n) for n in (99, 60, 200, 100))
+        table = check_promises(real, fake + 1, new_real, new_fake + 1, rates=(0.05,))
+        kept.append(table["kept"].to_numpy())
+        row = table.iloc[0]
+        covered.append(row["likely_low"] <= row["realised"] <= row["likely_high"])
+    assert (np.mean(kept, axis=0) >= 0.93).all()  # 97.5 % asked for; 3 standard errors are 4 points
+    assert np.mean(covered) >= 0.89
+    shifted = check_promises(real, fake, rng.normal(size=400) + 1, fake, rates=(0.05,))
+    assert not shifted["kept"].iloc[0]

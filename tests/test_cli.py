@@ -20,7 +20,7 @@ from itemkit.presets import Preset
 import fakes
 
 REPO = Path(__file__).resolve().parents[1]
-COMMANDS = ("doctor", "run", "audit", "extract", "train", "evaluate", "detect", "download", "lab")
+COMMANDS = ("doctor", "run", "audit", "extract", "train", "evaluate", "study", "detect", "download", "lab")
 
 
 @pytest.fixture(autouse=True)
@@ -211,7 +211,7 @@ def test_ctrl_c_ends_quietly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     def stopped(args: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_train", stopped)
+    monkeypatch.setattr(cli.do, "train", stopped)
     assert cli.main(["train", "x", "--out", "y"]) == 130 and capsys.readouterr().err == ""
 
 
@@ -221,7 +221,7 @@ def test_warnings_are_sentences(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         return 0
 
     shown = warnings.showwarning
-    monkeypatch.setattr(cli, "_train", warning)
+    monkeypatch.setattr(cli.do, "train", warning)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert cli.main(["train", "x", "--out", "y"]) == 0
@@ -252,6 +252,10 @@ def test_extract_train_evaluate_detect(
     table = pd.read_csv(tmp_path / "new" / "table.csv")
     assert {"generator", "metric", "value", "low", "high"} <= set(table.columns)
     assert "auroc" in out and set(table["generator"]) == {"all"}  # of one generator
+    assert (
+        "false positives at a requested 1%: not promised: a false-positive rate of 0.01 needs at least" in out
+    )
+    assert "real images covered at a requested 95%: " in out
     first, broken = data.parent / "images" / "00000.png", tmp_path / "broken.png"
     text = run("detect", first, "--detector", detector, "--preset", "stub", "--device", "cpu")
     lines = text.splitlines()
@@ -332,6 +336,8 @@ def test_audit_and_equalise(uneven: Path, tmp_path: Path, capsys: pytest.Capture
         "24",
         "--codec",
         "png",
+        "--figure",
+        tmp_path / "figure",
     ]
     assert cli.main([str(w) for w in words]) == 0
     before, after = capsys.readouterr().out.split(f"After equalising into {to}:")
@@ -339,6 +345,11 @@ def test_audit_and_equalise(uneven: Path, tmp_path: Path, capsys: pytest.Capture
     worst = pd.read_csv(tmp_path / "audit.csv").iloc[0]
     assert worst["auroc"] > 0.99
     assert "'JPEG'" in before and "'JPEG'" not in after
+    assert "before" in after and {p.name for p in (tmp_path / "figure").iterdir()} == {
+        "audit.pdf",
+        "audit.png",
+        "audit.csv",
+    }
     with Image.open(next((to / "images").iterdir())) as image:
         assert image.size == (24, 24) and image.format == "PNG"
     # another size into the same folder is refused

@@ -146,6 +146,18 @@ def test_save_and_load(features, detector, tmp_path):
     assert again.fit(train, val).score(test) == pytest.approx(detector.score(test))
 
 
+@pytest.mark.parametrize("pooling", ["attention", "deep_set"])
+def test_learned_pooling_from_features_to_disk(features, pooling, tmp_path):
+    train, val, test = parts(features)
+    config = RepresentationConfig(pooling=pooling, max_objects=4)
+    detector = Detector(config, MisalignmentMLP(max_epochs=10, device="cpu")).fit(train, val)
+    assert detector.head_.slots == (4, 24) and auroc(test.labels, detector.decision_function(test)) > 0.8
+    again = Detector.load(detector.save(tmp_path), device="cpu")
+    np.testing.assert_array_equal(again.decision_function(test), detector.decision_function(test))
+    row = int(np.flatnonzero(test.table["n_objects"] == 3)[0])
+    assert again.explain(test, row)["p_fake_without"][1:].between(0, 1).all()
+
+
 @pytest.mark.parametrize("calibration", ["isotonic", "auto", "platt", "none"])
 def test_other_calibrations(features, calibration, tmp_path):
     train, val, test = parts(features)

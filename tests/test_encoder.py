@@ -172,7 +172,9 @@ def family(folder: Path, vision: dict, **top: object) -> Path:
     """A folder with another image tower."""
     folder.mkdir()
     tokenizer = models.word_tokenizer(models.WORDS, 32)
-    config = models.tiny_clip_config(len(tokenizer), embed_dim=32, text_width=32, text_heads=2) | top
+    config = models.tiny_clip_config(len(tokenizer), embed_dim=32, text_width=32, text_heads=2)
+    config["text_cfg"] |= top.pop("text_cfg", {})  # type: ignore[operator]
+    config |= top
     config["vision_cfg"] = {
         "image_size": 48,
         "patch_size": 12,
@@ -193,8 +195,39 @@ FAMILIES = {
     "clipa": ({"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True}, {}, (4, 4)),
     "siglip-like": (
         {"timm_model_name": "test_vit3", "image_size": 160, "timm_pool": "map", "timm_proj": "none"},
-        {"custom_text": True, "embed_dim": 96, "init_logit_bias": -10},
+        {
+            "custom_text": True,
+            "embed_dim": 96,
+            "init_logit_bias": -10,
+            "text_cfg": {
+                "no_causal_mask": True,
+                "proj_bias": True,
+                "pool_type": "last",
+                "tokenizer_kwargs": {"clean": "canonicalize"},
+            },
+        },
         (10, 10),
+    ),
+    # the image towers of EVA02 and Perception Encoder models of open_clip, in the smallest true size
+    "eva02": (
+        {
+            "timm_model_name": "eva02_tiny_patch14_224",
+            "image_size": 224,
+            "timm_pool": "token",
+            "timm_proj": None,
+        },
+        {"custom_text": True},
+        (16, 16),
+    ),
+    "pe": (
+        {
+            "timm_model_name": "vit_pe_core_tiny_patch16_384",
+            "image_size": 384,
+            "timm_pool": "map",
+            "timm_proj": None,
+        },
+        {"custom_text": True},
+        (24, 24),
     ),
     "eva-like": (
         {"timm_model_name": "test_vit", "image_size": 160, "timm_pool": "token", "timm_proj": None},
@@ -214,9 +247,23 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_families(name: str, tmp_path: Path) -> None:
     vision, top, grid = FAMILIES[name]
-    encoder = load_encoder(family(tmp_path / "model", vision, **top), device="cpu", precision="float32")
+    path = family(tmp_path / "model", vision, **top)
+    encoder = load_encoder(path, device="cpu", precision="float32")
     pixels = torch.stack([encoder.preprocess(image) for image in pictures(2)])
     assert encoder.patch_grid == grid
+    reference, _, transform = open_clip.create_model_and_transforms(f"local-dir:{path}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{path}")
+    texts = ["a red Ball", "A blue cup, on the grass!", "ball " * 99]
+    with torch.no_grad():
+        images = reference.eval().encode_image(
+            torch.stack([transform(image) for image in pictures(2)]), normalize=True
+        )
+        words = reference.encode_text(tokenizer(texts), normalize=True)
+    assert torch.allclose(encoder.encode_images(pixels).pooled, images, atol=1e-6)
+    assert torch.allclose(encoder.encode_texts(texts), words, atol=1e-6)
+    one_by_one = torch.cat([encoder.encode_images(pixels[i : i + 1]).pooled for i in range(2)])
+    assert torch.allclose(one_by_one, images, atol=1e-5)
+    assert encoder.count_tokens(texts)[2] > encoder.context_length  # so the cut can be reported
     if grid is None:
         assert encoder.encode_images(pixels).pooled.shape == (2, encoder.dim)
         with pytest.raises(

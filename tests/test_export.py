@@ -73,3 +73,34 @@ def test_what_does_not_fit_is_said(features, tmp_path):
     ]:
         with pytest.raises(InputError, match=message):
             export.from_arrays(image, table, text)
+
+
+def test_arrays_beside_a_table(tmp_path):
+    x = np.array([[3, 4], [0, 2]], np.float32)
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "t.npy", np.eye(2, dtype=np.float16))
+    table = pd.DataFrame({"image_path": ["a.png", "b.png"], "label": [1, 0], "model": ["sd", ""]})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    table.to_parquet(tmp_path / "t.parquet", index=False)
+    for name in ("t.csv", "t.parquet"):
+        back = export.import_npy(tmp_path / "x.npy", tmp_path / name, tmp_path / "t.npy")
+        np.testing.assert_allclose(back.image_emb, [[0.6, 0.8], [0, 1]])
+        np.testing.assert_array_equal(back.image_norm, [5, 2])
+        assert back.caption_norm is None  # they came normalised
+        assert list(back.table["path"]) == ["a.png", "b.png"] and list(back.labels) == [1, 0]
+        assert list(back.table["model"])[0] == "sd"
+    assert export.import_npy(tmp_path / "x.npy", tmp_path / "t.csv").caption_emb.shape == (2, 0)
+
+
+def test_arrays_that_are_none_are_named(tmp_path):
+    np.save(tmp_path / "ids.npy", np.arange(3))
+    (tmp_path / "x.npy").write_text("0.1, 0.2")
+    np.save(tmp_path / "good.npy", np.ones((2, 3)))
+    for image, message in [
+        ("x.npy", "x.npy is no array"),
+        ("missing.npy", "missing.npy is no array .*numpy.save"),
+        ("ids.npy", "ids.npy holds int64, expected one array of floats"),
+        ("good.npy", "nothing.csv is no table .*give a .csv or .parquet"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            export.import_npy(tmp_path / image, tmp_path / "nothing.csv")

@@ -14,6 +14,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from itemkit.errors import InputError, ModelNotFound
 from itemkit.head import ARCHITECTURES, MisalignmentMLP
+from itemkit.head.inputs import moments
+from itemkit.head.sets import SET_POOLINGS
 from itemkit.metrics import auroc
 
 QUICK = {"max_epochs": 12, "patience": 4, "device": "cpu"}
@@ -61,6 +63,92 @@ def test_in_scikit_learns_tools():
     assert grid.best_score_ > 0.7
     calibrated = CalibratedClassifierCV(head, cv=2).fit(X, Y)
     assert auroc(Y_TEST, calibrated.predict_proba(X_TEST)[:, 1]) > 0.8
+
+
+def make_sets(n=600, places=4, width=6, seed=0):
+    """Fakes have one odd object among ordinary ones; the last columns are noise beside the set."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % 2
+    count = rng.integers(0, places + 1, n)
+    mask = (np.arange(places) < count[:, None]).astype(np.float32)
+    objects = rng.normal(3.0, 2.0, size=(n, places, width))
+    odd = (np.arange(places) == (rng.integers(0, 99, n) % np.maximum(count, 1))[:, None]) & (y == 1)[:, None]
+    objects[odd, 0] += 12
+    objects *= mask[..., None]
+    return np.concatenate([objects.reshape(n, -1), mask, rng.normal(size=(n, 2))], axis=1).astype(
+        np.float32
+    ), y
+
+
+@pytest.mark.parametrize("pooling", SET_POOLINGS)
+@pytest.mark.parametrize("members", [1, 3])
+def test_learned_pooling(pooling, members, tmp_path):
+    x, y = make_sets()
+    x_test, y_test = make_sets(seed=1)
+    options = {"pooling": pooling, "slots": (4, 6), "members": members, "device": "cpu", "max_epochs": 40,
+               "batch_size": 64, "learning_rate": 5e-3}  # fmt: skip
+    head = MisalignmentMLP(**options).fit(x, y)
+    score = head.decision_function(x_test)
+    there = x_test[:, 24:28].any(1)
+    assert auroc(y_test[there], score[there]) > 0.9
+    # a set has no order, and what stands in an empty place is not looked at
+    sets, mask = x_test[:, :24].reshape(-1, 4, 6), x_test[:, 24:28]
+    order = np.random.default_rng(2).permuted(np.tile(np.arange(4), (len(x_test), 1)), axis=1)
+    rubbish = np.where(mask[..., None] > 0, sets, 1e3)
+    moved = np.take_along_axis(rubbish, order[..., None], axis=1).reshape(len(x_test), -1)
+    mixed = np.concatenate([moved, np.take_along_axis(mask, order, axis=1), x_test[:, 28:]], axis=1)
+    np.testing.assert_allclose(head.decision_function(mixed), score, atol=2e-4)
+    again = MisalignmentMLP.load(head.save(tmp_path), device="cpu")
+    np.testing.assert_array_equal(again.decision_function(x_test), score)
+    assert again.get_params() == head.get_params()
+    pipe = GridSearchCV(clone(head), {"hidden_sizes": [(), (16,)]}, cv=2).fit(x, y)
+    assert pipe.best_score_ > 0.7
+    assert (
+        auroc(y_test, CalibratedClassifierCV(clone(head), cv=2).fit(x, y).predict_proba(x_test)[:, 1]) > 0.7
+    )
+
+
+def test_empty_sets_are_finite():
+    x, y = make_sets(60)
+    x[:, :28] = 0
+    for pooling in SET_POOLINGS:
+        head = MisalignmentMLP(pooling=pooling, slots=(4, 6), **QUICK).fit(x, y)
+        assert np.isfinite(head.decision_function(x)).all()
+
+
+def test_layout_of_sets_is_checked():
+    x, y = make_sets(60)
+    for options in ({"pooling": "attention"}, {"slots": (4, 6)}, {"pooling": "max", "slots": (4, 6)}):
+        with pytest.raises(InputError, match="expected None for both, or attention or deep_set with"):
+            MisalignmentMLP(**options).fit(x, y)
+    for slots in ((4, 5), (4, 60)):
+        with pytest.raises(InputError, match="got 30 columns without them. represent\\(\\) with a learned"):
+            MisalignmentMLP(pooling="attention", slots=slots).fit(x, y)
+
+
+def test_standardisation_is_numpys_and_sets_share_theirs():
+    x, _ = make_sets(700)
+    x[:, 28] += 1e4  # a large mean costs no digits
+    x[:, 29] = 7.3
+    mean, scale = moments(x, None)
+    np.testing.assert_allclose(mean, x.mean(0, dtype=np.float64), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(scale[:29], x[:, :29].std(0, dtype=np.float64), rtol=1e-4)
+    assert scale[29] == 1
+    mean, scale = moments(x, (4, 6))
+    objects = x[:, :24].reshape(-1, 6)[x[:, 24:28].reshape(-1) > 0]
+    np.testing.assert_allclose(mean[:24].reshape(4, 6), np.tile(objects.mean(0), (4, 1)), rtol=1e-5)
+    np.testing.assert_allclose(scale[:24].reshape(4, 6), np.tile(objects.std(0), (4, 1)), rtol=1e-5)
+    np.testing.assert_array_equal(mean[24:28], 0)
+    np.testing.assert_array_equal(scale[24:28], 1)
+
+
+def test_members_at_once_are_the_members_trained_alone():
+    # one batch per epoch and no dropout: nothing random is left but the start weights
+    same = {"batch_size": len(X), "dropout": 0.0, "validation_fraction": 0, "max_epochs": 20, "device": "cpu"}
+    both = MisalignmentMLP(members=2, seed=3, **same).fit(X, Y).member_logits(X_TEST)
+    for i in (0, 1):
+        alone = MisalignmentMLP(seed=3 + 100_003 * i, **same).fit(X, Y).decision_function(X_TEST)
+        np.testing.assert_allclose(both[i], alone, atol=1e-3)
 
 
 def test_same_seed_same_bits_other_seed_other_bits():

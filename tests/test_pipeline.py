@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
-import time
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from itemkit.errors import InputError
+from itemkit.errors import InputError, StoreError
 from itemkit.pipeline import engine_local, extract, system
-from itemkit.pipeline.decode import DecodeConfig
+from itemkit.pipeline.decode import DecodeConfig, scaled_jpeg
 from itemkit.pipeline.stages import Models, TextCache, featurise
 from itemkit.store import load_features
 
@@ -100,13 +100,14 @@ def test_each_text_is_encoded_once(reference, tmp_path):
 def test_text_cache_keeps_its_bound():
     encoder = FakeEncoder()
     cache = TextCache(encoder, max_bytes=3 * (4 * encoder.dim + 300))
-    first = cache.embed(["a", "b", "a"])
+    first, lengths = cache.embed(["a", "b", "a"])
+    assert np.isnan(lengths).all()  # the stand-in tells none
     np.testing.assert_array_equal(first[0], first[2])
     cache.embed(["c", "d", "a"])  # "a" stays, "b" is the one longest unused
     cache.embed(["a", "c", "d"])
     assert encoder.texts_encoded == ["a", "b", "c", "d"]
-    assert cache.embed([]).shape == (0, encoder.dim)
-    big = cache.embed(list("efghij"))  # more than it may keep: still answered
+    assert [x.shape for x in cache.embed([])] == [(0, encoder.dim), (0,)]
+    big, _ = cache.embed(list("efghij"))  # more than it may keep: still answered
     assert big.shape == (6, encoder.dim) and not np.array_equal(big[0], big[1])
 
 
@@ -502,7 +503,7 @@ def test_crash_and_hang_of_a_decoder_cost_one_image_each(tmp_path):
 # ---------------------------------------------------------------------------------------------------- memory
 
 
-@pytest.mark.slow  # what a process holds depends on what ran in it before: run this one by itself
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc to watch memory")
 def test_memory_stays_flat(tmp_path):
     """What grows with the number of images is their bookkeeping, far less than one embedding each."""
@@ -510,37 +511,53 @@ def test_memory_stays_flat(tmp_path):
     images.mkdir()
     for i in range(10000):
         (images / f"{i}.bin").write_bytes(i.to_bytes(4, "big"))
-    manifest = manifest_of([images / f"{i}.bin" for i in range(10000)])
-    models = Models(FakeEncoder(dim=256), FakeCaptioner(), FakeParser(), FakeLocaliser())
-    decode = DecodeConfig(loader="loaders:load_stub", threads=1)
-    options = {"batch_size": 128, "shard_size": 500, "progress": False, "decode": decode}
-    peaks = []
-    for n in (2000, 10000):
-        peak = _Peak()
-        assert extract(manifest[:n], tmp_path / str(n), models, **options).computed == n
-        peaks.append(peak.stop())
-        models.encoder.texts_encoded.clear()
+    # a process of its own for each size: what one holds depends on what ran in it before
+    peaks = [
+        int(
+            subprocess.run(
+                [sys.executable, os.path.join(os.path.dirname(__file__), "peak.py"), str(tmp_path), str(n)],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for n in (2000, 10000)
+    ]
     grown = (peaks[1] - peaks[0]) / (10000 - 2000)
-    # kept embeddings would be (2 + 2 * 1.5 objects) * 256 * 2 bytes = 2,560, in float32 twice that
-    assert grown < 2000, f"{grown:.0f} bytes per image"
+    # 1,500 to 2,200 is the manifest and the text of its tables, which are made 65,536 rows at a time (beyond
+    # that `python -m benchmarks.scale` sees 180); kept embeddings would add (2 + 2 * 2 objects) * 256 * 2
+    assert grown < 3000, f"{grown:.0f} bytes per image"
 
 
-class _Peak:
-    """Highest resident memory while it runs."""
+# ------------------------------------------------------------------------------- JPEG files at a fraction
 
-    def __init__(self) -> None:
-        self._highest = 0
-        self._run = True
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
 
-    def _watch(self) -> None:
-        while self._run:
-            with open("/proc/self/statm") as file:
-                self._highest = max(self._highest, int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-            time.sleep(0.02)
+def test_scaled_jpeg_is_another_store_and_smaller_pictures(tmp_path):
+    from PIL import Image
 
-    def stop(self) -> int:
-        self._run = False
-        self._thread.join()
-        return self._highest
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (25, 30, 3), dtype=np.uint8))
+    for name, size in (("large.jpg", (240, 200)), ("small.jpg", (30, 25)), ("large.png", (240, 200))):
+        small.resize(size, Image.Resampling.BICUBIC).save(folder / name)
+    manifest = manifest_of(sorted(folder.iterdir()))
+    widths = {}
+    for loader in (DecodeConfig().loader, scaled_jpeg(60)):
+        for isolate in (False, True):
+            out = tmp_path / f"out{len(widths)}"
+            decode = DecodeConfig(loader=loader, isolate=isolate)
+            extract(manifest, out, fake_models(), decode=decode, progress=False)
+            read = load_features(out)
+            assert read.run["fingerprint"]["decode"] == loader
+            names = [os.path.basename(path) for path in read.table["path"]]
+            widths[loader, isolate] = dict(zip(names, read.table["width"], strict=True))
+    # 240 x 200 halved is 120 x 100, its shorter side above 60; a quarter would be below
+    assert widths[scaled_jpeg(60), False] == {"large.jpg": 120, "large.png": 240, "small.jpg": 30}
+    assert widths[DecodeConfig().loader, False] == {"large.jpg": 240, "large.png": 240, "small.jpg": 30}
+    for loader in (DecodeConfig().loader, scaled_jpeg(60)):
+        assert widths[loader, False] == widths[loader, True]
+    with pytest.raises(StoreError, match=r"extracted otherwise \(decode: .*least_side=60"):
+        extract(manifest, tmp_path / "out0", fake_models(), decode=decode, progress=False)
+    with pytest.raises(InputError, match="got least_side=0 pixels"):
+        scaled_jpeg(0)

@@ -72,7 +72,25 @@ def test_offline_failure_takes_seconds_and_says_what_to_do(name: str, offline: N
     text = str(caught.value)
     for part in ("captioner 'Salesforce/blip", "parser 'en_core_web_sm'", "encoder 'ViT-"):
         assert part in text
-    assert text.count("Fetch it once") == 1 and f"`itemkit download --preset {name}`" in text
+    assert text.count("Fetch them once") == 1 and f"`itemkit download --preset {name}`" in text
+    assert text.count("looked in") == 2 and len(text) < 700  # the hub's cache, the installed packages
+    assert caught.value.__cause__ is None  # a notebook shows every link of a chain
+
+
+def test_a_folder_of_models_can_be_named_outside(fetched: Path, offline: None, monkeypatch) -> None:
+    from itemkit.download import download
+
+    monkeypatch.setenv("ITEMKIT_MODELS", str(fetched))
+    assert get_preset("paper") == get_preset("paper", folder=fetched)
+    assert get_preset("mini").encoder == str(mini_folder() / "models" / "clip")
+    assert get_preset("paper").build("cpu").encoder.dim > 0
+    with pytest.raises(InputError, match="reads its models from ITEMKIT_MODELS; unset that variable"):
+        download("paper")
+    monkeypatch.setenv("ITEMKIT_MODELS", "/nowhere")
+    with pytest.raises(
+        ModelNotFound, match="no folder of models at /nowhere.*itemkit download --preset paper"
+    ):
+        get_preset("paper")
 
 
 def test_missing_mini_models_name_their_own_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,10 +40,10 @@ class Colours:
     def encode_images(self, pixels: torch.Tensor, patches: bool = False) -> ImageEmbedding:
         pooled = F.normalize(pixels.mean(dim=(2, 3)) + 1e-4, dim=1)
         cells = F.avg_pool2d(pixels, 2).flatten(2).transpose(1, 2) + 1e-4
-        return ImageEmbedding(pooled, F.normalize(cells, dim=2) if patches else None)
-
-    def encode_pil(self, images, batch_size: int = 64) -> torch.Tensor:
-        return self.encode_images(torch.stack([self.preprocess(image) for image in images])).pooled
+        norm = (pixels.mean(dim=(2, 3)) + 1e-4).norm(dim=1)
+        if not patches:
+            return ImageEmbedding(pooled, norm=norm)
+        return ImageEmbedding(pooled, F.normalize(cells, dim=2), norm, cells.norm(dim=2))
 
     frame = Encoder.frame
 
@@ -114,8 +114,9 @@ def test_cells_become_pixels_of_the_original() -> None:
 def test_crops_have_at_least_one_pixel() -> None:
     image = scene((10, 6), ((9, 5, 10, 6), "#ff0000"))
     boxes = [(9.0, 5.0, 10.0, 6.0), (9.9, 5.9, 10.0, 6.0), (10.0, 6.0, 10.0, 6.0)]
-    emb = embed_boxes(Colours(), [image] * 3, boxes)  # type: ignore[arg-type]
+    emb, norm = embed_boxes(Colours(), [image] * 3, boxes, batch_size=2)  # type: ignore[arg-type]
     assert (emb @ RED > 0.99).all()
+    assert norm == pytest.approx([math.hypot(1.0001, 1e-4, 1e-4)] * 3)  # red of length 1
 
 
 # -- whole, grid, dense --------------------------------------------------------------------------------------

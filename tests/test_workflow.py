@@ -267,6 +267,34 @@ def test_foreign_images_get_a_note_with_the_mini_models_only(capsys: pytest.Capt
     assert capsys.readouterr().err == ""
 
 
+def test_stored_features_of_foreign_images_get_the_note_too(capsys: pytest.CaptureFixture[str]) -> None:
+    features = make_features()
+    features.run = {"config": {"name": "mini"}}
+    workflow.warn_about_features(features)
+    assert capsys.readouterr().err == workflow.MINI_ON_FOREIGN_IMAGES + "\n"
+    features.table[schema.SOURCE] = "mini laboratory"
+    workflow.warn_about_features(features)
+    features.table[schema.SOURCE], features.run = "photos", {"config": {"name": "paper"}}
+    workflow.warn_about_features(features)
+    features.run = {}
+    workflow.warn_about_features(features)
+    assert capsys.readouterr().err == ""
+
+
+def test_pixels_of_a_transform_and_of_the_centre(features: Features) -> None:
+    plain = workflow.add_pixels(features, 6, crop=True).pixels
+    first = np.asarray(Image.open(features.table[schema.PATH][0]).convert("RGB"))
+    top, left = ((side - 6) // 2 for side in first.shape[:2])
+    np.testing.assert_array_equal(plain[0], first[top : top + 6, left : left + 6])
+    bright = workflow.add_pixels(features, 6, fakes.Brightened(40), crop=True).pixels
+    np.testing.assert_array_equal(bright, np.minimum(255, plain.astype(int) + 40))
+    assert workflow.add_pixels(features, 30, crop=True).pixels.shape[1:] == (
+        30,
+        30,
+        3,
+    )  # smaller ones are scaled
+
+
 # --------------------------------------------------------------------------------------------------- summary
 
 

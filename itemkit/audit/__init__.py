@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from itemkit import _files, schema
 from itemkit.audit.duplicates import dhash, find_duplicates
 from itemkit.audit.leakage import FOLDS, bag_of_words, held_out_auroc
+from itemkit.audit.report import VERDICTS, AuditReport, ranking
 from itemkit.errors import InputError
 from itemkit.images import (
     EqualiseConfig,
@@ -34,10 +35,10 @@ from itemkit.images import (
 from itemkit.images.jpeg import jpeg_quality, jpeg_subsampling
 from itemkit.manifest import require_two_classes, write_manifest
 
+__all__ = ["AuditReport", "audit", "equalise_folder", "find_duplicates", "measure", "ranking"]
+
 MIN_PER_CLASS = 10  # with fewer images a property is listed as not measurable
 MAX_NEAR = 100_000  # every image is compared with every other: beyond this near copies are not looked for
-# Lower end of the interval from which a leak gets its name; our choice.
-VERDICTS = ((0.9, "decides"), (0.7, "strong"), (0.55, "moderate"))
 
 _EQUALISE = "Equalise both classes before training, and report raw and equalised results."
 _BYTES = "In files of one size and codec, what remains of the file size is content: detail and noise."
@@ -68,71 +69,6 @@ PROPERTIES = (
     _Property("caption_words", "number", "the length of the caption", _CAPTIONS, only="caption"),
     _Property("caption_vocabulary", "text", "the words of the caption", _CAPTIONS, only="caption"),
 )
-
-
-@dataclass
-class AuditReport:
-    """What the audit found.
-
-    Attributes
-    ----------
-    table : DataFrame
-        One row per property, ranked: ``property, kind, auroc, low, high, n_real, n_fake, verdict, sentence,
-        advice``.
-    duplicates : DataFrame
-        Pairs of images that show the same picture; see `duplicates.find_duplicates`.
-    measurements, errors : DataFrame
-        One row per readable image with all that was measured; ``path, label, kind, reason`` of the others.
-    notes : list of str
-        What was left out, and why.
-    """
-
-    table: pd.DataFrame
-    duplicates: pd.DataFrame
-    measurements: pd.DataFrame
-    errors: pd.DataFrame
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def leaks(self) -> pd.DataFrame:
-        """Rows of the table whose property separates the classes."""
-        return self.table[self.table["verdict"].isin([name for _, name in VERDICTS])]
-
-    def to_text(self) -> str:
-        """Give the report as plain text, for a terminal."""
-        m = self.measurements
-        n_real, n_fake = (int((m[schema.LABEL] == label).sum()) for label in (schema.REAL, schema.FAKE))
-        lines = [
-            f"Audit of {len(m):,} images: {n_real:,} real, {n_fake:,} fake",
-            "AUROC of each property alone, on images it was not fitted to (0.5 says nothing, 1 says all)",
-            "",
-            f"  {'property':<20}{'AUROC':>6}  {'95 % interval':<16}{'real':>7}{'fake':>7}  verdict",
-        ]
-        for row in self.table.itertuples():
-            numbers = f"{row.auroc:6.3f}  {f'{row.low:.3f} - {row.high:.3f}':<16}"
-            numbers = numbers if np.isfinite(row.auroc) else f"{'-':>6}  {'':<16}"
-            lines.append(f"  {row.property:<20}{numbers}{row.n_real:>7,}{row.n_fake:>7,}  {row.verdict}")
-        findings = list(self.leaks["sentence"]) or ["No property separates the classes."]
-        lines += [
-            "",
-            *(f"- {sentence}" for sentence in (*findings, *self._duplicate_sentences(), *self.notes)),
-        ]
-        if len(self.leaks):
-            lines += ["", "What to do", *(f"- {advice}" for advice in self.leaks["advice"].unique())]
-        return "\n".join(lines)
-
-    def _duplicate_sentences(self) -> list[str]:
-        found = []
-        for kind, what in (("exact", "exact copies"), ("near", "near copies (perceptual hash)")):
-            pairs = self.duplicates[self.duplicates["kind"] == kind]
-            if len(pairs):
-                first = pairs.sort_values(["across_classes", "across_splits"], ascending=False).iloc[0]
-                splits, classes = int(pairs["across_splits"].sum()), int(pairs["across_classes"].sum())
-                found.append(
-                    f"Pairs of {what}: {len(pairs):,}, {splits:,} across splits, {classes:,} across classes; "
-                    f"first: {first['path_a']} and {first['path_b']}. Keep one, or both in one split."
-                )
-        return found or ["No duplicates found."]
 
 
 def audit(
@@ -279,13 +215,13 @@ def equalise_folder(
     _files.write_json(noted, wanted)
 
     # The name tells nothing about the class; the path is in it, so that equal images stay apart.
-    def write(path: str) -> tuple[str, bool]:
+    def write(path: str) -> tuple[str, int]:
         data = read_bytes(path)
         target = out / "images" / (content_id(data + path.encode())[:32] + config.extension)
         image = load_image(data, name=path)
         if not target.exists():
             _files.atomic_write(target, lambda file: file.write(equalised_bytes(image, config)))
-        return str(target), min(image.size) < config.size
+        return str(target), min(image.size)
 
     results = _each(write, manifest[schema.PATH], workers, progress, "equalise")
     failed = np.array([isinstance(r, ImageError) for r in results], dtype=bool)
@@ -302,20 +238,22 @@ def equalise_folder(
     done = [r for r in results if not isinstance(r, ImageError)]
     copy = manifest.loc[~failed].drop(columns=schema.IMAGE_ID, errors="ignore").reset_index(drop=True)
     copy[schema.PATH] = [path for path, _ in done]
-    _warn_if_enlarged(copy[schema.LABEL], np.array([enlarged for _, enlarged in done]), config.size)
+    _warn_if_enlarged(copy[schema.LABEL], np.array([side for _, side in done]), config.size)
     write_manifest(copy, out / "manifest.csv")
     return copy
 
 
-def _warn_if_enlarged(labels: pd.Series, enlarged: np.ndarray, size: int) -> None:
-    share = {
-        label: float(enlarged[(labels == label).fillna(False)].mean()) for label in labels.dropna().unique()
-    }
-    real, fake = share.get(schema.REAL, 0.0), share.get(schema.FAKE, 0.0)
-    if len(share) == 2 and abs(real - fake) > 0.02:
+def _warn_if_enlarged(labels: pd.Series, shorter_side: np.ndarray, size: int) -> None:
+    classes = [(labels == label).fillna(False).to_numpy() for label in (schema.REAL, schema.FAKE)]
+    if not all(chosen.any() for chosen in classes):
+        return
+    real, fake = (float((shorter_side[chosen] < size).mean()) for chosen in classes)
+    if abs(real - fake) > 0.02:
+        fits = min(int(np.quantile(shorter_side[chosen], 0.01)) for chosen in classes)
         warnings.warn(
             f"{real:.0%} of the real and {fake:.0%} of the fake images were smaller than {size} px and were "
-            "enlarged, which leaves traces that tell the classes apart; choose a smaller size",
+            f"enlarged, which leaves traces that tell the classes apart; size {fits} enlarges at most 1 % of "
+            "either",
             stacklevel=3,
         )
 

@@ -67,6 +67,43 @@ class FeatureScorer:
         return logit(np.clip(self.estimator_.predict_proba(x)[:, 1], 1e-9, 1 - 1e-9))
 
 
+class MisalignmentScorer(FeatureScorer):
+    """A representation and a head that knows where in it the objects stand.
+
+    Parameters
+    ----------
+    representation : RepresentationConfig or name
+    head : MisalignmentMLP
+        Untrained.
+    prepare : callable, optional
+        Features -> Features, before they are represented: other texts, for the controls.
+    beside : callable, optional
+        Features -> array (n, k), further columns for the head, for early fusion.
+    """
+
+    def __init__(
+        self,
+        representation: RepresentationConfig | str,
+        head: MisalignmentMLP,
+        prepare: Callable[[Features], Features] | None = None,
+        beside: Callable[[Features], np.ndarray] | None = None,
+    ) -> None:
+        config = get_representation(representation)
+
+        def vectors(features: Features) -> np.ndarray:
+            x = represent(prepare(features) if prepare else features, config)
+            return np.concatenate([x, beside(features)], axis=1) if beside else x
+
+        super().__init__(vectors, head)
+        self.representation = config
+
+    def fit(self, train: Features, val: Features) -> MisalignmentScorer:
+        """Train on ``train``, stop on ``val``."""
+        self.estimator = clone(self.estimator).set_params(**self.representation.head_options(train.dim))
+        super().fit(train, val)
+        return self
+
+
 class NearestNeighbour(ClassifierMixin, BaseEstimator):
     """UnivFD's nearest neighbour (Ojha et al. 2023, arXiv 2302.10174): no training, two banks of embeddings.
 
@@ -116,21 +153,30 @@ def shuffle_texts(features: Features, seed: int = 0) -> Features:
     """
     rng = np.random.default_rng(seed)
 
-    def swap(emb: np.ndarray, what: str) -> np.ndarray:
-        if len(emb) == 1:
+    def swap(n: int, what: str) -> np.ndarray:
+        if n == 1:
             raise InputError(f"one {what} alone cannot be shuffled; score at least two images together")
-        ring = rng.permutation(len(emb))  # one ring through all rows: nobody keeps the own text
-        out = np.empty_like(emb)
-        out[ring] = emb[np.roll(ring, 1)]
-        return out
+        ring = rng.permutation(n)  # one ring through all rows: nobody keeps the own text
+        source = np.empty(n, np.int64)
+        source[ring] = np.roll(ring, 1)
+        return source
 
-    caption = swap(features.caption_emb, "caption")
-    phrase = swap(features.phrase_emb, "phrase") if len(features.owner) else features.phrase_emb
-    return replace(features, caption_emb=caption, phrase_emb=phrase)
+    caption = swap(len(features), "caption")
+    phrase = swap(len(features.owner), "phrase") if len(features.owner) else features.owner
+    return replace(
+        features,
+        caption_emb=features.caption_emb[caption],
+        phrase_emb=features.phrase_emb[phrase],
+        caption_norm=None if features.caption_norm is None else features.caption_norm[caption],
+        phrase_norm=None if features.phrase_norm is None else features.phrase_norm[phrase],
+    )
 
 
 def generic_texts(features: Features, generic_emb: np.ndarray) -> Features:
-    """Give every image and every region one and the same text, e.g. the embedding of "a photo"."""
+    """Give every image and every region one and the same text, e.g. the embedding of "a photo".
+
+    Where lengths are known, it gets the mean length of the captions and of the phrases it stands for.
+    """
     emb = np.asarray(generic_emb, np.float32).reshape(-1)
     if emb.shape != (features.dim,):
         raise InputError(
@@ -141,7 +187,13 @@ def generic_texts(features: Features, generic_emb: np.ndarray) -> Features:
         features,
         caption_emb=np.tile(emb, (len(features), 1)),
         phrase_emb=np.tile(emb, (len(features.owner), 1)),
+        caption_norm=_flat(features.caption_norm),
+        phrase_norm=_flat(features.phrase_norm),
     )
+
+
+def _flat(norm: np.ndarray | None) -> np.ndarray | None:
+    return norm if norm is None or not len(norm) else np.full_like(norm, norm.mean())
 
 
 def caption_likelihood(features: Features) -> np.ndarray:
@@ -253,20 +305,15 @@ def _text(features: Features) -> np.ndarray:
 
 
 def _shuffled(inputs: Inputs) -> Scorer:
-    def vectors(features: Features) -> np.ndarray:
-        return represent(shuffle_texts(features, inputs.seed), inputs.representation)
-
-    return FeatureScorer(vectors, inputs.seeded_head())
+    return MisalignmentScorer(
+        inputs.representation, inputs.seeded_head(), lambda f: shuffle_texts(f, inputs.seed)
+    )
 
 
 def _generic(inputs: Inputs) -> Scorer:
     assert inputs.generic_emb is not None  # Control.build has asked for it
     emb = inputs.generic_emb
-
-    def vectors(features: Features) -> np.ndarray:
-        return represent(generic_texts(features, emb), inputs.representation)
-
-    return FeatureScorer(vectors, inputs.seeded_head())
+    return MisalignmentScorer(inputs.representation, inputs.seeded_head(), lambda f: generic_texts(f, emb))
 
 
 _UNIVFD = "UnivFD (Ojha et al. 2023, arXiv 2302.10174)"

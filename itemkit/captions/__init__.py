@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DEFAULT_MAX_NEW_TOKENS = 40
+# Each step of the decoder reads all its weights once for the whole batch: BLIP base, 20 tokens, took 396 ms
+# per image in batches of 4, 154 in 16 and 100 in 32 (bfloat16, 2 shared cores); its image tower took about
+# 470 beside that. More gains little, and the keys and values of 577 patches are 42 MB per image in float32.
+CPU_BATCH, GPU_BATCH = 32, 128
 
 
 @dataclass(frozen=True)
@@ -88,14 +92,14 @@ class Captioner:
         processor: Any | None = None,
         *,
         decoding: Decoding = Decoding(),
-        batch_size: int = 16,
+        batch_size: int | None = None,
         record: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.processor = model, processor
         self.image_processor, self.tokenizer = image_processor, tokenizer
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.batch_size = batch_size
+        self.batch_size = batch_size or (CPU_BATCH if self.device.type == "cpu" else GPU_BATCH)
         self.room = _room(model)
         if self.room is not None and decoding.max_new_tokens > self.room:
             least = min(decoding.min_new_tokens, self.room)
@@ -238,7 +242,7 @@ def load_captioner(
     min_new_tokens: int = 0,
     num_beams: int = 1,
     prompt: str = "",
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> Captioner:
     """Load a captioning model from this machine.
 
@@ -251,8 +255,8 @@ def load_captioner(
         See `itemkit.devices`.
     max_new_tokens, min_new_tokens, num_beams, prompt
         See `Decoding`.
-    batch_size : int
-        Images at a time; does not change the captions in float32.
+    batch_size : int, optional
+        Images at a time; default 32 on a CPU and 128 on a GPU. Does not change the captions in float32.
 
     Raises
     ------

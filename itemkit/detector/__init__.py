@@ -98,9 +98,8 @@ class Detector:
         y_train, y_val = train.labels, val.labels
         select, rest = split_validation(y_val, self.selection_fraction, self.head.seed)
         x_val = represent(val, self.representation)
-        self.head_ = clone(self.head).fit(
-            represent(train, self.representation), y_train, x_val[select], y_val[select]
-        )
+        head = clone(self.head).set_params(**self.representation.head_options(train.dim))
+        self.head_ = head.fit(represent(train, self.representation), y_train, x_val[select], y_val[select])
         logits, y = self.head_.decision_function(x_val[rest]).astype(np.float64), y_val[rest]
         self.calibrator_ = fit_calibrator(y, logits, self.calibration, self.head.seed)
         self.real_scores_, self.fake_scores_ = (

@@ -24,7 +24,7 @@ from itemkit.download import hub
 from itemkit.encoder.checkpoints import CONFIG_FILE, find_encoder
 from itemkit.errors import InputError, ModelNotFound, StoreError
 from itemkit.objects import find_parser
-from itemkit.presets import Preset, get_preset
+from itemkit.presets import MODELS_VARIABLE, Preset, get_preset
 from itemkit.weights import ANY_PRESET, find_folder, load_transformer, looks_like_path, tidy
 
 MODELS_FILE = "models.json"
@@ -130,6 +130,9 @@ def _wanted(preset: Preset) -> dict[str, tuple[str, str | None]]:
         if isinstance(model, str) and not looks_like_path(model) and not (tag and Path(tag).suffix)
     }
     if not wanted:
+        if os.environ.get(MODELS_VARIABLE):
+            remedy = "unset that variable to fetch them"
+            raise InputError(f"preset '{preset.name}' reads its models from {MODELS_VARIABLE}; {remedy}")
         raise InputError(
             f"preset '{preset.name}' has nothing to download: its models are folders on this machine. The "
             "mini models come with the repository (data/mini; `make lab` trains them anew); `--preset fast` "

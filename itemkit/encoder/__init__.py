@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from itemkit.devices import choose_device, choose_precision, dtype_name
 from itemkit.encoder.checkpoints import CONFIG_FILE, Source, find_encoder
 from itemkit.encoder.patches import patch_grid, patch_pass
+from itemkit.encoder.pooled import pooled_pass
 from itemkit.errors import InputError, ModelNotFound
 from itemkit.weights import UNREADABLE, file_hash, first_line, folder_hash, from_disk_only, tidy
 
@@ -35,10 +35,16 @@ class ImageEmbedding:
         L2-normalised embeddings of whole images.
     patches : float32 tensor, shape (n, h * w, d), or None
         L2-normalised embeddings of the patches in the same joint space, row by row from the top left.
+    norm : float32 tensor, shape (n,), or None
+        Lengths of the pooled embeddings before normalisation.
+    patch_norm : float32 tensor, shape (n, h * w), or None
+        Lengths of the patch embeddings before normalisation.
     """
 
     pooled: Tensor
     patches: Tensor | None = None
+    norm: Tensor | None = None
+    patch_norm: Tensor | None = None
 
 
 class Encoder:
@@ -90,7 +96,7 @@ class Encoder:
         # The tokenizer's own limit is what cuts a text; CoCa's model.context_length is of its decoder.
         self.context_length = int(getattr(tokenizer, "context_length", None) or model.context_length)
         self.logit_scale = float(model.logit_scale.detach().float().exp().max())
-        self._patch_pass = patch_pass(model.visual)
+        self._patch_pass, self._pooled_pass = patch_pass(model.visual), pooled_pass(model.visual)
         probe = self.encode_images(torch.zeros(1, 3, *self.image_size), patches=self._patch_pass is not None)
         self.dim = int(probe.pooled.shape[1])
         self.patch_grid = patch_grid(model.visual)
@@ -107,16 +113,16 @@ class Encoder:
         """
         pixels = pixels.to(device=self.device, dtype=self.dtype)
         if not patches:
-            pooled = self.model.encode_image(pixels)
-            return ImageEmbedding(F.normalize(pooled.float(), dim=-1))
+            unit, norm = _unit((self._pooled_pass or self.model.encode_image)(pixels))
+            return ImageEmbedding(unit, norm=norm)
         if self._patch_pass is None:
             raise InputError(
                 f"encoder '{self.name}' has no patch embeddings in the joint space, so the localiser 'dense' "
                 "is not available with it. Use localiser 'grid' or 'whole', a detector ('owlv2', "
                 "'grounding_dino'), or a ViT encoder such as ViT-B-32, ViT-L-14, EVA02-B-16, ViT-B-16-SigLIP."
             )
-        pooled, tokens = self._patch_pass(pixels)
-        return ImageEmbedding(F.normalize(pooled.float(), dim=-1), F.normalize(tokens.float(), dim=-1))
+        (unit, norm), (patch_unit, patch_norm) = map(_unit, self._patch_pass(pixels))
+        return ImageEmbedding(unit, patch_unit, norm, patch_norm)
 
     def encode_images(self, pixels: Tensor, patches: bool = False) -> ImageEmbedding:
         """Embed preprocessed images without gradients. See `embed_pixels`."""
@@ -141,17 +147,23 @@ class Encoder:
         float32 tensor, shape (n, d)
             L2-normalised; row i belongs to text i.
         """
+        return self.embed_texts(texts)[0]
+
+    def embed_texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Embed texts as `encode_texts` does, and give the lengths before normalisation, shape (n,)."""
         unique = list(dict.fromkeys(texts))
         if not unique:
-            return torch.zeros(0, self.dim, device=self.device)
-        parts = []
+            return torch.zeros(0, self.dim, device=self.device), torch.zeros(0, device=self.device)
+        parts, lengths = [], []
         with torch.no_grad():
             for start in range(0, len(unique), TEXT_BATCH):
                 tokens = self.tokenizer(unique[start : start + TEXT_BATCH]).to(self.device)
-                parts.append(F.normalize(self.model.encode_text(tokens).float(), dim=-1))
+                unit, norm = _unit(self.model.encode_text(tokens))
+                parts.append(unit)
+                lengths.append(norm)
         row = {text: i for i, text in enumerate(unique)}
         index = torch.tensor([row[text] for text in texts], device=self.device)
-        return torch.cat(parts)[index]
+        return torch.cat(parts)[index], torch.cat(lengths)[index]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Count tokens, start and end included; more than `context_length` means that a text is cut."""
@@ -194,6 +206,13 @@ class Encoder:
     def __repr__(self) -> str:
         tag = f" ({self.pretrained})" if self.pretrained else ""
         return f"<Encoder {self.name}{tag}: {self.dim}-d, {dtype_name(self.dtype)} on {self.device}>"
+
+
+def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of unit length, as F.normalize gives them, and their lengths before."""
+    x = x.float()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.clamp_min(1e-12), norm.squeeze(-1)
 
 
 def load_encoder(

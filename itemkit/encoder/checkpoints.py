@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from itemkit.errors import InputError
-from itemkit.weights import Located, hub_cache, looks_like_path, not_found, tidy, weight_files
+from itemkit.weights import (
+    Located,
+    cached_snapshot,
+    hub_cache,
+    looks_like_path,
+    not_found,
+    tidy,
+    weight_files,
+)
 
 CONFIG_FILE = "open_clip_config.json"
 
@@ -32,13 +40,7 @@ def find_encoder(model: str | Path, pretrained: str | None = None) -> Source:
         return _folder_source(Path(model).expanduser(), "", f"encoder '{tidy(model)}'")
     name = str(model)
     if name.startswith("hf-hub:"):
-        repo = name.removeprefix("hf-hub:")
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(repo, local_files_only=True))
-        except Exception as error:  # the hub's errors for a missing entry, a bad name, offline mode differ
-            raise not_found(f"encoder '{name}'", hub_cache()) from error
+        folder = cached_snapshot(name.removeprefix("hf-hub:"), f"encoder '{name}'")
         return _folder_source(folder, folder.name, f"encoder '{name}'")
     return _named_source(name, pretrained)
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from itemkit.head.sets import SetPooling, draw_linear
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -67,20 +69,29 @@ class Net(nn.Module):
     arch : shape of every member
     members : how many
     seed : of the start weights
+    pooling, slots : of the objects at the front of each row, see `itemkit.head.sets.SetPooling`
     """
 
-    def __init__(self, n_in: int, arch: Architecture, members: int, seed: int) -> None:
+    def __init__(
+        self,
+        n_in: int,
+        arch: Architecture,
+        members: int,
+        seed: int,
+        pooling: str | None = None,
+        slots: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.arch, self.members = arch, members
-        widths = [n_in, *arch.hidden, 1]
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         # one generator per member: a member's start does not depend on how many others there are
         generators = [torch.Generator().manual_seed(seed + 100_003 * i) for i in range(members)]
+        self.pool = SetPooling(pooling, slots, generators) if pooling and slots else None
+        widths = [self.pool.width(n_in) if self.pool else n_in, *arch.hidden, 1]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for a, b in zip(widths, widths[1:], strict=False):
-            bound = a**-0.5  # torch's own default for linear layers
-            drawn = torch.stack([torch.rand(a + 1, b, generator=g) for g in generators]) * 2 * bound - bound
-            self.weights.append(nn.Parameter(drawn[:, :a].contiguous()))
-            self.biases.append(nn.Parameter(drawn[:, a:].contiguous()))
+            weight, bias = draw_linear(a, b, generators)
+            self.weights.append(nn.Parameter(weight))
+            self.biases.append(nn.Parameter(bias))
         for i, width in enumerate(arch.hidden if arch.batch_norm else ()):
             size = members * width
             self.register_parameter(f"norm{i}_weight", nn.Parameter(torch.ones(size)))
@@ -90,7 +101,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor, noise: torch.Generator | None = None) -> Tensor:
         """Logits (members, rows) for x (rows, in); with ``noise``, in training mode."""
-        x = x[None].expand(self.members, -1, -1)
+        x = self.pool(x) if self.pool else x[None].expand(self.members, -1, -1)
         last = len(self.weights) - 1
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)

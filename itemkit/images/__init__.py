@@ -167,6 +167,7 @@ def load_image(
     max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] = WHITE,
     name: str | None = None,
+    least_side: int | None = None,
 ) -> Image.Image:
     """Decode an image to upright 8-bit sRGB.
 
@@ -182,6 +183,9 @@ def load_image(
         Colour behind transparent pixels; white is what most viewers show. Our choice.
     name : str, optional
         What messages call it.
+    least_side : int, optional
+        Decode a JPEG at 1/2, 1/4 or 1/8 of its size where its shorter side then keeps at least so many
+        pixels: faster for large photographs, but other pixels than decoding and resizing give.
 
     Returns
     -------
@@ -196,6 +200,8 @@ def load_image(
     name = name or ("image bytes" if isinstance(source, bytes) else str(source))
     image = open_image(source, name, max_pixels)
     try:
+        if least_side is not None:
+            image.draft(None, (least_side, least_side))  # does nothing to other formats
         image.load()
         image = _upright(image)
         if image.mode.startswith(("I", "F")):

@@ -31,7 +31,7 @@ from itemkit.weights import tidy
 N_RENDERS = 60_000
 SECOND_SEED = 100
 """Of the second CLIP and the second captioner: other first weights, other order of the same renders."""
-SECOND_CLIP_STEPS, SECOND_CAPTIONER_STEPS = 1500, 2400
+SECOND_CLIP_STEPS, SECOND_CAPTIONER_STEPS = 1500, 1800
 
 
 class Build:

@@ -50,6 +50,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "latent_flow": latent.make_unet,
     "vq_prior": vq.Prior,
 }
+PAINTED_BY_VQ = ("latent_flow", "vq_prior")
 STAGE = {"flow_early": "flow@1200", "edit": "flow"}
 """Weights of the generators that are no training of their own; ``name@step`` is a stage of a training."""
 
@@ -96,7 +97,7 @@ def sample_fakes(name: str, folder: Path, scenes: RenderSet, seed: int, device: 
     """
     stage = STAGE.get(name, name)
     model, kind = load_generator(stage, folder, device), stage.partition("@")[0]
-    decoder = load_generator("vq", folder, device) if kind in ("latent_flow", "vq_prior") else None
+    decoder = load_generator("vq", folder, device) if kind in PAINTED_BY_VQ else None
     fields = encode_facts(scenes.facts)
     if name == "edit":
         masks = np.concatenate([edit_masks(scenes.owner[p], s) for p, s in _parts(len(scenes), seed)])
@@ -168,6 +169,50 @@ def png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def kept_samples(
+    name: str,
+    folder: Path,
+    scenes: RenderSet,
+    start: int,
+    seed: int,
+    device: str,
+    draw: Callable[..., np.ndarray],
+) -> np.ndarray:
+    """Samples of ``draw(name, folder, scenes, seed, device)``, kept on disk for an interrupted build.
+
+    Parameters
+    ----------
+    name : str
+    folder : Path
+        Weights of the generators; samples are kept in ``folder/samples``.
+    scenes : RenderSet
+    start : int
+        Index of the first scene.
+    seed : int
+    device : str
+    draw : callable
+        Such as :func:`sample_fakes`.
+
+    Returns
+    -------
+    uint8 array, shape (n, SIZE, SIZE, 3)
+    """
+    weights = [_weights_of(name)]
+    weights += ["vq"] if weights[0].startswith(PAINTED_BY_VQ) else []
+    state = "-".join(file_hash(folder / f"{w}.safetensors")[:8] for w in weights)
+    path = folder / "samples" / f"{name}-{start}-{len(scenes)}-{seed}-{state}.npy"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        made = draw(name, folder, scenes, seed, device)
+        np.save(path.with_suffix(".tmp.npy"), made)
+        path.with_suffix(".tmp.npy").replace(path)
+    return np.load(path)
+
+
+def _weights_of(name: str) -> str:
+    return "flow" if name.startswith("keep@") else STAGE.get(name, name)
+
+
 def build_fakes(folder: Path, device: str = "cpu") -> pd.DataFrame:
     """Sample the fakes of every generator and split.
 
@@ -187,7 +232,7 @@ def build_fakes(folder: Path, device: str = "cpu") -> pd.DataFrame:
     splits = [s for s, k in COUNTS.items() for _ in range(k)]
     for i, name in enumerate(GENERATORS):
         scenes = make_renders("spare", n, start=i * n)
-        images = sample_fakes(name, folder, scenes, seed=i + 1, device=device)
+        images = kept_samples(name, folder, scenes, i * n, i + 1, device, sample_fakes)
         for image, split, facts in zip(images, splits, scenes.facts, strict=True):
             rows.append({"generator": name, "split": split, "prompt": caption(facts), "png": png(image)})
     return pd.DataFrame(rows)

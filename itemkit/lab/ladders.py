@@ -38,7 +38,7 @@ from noise to a render."""
 RUNGS = tuple(name for stages in QUALITY.values() for name in stages) + SEMANTICS
 FIRST_SCENE = 10_000
 """Rungs show the scenes of the ``spare`` split from here on; the fakes of the data set lie before."""
-N_COMMITTED, N_MEASURED = 60, 500
+N_COMMITTED, N_MEASURED = 60, 300
 
 
 def ladder_of(rung: str) -> str:
@@ -146,4 +146,4 @@ def _all_pictures(folder: Path, scenes: RenderSet, device: str) -> Iterator[tupl
     names = list(dict.fromkeys([*fakes.GENERATORS, *RUNGS]))
     for name in tqdm([n for n in names if n not in fakes.STAGE or n == "edit"], desc="ladders"):
         # one seed for all: the same noise where two rungs draw noise of one shape
-        yield name, sample_rung(name, folder, scenes, seed=77, device=device)
+        yield name, fakes.kept_samples(name, folder, scenes, FIRST_SCENE, 77, device, sample_rung)

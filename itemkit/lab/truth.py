@@ -206,7 +206,7 @@ def measure(models: Path, n: int = 1000, device: str = "cpu") -> dict[str, Any]:
         encoder = load_encoder(models / name, device=device)
         result[f"{name}_r_at_1_of_{n}"] = retrieval(encoder, renders, n)
         result[f"{name}_crop_to_phrase_of_96"] = crop_accuracy(encoder, renders)
-        for localiser in ("grid", "dense"):
+        for localiser in ("whole", "grid", "dense"):
             found = localiser_quality(localiser, encoder, few)
             result |= {f"{name}_{localiser}_{k}": v for k, v in found.items()}
     for name in _present(models, "captioner", "captioner_second"):

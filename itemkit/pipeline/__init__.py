@@ -25,6 +25,7 @@ from itemkit.pipeline.engine_local import LocalEngine
 from itemkit.pipeline.extraction import COMPUTED, COPY, REUSED, Engine, Extraction
 from itemkit.pipeline.stages import STAGES, Components, fingerprint
 from itemkit.pipeline.system import StopSignal, raise_malloc_thresholds
+from itemkit.pipeline.user_captions import count_cut, told, with_clean_captions
 from itemkit.pipeline.writer import StoreWriter
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class ExtractReport:
         Seconds per stage.
     batch_size : int
         At the end: halved each time memory ran out.
+    captions : dict
+        How many captions the encoder cut, see ``pipeline.user_captions.count_cut``.
     """
 
     out: Path
@@ -67,6 +70,7 @@ class ExtractReport:
     seconds: float
     stages: dict[str, float] = field(default_factory=dict)
     batch_size: int = 0
+    captions: dict[str, Any] = field(default_factory=dict)
 
     @property
     def images_per_s(self) -> float:
@@ -86,7 +90,7 @@ class ExtractReport:
             busy = {name: s for name, s in self.stages.items() if s > 0.005 * self.seconds}
             shares = ", ".join(f"{name} {s / self.seconds:.0%}" for name, s in busy.items())
             line += f", {self.images_per_s:.1f} images/s ({shares})"
-        return line
+        return "\n".join(filter(None, [line, told(self.captions)]))
 
 
 def extract(
@@ -124,7 +128,8 @@ def extract(
     device : str
         For a preset.
     captions : {"generate", "user"}
-        From the captioner, or from the manifest's ``caption`` column.
+        From the captioner, or from the manifest's ``caption`` column, cleaned by
+        ``captions.cleaning.clean_caption``; the original stays as ``caption_posted`` where it changed.
     missing : {"raise", "generate", "error"}
         With ``captions="user"``, what to do about images without caption.
     transform : callable with ``fingerprint()``, optional
@@ -227,14 +232,16 @@ def _checked(manifest: pd.DataFrame, captions: str, missing: str, limit: int | N
         row = int(np.flatnonzero(manifest[schema.PATH].isna())[0])
         raise InputError(f"row {row} of the manifest has no path; give one or drop the row")
     if captions == "user":
+        manifest = with_clean_captions(manifest)
         nothing = pd.Series(pd.NA, manifest.index)
         column = manifest[schema.CAPTION] if schema.CAPTION in manifest else nothing
         without = column.isna() | (column.astype("string").str.strip() == "")
         if without.any() and missing == "raise":
             first = manifest[schema.PATH][without].iloc[0]
             raise InputError(
-                f"{int(without.sum())} of {len(manifest)} images have no caption; first: {first}. Add it, or "
-                "pass missing='generate' (the captioner fills in) or missing='error' (an error row for each)"
+                f"{int(without.sum())} of {len(manifest)} images have no caption; first: {first}. Add it "
+                "(one of links, mentions and emoji only counts as none), or pass missing='generate' (the "
+                "captioner fills in) or missing='error' (an error row for each)"
             )
     return manifest.reset_index(drop=True)
 
@@ -288,6 +295,7 @@ def _finish(job: Extraction, started: float, stopped: bool) -> ExtractReport:
         changed = job.writer.write_tables(manifest, errors)
     good = np.ones(len(job.status), bool)
     good[list(job.errors)] = False
+    captions = count_cut(job.writer.folder, job.writer.run, job.feature[good])
     reused, computed, copies = (int((good & (job.status == s)).sum()) for s in (REUSED, COMPUTED, COPY))
     report = ExtractReport(
         out=job.writer.folder,
@@ -300,10 +308,12 @@ def _finish(job: Extraction, started: float, stopped: bool) -> ExtractReport:
         seconds=time.perf_counter() - started,
         stages={name: round(job.profile.seconds[name], 3) for name in STAGES},
         batch_size=job.batch_size,
+        captions=captions,
     )
     complete = not stopped and not report.left
     if changed or computed or job.writer.moved or complete != job.writer.run["complete"]:
-        last = {key: value for key, value in dataclasses.asdict(report).items() if key != "out"}
+        skipped = ("out", "captions")
+        last = {key: value for key, value in dataclasses.asdict(report).items() if key not in skipped}
         last |= {"images_per_s": round(report.images_per_s, 2), "seconds": round(report.seconds, 2)}
         counts = {
             "images": report.n,
@@ -311,5 +321,5 @@ def _finish(job: Extraction, started: float, stopped: bool) -> ExtractReport:
             "features": len(job.stored) + int((job.status == COMPUTED).sum()),
             "shards": len(store.shard_files(job.writer.folder)),
         }
-        job.writer.write_run(complete=complete, counts=counts, last_run=last)
+        job.writer.write_run(complete=complete, counts=counts, captions=captions, last_run=last)
     return report

@@ -7,6 +7,7 @@ that took the process down before, or every image with ``isolate=True``, is deco
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
@@ -31,7 +32,9 @@ from itemkit.images import read_bytes
 class DecodeConfig:
     """How image files become pixels in memory."""
 
-    loader: str = "itemkit.images:load_image"  # module:function, gets (bytes, name=...), returns an RGB image
+    # module:function, gets (bytes, name=...) and returns an RGB image; "?option=number" is handed on to it.
+    # It is part of the fingerprint. `scaled_jpeg` names the one that decodes large JPEG files faster.
+    loader: str = "itemkit.images:load_image"
     threads: int | None = None  # None: one per processor this process may use
     prefetch: int | None = None  # batches decoded ahead of the model; None: 0 on a CPU (shared), else 2
     isolate: bool = False  # decode in processes of their own: slower, but a crash or a hang costs one image
@@ -63,10 +66,28 @@ class Decoded:
     error: Exception | None = None
 
 
+def scaled_jpeg(least_side: int = 448) -> str:
+    """Name the loader that decodes a JPEG at 1/2, 1/4 or 1/8 while its shorter side keeps ``least_side``.
+
+    Much faster for large photographs, but the pixels are not those of decoding and then resizing, so a store
+    made with it is another one. Twice the encoder's input (448 for 224) leaves the resizing its filter. Sizes
+    and boxes in the store are then those of the scaled image.
+
+    >>> DecodeConfig(loader=scaled_jpeg()).loader
+    'itemkit.images:load_image?least_side=448'
+    """
+    if least_side < 8:
+        raise InputError(f"got least_side={least_side} pixels; expected at least 8, e.g. 448")
+    return f"itemkit.images:load_image?least_side={least_side}"
+
+
 def resolve(loader: str) -> Callable[..., Image.Image]:
-    """The function named by ``module:function``."""
-    module, _, name = loader.partition(":")
-    return getattr(importlib.import_module(module), name)
+    """The function named by ``module:function``, with the numbers of ``?option=number&...`` bound."""
+    target, _, query = loader.partition("?")
+    module, _, name = target.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    options = {key: int(value) for key, _, value in (o.partition("=") for o in query.split("&") if o)}
+    return functools.partial(function, **options) if options else function
 
 
 class ImageReader:

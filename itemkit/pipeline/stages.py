@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 
 from itemkit import schema
+from itemkit.captions.cleaning import CLEAN_VERSION, clean_caption
 from itemkit.errors import InputError
-from itemkit.features import Features
+from itemkit.features import Features, norms_or_none
 from itemkit.store import BOX_COLUMNS, CAPTION_SOURCE, HEIGHT, WIDTH, concat_features
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def fingerprint(components: Components, captions: str = "generate") -> dict:
     ----------
     components : Components
     captions : {"generate", "user"}
-        Where captions come from; with ``"user"`` and no captioner, none is noted.
+        Where captions come from; with ``"user"`` and no captioner, none is noted. The version of the rules
+        that clean users' captions is noted with ``"user"`` only: generated captions are not cleaned.
 
     Returns
     -------
@@ -79,9 +81,11 @@ def fingerprint(components: Components, captions: str = "generate") -> dict:
     """
     names = ("captioner", "parser", "encoder", "localiser")
     parts = {name: getattr(components, name, None) for name in names}
-    return {name: None if part is None else part.fingerprint() for name, part in parts.items()} | {
-        "captions": captions
-    }
+    told = {name: None if part is None else part.fingerprint() for name, part in parts.items()}
+    told["captions"] = captions
+    if captions == USER:
+        told["caption_cleaning"] = CLEAN_VERSION
+    return told
 
 
 class Profile:
@@ -108,27 +112,36 @@ class TextCache:
     def __init__(self, encoder: Any, max_bytes: int = 256 * 2**20) -> None:
         self._encoder = encoder
         self._max_bytes = max_bytes
+        # each row is followed by its length before normalisation
         self._known: OrderedDict[str, np.ndarray] = OrderedDict()
         self.encoded = 0
 
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings of texts, shape (n, d), float32."""
+    def embed(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings of texts, shape (n, d), and their lengths before normalisation, (n,); both float32."""
         unique = list(dict.fromkeys(texts))
         missing = [text for text in unique if text not in self._known]
         if missing:
-            new = as_numpy(self._encoder.encode_texts(missing))
+            new = self._encode(missing)
             self.encoded += len(missing)
             # rows of their own, or one kept row would keep its whole batch
             self._known.update((text, row.copy()) for text, row in zip(missing, new, strict=True))
         for text in unique:
             self._known.move_to_end(text)
-        out = np.zeros((len(texts), self._encoder.dim), np.float32)
+        out = np.zeros((len(texts), self._encoder.dim + 1), np.float32)
         for row, text in zip(out, texts, strict=True):
             row[:] = self._known[text]
         per_text = 4 * self._encoder.dim + 300  # the row, its array object and the text itself
         while len(self._known) * per_text > self._max_bytes:
             self._known.popitem(last=False)
-        return out
+        return np.ascontiguousarray(out[:, :-1]), out[:, -1].copy()
+
+    def _encode(self, texts: list[str]) -> np.ndarray:
+        if hasattr(self._encoder, "embed_texts"):
+            unit, norm = map(as_numpy, self._encoder.embed_texts(texts))
+        else:  # an encoder of the user's own need not tell lengths
+            unit = as_numpy(self._encoder.encode_texts(texts))
+            norm = np.full(len(texts), np.nan, np.float32)
+        return np.column_stack([unit, norm])
 
 
 class Stages:
@@ -158,7 +171,7 @@ class Stages:
         ----------
         images : sequence of PIL images, RGB
         captions : sequence of str or None, optional
-            The user's captions; where None, one is generated.
+            The user's captions, see ``captions.cleaning.clean_caption``; where None, one is generated.
         pixels : sequence of tensors, optional
             The images as preprocessed by the encoder; made here if not given.
 
@@ -182,7 +195,7 @@ class Stages:
             owner = np.repeat(np.arange(n), counts)
         with timed("text"):
             # captions and phrases in one go: fewer, larger batches
-            both = self.texts.embed([*texts, *flat])
+            both, lengths = self.texts.embed([*texts, *flat])
             caption_emb, phrase_emb = both[:n], both[n:]
             tokens = models.encoder.count_tokens(texts)
         with timed("image"):
@@ -191,9 +204,10 @@ class Stages:
             patches = bool(len(flat)) and bool(getattr(models.localiser, "needs_patches", False))
             embedding = models.encoder.encode_images(torch.stack(list(pixels)), patches=patches)
             image_emb = as_numpy(embedding.pooled)
+            image_norm = _norms(embedding, n)
         with timed("localise"):
             boxes, scores = np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
-            region_emb = np.zeros((0, image_emb.shape[1]), np.float32)
+            region_emb, region_norm = np.zeros((0, image_emb.shape[1]), np.float32), np.zeros(0, np.float32)
             if flat:
                 device = embedding.pooled.device
                 asked = [torch.from_numpy(x).to(device) for x in (phrase_emb, owner)]
@@ -201,6 +215,7 @@ class Stages:
                     asked.append(flat)  # a detector reads the words themselves
                 found = models.localiser.locate(list(images), embedding, *asked)
                 boxes, scores, region_emb = (as_numpy(x) for x in (found.boxes, found.scores, found.emb))
+                region_norm = _norms(found, len(flat))
         table = pd.DataFrame(
             {
                 schema.CAPTION: texts,
@@ -215,12 +230,26 @@ class Stages:
         objects = pd.DataFrame({"phrase": np.array(flat, dtype=object)})
         for i, name in enumerate(BOX_COLUMNS):
             objects[name] = boxes[:, i] if i < 4 else scores
-        return Features(table, image_emb, caption_emb, region_emb, phrase_emb, owner, objects)
+        return Features(
+            *(table, image_emb, caption_emb, region_emb, phrase_emb, owner, objects),
+            image_norm=norms_or_none(image_norm),
+            caption_norm=norms_or_none(lengths[:n]),
+            region_norm=norms_or_none(region_norm),
+            phrase_norm=norms_or_none(lengths[n:]),
+        )
 
     def _captions(
         self, images: Sequence[Image.Image], given: Sequence[str | None] | None
     ) -> tuple[list[str], list[str], list[float]]:
         texts: list[str | None] = list(given) if given is not None else [None] * len(images)
+        for i, text in enumerate(texts):
+            # a manifest's captions come cleaned already, and cleaning twice changes nothing
+            texts[i] = None if text is None else clean_caption(text)
+            if texts[i] == "":
+                raise InputError(
+                    f"nothing that can be read is left of the caption {text!r} without its links, mentions "
+                    "and emoji; give another, or none to have one generated"
+                )
         missing = [i for i, text in enumerate(texts) if text is None]
         logprobs = [float("nan")] * len(texts)
         sources = [GENERATED if text is None else USER for text in texts]
@@ -289,6 +318,12 @@ def as_numpy(x: Any) -> np.ndarray:
     if hasattr(x, "detach"):
         x = x.detach().float().cpu().numpy()
     return np.asarray(x, dtype=np.float32)
+
+
+def _norms(source: Any, n: int) -> np.ndarray:
+    """Lengths from a model's answer; NaN where it tells none."""
+    found = getattr(source, "norm", None)
+    return np.full(n, np.nan, np.float32) if found is None else as_numpy(found)
 
 
 def bad_rows(features: Features) -> np.ndarray:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from itemkit import schema
 from itemkit._files import FolderLock, atomic_write, explain_write_error, remove_leftovers, write_json
 from itemkit.errors import StoreError
-from itemkit.features import Features
+from itemkit.features import IMAGE_NORMS, OBJECT_NORMS, Features
 from itemkit.store import (
     BOX_COLUMNS,
     ERRORS_FILE,
@@ -25,6 +25,7 @@ from itemkit.store import (
     FILE_SIZE,
     MANIFEST_FILE,
     MTIME_NS,
+    OBJECT_FIELDS,
     RUN_FILE,
     SHARD_COLUMNS,
     SHARD_FOLDER,
@@ -48,13 +49,20 @@ def to_arrow(features: Features) -> pa.Table:
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
     fields = [pa.array(features.objects["phrase"], type=pa.string())]
     fields += [pa.array(features.objects[name].to_numpy(np.float32)) for name in BOX_COLUMNS]
-    struct = pa.StructArray.from_arrays(fields, ["phrase", *BOX_COLUMNS])
+    fields += [_lengths(getattr(features, name), len(features.owner)) for name in OBJECT_NORMS]
+    struct = pa.StructArray.from_arrays(fields, list(OBJECT_FIELDS))
+    for name in IMAGE_NORMS:
+        columns[name] = _lengths(getattr(features, name), len(features))
     columns[schema.IMAGE_EMB] = _fixed(features.image_emb)
     columns[schema.CAPTION_EMB] = _fixed(features.caption_emb)
     columns[schema.OBJECTS] = pa.ListArray.from_arrays(offsets, struct)
     columns[schema.REGION_EMB] = pa.ListArray.from_arrays(offsets, _fixed(features.region_emb))
     columns[schema.PHRASE_EMB] = pa.ListArray.from_arrays(offsets, _fixed(features.phrase_emb))
     return pa.table(columns)
+
+
+def _lengths(norms: np.ndarray | None, n: int) -> pa.Array:
+    return pa.array(np.full(n, np.nan, np.float32) if norms is None else norms.astype(np.float32))
 
 
 def _fixed(x: np.ndarray) -> pa.FixedSizeListArray:

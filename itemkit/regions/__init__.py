@@ -58,7 +58,8 @@ class Whole:
         emb = embedding.pooled[owner]
         size = torch.tensor([image.size for image in images], dtype=torch.float32, device=emb.device)
         boxes = torch.cat([torch.zeros_like(size), size], dim=1)[owner]
-        return Regions(boxes, (emb * phrase_emb).sum(dim=1), emb)
+        norm = None if embedding.norm is None else embedding.norm[owner]
+        return Regions(boxes, (emb * phrase_emb).sum(dim=1), emb, norm)
 
     def fingerprint(self) -> dict[str, Any]:
         """See `Localiser.fingerprint`."""
@@ -107,26 +108,38 @@ class Grid:
         """See `Localiser.locate`."""
         device = embedding.pooled.device
         boxes, scores, emb = _empty(len(owner), phrase_emb.shape[1], device)
+        norm = torch.full_like(scores, math.nan)
         for group in self._groups(images, owner.unique().tolist()):
             found = [box for _, of_image in group for box in of_image]
             sources = [images[index] for index, of_image in group for _ in of_image]
-            crops = embed_boxes(self.encoder, sources, found, self.batch_size)
-            laid = torch.tensor(found, dtype=torch.float32, device=device)
+            crops, lengths = embed_boxes(self.encoder, sources, found, self.batch_size)
             start = 0
             for index, of_image in group:
                 mine = slice(start, start + len(of_image))
                 start += len(of_image)
+                emb_of, norm_of = crops[mine], lengths[mine]
+                laid = torch.tensor(of_image, dtype=torch.float32, device=device).reshape(-1, 4)
+                if self._sees_whole(images[index]):  # this window is embedded already
+                    emb_of = torch.cat([embedding.pooled[index : index + 1], emb_of])
+                    whole = norm.new_tensor([math.nan]) if embedding.norm is None else embedding.norm[[index]]
+                    norm_of = torch.cat([whole, norm_of])
+                    laid = torch.cat([laid.new_tensor([[0, 0, *images[index].size]]), laid])
                 rows = (owner == index).nonzero().squeeze(1)
-                scores[rows], best = (phrase_emb[rows].float() @ crops[mine].T).max(dim=1)
-                boxes[rows], emb[rows] = laid[mine][best], crops[mine][best]
-        return Regions(boxes, scores, emb)
+                scores[rows], best = (phrase_emb[rows].float() @ emb_of.T).max(dim=1)
+                boxes[rows], emb[rows], norm[rows] = laid[best], emb_of[best], norm_of[best]
+        return Regions(boxes, scores, emb, norm)
+
+    def _sees_whole(self, image: Image) -> bool:
+        """Whether the first window is the image itself."""
+        return image.width == image.height and self.scales[0] == 1
 
     def _groups(self, images: Sequence[Image], indices: list[int]) -> Iterator[list[tuple[int, list[Box]]]]:
         """Lay the windows, in groups of images that fill a batch but do not hold all crops in memory."""
         group: list[tuple[int, list[Box]]] = []
         for index in indices:
             width, height = images[index].size
-            group.append((index, windows(width, height, self.scales, self.overlap)))
+            laid = windows(width, height, self.scales, self.overlap)
+            group.append((index, laid[self._sees_whole(images[index]) :]))
             if sum(len(boxes) for _, boxes in group) >= self.batch_size:
                 yield group
                 group = []
@@ -142,8 +155,9 @@ class Dense:
     """The encoder's own patch map: one forward pass gives the image and all its regions.
 
     The region's embedding is the mean of the patch embeddings, weighted by the softmax of their cosines with
-    the phrase. The box is drawn around the connected part of the map that holds the best patch. A CLIP
-    trained on captions alone has a weak patch map: look at `heatmap` before trusting the boxes.
+    the phrase; its length is the same mean of theirs. The box is drawn around the connected part of the map
+    that holds the best patch. A CLIP trained on captions alone has a weak patch map: look at `heatmap` before
+    trusting the boxes.
 
     Parameters
     ----------
@@ -185,6 +199,7 @@ class Dense:
         grid = self.encoder.patch_grid or (1, 1)
         device = embedding.pooled.device
         boxes, scores, emb = _empty(len(owner), phrase_emb.shape[1], device)
+        norm = torch.full_like(scores, math.nan)
         for index in owner.unique().tolist():  # by image: patches repeated for each phrase would be large
             rows = (owner == index).nonzero().squeeze(1)
             width, height = images[index].size
@@ -192,11 +207,14 @@ class Dense:
             patches = embedding.patches[index]
             cosine = phrase_emb[rows].float() @ patches.T
             cosine = cosine.masked_fill(~inside(grid, frame, width, height).to(device), -math.inf)
-            emb[rows] = F.normalize((cosine / self.temperature).softmax(dim=1) @ patches, dim=1)
+            weight = (cosine / self.temperature).softmax(dim=1)
+            emb[rows] = F.normalize(weight @ patches, dim=1)
+            if embedding.patch_norm is not None:
+                norm[rows] = weight @ embedding.patch_norm[index]
             scores[rows] = (emb[rows] * phrase_emb[rows]).sum(dim=1)
             cells = peak_boxes(cosine.reshape(-1, *grid), self.level)
             boxes[rows] = cells_to_pixels(cells, grid, frame, width, height)
-        return Regions(boxes, scores, emb)
+        return Regions(boxes, scores, emb, norm)
 
     def fingerprint(self) -> dict[str, Any]:
         """See `Localiser.fingerprint`."""

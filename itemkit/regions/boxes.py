@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from itemkit.encoder.pixels import stack_pixels
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -32,11 +34,14 @@ class Regions:
         Cosine with the phrase, or a detector's confidence; 0 for a detector's fallback.
     emb : float32 tensor, shape (m, d)
         L2-normalised embeddings of the regions in the joint space.
+    norm : float32 tensor, shape (m,), or None
+        Lengths of the regions' embeddings before normalisation.
     """
 
     boxes: Tensor
     scores: Tensor
     emb: Tensor
+    norm: Tensor | None = None
 
 
 class Localiser(Protocol):
@@ -106,14 +111,28 @@ def _starts(length: int, side: int, overlap: float) -> list[int]:
 
 def embed_boxes(
     encoder: Encoder, images: Sequence[Image], boxes: Sequence[Box], batch_size: int = 32
-) -> Tensor:
-    """Embed one crop per image and box, shape (len(boxes), d); a box has at least one pixel."""
+) -> tuple[Tensor, Tensor]:
+    """Embed one crop per image and box; a box has at least one pixel.
+
+    Returns
+    -------
+    float tensors, shapes (len(boxes), d) and (len(boxes),)
+        Embeddings, and their lengths before normalisation (NaN if the encoder tells none).
+    """
     crops = []
     for image, (x0, y0, x1, y1) in zip(images, boxes, strict=True):
         left, top = min(int(x0), image.width - 1), min(int(y0), image.height - 1)
         right, bottom = max(left + 1, math.ceil(x1)), max(top + 1, math.ceil(y1))
         crops.append(image.crop((left, top, min(right, image.width), min(bottom, image.height))))
-    return encoder.encode_pil(crops, batch_size)
+    emb, norms = [], []
+    for start in range(0, len(crops), batch_size):
+        pixels = stack_pixels(encoder.preprocess, crops[start : start + batch_size])
+        found = encoder.encode_images(pixels)
+        emb.append(found.pooled)
+        norms.append(found.pooled.new_full((len(pixels),), math.nan) if found.norm is None else found.norm)
+    if not emb:
+        return torch.zeros(0, encoder.dim, device=encoder.device), torch.zeros(0, device=encoder.device)
+    return torch.cat(emb), torch.cat(norms)
 
 
 def peak_boxes(maps: Tensor, level: float) -> Tensor:

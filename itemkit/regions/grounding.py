@@ -7,6 +7,7 @@ padding changes the numbers.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,7 @@ class ObjectDetector(ABC):
         device = embedding.pooled.device
         boxes, scores = torch.zeros(len(owner), 4, device=device), torch.zeros(len(owner), device=device)
         emb = embedding.pooled[owner].clone()  # the fallback: the whole image
+        norm = torch.full_like(scores, math.nan) if embedding.norm is None else embedding.norm[owner].clone()
         found: list[int] = []
         for index in owner.unique().tolist():
             rows = (owner == index).nonzero().squeeze(1).tolist()
@@ -92,8 +94,9 @@ class ObjectDetector(ABC):
                     found.append(row)
         if found:
             crops = [images[int(owner[row])] for row in found]
-            emb[found] = embed_boxes(self.encoder, crops, [tuple(boxes[row].tolist()) for row in found])
-        return Regions(boxes, scores, emb)
+            chosen = [tuple(boxes[row].tolist()) for row in found]
+            emb[found], norm[found] = embed_boxes(self.encoder, crops, chosen)
+        return Regions(boxes, scores, emb, norm)
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that changes the regions, as JSON-ready values."""

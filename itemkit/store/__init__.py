@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from itemkit import schema
 from itemkit.errors import InputError, StoreError
-from itemkit.features import Features
+from itemkit.features import IMAGE_NORMS, OBJECT_NORMS, Features, norms_or_none
 
 RUN_FILE, SHARD_FOLDER = "run.json", "shards"
 MANIFEST_FILE, ERRORS_FILE = "manifest.parquet", "errors.parquet"
@@ -51,6 +51,8 @@ SHARD_COLUMNS = {
     schema.N_OBJECTS: pa.int32(),
 }
 BOX_COLUMNS = ("x0", "y0", "x1", "y1", "score")
+# of the objects, after the boxes; they and IMAGE_NORMS are missing in shards written before 0.2
+OBJECT_FIELDS = ("phrase", *BOX_COLUMNS, *OBJECT_NORMS)
 # columns of Features.table that come from the shards
 FEATURE_COLUMNS = tuple(c for c in SHARD_COLUMNS if c not in (schema.PATH, FILE_SIZE, MTIME_NS))
 EMBEDDINGS = (schema.IMAGE_EMB, schema.CAPTION_EMB, schema.OBJECTS)
@@ -98,6 +100,9 @@ def shard_files(folder: str | Path) -> list[Path]:
 def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Read (some columns of) one shard; a damaged file raises StoreError with what to do."""
     try:
+        if columns is not None and not set(IMAGE_NORMS).isdisjoint(columns):
+            there = pq.read_schema(path).names
+            columns = [name for name in columns if name in there or name not in IMAGE_NORMS]
         return pq.read_table(path, columns=None if columns is None else list(columns))
     except (OSError, pa.ArrowException) as error:
         raise StoreError(
@@ -168,7 +173,10 @@ def load_features(
         table[schema.LABEL] = table[schema.LABEL].astype("Int8")  # also where no label is missing
     leading = [c for c in (schema.IMAGE_ID, *schema.MANIFEST_COLUMNS, schema.N_OBJECTS) if c in table]
     table = table[leading + [c for c in table.columns if c not in leading]]
-    return _fill(table, shards, shard_of[at], row_of[at], columns, run)
+    features = _fill(table, shards, shard_of[at], row_of[at], columns, run)
+    for name in IMAGE_NORMS:
+        setattr(features, name, norms_or_none(scalars[name].to_numpy(np.float32)[at]))
+    return features
 
 
 def _read_table(path: Path) -> pa.Table:
@@ -180,12 +188,13 @@ def _read_table(path: Path) -> pa.Table:
 
 
 def _read_scalars(shards: list[Path]) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
-    tables = [read_shard(path, FEATURE_COLUMNS + (schema.PATH,)) for path in shards]
+    names = (*FEATURE_COLUMNS, schema.PATH, *IMAGE_NORMS)
+    tables = [read_shard(path, names) for path in shards]
     sizes = [len(table) for table in tables]
     if not tables:
-        empty = pa.schema([(c, SHARD_COLUMNS[c]) for c in FEATURE_COLUMNS + (schema.PATH,)]).empty_table()
+        empty = pa.schema([(c, SHARD_COLUMNS.get(c, pa.float32())) for c in names]).empty_table()
         return empty.to_pandas(), np.zeros(0, np.int64), np.zeros(0, np.int64)
-    scalars = pa.concat_tables(tables).to_pandas()
+    scalars = pa.concat_tables(tables, promote_options="default").to_pandas().reindex(columns=list(names))
     shard_of = np.repeat(np.arange(len(shards)), sizes)
     row_of = np.concatenate([np.arange(n) for n in sizes])
     # a merged or hand-copied store may hold a feature row twice: the first counts
@@ -225,6 +234,7 @@ def _fill(
     phrase = np.zeros_like(region)
     phrases = np.empty(start[-1], dtype=object)
     boxes = np.zeros((start[-1], len(BOX_COLUMNS)), np.float32)
+    norms = {name: np.full(start[-1], np.nan, np.float32) for name in OBJECT_NORMS}
     wanted = [c for c in (schema.IMAGE_EMB, schema.CAPTION_EMB) if c in columns]
     if schema.OBJECTS in columns:
         wanted += [schema.OBJECTS, schema.REGION_EMB, schema.PHRASE_EMB]
@@ -249,6 +259,8 @@ def _fill(
             phrases[target] = fields.field("phrase").to_numpy(zero_copy_only=False)[source]
             for i, name in enumerate(BOX_COLUMNS):
                 boxes[target, i] = fields.field(name).to_numpy(zero_copy_only=False)[source]
+            for name in set(OBJECT_NORMS) & {field.name for field in fields.type}:
+                norms[name][target] = fields.field(name).to_numpy(zero_copy_only=False)[source]
     objects = pd.DataFrame({"phrase": phrases, **{name: boxes[:, i] for i, name in enumerate(BOX_COLUMNS)}})
     return Features(
         table=table,
@@ -259,6 +271,7 @@ def _fill(
         owner=np.repeat(np.arange(n), counts),
         objects=objects,
         run=run,
+        **{name: norms_or_none(lengths) for name, lengths in norms.items()},
     )
 
 
@@ -331,4 +344,14 @@ def concat_features(parts: Sequence[Features]) -> Features:
         owner=np.concatenate([part.owner + start for part, start in zip(parts, starts, strict=False)]),
         objects=pd.concat([part.objects for part in parts], ignore_index=True),
         run=parts[0].run,
+        **{name: _concat_norms(parts, name) for name in (*IMAGE_NORMS, *OBJECT_NORMS)},
     )
+
+
+def _concat_norms(parts: Sequence[Features], name: str) -> np.ndarray | None:
+    lengths = []
+    for part in parts:
+        found = getattr(part, name)
+        n = len(part) if name in IMAGE_NORMS else len(part.owner)
+        lengths.append(np.full(n, np.nan, np.float32) if found is None else found)
+    return norms_or_none(np.concatenate(lengths))

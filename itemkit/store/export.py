@@ -14,12 +14,13 @@ import pandas as pd
 
 from itemkit import schema
 from itemkit.errors import InputError
-from itemkit.features import Features
+from itemkit.features import IMAGE_NORMS, OBJECT_NORMS, Features
 from itemkit.store import BOX_COLUMNS, unit_rows
 
 IMAGE_PATH = "image_path"  # clip-retrieval's name of the path column
 PARTITION_ROWS = 1_000_000
 ARRAYS = (schema.IMAGE_EMB, schema.CAPTION_EMB, schema.REGION_EMB, schema.PHRASE_EMB)
+NORMS = (*IMAGE_NORMS, *OBJECT_NORMS)
 NPZ_FILE, TABLE_FILE, OBJECTS_FILE = "embeddings.npz", "table.parquet", "objects.parquet"
 
 
@@ -89,6 +90,47 @@ def import_clip_retrieval(folder: str | Path) -> Features:
     return from_arrays(image, table, text)
 
 
+def import_npy(image_emb: str | Path, table: str | Path, caption_emb: str | Path | None = None) -> Features:
+    """Read embeddings made elsewhere: NumPy arrays beside a CSV or Parquet table, row by row.
+
+    Parameters
+    ----------
+    image_emb : path of an ``.npy`` file, float, shape (n, d)
+    table : path of a ``.csv`` or ``.parquet`` file, n rows
+        With any of ``path, label, generator, source, split, caption``; other columns are kept.
+    caption_emb : path of an ``.npy`` file, shape (n, d), optional
+        From the same joint space.
+
+    Returns
+    -------
+    Features
+        As :func:`from_arrays` makes them.
+
+    Raises
+    ------
+    InputError
+        A file is missing or of another kind, or they do not belong together.
+    """
+    image, caption = _load_array(image_emb), None if caption_emb is None else _load_array(caption_emb)
+    path = Path(table)
+    try:
+        rows = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except (OSError, ValueError) as error:  # also pyarrow's and pandas' own errors
+        raise InputError(f"{path} is no table ({error}); give a .csv or .parquet file") from error
+    return from_arrays(image, rows.rename(columns={IMAGE_PATH: schema.PATH}), caption)
+
+
+def _load_array(path: str | Path) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no array ({error}); give a .npy file written by numpy.save") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        what = getattr(array, "dtype", "several arrays")
+        raise InputError(f"{path} holds {what}, expected one array of floats")
+    return array
+
+
 def from_arrays(
     image_emb: np.ndarray, table: pd.DataFrame, caption_emb: np.ndarray | None = None
 ) -> Features:
@@ -97,7 +139,7 @@ def from_arrays(
     Parameters
     ----------
     image_emb : float array, shape (n, d)
-        Normalised here.
+        Normalised here; their lengths are kept as norms, unless all are 1 already.
     table : DataFrame, n rows
         Whatever is known per image; missing columns (label, generator, ...) become empty.
     caption_emb : float array, shape (n, d), optional
@@ -140,7 +182,15 @@ def from_arrays(
         objects=pd.DataFrame(
             {"phrase": pd.Series(dtype=object), **{c: np.zeros(0, np.float32) for c in BOX_COLUMNS}}
         ),
+        image_norm=_lengths(image_emb),
+        caption_norm=_lengths(captions),
     )
+
+
+def _lengths(x: np.ndarray) -> np.ndarray | None:
+    """Lengths of rows, None where they were normalised before they came here (float16 is off by 1e-3)."""
+    lengths = np.linalg.norm(x.astype(np.float32), axis=1)
+    return None if not x.shape[1] or np.allclose(lengths, 1, atol=5e-3) else lengths
 
 
 def export_numpy(features: Features, folder: str | Path) -> Path:
@@ -150,11 +200,13 @@ def export_numpy(features: Features, folder: str | Path) -> Path:
     -------
     Path
         The folder, with ``embeddings.npz`` (``image_emb, caption_emb, region_emb, phrase_emb``, float32, and
-        ``owner``), ``table.parquet`` (one row per image) and ``objects.parquet`` (one row per object).
+        ``owner``; where known their lengths, ``image_norm, ...``), ``table.parquet`` (one row per image) and
+        ``objects.parquet`` (one row per object).
     """
     folder = _empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / NPZ_FILE, owner=features.owner, **{name: getattr(features, name) for name in ARRAYS})
+    known = [name for name in (*ARRAYS, *NORMS) if getattr(features, name) is not None]
+    np.savez(folder / NPZ_FILE, owner=features.owner, **{name: getattr(features, name) for name in known})
     features.table.to_parquet(folder / TABLE_FILE, index=False)
     features.objects.to_parquet(folder / OBJECTS_FILE, index=False)
     return folder
@@ -167,7 +219,8 @@ def import_numpy(folder: str | Path) -> Features:
     if missing:
         raise InputError(f"{folder} lacks {', '.join(missing)}; give a folder written by export_numpy")
     with np.load(folder / NPZ_FILE, allow_pickle=False) as arrays:
-        parts = {name: arrays[name] for name in (*ARRAYS, "owner")}
+        known = [name for name in NORMS if name in arrays]
+        parts = {name: arrays[name] for name in (*ARRAYS, "owner", *known)}
     table, objects = pd.read_parquet(folder / TABLE_FILE), pd.read_parquet(folder / OBJECTS_FILE)
     if len(table) != len(parts[schema.IMAGE_EMB]) or len(objects) != len(parts["owner"]):
         raise InputError(f"the files in {folder} do not belong together; export the features again")

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from sklearn.utils.parallel import Parallel, delayed
 from tqdm.auto import tqdm
 
 import itemkit
@@ -63,6 +64,7 @@ def train_on_test_on(
     level: float = 0.95,
     boot_seed: int = 0,
     out: str | Path | None = None,
+    jobs: int = 1,
     progress: bool = False,
 ) -> Study:
     """Train every contender on real images and one generator, test it on every generator.
@@ -101,6 +103,8 @@ def train_on_test_on(
         Bootstrap over the test images; the same resamples for all contenders. 0 for none.
     out : folder, optional
         Keep one JSON per run there, and reuse those that fit.
+    jobs : int
+        Processes that train side by side; the scores do not depend on it.
     progress : bool
         Show a bar with the time left.
 
@@ -139,30 +143,37 @@ def train_on_test_on(
     # what all runs of a set of features share; threshold and metrics are derived later and not part of a run
     base = {"train_fraction": train_fraction, "tests": tests, "version": itemkit.__version__}
     hashes: dict[int, str] = {}
-    runs, reused = [], 0
-    total = len(recipes) * len(trains) * len(seeds)
-    with tqdm(total=total, disable=not progress, unit="run", dynamic_ncols=True) as bar:
-        for name, recipe in recipes.items():
-            own = features if recipe.features is None else _aligned(features, recipe.features, name)
-            data = hashes.setdefault(id(own), _hash_features(own))
-            test = own.select(test_rows)
-            for train in trains:
-                for seed in options["seeds"]:
-                    bar.set_description(f"{name} on {train}")
-                    about = base | {"data": data, "recipe": recipe.config, "limit": recipe.train_images}
-                    key = hashlib.sha256(
-                        json.dumps([about, name, train, seed], sort_keys=True).encode()
-                    ).hexdigest()
-                    path = folder / "runs" / run_name(name, train, seed) if folder else None
-                    run = _reuse(path, key, options)
-                    if run is None:
-                        run = _run(name, recipe, own, test, rows, train, seed, key, options)
-                        if path:
-                            write_json(path, asdict(run))
-                    else:
-                        reused += 1
-                    runs.append(run)
-                    bar.update()
+    found: dict[tuple[str, str, int], Run] = {}
+    todo: list[tuple] = []
+    for name, recipe in recipes.items():
+        own = features if recipe.features is None else _aligned(features, recipe.features, name)
+        if id(recipe.features) not in hashes:  # not id(own): an aligned copy may be freed and its id reused
+            hashes[id(recipe.features)] = _hash_features(own)
+        data = hashes[id(recipe.features)]
+        about = base | {"data": data, "recipe": recipe.config, "limit": recipe.train_images}
+        for train in trains:
+            missing = []
+            for seed in options["seeds"]:
+                key = hashlib.sha256(
+                    json.dumps([about, name, train, seed], sort_keys=True).encode()
+                ).hexdigest()
+                path = folder / "runs" / run_name(name, train, seed) if folder else None
+                if run := _reuse(path, key, options):
+                    found[name, train, seed] = run
+                else:
+                    missing.append((seed, key, path))
+            if missing:
+                todo.append((name, recipe, own, test_rows, rows, train, missing, options))
+    reused = len(found)
+    # one task is a contender on a generator with all its seeds, so that the features travel seldom
+    work = Parallel(n_jobs=jobs, return_as="generator_unordered")(delayed(_runs)(*task) for task in todo)
+    total = len(recipes) * len(trains) * len(options["seeds"])
+    with tqdm(total=total, initial=reused, disable=not progress, unit="run", dynamic_ncols=True) as bar:
+        for done in work:
+            found |= {(run.detector, run.train_generator, run.seed): run for run in done}
+            bar.set_description(f"{done[0].detector} on {done[0].train_generator}")
+            bar.update(len(done))
+    runs = [found[name, train, seed] for name in recipes for train in trains for seed in options["seeds"]]
     columns = [c for c in TEST_COLUMNS if c in features.table] + ([pair_by] if pair_by else [])
     table = features.table.iloc[test_rows][list(dict.fromkeys(columns))].reset_index(drop=True)
     study = Study(table.astype({schema.LABEL: int}), runs, options | {"runs_reused": reused})
@@ -221,6 +232,25 @@ def _draw(rows: np.ndarray, y: np.ndarray, seed: int, fraction: float, limit: in
         take = max(2, round(fraction * len(own)))
         parts.append(np.random.default_rng([seed, label]).permutation(own)[:take])
     return np.sort(np.concatenate(parts))
+
+
+def _runs(
+    name: str,
+    recipe: Recipe,
+    features: Features,
+    test_rows: np.ndarray,
+    rows: _Rows,
+    train: str,
+    missing: Sequence[tuple[int, str, Path | None]],
+    options: dict,
+) -> list[Run]:
+    """One contender on one generator with several seeds; each run is on disk as soon as it is done."""
+    test, runs = features.select(test_rows), []
+    for seed, key, path in missing:
+        runs.append(_run(name, recipe, features, test, rows, train, seed, key, options))
+        if path:
+            write_json(path, asdict(runs[-1]))
+    return runs
 
 
 def _run(

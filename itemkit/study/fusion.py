@@ -7,17 +7,22 @@ whole matrix, see `itemkit.study`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from sklearn.linear_model import LogisticRegression
 
-from itemkit.baselines import FeatureScorer, Scorer
+from itemkit.baselines import MisalignmentScorer, Scorer
 from itemkit.calibrate import fit_calibrator
 from itemkit.errors import InputError
 from itemkit.features import Features
 from itemkit.head import MisalignmentMLP
-from itemkit.misalignment import RepresentationConfig, get_representation, represent
+from itemkit.misalignment import RepresentationConfig
+
+if TYPE_CHECKING:
+    from itemkit.study.results import Study
 
 FUSIONS = ("mean", "max", "stack")
 
@@ -87,11 +92,59 @@ class LateFusion:
 
 def early_fusion(
     representation: RepresentationConfig | str = "absolute", head: MisalignmentMLP | None = None
-) -> FeatureScorer:
+) -> MisalignmentScorer:
     """One head on the misalignment vector and the image embedding side by side."""
-    config = get_representation(representation)
+    head = head if head is not None else MisalignmentMLP()
+    return MisalignmentScorer(representation, head, beside=lambda features: features.image_emb)
 
-    def vectors(features: Features) -> np.ndarray:
-        return np.concatenate([represent(features, config), features.image_emb], axis=1)
 
-    return FeatureScorer(vectors, head if head is not None else MisalignmentMLP())
+def fusion_report(
+    study: Study, fused: Mapping[str, Sequence[str]], metric: str = "auroc"
+) -> tuple[pd.DataFrame, list[str]]:
+    """Is a fusion ever worse than the better of its parts? Judged by every unseen cell of the matrix.
+
+    Parameters
+    ----------
+    study : Study
+        Holds the fusions and their parts.
+    fused : dict
+        Fusion -> its parts.
+    metric : str
+
+    Returns
+    -------
+    tuple
+        ``Study.fusion_gain`` of every fusion over the unseen cells, with the column ``fusion``; and one
+        sentence per fusion that answers the question and compares worst cells.
+    """
+    tables, answers = [], []
+    for name, parts in fused.items():
+        gain = study.fusion_gain(name, parts, metric)
+        pairs = gain["test_generator"].isin(study.options["test_generators"])  # not all unseen ones at once
+        gain = gain[~gain["seen"] & pairs].assign(fusion=name)
+        if gain.empty:
+            continue
+        tables.append(gain)
+        below, surely = gain["difference"] < 0, gain["high"] < 0
+        worst = study.summary([metric]).set_index("detector")
+        weakest = worst.loc[name]
+        means = [f"{value:.3f}" for value in worst.loc[list(parts), "unseen_mean"]]
+        kept = max(parts, key=lambda part: worst.loc[part, "worst"])
+        answer = (
+            f"{name}: worse than the better of its parts ({', '.join(parts)}) in {int(below.sum())} of "
+            f"{len(gain)} unseen cells, in {int(surely.sum())} of them beyond its 95 % interval"
+        )
+        if below.any():
+            cell = gain.loc[gain["difference"].idxmin()]
+            answer += (
+                f", at most by {-cell['difference']:.3f} ({cell['train_generator']} → "
+                f"{cell['test_generator']}, better part {cell['best_part']})"
+            )
+        answers.append(
+            f"{answer}. Worst cell {weakest['worst']:.3f} ({weakest['worst_train']} → "
+            f"{weakest['worst_test']}); the part with the best worst cell, {kept}, has "
+            f"{worst.loc[kept, 'worst']:.3f}. Mean over unseen cells {weakest['unseen_mean']:.3f}, "
+            f"of its parts {', '.join(means)}."
+        )
+    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    return table, answers

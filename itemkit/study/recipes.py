@@ -17,11 +17,11 @@ import pandas as pd
 from sklearn.base import clone
 
 from itemkit import schema
-from itemkit.baselines import CONTROLS, FeatureScorer, Scorer, get_control
+from itemkit.baselines import CONTROLS, MisalignmentScorer, Scorer, get_control
 from itemkit.errors import InputError
 from itemkit.features import Features
 from itemkit.head import MisalignmentMLP
-from itemkit.misalignment import RepresentationConfig, get_representation, represent
+from itemkit.misalignment import RepresentationConfig, get_representation
 from itemkit.study.fusion import FUSIONS, LateFusion, early_fusion
 
 
@@ -57,7 +57,7 @@ def item(
     config, head = get_representation(representation), head if head is not None else MisalignmentMLP()
 
     def build(seed: int) -> Scorer:
-        return FeatureScorer(lambda f: represent(f, config), clone(head).set_params(seed=seed))
+        return MisalignmentScorer(config, clone(head).set_params(seed=seed))
 
     about = {"item": config.to_dict(), "head": _head_config(head)}
     return Recipe(build, about, title or "misalignment", features=features, train_images=train_images)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from itemkit import schema
+from itemkit.calibrate.promises import check_promises
 from itemkit.detector import Detector
 from itemkit.errors import InputError
 from itemkit.features import Features
@@ -121,7 +122,12 @@ def features(
     return load_features(store)
 
 
-def add_pixels(features: Features, side_px: int = 48) -> Features:
+def add_pixels(
+    features: Features,
+    side_px: int = 48,
+    transform: Callable[..., Any] | None = None,
+    crop: bool = False,
+) -> Features:
     """Load the images themselves beside their features, for the controls that look at pixels.
 
     Parameters
@@ -129,21 +135,47 @@ def add_pixels(features: Features, side_px: int = 48) -> Features:
     features : Features
     side_px : int
         Images are scaled to this size if they have another.
+    transform : callable, optional
+        The one the features were made with, applied first.
+    crop : bool
+        Take the centre instead of scaling, which would remove what these controls look for; only images that
+        are smaller are scaled.
 
     Returns
     -------
     Features
         With ``pixels``, uint8, shape (n, side_px, side_px, 3).
     """
-    images = (load_image(path) for path in features.table[schema.PATH])
-    size = (side_px, side_px)
-    pixels = np.stack([np.asarray(i if i.size == size else i.resize(size)) for i in images])
+    pixels = np.empty((len(features), side_px, side_px, 3), np.uint8)
+    for row, (path, image_id) in enumerate(
+        zip(features.table[schema.PATH], features.table[schema.IMAGE_ID], strict=True)
+    ):
+        image = load_image(path)
+        if transform is not None:
+            image = transform(image, image_id)
+        if crop:
+            left, top = (max(0, (side - side_px) // 2) for side in image.size)
+            image = image.crop(
+                (left, top, min(image.width, left + side_px), min(image.height, top + side_px))
+            )
+        if image.size != (side_px, side_px):
+            image = image.resize((side_px, side_px))
+        pixels[row] = np.asarray(image)
     return dataclasses.replace(features, pixels=pixels)
 
 
 def warn_if_foreign(preset: str, data: str | Path | None) -> None:
     """Say on stderr that the mini models mean nothing on images from elsewhere."""
     if preset == "mini" and data:
+        print(MINI_ON_FOREIGN_IMAGES, file=sys.stderr)
+
+
+def warn_about_features(features: Features) -> None:
+    """Say the same of stored features that the mini models made from images other than the laboratory's."""
+    from itemkit.lab.fakes import SOURCE
+
+    config = features.run.get("config") or {}
+    if config.get("name") == "mini" and not (features.table[schema.SOURCE] == SOURCE).all():
         print(MINI_ON_FOREIGN_IMAGES, file=sys.stderr)
 
 
@@ -227,6 +259,25 @@ def train_detector(
     return detector.fit(take_split(features, "train"), take_split(features, "val"))
 
 
+def promises(detector: Detector, test: Features) -> pd.DataFrame:
+    """Hold what the detector's thresholds and verdicts promise against labelled images it has not seen.
+
+    Parameters
+    ----------
+    detector : Detector
+    test : Features
+        A split that neither trained nor calibrated it.
+
+    Returns
+    -------
+    DataFrame
+        See `itemkit.calibrate.promises.check_promises`.
+    """
+    score, y = detector.decision_function(test), test.labels
+    known = detector.real_scores_, detector.fake_scores_
+    return check_promises(*known, score[y == schema.REAL], score[y == schema.FAKE])
+
+
 def save_mini_detector(out_dir: str | Path) -> Path:
     """Train the detector that comes with the mini preset, on all of its generators.
 
@@ -289,7 +340,7 @@ def detect(
     components = preset.build(device)
     stages = Stages(components)
     # a user's caption is another source of text; the check covers everything else
-    ignore = ("captions", "captioner") if caption is not None else ("captions",)
+    ignore = ("captions", "caption_cleaning", *(("captioner",) if caption is not None else ()))
     for path in paths:
         try:
             image = load_image(path)

@@ -1,0 +1,170 @@
+"""Captions that come with the images: cleaned before they are used, and none cut silently."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from itemkit.captions.cleaning import CLEAN_VERSION, clean_caption
+from itemkit.errors import InputError, StoreError
+from itemkit.pipeline import extract
+from itemkit.pipeline.stages import Models, featurise, fingerprint
+from itemkit.pipeline.user_captions import POSTED, count_cut, told, with_clean_captions
+from itemkit.store import load_features, read_run
+
+from fakes import FakeEncoder, FakeLocaliser, FakeParser, fake_models, make_images
+
+POST = "RT @joe: #GoldenHour at the sea \U0001f305 https://t.co/abc"
+
+
+class ShortSighted(FakeEncoder):
+    """Reads five words; says so, as open_clip encoders do."""
+
+    context_length = 5
+
+    def fingerprint(self) -> dict:
+        return super().fingerprint() | {"context_length": self.context_length}
+
+
+def readers(encoder=None) -> Models:
+    return Models(encoder or FakeEncoder(), None, FakeParser(), FakeLocaliser())
+
+
+def picture(seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8))
+
+
+def test_the_models_see_the_cleaned_caption():
+    models = readers()
+    features = featurise([picture()], models, [POST])
+    assert (
+        features.table["caption"].tolist() == ["Golden Hour at the sea"] == models.encoder.texts_encoded[:1]
+    )
+    assert features.table["caption_source"].tolist() == ["user"]
+
+
+def test_a_caption_of_emoji_only_is_an_error_not_an_empty_text():
+    with pytest.raises(InputError, match="nothing that can be read is left of the caption '\U0001f600'"):
+        featurise([picture()], fake_models(), ["\U0001f600"])
+
+
+def test_the_rules_version_is_part_of_the_fingerprint_of_users_captions_only():
+    models = fake_models()
+    assert fingerprint(models, "user")["caption_cleaning"] == CLEAN_VERSION
+    assert "caption_cleaning" not in fingerprint(models, "generate")
+
+
+def test_a_store_made_without_cleaning_is_not_continued(tmp_path):
+    manifest = make_images(tmp_path / "images", 4).assign(caption="a red ball")
+    extract(manifest, tmp_path / "out", readers(), captions="user", progress=False)
+    run = read_run(tmp_path / "out")
+    del run["fingerprint"]["caption_cleaning"]
+    (tmp_path / "out" / "run.json").write_text(json.dumps(run))
+    with pytest.raises(StoreError, match=r"extracted otherwise \(caption_cleaning: null there, 1 here\)"):
+        extract(manifest, tmp_path / "out", readers(), captions="user", progress=False)
+
+
+def test_the_manifest_keeps_what_was_posted():
+    given = pd.DataFrame({"path": list("abcd"), "caption": [POST, "a dog", None, "@joe \U0001f600"]})
+    clean = with_clean_captions(given)
+    assert clean["caption"].tolist() == ["Golden Hour at the sea", "a dog", None, None]
+    assert clean[POSTED].tolist() == [POST, None, None, "@joe \U0001f600"]
+    assert given["caption"][0] == POST, "the caller's table was changed"
+    assert POSTED not in with_clean_captions(given[1:3])
+    assert with_clean_captions(given[["path"]]) is not None
+    pd.testing.assert_frame_equal(with_clean_captions(clean)[["path", "caption"]], clean[["path", "caption"]])
+
+
+def test_cut_captions_are_counted_from_the_store(tmp_path):
+    captions = ["a red ball", "one two three four five", "one two three four five six", "a " * 9]
+    manifest = make_images(tmp_path / "images", 4).assign(caption=captions)
+    extract(manifest, tmp_path / "out", readers(ShortSighted()), captions="user", progress=False)
+    run = read_run(tmp_path / "out")
+    shard = pd.read_parquet(tmp_path / "out" / "shards")
+    ids = np.array([bytes.fromhex(one) for one in shard["feature_id"]], "S32")
+    counts = count_cut(tmp_path / "out", run, ids)
+    assert counts == {"cut": 2, "room": 5, "longest": 9, "first": "00002.png"}
+    assert told(counts) == (
+        "2 captions are longer than the 5 tokens the encoder reads, and cut there for it (longest 9, first: "
+        "00002.png); objects were taken from whole captions"
+    )
+    assert count_cut(tmp_path / "out", run, ids[3:]) == {
+        "cut": 1,
+        "room": 5,
+        "longest": 9,
+        "first": "00003.png",
+    }
+    none = count_cut(tmp_path / "out", run, ids[:2])
+    assert none == {"cut": 0, "room": 5} and told(none) == ""
+    assert count_cut(tmp_path / "out", {"fingerprint": {"encoder": {}}}, ids) == {} and told({}) == ""
+
+
+@pytest.mark.real
+def test_cleaning_real_captions_twice_changes_nothing(real_dir):
+    captions = pd.read_csv(real_dir / "index.csv")["caption"].dropna()
+    clean = [clean_caption(text) for text in captions]
+    assert clean == [clean_caption(text) for text in clean] and all(clean)
+
+
+def test_the_captions_of_the_laboratory_are_clean():
+    from itemkit.lab.grammar import random_caption
+    from itemkit.lab.world import render_index
+
+    rng = np.random.default_rng(0)
+    facts = [render_index("models_val", i).scene.facts for i in range(20)]
+    told_by_lab = [random_caption(f, rng) for f in facts for _ in range(20)]
+    assert [clean_caption(text) for text in told_by_lab] == told_by_lab
+
+
+def test_an_extraction_tells_what_it_cut_and_notes_it(tmp_path, capsys):
+    captions = ["a red ball", "one two three four five six", "one two three four five", POST]
+    manifest = make_images(tmp_path / "images", 4).assign(caption=captions)
+    options = {"captions": "user", "batch_size": 2}
+    report = extract(manifest, tmp_path / "out", readers(ShortSighted()), **options)
+    line = "1 caption is longer than the 5 tokens the encoder reads, and cut there for it (longest 6, "
+    line += "first: 00001"
+    assert line in capsys.readouterr().err and line in str(report)
+    assert read_run(tmp_path / "out")["captions"] == {"cut": 1, "room": 5, "longest": 6, "first": "00001.png"}
+    again = extract(manifest, tmp_path / "out", readers(ShortSighted()), **options)
+    assert again.reused == 4 and line in capsys.readouterr().err  # a second run does not hush it up
+    table = load_features(tmp_path / "out").table
+    assert table["caption"].tolist() == [*captions[:3], "Golden Hour at the sea"]
+    assert table[POSTED].tolist() == [None, None, None, POST]
+
+
+def test_short_captions_are_not_talked_about(tmp_path):
+    manifest = make_images(tmp_path / "images", 2).assign(caption="a red ball")
+    report = extract(manifest, tmp_path / "out", readers(ShortSighted()), captions="user", progress=False)
+    assert "longer" not in str(report) and report.captions == {"cut": 0, "room": 5}
+
+
+def test_captions_of_which_nothing_is_left_count_as_missing(tmp_path):
+    manifest = make_images(tmp_path / "images", 3).assign(caption=["a red ball", "\U0001f600", POST])
+    with pytest.raises(InputError, match=r"1 of 3 images have no caption; first: .*00001.png.*emoji only"):
+        extract(manifest, tmp_path / "a", readers(), captions="user", progress=False)
+    report = extract(manifest, tmp_path / "b", readers(), captions="user", missing="error", progress=False)
+    assert (report.computed, report.errors) == (2, 1)
+    assert pd.read_parquet(tmp_path / "b" / "errors.parquet")[["path", "stage"]].values.tolist() == [
+        ["00001.png", "caption"]
+    ]
+    extract(manifest, tmp_path / "c", fake_models(), captions="user", missing="generate", progress=False)
+    assert load_features(tmp_path / "c").table["caption_source"].tolist() == ["user", "generated", "user"]
+
+
+def test_a_killed_run_with_posted_captions_can_be_read(tmp_path):
+    manifest = make_images(tmp_path / "images", 4).assign(caption=[f"{POST} {i}" for i in range(4)])
+
+    class Mortal(FakeEncoder):
+        def encode_images(self, pixels, patches=False):
+            if self.images_encoded >= 2:
+                raise KeyboardInterrupt
+            return super().encode_images(pixels, patches)
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(manifest, tmp_path / "out", readers(Mortal()), captions="user", batch_size=2, progress=False)
+    part = load_features(tmp_path / "out", partial=True)
+    assert part.table["caption"].tolist() == ["Golden Hour at the sea 0", "Golden Hour at the sea 1"]
