@@ -116,4 +116,3 @@ def norms_or_none(lengths: np.ndarray) -> np.ndarray | None:
 
 def _take(array: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
     return None if array is None else array[rows]
-
