@@ -71,7 +71,9 @@ def caption_quality(captions: list[str], facts: list[Facts]) -> dict[str, float]
     dict of str to float
     """
     rows = [compare_facts(read_caption(c), f) for c, f in zip(captions, facts, strict=True)]
-    return {key: float(np.nanmean([r[key] for r in rows])) for key in rows[0]}
+    columns = {key: np.array([r[key] for r in rows]) for key in rows[0]}
+    # not a number where no picture could show it, as the order of things where none was told rightly
+    return {k: float(np.nanmean(v)) if np.isfinite(v).any() else float("nan") for k, v in columns.items()}
 
 
 def retrieval(encoder: Encoder, renders: RenderSet, n: int = 1000, seed: int = 0) -> float:
