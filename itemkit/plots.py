@@ -219,6 +219,7 @@ def matrix(
     ax.set(xlabel=columns.replace("_", " "), ylabel=rows.replace("_", " "))
     ax.tick_params(length=0)
     plt.setp(ax.get_yticklabels(), rotation=0)
+    plt.setp(ax.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
     return ax
 
 

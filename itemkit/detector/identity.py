@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 
 from itemkit import schema
 from itemkit.features import Features
@@ -13,10 +13,12 @@ from itemkit.features import Features
 IGNORED_LEAVES = ("device", "dtype", "precision", "batch_size")
 IGNORED_PARTS = ("transform", "decode")
 OBJECT_PARTS = ("parser", "localiser")
+# who ignores where captions came from ignores how they were cleaned, too
+ENTAILED = {"captions": ("caption_cleaning",)}
 
 
 def fingerprint_differences(
-    trained: dict, given: dict, ignore: Sequence[str] = (), _name: str = ""
+    trained: dict, given: dict, ignore: Collection[str] = (), _name: str = ""
 ) -> Iterator[tuple[str, object, object]]:
     """Keys in which two fingerprints differ, as ``("encoder.weights_hash", trained, given)``.
 
@@ -27,6 +29,7 @@ def fingerprint_differences(
     ignore : names
         Parts ("localiser"), dotted keys ("captioner.num_beams"); device and precision are always ignored.
     """
+    ignore = {*ignore, *(name for part in ignore for name in ENTAILED.get(part, ()))}
     for key in sorted({*trained, *given}, key=str):
         name = f"{_name}.{key}" if _name else str(key)
         if name in ignore or key in IGNORED_LEAVES:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from tokenizers.decoders import WordPiece
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Punctuation, WhitespaceSplit
@@ -56,6 +57,7 @@ def word_tokenizer(words: Iterable[str], max_length: int) -> PreTrainedTokenizer
     core.post_processor = TemplateProcessing(
         single="<start> $A <end>", special_tokens=[(t, ids[t]) for t in ("<start>", "<end>")]
     )
+    core.decoder = WordPiece(prefix="##", cleanup=True)  # "a red tree, a blue star": no space before a comma
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         model_max_length=max_length,

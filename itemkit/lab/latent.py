@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from itemkit.lab import flow
-from itemkit.lab.clip import to_pixels
 from itemkit.lab.conditions import encode_facts
 from itemkit.lab.renders import RenderSet
-from itemkit.lab.training import Schedule, autocast
-from itemkit.lab.vq import GRID, N_DIMS, VqVae
+from itemkit.lab.training import Schedule
+from itemkit.lab.vq import GRID, N_DIMS, VqVae, read_renders
 
 SCHEDULE = Schedule(
     steps=6000, lr=1e-3, warmup=200, ema=0.999, weight_decay=0.01, snapshots=(400, 1200, 3000)
@@ -49,26 +48,9 @@ class LatentLesson(nn.Module):
         return flow.flow_loss(self.unet, z, t, fields.to(self.device)), {}
 
 
-@torch.no_grad()
 def encode_renders(vq: VqVae, renders: RenderSet, device: str = "cpu") -> Tensor:
-    """Scaled latent vectors of all renders.
-
-    Parameters
-    ----------
-    vq : VqVae
-    renders : RenderSet
-    device : str
-
-    Returns
-    -------
-    float16 tensor, shape (n, N_DIMS, GRID, GRID)
-    """
-    rows = []
-    for start in range(0, len(renders), 256):
-        x = to_pixels(renders.images[start : start + 256]).to(device)
-        with autocast(device):
-            rows.append((SCALE * vq.encode(x)).half().cpu())
-    return torch.cat(rows)
+    """Scaled latent vectors of all renders, a float16 tensor of shape (n, N_DIMS, GRID, GRID)."""
+    return read_renders(renders, device, lambda x: (SCALE * vq.encode(x)).half())
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ codes row by row. The latent flow of :mod:`itemkit.lab.latent` paints with the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -198,25 +200,31 @@ class PriorLesson(nn.Module):
 
 
 @torch.no_grad()
-def encode_renders(vq: VqVae, renders: RenderSet, device: str = "cpu") -> Tensor:
-    """Codes of all renders.
+def read_renders(renders: RenderSet, device: str, read: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply ``read`` to all renders, in batches; the rows are kept on the CPU.
 
     Parameters
     ----------
-    vq : VqVae
     renders : RenderSet
     device : str
+    read : callable
+        From pixels, shape (b, 3, SIZE, SIZE), to b rows.
 
     Returns
     -------
-    int16 tensor, shape (n, GRID**2)
+    tensor of n rows
     """
     rows = []
     for start in range(0, len(renders), 256):
         x = to_pixels(renders.images[start : start + 256]).to(device)
         with autocast(device):
-            rows.append(vq.nearest(vq.encode(x)).flatten(1).short().cpu())
+            rows.append(read(x).cpu())
     return torch.cat(rows)
+
+
+def encode_renders(vq: VqVae, renders: RenderSet, device: str = "cpu") -> Tensor:
+    """Codes of all renders, an int16 tensor of shape (n, GRID**2)."""
+    return read_renders(renders, device, lambda x: vq.nearest(vq.encode(x)).flatten(1).short())
 
 
 @torch.no_grad()

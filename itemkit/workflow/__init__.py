@@ -340,7 +340,7 @@ def detect(
     components = preset.build(device)
     stages = Stages(components)
     # a user's caption is another source of text; the check covers everything else
-    ignore = ("captions", "caption_cleaning", *(("captioner",) if caption is not None else ()))
+    ignore = ("captions", *(("captioner",) if caption is not None else ()))
     for path in paths:
         try:
             image = load_image(path)
