@@ -179,7 +179,7 @@ class Study:
                 for metric in metrics:
                     replicates = drawn.get(metric, np.zeros(0))
                     self._replicates[run.detector, run.train_generator, name, run.seed, metric] = replicates
-                    low, high = self._interval(replicates)
+                    low, high = self.interval(replicates)
                     value = {"metric": metric, "value": float(point[metric][0]), "low": low, "high": high}
                     rows.append(cell | value | count)
         new = pd.DataFrame(rows)
@@ -192,7 +192,8 @@ class Study:
         """Names of the contenders, in the order they were run."""
         return list(dict.fromkeys(run.detector for run in self.runs))
 
-    def _cells(self, detector: str, metric: str) -> pd.DataFrame:
+    def cells(self, detector: str, metric: str) -> pd.DataFrame:
+        """Rows of `table` of one contender and metric; an unknown name lists those there are."""
         if detector not in self.detectors:
             raise InputError(
                 f"no contender {detector!r} in this study; there are {', '.join(self.detectors)}"
@@ -203,22 +204,20 @@ class Study:
             )
         return self.table[(self.table["detector"] == detector) & (self.table["metric"] == metric)]
 
-    def _drawn(self, detector: str, metric: str, cells: pd.DataFrame) -> np.ndarray:
+    def drawn(self, detector: str, metric: str, cells: pd.DataFrame) -> np.ndarray:
         """Bootstrap replicates of the mean over some cells; empty without bootstrap."""
         keys = cells[["train_generator", "test_generator", "seed"]].itertuples(index=False)
         parts = [self._replicates.get((detector, a, b, int(seed), metric)) for a, b, seed in keys]
-        return (
-            np.mean([p for p in parts if p is not None], axis=0)
-            if parts and parts[0] is not None
-            else np.zeros(0)
-        )
+        given = [p for p in parts if p is not None]
+        return np.mean(given, axis=0) if given else np.zeros(0)
 
-    def _interval(self, drawn: np.ndarray) -> tuple[float, float]:
+    def interval(self, drawn: np.ndarray) -> tuple[float, float]:
+        """Interval of bootstrap replicates; not a number without them."""
         return percentile_interval(drawn, self.options["level"]) if len(drawn) else (float("nan"),) * 2
 
     def matrix(self, detector: str, metric: str = "auroc") -> pd.DataFrame:
         """Train generator × test generator, mean over seeds."""
-        cells = self._cells(detector, metric)
+        cells = self.cells(detector, metric)
         cells = cells[cells["test_generator"] != POOLED]
         out = cells.pivot_table(
             index="train_generator", columns="test_generator", values="value", aggfunc="mean"
@@ -241,20 +240,20 @@ class Study:
         rows = []
         for detector in self.detectors:
             for metric in metrics or self.options["metrics"]:
-                cells = self._cells(detector, metric)
+                cells = self.cells(detector, metric)
                 pooled = cells[cells["test_generator"] == POOLED]["value"].mean()
                 cells = cells[cells["test_generator"] != POOLED]
                 unseen = cells[~cells["seen"]]
                 row: dict = {"detector": detector, "metric": metric, "unseen_mean": unseen["value"].mean()}
-                row["low"], row["high"] = self._interval(self._drawn(detector, metric, unseen))
+                row["low"], row["high"] = self.interval(self.drawn(detector, metric, unseen))
                 row["seed_sd"] = unseen.groupby("seed")["value"].mean().std()
                 if len(unseen):
                     by_cell = unseen.groupby(["train_generator", "test_generator"])["value"].mean()
                     at = by_cell.idxmax() if metric in SMALLER_IS_BETTER else by_cell.idxmin()
                     same = (unseen["train_generator"] == at[0]) & (unseen["test_generator"] == at[1])
                     row["worst"] = by_cell[at]
-                    row["worst_low"], row["worst_high"] = self._interval(
-                        self._drawn(detector, metric, unseen[same])
+                    row["worst_low"], row["worst_high"] = self.interval(
+                        self.drawn(detector, metric, unseen[same])
                     )
                     row["worst_train"], row["worst_test"] = at
                 row["seen_mean"] = cells[cells["seen"]]["value"].mean()
@@ -278,12 +277,12 @@ class Study:
             seeds).
         """
         mine = self._unseen(reference, metric)
-        drawn = self._drawn(reference, metric, mine)
+        drawn = self.drawn(reference, metric, mine)
         rows = []
         for other in others or [name for name in self.detectors if name != reference]:
             theirs = self._unseen(other, metric)
-            gap = drawn - self._drawn(other, metric, theirs)
-            low, high = self._interval(gap)
+            gap = drawn - self.drawn(other, metric, theirs)
+            low, high = self.interval(gap)
             p = (
                 min(1.0, 2 * (1 + min((gap <= 0).sum(), (gap >= 0).sum())) / (len(gap) + 1))
                 if len(gap)
@@ -298,7 +297,7 @@ class Study:
         return pd.DataFrame(rows)
 
     def _unseen(self, detector: str, metric: str) -> pd.DataFrame:
-        cells = self._cells(detector, metric)
+        cells = self.cells(detector, metric)
         return cells[~cells["seen"] & (cells["test_generator"] != POOLED)]
 
     # --------------------------------------------------------------------------------------------- fusion
@@ -324,7 +323,7 @@ class Study:
             raise InputError(f"the study has a contender {name!r} already")
         found = {(r.detector, r.train_generator, r.seed): r for r in self.runs}
         for part in parts:
-            self._cells(part, self.options["metrics"][0])  # complains about an unknown name
+            self.cells(part, self.options["metrics"][0])  # complains about an unknown name
         new = []
         for run in [r for r in self.runs if r.detector == parts[0]]:
             mine = [found[part, run.train_generator, run.seed] for part in parts]
@@ -352,15 +351,15 @@ class Study:
         """
         rows = []
         sign = -1 if metric in SMALLER_IS_BETTER else 1
-        cells = {name: self._cells(name, metric) for name in (fused, *parts)}
+        cells = {name: self.cells(name, metric) for name in (fused, *parts)}
         for (train, test), mine in cells[fused].groupby(["train_generator", "test_generator"], sort=False):
             there = {
                 name: c[(c["train_generator"] == train) & (c["test_generator"] == test)]
                 for name, c in cells.items()
             }
             best = max(parts, key=lambda name: sign * there[name]["value"].mean())
-            gap = self._drawn(fused, metric, mine) - self._drawn(best, metric, there[best])
-            low, high = self._interval(gap)
+            gap = self.drawn(fused, metric, mine) - self.drawn(best, metric, there[best])
+            low, high = self.interval(gap)
             value, other = mine["value"].mean(), there[best]["value"].mean()
             rows.append(
                 {"train_generator": train, "test_generator": test, "seen": bool(mine["seen"].iloc[0]),

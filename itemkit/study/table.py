@@ -57,7 +57,7 @@ def study_table(
 
 
 def _cells(study: Study, detector: str, metric: str, protocol: Protocol) -> list[dict]:
-    cells = study._cells(detector, metric)
+    cells = study.cells(detector, metric)
     cells = cells[cells["test_generator"] != POOLED]
     names = protocol.titles()
     if protocol.train:
@@ -68,7 +68,7 @@ def _cells(study: Study, detector: str, metric: str, protocol: Protocol) -> list
         cells = cells.assign(row=[f"{train} → {test}" for train, test in pairs])
 
     def about(name: str, part: pd.DataFrame, where: str = "") -> dict:
-        low, high = study._interval(study._drawn(detector, metric, part))
+        low, high = study.interval(study.drawn(detector, metric, part))
         by_seed = part.groupby("seed")["value"].mean()
         return {"row": name, "value": part["value"].mean(), "low": low, "high": high,
                 "seed_sd": by_seed.std(), "where": where, "n_seeds": len(by_seed)}  # fmt: skip

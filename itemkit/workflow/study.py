@@ -41,6 +41,7 @@ FRESH = {"val": 400, "test": 800}
 FRESH_FROM = 100_000
 """First index of the renders that calibrate and test promises; the data set's own end long before."""
 LATE = {
+    "item + caption likelihood": ("item", "caption_likelihood"),
     "item + image": ("item", "image_mlp"),
     "item + CNN": ("item", "cnn"),
     "item + spectrum": ("item", "spectrum"),
