@@ -30,9 +30,13 @@ test: $(READY)  ## the tests (minutes)
 notebooks: $(READY)  ## execute the notebooks in place and stamp them: the only writer of committed outputs
 	$(BIN)/python -m itemkit.notebooks write $(NB)
 
+# features of the old models must not be met with the new ones: the detector's are computed anew, in a folder apart
 lab: $(READY)  ## rebuild the mini laboratory from nothing: every model and every fake image (hours on a CPU)
 	$(BIN)/itemkit lab build
-	$(BIN)/itemkit lab detector --out $(OUT)
+	rm -rf build/lab/detector
+	$(BIN)/itemkit lab detector --out build/lab/detector
+	$(BIN)/itemkit lab build cards
+	@echo "The models are new. What earlier runs left in $(OUT)/ was made with the old ones: remove it (make clean)."
 
 lab-check: $(READY)  ## verify the laboratory's hashes and measure its key figures again
 	$(BIN)/itemkit lab check

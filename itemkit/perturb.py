@@ -87,6 +87,10 @@ def _jpeg(image: Image.Image, rng: np.random.Generator, quality: int) -> Image.I
     return Image.open(BytesIO(jpeg_bytes(image, quality))).convert("RGB")
 
 
+def _jpeg_random(image: Image.Image, rng: np.random.Generator, low: int, high: int) -> Image.Image:
+    return _jpeg(image, rng, int(rng.integers(low, high + 1)))
+
+
 def _webp(image: Image.Image, rng: np.random.Generator, quality: int) -> Image.Image:
     buffer = BytesIO()
     image.save(buffer, "WEBP", quality=quality, lossless=False, method=4)
@@ -129,7 +133,7 @@ def _social(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Crop a little, scale and recompress, by amounts drawn per image, as sharing sites do. Our choice."""
     image = _crop(image, rng, rng.uniform(0.85, 1.0))
     image = _resize(image, rng, rng.uniform(0.6, 1.0))
-    return _jpeg(image, rng, int(rng.integers(65, 91)))
+    return _jpeg_random(image, rng, 65, 90)
 
 
 def _check(what: str, value: float, low: float, high: float) -> None:
@@ -142,6 +146,14 @@ def jpeg(quality: int) -> Perturbation:
     _check("JPEG quality", quality, 1, 100)
     step = partial(_jpeg, quality=int(quality))
     return Perturbation(f"jpeg_q{quality}", "jpeg", 100 - quality, f"q {quality}", step)
+
+
+def jpeg_random(low: int = 50, high: int = 95) -> Perturbation:
+    """JPEG at a quality drawn for each image, the same on every run and for both classes."""
+    _check("JPEG quality", low, 1, 100)
+    _check("JPEG quality", high, low, 100)
+    step = partial(_jpeg_random, low=low, high=high)
+    return Perturbation(f"jpeg_random_{low}_{high}", "jpeg", 100 - high, f"q {low}-{high}", step)
 
 
 def webp(quality: int) -> Perturbation:

@@ -365,7 +365,7 @@ def heat(ax: Axes, image: np.ndarray, heatmap: np.ndarray, title: str = "") -> A
 
 
 def options(ax: Axes, table: pd.DataFrame, xlabel: str) -> Axes:
-    """Draw the options of one question of an ablation: the reference, and what differs from it for certain.
+    """Draw the options of one question of an ablation: the reference, and what differs from it over seeds.
 
     Parameters
     ----------

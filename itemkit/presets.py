@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from itemkit.errors import InputError, ModelNotFound
-from itemkit.weights import ANY_PRESET, REMEDY, Located, tidy
+from itemkit.weights import ANY_PRESET, REMEDY, Located, looks_like_path, tidy
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,12 @@ MINI_REMEDY = (
 )
 PARTS = ("captioner", "parser", "encoder", "localiser")
 MODELS_VARIABLE = "ITEMKIT_MODELS"
+DETECTORS = {
+    "owlv2": "google/owlv2-base-patch16-ensemble",
+    "grounding_dino": "IDEA-Research/grounding-dino-base",
+}
+"""Localisers that are models of their own; defaults as in `regions.grounding`, which is slow to import."""
+LOCALISERS = ("whole", "grid", "dense", *DETECTORS)
 
 
 @dataclass(frozen=True)
@@ -217,7 +223,9 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def get_preset(name: str = "mini", folder: str | Path | None = None, **overrides: Any) -> Preset:
+def get_preset(
+    name: str = "mini", folder: str | Path | None = None, *, use_variable: bool = True, **overrides: Any
+) -> Preset:
     """Look up a preset and replace parts of it.
 
     Parameters
@@ -228,9 +236,13 @@ def get_preset(name: str = "mini", folder: str | Path | None = None, **overrides
         Take the models from the subfolders ``encoder``, ``captioner``, ``parser`` and ``detector`` of this
         folder, as `itemkit download --to FOLDER` writes them. For "fast" and "paper" the environment variable
         ITEMKIT_MODELS can name it too, so that a notebook needs no change.
+    use_variable : bool
+        False: as if ITEMKIT_MODELS were not set.
     **overrides
         Fields of `Preset`, e.g. ``localiser="whole"``, ``captioner=my_object``, ``encoder="./my-clip"``. A
-        captioner, encoder, parser or localiser that is replaced starts from that part's default options.
+        captioner, encoder, parser or localiser that is replaced starts from that part's default options. In
+        one text: ``encoder="ViT-B-16:openai"`` (name and tag), ``localiser="owlv2:./my-owl"`` (detector and
+        its model). A detector without a model gets the folder's, or else its default.
 
     Returns
     -------
@@ -256,10 +268,12 @@ def get_preset(name: str = "mini", folder: str | Path | None = None, **overrides
             part: str(mini_folder() / "models" / str(getattr(preset, part))) for part in PARTS[:3]
         }
         preset = dataclasses.replace(preset, **folders)
-    elif folder is None:
+    elif folder is None and use_variable:
         folder = os.environ.get(MODELS_VARIABLE) or None
+    folder = None if folder is None else Path(folder).expanduser()
     if folder is not None:
-        preset = _from_folder(preset, Path(folder).expanduser())
+        preset = _from_folder(preset, folder)
+    overrides = _split_names(overrides)
     for part, options in (
         ("captioner", "captioner_options"),
         ("parser", "parser_options"),
@@ -269,7 +283,14 @@ def get_preset(name: str = "mini", folder: str | Path | None = None, **overrides
         # Options made for one model may be unknown to another ("model" of a detector, a tag of weights).
         if part in overrides and options not in overrides:
             overrides[options] = None if part == "encoder" else {}
-    return dataclasses.replace(preset, **overrides)
+    preset = dataclasses.replace(preset, **overrides)
+    if isinstance(preset.localiser, str) and preset.localiser not in LOCALISERS:
+        hint = _hint(preset.localiser, LOCALISERS)
+        raise InputError(f"localiser '{preset.localiser}' is unknown.{hint} Known: {', '.join(LOCALISERS)}.")
+    if isinstance(preset.localiser, str) and preset.localiser in DETECTORS:
+        model = str(folder / "detector") if folder is not None else DETECTORS[preset.localiser]
+        preset = dataclasses.replace(preset, localiser_options={"model": model, **preset.localiser_options})
+    return preset
 
 
 def mini_folder() -> Path:
@@ -282,6 +303,22 @@ def mini_folder() -> Path:
     """
     root = os.environ.get("ITEMKIT_DATA")
     return Path(root).expanduser() / "mini" if root else Path(__file__).resolve().parents[1] / "data" / "mini"
+
+
+def _split_names(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Take NAME:TAG of an encoder and NAME:MODEL of a detector apart, as the command line gives them."""
+    parts = dict(overrides)
+    encoder, localiser = parts.get("encoder"), parts.get("localiser")
+    if isinstance(encoder, str) and not encoder.startswith("hf-hub:") and not looks_like_path(encoder):
+        name, _, tag = encoder.partition(":")
+        if tag:
+            parts |= {"encoder": name, "encoder_pretrained": tag}
+    if isinstance(localiser, str):
+        name, _, model = localiser.partition(":")
+        if model and name in DETECTORS:
+            options = {**parts.get("localiser_options", {}), "model": model}
+            parts |= {"localiser": name, "localiser_options": options}
+    return parts
 
 
 def _from_folder(preset: Preset, folder: Path) -> Preset:

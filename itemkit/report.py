@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from itemkit import notebooks, workflow
+from itemkit import notebooks, schema, workflow
 from itemkit.errors import InputError
 from itemkit.notebooks import rules as notebook_rules
 
@@ -17,6 +18,9 @@ SUMMARY_COLUMNS = ("generator", "auroc", "ap", "accuracy_real", "accuracy_fake",
 
 def run_all(preset: str, data: str | None, out: Path, device: str = "auto") -> Path:
     """Extract, train, evaluate, execute the notebooks, and sum up on one page.
+
+    On images of one's own, notebooks that ask about the laboratory, or about more generators than there are,
+    are left out, and the summary says so.
 
     Parameters
     ----------
@@ -51,9 +55,15 @@ def run_all(preset: str, data: str | None, out: Path, device: str = "auto") -> P
         "OUT_DIR": str(out),
         "DEVICE": device,
     }
+    generators = set(features.table[schema.GENERATOR]) - {schema.REAL_GENERATOR}
+    left_out = []
     for source in sources:
-        print(f"notebook {source.name}", file=sys.stderr, flush=True)
         known = notebook_rules.read_parameters(notebook_rules.read_notebook(source))
+        if reason := _not_for(source.stem, known, foreign=bool(data), generators=len(generators)):
+            left_out.append(f"{source.stem}: {reason}")
+            print(f"notebook {left_out[-1]}", file=sys.stderr, flush=True)
+            continue
+        print(f"notebook {source.name}", file=sys.stderr, flush=True)
         own = {name: value for name, value in parameters.items() if name in known}
         notebooks.execute(source, out / "notebooks" / source.name, own)
     note = (
@@ -61,12 +71,25 @@ def run_all(preset: str, data: str | None, out: Path, device: str = "auto") -> P
         if preset == "mini" and not data
         else f"preset {preset}, data {Path(str(data)).name}"
     )
-    summary = write_summary(table, out, note, time.monotonic() - began)
+    summary = write_summary(table, out, note, time.monotonic() - began, left_out)
     print(summary.read_text())
     for what, folder in (("figures", "figures"), ("notebooks", "notebooks"), ("detector", "detector")):
         print(f"{what:10s} {_shown(out / folder)}")
     print(f"{'summary':10s} {_shown(summary)}")
     return summary
+
+
+def _not_for(name: str, parameters: Mapping[str, object], foreign: bool, generators: int) -> str:
+    """Why a notebook has nothing to say about these images; empty if it has."""
+    if not foreign:
+        return ""
+    if "DATA" not in parameters:
+        return "left out, it is about the mini laboratory"
+    if name == "06_ablations":
+        return "left out, it asks for second models: open it, set CLIP_SECOND and CAPTIONER_SECOND"
+    if name == "03_training" and generators < 2:
+        return "left out, it asks about a second generator (column `generator`)"
+    return ""
 
 
 def find_sources() -> list[Path]:
@@ -80,7 +103,9 @@ def find_sources() -> list[Path]:
     return notebook_rules.find_notebooks(folder)
 
 
-def write_summary(table: pd.DataFrame, out: Path, note: str, seconds: float) -> Path:
+def write_summary(
+    table: pd.DataFrame, out: Path, note: str, seconds: float, left_out: Sequence[str] = ()
+) -> Path:
     """Write the one-page summary.
 
     Parameters
@@ -93,6 +118,8 @@ def write_summary(table: pd.DataFrame, out: Path, note: str, seconds: float) -> 
         What the numbers were made with.
     seconds : float
         How long everything took.
+    left_out : sequence of str
+        Notebooks that were not executed, each with its reason.
 
     Returns
     -------
@@ -119,6 +146,8 @@ def write_summary(table: pd.DataFrame, out: Path, note: str, seconds: float) -> 
         lines += _markdown(wide.rename(columns={"detector_title": "detector"}))
     figures = sorted((out / "figures").glob("*.png"))
     lines += ["", "## Figures", "", *(f"- [{f.stem}](figures/{f.name})" for f in figures), ""]
+    if left_out:
+        lines += ["## Notebooks", "", *(f"- {line}" for line in left_out), ""]
     path = out / "summary.md"
     path.write_text("\n".join(lines))
     return path

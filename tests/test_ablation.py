@@ -80,6 +80,24 @@ def test_what_matters_widens_for_the_number_of_options():
     assert what_matters(two.assign(n_seeds=1))["matters"][0] == "unclear"  # one seed has no spread
 
 
+@pytest.mark.parametrize(
+    ("gaps", "answer", "shown"),
+    [
+        ({"far": (-0.07, 0.08), "near": (-0.04, 0.002)}, "yes", "near"),  # the farthest is the least certain
+        ({"far": (-0.005, 0.0005), "near": (-0.004, 0.1)}, "unclear", "far"),  # the nearer may be far away
+    ],
+)
+def test_what_matters_asks_every_option(gaps, answer, shown):
+    common = {"question": "q", "n_seeds": 5, "cells_better": 0.0}
+    rows = [{"option": "a", "reference": True, "difference": 0.0, "difference_sd": 0.0}]
+    rows += [
+        {"option": name, "reference": False, "difference": d, "difference_sd": sd}
+        for name, (d, sd) in gaps.items()
+    ]
+    row = what_matters(pd.DataFrame([row | common for row in rows])).iloc[0]
+    assert (row["matters"], row["option"]) == (answer, shown)
+
+
 def test_errors():
     with pytest.raises(InputError, match="question 'level' has one option or none"):
         ablation(FEATURES, {"level": {"both": item("cosines", HEAD)}})

@@ -142,14 +142,37 @@ def test_generic_text_is_one_for_all():
 
 def test_likelihood_and_confidence_by_hand():
     features = make_features(30, 10)
-    x = likelihood_and_confidence(features)
+    x = likelihood_and_confidence(features, fill=0.25)
     row = int(np.flatnonzero(features.table["n_objects"] == 2)[0])
     score = features.objects["score"].to_numpy()[features.owner == row]
     np.testing.assert_allclose(
         x[row], [features.table["caption_logprob"][row], score.mean(), score.min(), 2], rtol=1e-5
     )
     bare = int(np.flatnonzero(features.table["n_objects"] == 0)[0])
-    assert x[bare, 1] == x[bare, 2] == pytest.approx(features.objects["score"].mean(), rel=1e-5)
+    assert x[bare, 1] == x[bare, 2] == 0.25 and x[bare, 3] == 0
+    assert np.isnan(likelihood_and_confidence(features)[bare, 1:3]).all()
+
+
+def test_the_score_of_an_image_without_objects_does_not_depend_on_its_company():
+    train, val, test = parts(FEATURES)
+    scorer = get_control("likelihood_confidence").build(head=QUICK).fit(train, val)
+    together = scorer.decision_function(test)
+    bare = np.flatnonzero(test.table["n_objects"] == 0)
+    alone = [scorer.decision_function(test.select([row]))[0] for row in bare]
+    np.testing.assert_allclose(alone, together[bare], rtol=1e-5)
+    # what stands for the missing scores is the training images' mean, also after another training
+    filled = scorer.vectors(test)[bare, 1]
+    np.testing.assert_allclose(filled, train.objects["score"].mean(), rtol=1e-6)
+    np.testing.assert_allclose(
+        scorer.fit(val, train).vectors(test)[bare, 1], val.objects["score"].mean(), rtol=1e-6
+    )
+
+
+def test_no_object_in_any_image_leaves_the_likelihood():
+    nothing = FEATURES.table["n_objects"].to_numpy() == 0
+    train, val, test = parts(FEATURES.select(nothing))
+    scorer = get_control("likelihood_confidence").build(head=QUICK).fit(train, val)
+    assert np.isfinite(scorer.decision_function(test)).all()
 
 
 def test_what_is_missing_is_said():

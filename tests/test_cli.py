@@ -16,11 +16,13 @@ from PIL import Image
 
 from itemkit import cli, presets
 from itemkit.presets import Preset
+from itemkit.store import load_features
+from itemkit.store.export import import_clip_retrieval, import_numpy
 
 import fakes
 
 REPO = Path(__file__).resolve().parents[1]
-COMMANDS = ("doctor", "run", "audit", "extract", "train", "evaluate", "study", "detect", "download", "lab")
+COMMANDS = "doctor run audit extract train evaluate export study detect download lab".split()
 
 
 @pytest.fixture(autouse=True)
@@ -256,6 +258,16 @@ def test_extract_train_evaluate_detect(
         "false positives at a requested 1%: not promised: a false-positive rate of 0.01 needs at least" in out
     )
     assert "real images covered at a requested 95%: " in out
+    for split, use in (("train", "40 trained this detector"), ("val", "80 stopped its training")):
+        words = ["evaluate", str(store), "--detector", str(detector), "--split", split]
+        assert cli.main(words) == 0
+        shown = capsys.readouterr()
+        n = use.split()[0]
+        assert shown.err.startswith(f"itemkit: warning: of the {n} images evaluated here, {use}")
+        assert shown.err.count("\n") == 1 and "auroc" in shown.out
+        tail = shown.out.partition("What was promised, and what happened:")[2]
+        assert tail.strip().startswith(f"not checked: all {n} images trained or calibrated this detector")
+        assert "covered" not in tail
     first, broken = data.parent / "images" / "00000.png", tmp_path / "broken.png"
     text = run("detect", first, "--detector", detector, "--preset", "stub", "--device", "cpu")
     lines = text.splitlines()
@@ -279,6 +291,27 @@ def test_extract_ends_with_1_when_an_image_is_unusable(
     assert cli.main([str(w) for w in words]) == 1
     assert "8 images: 0 reused, 7 computed, 1 errors" in capsys.readouterr().err
     assert (tmp_path / "store" / "errors.parquet").is_file()
+
+
+def test_export_for_other_tools(
+    data: Path, tmp_path: Path, fails: Fails, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    assert cli.main(["extract", str(data), "--out", str(store), "--preset", "stub", "--limit", "6"]) == 0
+    features = load_features(store)
+    for layout, back in (("clip-retrieval", import_clip_retrieval), ("numpy", import_numpy)):
+        to = tmp_path / layout
+        capsys.readouterr()
+        assert cli.main(["export", str(store), "--to", str(to), "--format", layout]) == 0
+        assert capsys.readouterr().out == f"6 images written to {to}\n"
+        read = back(to)
+        np.testing.assert_allclose(read.image_emb, features.image_emb, atol=1e-3)
+        np.testing.assert_allclose(read.caption_emb, features.caption_emb, atol=1e-3)
+        assert list(read.table["path"]) == list(features.table["path"])
+        assert len(read.objects) == (len(features.objects) if layout == "numpy" else 0)
+        assert "is not empty; give a new folder" in fails("export", store, "--to", to, "--format", layout)
+    assert "is no feature store" in fails("export", tmp_path, "--to", tmp_path / "x", "--format", "numpy")
+    assert not (tmp_path / "x").exists()
 
 
 def test_options_of_the_data_reach_the_reader(data: Path, tmp_path: Path, stub: Preset) -> None:

@@ -1,6 +1,7 @@
 """The detector: honest thresholds, three answers, evidence, and the refusal of features made otherwise."""
 
 import json
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -62,6 +63,10 @@ def test_thresholds_come_from_the_calibration_reals(features, detector):
         InputError, match="missed fakes of 0.001 needs at least 999 fake calibration images, got 75"
     ):
         detector.verdict(test, fnr=0.001)
+    for rate in (0, 1, 5, -0.1, float("nan")):
+        for name in ("fpr", "fnr"):
+            with pytest.raises(InputError, match=f"{name}={rate}: expected a rate between 0 and 1, such as"):
+                detector.verdict(test, **{name: rate})
 
 
 def test_three_answers(features, detector):
@@ -123,6 +128,42 @@ def test_explain(features, detector):
     assert list(detector.explain(test, bare)["level"]) == ["global"]
     with pytest.raises(InputError, match="row 100000: expected 0 to"):
         detector.explain(test, 100000)
+
+
+def test_explain_where_images_without_objects_are_refused(features):
+    train, val, test = (part.select((part.table["n_objects"] > 0).to_numpy()) for part in parts(features))
+    head = MisalignmentMLP(max_epochs=3, device="cpu")
+    strict = Detector(RepresentationConfig(empty="raise"), head).fit(train, val)
+    single, pair = (int(np.flatnonzero(test.table["n_objects"] == n)[0]) for n in (1, 2))
+    table = strict.explain(test, single)
+    assert list(table["level"]) == ["global", "local"] and table["p_fake_without"].isna().all()
+    assert table.attrs["p_fake"] == pytest.approx(strict.score(test)[single])
+    assert strict.explain(test, pair)["p_fake_without"][1:].between(0, 1).all()
+    # a detector that looks at no object does not mind their absence
+    whole = Detector(RepresentationConfig(level="global", empty="raise"), head).fit(train, val)
+    table = whole.explain(test, single)
+    assert table["p_fake_without"][1] == pytest.approx(table.attrs["p_fake"])
+
+
+def test_it_knows_the_images_it_was_made_with(features, detector, tmp_path):
+    train, val, test = parts(features)
+    part = features.table["split"].replace("test", "").to_numpy()
+    np.testing.assert_array_equal(detector.seen(features), part)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = detector.evaluate(test, n_boot=2)
+    with pytest.warns(UserWarning, match="of the 700 images evaluated here, 700 trained this detector: num"):
+        detector.evaluate(train, n_boot=2)
+    some = features.select(np.r_[np.flatnonzero(part == "")[:300], np.flatnonzero(part == "val")[:7]])
+    with pytest.warns(UserWarning, match="of the 307 images evaluated here, 7 stopped its training or cali"):
+        detector.evaluate(some, n_boot=2)
+    again = Detector.load(detector.save(tmp_path), device="cpu")
+    np.testing.assert_array_equal(again.seen(features), part)
+    pd.testing.assert_frame_equal(again.evaluate(test, n_boot=2), expected)
+    # one that was saved without keys has the hashes of whole splits
+    again.image_keys_ = {}
+    assert set(again.seen(train)) == {"train"} and set(again.seen(val)) == {"val"}
+    assert set(again.seen(test)) == set(again.seen(some)) == {""}
 
 
 def test_evaluate_counts_shared_reals_once(features, detector):
@@ -188,6 +229,10 @@ def test_refuses_features_made_otherwise(features, detector):
         detector.verdict(change(test, "localiser.name", "dense"))
     with pytest.raises(InputError, match="captioner is absent, was {'name': 'blip', 'num_beams': 3}"):
         detector.explain(change(test, "captioner", None), 0)
+    with pytest.raises(
+        InputError, match=r"captions is user, was absent. Extract .* preset and captions from the same source"
+    ):
+        detector.score(change(test, "captions", "user"))
     with pytest.raises(InputError, match="the features carry no fingerprint"):
         detector.score(type(test)(**{**vars(test), "run": {}}))
     # a perturbed image, another device: the same models, so the same detector

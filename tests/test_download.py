@@ -482,3 +482,17 @@ def test_the_command_prints_what_it_fetched(
     assert lines[1].startswith(f"captioner  tiny/blip, revision {COMMIT[:12]}, ")
     assert lines[-1] == f"what was fetched is noted in {to / 'models.json'}; use it with --models {to}"
     assert not (to / "detector").exists()
+
+
+def test_the_command_does_not_read_the_folder_that_it_is_to_fill(
+    small_hub: SmallHub,
+    parser_releases: list[str],
+    tiny_preset: Preset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    to = tmp_path / "models"
+    monkeypatch.setenv("ITEMKIT_MODELS", str(to))  # set already for the runs to come
+    for _ in range(2):  # not there yet, and there
+        assert cli.main(["download", "--preset", "tiny", "--to", str(to)]) == 0
+    assert get_preset("tiny").find()["localiser"].path == to / "detector"

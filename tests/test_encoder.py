@@ -64,7 +64,6 @@ def test_batch_size_changes_nothing(encoder: Encoder) -> None:
     alone = [encoder.encode_images(p[None], patches=True) for p in pixels]
     assert torch.allclose(together.pooled, torch.cat([a.pooled for a in alone]), atol=2e-6)
     assert torch.allclose(together.patches, torch.cat([a.patches for a in alone]), atol=5e-6)
-    assert torch.allclose(encoder.encode_pil(pictures(), batch_size=2), together.pooled, atol=2e-6)
 
 
 def test_patches_come_from_the_same_pass(encoder: Encoder) -> None:

@@ -10,10 +10,11 @@ import pytest
 
 from itemkit.errors import InputError, MissingExtra
 from itemkit.pipeline import extract
-from itemkit.pipeline.engine_ray import RayOptions, start_ray
+from itemkit.pipeline.decode import DecodeConfig
+from itemkit.pipeline.engine_ray import RayEngine, RayOptions, start_ray
 from itemkit.store import load_features
 
-from fakes import deadly_models, fake_models, make_images, manifest_of, png
+from fakes import Models, deadly_models, fake_models, make_images, manifest_of, png
 
 
 def test_without_the_extra_the_install_line_is_given(monkeypatch):
@@ -25,6 +26,43 @@ def test_without_the_extra_the_install_line_is_given(monkeypatch):
 def test_unknown_engine(tmp_path):
     with pytest.raises(InputError, match="got engine='spark'; choose 'local' or 'ray'"):
         extract(make_images(tmp_path, 1), tmp_path / "out", fake_models(), engine="spark", progress=False)
+
+
+@pytest.mark.parametrize("options", [{"workers": 0}, {"workers": -2}, {"gpus_per_worker": -1}])
+def test_too_few_workers(options):
+    with pytest.raises(InputError, match="at least 1 worker is needed"):
+        RayOptions(**options)
+
+
+class RayOfTwoMachines:
+    """Stands in for a cluster: 8 CPUs and no GPU in all; a third machine is gone."""
+
+    @staticmethod
+    def is_initialized():
+        return True
+
+    @staticmethod
+    def nodes():
+        gone = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+        return [{"Alive": True, "Resources": {"CPU": n, "memory": 1e9}} for n in (6.0, 2.0)] + [gone]
+
+
+def test_workers_without_room_are_refused_at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", RayOfTwoMachines)
+
+    def engine(**options):
+        return RayEngine(fake_models, RayOptions(**options), DecodeConfig())
+
+    for fits in ({"workers": 8}, {"workers": 16, "cpus_per_worker": 0.5}, {"cpus_per_worker": 3}):
+        assert engine(**fits).batch_size == 32
+    with pytest.raises(InputError, match="asked for 16 .* 8 CPUs and 0 GPUs in all, with room for 8 such"):
+        engine(workers=16)
+    with pytest.raises(
+        InputError, match="asked for 2 Ray workers with 1 CPUs and 1 GPUs each; .* for 0 such"
+    ):
+        engine(gpus_per_worker=1)
+    with pytest.raises(InputError, match="8 CPUs and 0 GPUs in all, with room for 1 such"):
+        engine(cpus_per_worker=4)  # a worker has to fit on one machine
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +108,27 @@ def test_image_that_kills_a_worker_costs_one_row(ray, tmp_path):
     assert (report.computed, report.errors, report.left) == (9, 1, 0)
     error = pd.read_parquet(tmp_path / "out" / "errors.parquet").iloc[0]
     assert error["path"] == "00003.png" and "the worker died on it" in error["reason"]
+
+
+@pytest.mark.slow
+def test_the_image_that_kills_a_worker_last_leaves_the_batch_size(ray, tmp_path):
+    manifest = make_images(tmp_path / "images", 3)
+    (tmp_path / "images" / "00002.png").write_bytes(png(3, (31, 9)))
+    report = extract(manifest, tmp_path / "out", deadly_models, engine="ray", batch_size=5, progress=False)
+    assert (report.computed, report.errors, report.batch_size) == (2, 1, 5)
+
+
+def homeless_models() -> Models:
+    """Load in a task, as when they are described, but not in a worker that stays."""
+    import ray
+
+    if ray.get_runtime_context().get_actor_id():
+        raise OSError("no memory left for a second copy of the models")
+    return fake_models()
+
+
+@pytest.mark.slow
+def test_worker_that_cannot_load_its_models_is_not_the_images_fault(ray, tmp_path):
+    manifest = make_images(tmp_path / "images", 4)
+    with pytest.raises(InputError, match=r"could not load the models \(OSError: no memory left for a second"):
+        extract(manifest, tmp_path / "out", homeless_models, engine="ray", progress=False)

@@ -6,7 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from itemkit.detector import Detector
 from itemkit.errors import InputError
+from itemkit.head import MisalignmentMLP
 from itemkit.pipeline import extract
 from itemkit.store import export, load_features
 
@@ -90,6 +92,39 @@ def test_arrays_beside_a_table(tmp_path):
         assert list(back.table["path"]) == ["a.png", "b.png"] and list(back.labels) == [1, 0]
         assert list(back.table["model"])[0] == "sd"
     assert export.import_npy(tmp_path / "x.npy", tmp_path / "t.csv").caption_emb.shape == (2, 0)
+
+
+def test_imported_features_train_a_detector(tmp_path):
+    rng = np.random.default_rng(0)
+    y = np.arange(120) % 2
+    text = rng.standard_normal((120, 8)).astype(np.float32)
+    image = text + 0.3 * y[:, None]
+    table = pd.DataFrame({"path": [f"{i}.png" for i in range(120)], "label": np.where(y, "Fake", "real")})
+    made = export.from_arrays(image, table, text)
+    assert list(made.labels) == list(y) and made.table["image_id"].is_unique
+    assert list(made.table.columns).count("path") == 1
+    detector = Detector(head=MisalignmentMLP(max_epochs=5))
+    detector.fit(made.select(np.arange(60)), made.select(np.arange(60, 120)))
+    assert detector.score(made).shape == (120,)
+    with pytest.raises(InputError, match="validation images are also training images"):
+        detector.fit(made.select(np.arange(60)), made.select(np.arange(40, 120)))
+    back = export.import_clip_retrieval(export.export_clip_retrieval(made, tmp_path / "x"))
+    assert list(back.table["image_id"]) == list(made.table["image_id"]), "ids that are there are kept"
+
+
+def test_labels_of_a_table(tmp_path):
+    def labels(*given):
+        table = pd.DataFrame({"label": pd.Series(given)})
+        return export.from_arrays(np.eye(len(given)), table).table["label"].to_list()
+
+    assert labels("real", " FAKE ", "1", "0.0", "", None) == [0, 1, 1, 0, pd.NA, pd.NA]
+    assert labels(1.0, np.nan, 0.0) == [1, pd.NA, 0] and labels(0, 1) == [0, 1]
+    with pytest.raises(
+        InputError, match=r"row 1 has the label 'maybe' \(2 unknown in all\); expected 0 or real"
+    ):
+        labels("real", "maybe", "perhaps")
+    with pytest.raises(InputError, match="row 2 has the label '2' "):
+        labels(0, 1, 2)
 
 
 def test_arrays_that_are_none_are_named(tmp_path):

@@ -268,6 +268,29 @@ def test_errors_survive_pickling_and_are_input_errors():
     assert isinstance(error, InputError) and str(error) == error.reason == "a.png: is empty; drop it"
 
 
+NO_MEMORY = (MemoryError(), OSError("out of memory error when reading image file"))
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        *(("PIL.Image.open", error) for error in NO_MEMORY),
+        *(("PIL.ImageFile.ImageFile.load", error) for error in NO_MEMORY),
+        ("PIL.ImageOps.exif_transpose", MemoryError()),
+    ],
+)
+def test_no_memory_now_is_not_a_damaged_file(monkeypatch, where, error):
+    def fail(*args, **options):
+        raise error
+
+    data = encode(smooth(), "PNG")
+    with monkeypatch.context() as patch:
+        patch.setattr(where, fail)
+        with pytest.raises(MemoryError):
+            load_image(data)
+    assert load_image(data).size == (40, 30)
+
+
 def test_text_bombs_in_a_png_are_refused_or_ignored():
     info = PngImagePlugin.PngInfo()
     info.add_text("prompt", "a" * 50_000_000, zip=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -11,9 +14,11 @@ import pandas as pd
 import pytest
 import torch
 
-from itemkit.lab import build, cards, fakes, flow, guards, ladders, latent, vq, world
+from itemkit.lab import build, cards, fakes, flow, gan, guards, ladders, latent, vae, vq, world
 from itemkit.lab.renders import RenderSet, make_renders
 from itemkit.lab.world import SIZE
+
+REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +108,88 @@ def test_every_model_gets_a_card_with_its_own_measurements(tmp_path: Path) -> No
     (tmp_path / "cards.json").write_text(
         json.dumps({"clip": facts, "clip_second": facts, "gan": facts, "measured": measured})
     )
-    pd.DataFrame([{"name": "gan", "n": 5, "frechet": 12.5}]).to_csv(tmp_path / "quality.csv", index=False)
+    distances = {"frechet": 12.5, "frechet_low": 0.0, "frechet_high": 7.25}
+    rows = [{"name": name, "n": 5, **distances, "scene": 0.4} for name in ("real", "gan")]
+    pd.DataFrame(rows).to_csv(tmp_path / "quality.csv", index=False)
     cards.write_cards(tmp_path)
     first, second = ((tmp_path / "models" / n / "README.md").read_text() for n in ("clip", "clip_second"))
     assert "| r at 1 of 1000 | 0.9 |" in first and "0.8" not in first and "1,255,297" in first
     assert "| r at 1 of 1000 | 0.8 |" in second and "1,500 of 64" in second
     generators = (tmp_path / "generators.md").read_text()
-    assert "## gan" in generators and "| frechet | 12.5 |" in generators and "## vae" not in generators
+    assert "## gan" in generators and "## vae" not in generators
+    # samples are no unseen renders; a distance says its factor, and why it may lie outside its interval
+    assert "| measured on 5 samples | |" in generators and "unseen renders" not in generators
+    assert "| Fréchet distance × 1000 | 12.5 (95 %: 0.0 to 7.2) |" in generators
+    assert "may lie below the value" in generators and "other renders, measured like samples" in generators
+
+
+def test_the_parser_was_measured_on_sentences(tmp_path: Path) -> None:
+    (tmp_path / "models" / "parser").mkdir(parents=True)
+    facts = {"device": "cpu", "machine": "x", "torch": "2", "held_out": {"tag_acc": 1.0}}
+    (tmp_path / "cards.json").write_text(json.dumps({"parser": facts}))
+    cards.write_cards(tmp_path)
+    card = (tmp_path / "models" / "parser" / "README.md").read_text()
+    assert "| measured on unseen sentences of the grammar | |" in card and "| tag acc | 1.0 |" in card
+
+
+def test_the_detector_has_a_card(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "detector"
+    folder.mkdir(parents=True)
+    record = {
+        "representation": {"level": "hierarchical", "kind": "absolute", "pooling": "mean_worst"},
+        "calibration": "temperature",
+        "selection_fraction": 0.5,
+        "thresholds": {"0.05": "Of real images like these"},
+        "trained_on": {
+            "train_images": {"gan": 1000, "vae": 160, "real": 320},
+            "val_images": {"gan": 6, "real": 9},
+        },
+    }
+    (folder / "detector.json").write_text(json.dumps(record))
+    (tmp_path / "cards.json").write_text("{}")
+    cards.write_cards(tmp_path)
+    card = (folder / "README.md").read_text()
+    assert "320 renders and 1,160 fakes (`gan`, `vae`) of the train split" in card
+    assert "temperature, on 9 renders and 6 fakes" in card and "photographs its output means nothing" in card
+    assert "- 5% false positives: Of real images like these" in card
+
+
+def test_committed_cards_and_times_are_those_that_were_noted(tmp_path: Path) -> None:
+    mini = REPO / "data" / "mini"
+    shutil.copytree(mini, tmp_path / "mini", ignore=shutil.ignore_patterns("*.parquet", "*.safetensors"))
+    cards.write_cards(tmp_path / "mini")
+    for card in (mini / "generators.md", *sorted(mini.glob("models/*/README.md"))):
+        written = (tmp_path / "mini" / card.relative_to(mini)).read_text()
+        assert card.read_text() == written, f"{card}: `itemkit lab build cards` writes it again"
+    noted = {
+        k: v["seconds"] for k, v in json.loads((mini / "cards.json").read_text()).items() if "seconds" in v
+    }
+    text = (mini / "README.md").read_text()
+    told = re.findall(r"^\| \[?`(?:models/)?(\w+)`.*?(\d+) min \|", text, flags=re.MULTILINE)
+    assert {name: int(minutes) for name, minutes in told} == {
+        name: round(noted[name] / 60) for name in noted if name not in ("fakes", "ladders")
+    }
+    assert f"about {sum(noted.values()) / 3600:.1f} hours on two CPU cores" in text
+
+
+def test_every_stage_that_is_kept_is_used() -> None:
+    schedules = {"flow": flow.SCHEDULE, "latent_flow": latent.SCHEDULE, "vae": vae.SCHEDULE,
+                 "gan": gan.SCHEDULE, "vq": vq.SCHEDULE, "vq_prior": vq.PRIOR_SCHEDULE}  # fmt: skip
+    kept = {f"{name}@{step}" for name, schedule in schedules.items() for step in schedule.snapshots}
+    used = {*fakes.STAGE.values(), *ladders.RUNGS} - set(ladders.SEMANTICS)
+    assert kept == {name for name in used if "@" in name}
+
+
+def test_a_new_laboratory_s_detector_meets_no_old_features() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    make = ["make", "-n", "lab", "OUT=kept"]
+    plan = subprocess.run(make, cwd=REPO, capture_output=True, text=True, check=True).stdout
+    lines = [line for line in plan.splitlines() if "lab" in line]
+    (trained,) = (i for i, line in enumerate(lines) if "lab detector" in line)
+    assert lines[trained - 1] == "rm -rf build/lab/detector" and "--out build/lab/detector" in lines[trained]
+    assert "lab build cards" in lines[trained + 1] and "--out kept" not in plan
+    assert "earlier runs left in kept/" in plan
 
 
 def test_rungs_start_where_they_should(generators: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,6 +248,30 @@ def test_links_are_followed_once(tree):
     root = tree("real/a.png", "fake/b.png")
     (root / "fake" / "up").symlink_to(root)
     assert len(read_manifest(root)) == 2
+    (root / "fake" / "out").symlink_to(root.parent)  # above the root: the loop is entered there
+    assert len(read_manifest(root)) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs links")
+def test_shared_reals_may_be_links(tree):
+    sets = ("dalle", "ldm_100", "ldm_200")
+    root = tree("laion/0_real/a.png", "laion/0_real/more/b.png", *(f"{name}/1_fake/c.png" for name in sets))
+    for name in sets:
+        (root / name / "0_real").symlink_to(Path("../laion/0_real"))
+    df = read_manifest(root, layout="ufd")
+    reals = df[df["label"] == 0]
+    assert reals["source"].value_counts().to_dict() == {"laion": 2, "dalle": 2, "ldm_100": 2, "ldm_200": 2}
+    assert sorted(df[df["label"] == 1]["source"]) == list(sets)
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs links")
+def test_links_that_lead_to_each_other_end(tree):
+    root = tree("real/a.png", "fake/b.png")
+    (root / "real" / "other").symlink_to(root / "fake")
+    (root / "fake" / "other").symlink_to(root / "real")
+    df = read_manifest(root, layout="unlabelled")
+    names = [os.path.relpath(p, root) for p in df["path"]]
+    assert names == ["fake/b.png", "fake/other/a.png", "real/a.png", "real/other/b.png"]
 
 
 # ---- tables with the images inside
@@ -344,6 +368,37 @@ def test_folder_of_save_to_disk(tmp_path):
     (tmp_path / "ds" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     df = read_manifest(tmp_path / "ds", images_to=tmp_path / "out")
     assert df["split"].tolist() == ["test", "test", "train", "train"] and df["label"].tolist() == [1, 0, 0, 1]
+
+
+def saved_part(folder: Path, state: str, **files: list[str]) -> None:
+    """A folder of save_to_disk with Arrow files (name -> the column `path`)."""
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(state)
+    for name, paths in files.items():
+        arrow = pa.table({"path": paths, "label": [0] * len(paths)})
+        with pa.OSFile(str(folder / f"{name.replace('_', '-')}.arrow"), "wb") as sink:
+            with pa.ipc.new_stream(sink, arrow.schema) as writer:
+                writer.write_table(arrow)
+
+
+def test_caches_of_a_saved_data_set_are_not_read(tmp_path):
+    for name in "abcd":
+        (tmp_path / f"{name}.png").write_bytes(png())
+    named = '{"_data_files": [{"filename": "data-1.arrow"}, {"filename": "data-0.arrow"}]}'
+    files = {"data_0": ["a.png"], "data_1": ["b.png"], "cache_9f": ["c.png"], "tmp_x": ["d.png"]}
+    saved_part(tmp_path / "ds" / "train", named, **files)
+    (tmp_path / "ds" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    df = read_manifest(tmp_path / "ds", root=tmp_path)
+    assert [Path(p).name for p in df["path"]] == ["b.png", "a.png"]  # what state.json names, in its order
+    saved_part(tmp_path / "old", "{}", **{k: v for k, v in files.items() if k != "tmp_x"})
+    df = read_manifest(tmp_path / "old", root=tmp_path)
+    assert [Path(p).name for p in df["path"]] == ["a.png", "b.png"]
+    (tmp_path / "ds" / "train" / "data-1.arrow").unlink()
+    with pytest.raises(InputError, match="data-1.arrow cannot be read"):
+        read_manifest(tmp_path / "ds", root=tmp_path)
+    (tmp_path / "old" / "state.json").write_text("{")
+    with pytest.raises(InputError, match="state.json cannot be read"):
+        read_manifest(tmp_path / "old", root=tmp_path)
 
 
 class FakeImageFeature:

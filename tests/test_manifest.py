@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -76,6 +77,36 @@ def test_separators_and_byte_order_mark(csv, name, text):
 def test_captions_are_text_as_they_stand(csv):
     df = read_manifest(csv("path,label,caption\na0.png,1,None\na1.png,0,NA\na2.png,0,007\na3.png,1,été ✓\n"))
     assert df["caption"].tolist() == ["None", "NA", "007", "été ✓"]
+
+
+def test_of_several_captions_the_first_is_taken(csv, tmp_path):
+    captions = [["a dog", "two dogs"], ["", "a cat"], [], None, "a bird"]
+    table = pd.DataFrame({"path": [f"a{i}.png" for i in range(5)], "caption": captions})
+    csv("")  # for the images
+    expected = ["a dog", "a cat", None, None, "a bird"]
+    assert read_manifest(table, root=tmp_path)["caption"].tolist() == expected
+    table["caption"] = [np.array(c, dtype=object) if isinstance(c, list) else c for c in captions]
+    assert read_manifest(table, root=tmp_path)["caption"].tolist() == expected
+    table[:3].to_parquet(tmp_path / "t.parquet")
+    assert read_manifest(tmp_path / "t.parquet")["caption"].tolist() == expected[:3]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "kind"),
+    [
+        ("caption", [{"raw": "a dog"}], "dict"),
+        ("caption", {"raw": "a dog"}, "dict"),
+        ("caption", np.array([["a", "b"], ["c", "d"]]), "ndarray"),
+        ("caption", b"a dog", "bytes"),
+        ("generator", ["sdxl"], "list"),
+        ("label", np.array([1]), "ndarray"),
+    ],
+)
+def test_what_is_no_text_is_told(csv, tmp_path, column, value, kind):
+    csv("")
+    table = pd.DataFrame({"path": ["a0.png", "a1.png"], column: [None, value]})
+    with pytest.raises(InputError, match=rf"the table: row 2 of column '{column}' holds {kind}; expected"):
+        read_manifest(table, root=tmp_path)
 
 
 def test_origin_of_a_photograph_is_not_its_generator(csv):

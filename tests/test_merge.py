@@ -59,6 +59,64 @@ def test_overlapping_parts_keep_each_row_once(made, tmp_path):
     assert len(read) == 13 and read.table["path"].is_unique
 
 
+def test_what_one_part_could_not_read_is_taken_from_another(tmp_path):
+    manifest = make_images(tmp_path / "data", 6)
+    late, content = tmp_path / "data" / "00001.png", (tmp_path / "data" / "00001.png").read_bytes()
+    late.unlink()
+    extract(manifest[:4], tmp_path / "a", fake_models(), progress=False)
+    late.write_bytes(content)
+    (tmp_path / "data" / "00005.png").write_bytes(b"no image")
+    extract(manifest[1:], tmp_path / "b", fake_models(), progress=False)
+    for parts in ("ab", "ba"):
+        merged = merge_stores([tmp_path / part for part in parts], tmp_path / f"merged-{parts}")
+        read = load_features(merged)
+        assert sorted(os.path.basename(path) for path in read.table["path"]) == [
+            f"0000{i}.png" for i in range(5)
+        ]
+        assert list(pd.read_parquet(merged / "errors.parquet")["path"]) == ["00005.png"]
+        counts = json.loads((merged / "run.json").read_text())["counts"]
+        assert counts == {"images": 6, "errors": 1, "features": 5, "shards": 2}
+        models = fake_models()
+        report = extract(manifest, merged, models, progress=False)
+        assert (report.reused, report.errors, models.encoder.images_encoded) == (5, 1, 0)
+
+
+def test_a_label_that_contradicts_another_stays_an_error(tmp_path):
+    manifest = make_images(tmp_path / "data", 4)
+    shutil.copy(manifest["path"][0], tmp_path / "data" / "copy.png")
+    both = pd.concat([manifest, manifest[1:2].assign(path=str(tmp_path / "data" / "copy.png"))])
+    extract(both, tmp_path / "a", fake_models(), progress=False)
+    extract(manifest[:1], tmp_path / "b", fake_models(), progress=False)  # knows of no copy
+    for parts in ("ab", "ba"):
+        merged = merge_stores([tmp_path / part for part in parts], tmp_path / f"merged-{parts}")
+        assert len(load_features(merged)) == 3
+        errors = pd.read_parquet(merged / "errors.parquet")
+        assert sorted(errors["path"]) == ["00000.png", "copy.png"] and set(errors["stage"]) == {"label"}
+
+
+class ShortEncoder(FakeEncoder):
+    """Reads four words."""
+
+    def fingerprint(self) -> dict:
+        return super().fingerprint() | {"context_length": 4}
+
+
+def test_cut_captions_are_counted_over_all_parts(tmp_path):
+    fakes = fake_models()
+    models = Models(ShortEncoder(), fakes.captioner, fakes.parser, fakes.localiser)
+    manifest = make_images(tmp_path / "data", 6).assign(caption=["a dog"] * 3 + ["a dog and a red ball"] * 3)
+    options = {"captions": "user", "progress": False}
+    for name, rows in (("whole", slice(6)), ("a", slice(4)), ("b", slice(3, 6))):
+        extract(manifest[rows], tmp_path / name, models, **options)
+    run = json.loads(
+        (merge_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "ab") / "run.json").read_text()
+    )
+    expected = json.loads((tmp_path / "whole" / "run.json").read_text())["captions"]
+    assert run["captions"] == expected == {"cut": 3, "room": 4, "longest": 6, "first": "00003.png"}
+    report = extract(manifest, tmp_path / "ab", models, **options)
+    assert (report.reused, report.captions) == (6, expected)
+
+
 def test_what_does_not_belong_together_is_said(made, tmp_path):
     manifest, parts, _ = made
     with pytest.raises(InputError, match="no stores"):

@@ -54,6 +54,8 @@ def test_equal_to_scikit_learn(seed):
     assert row["accuracy_real"] == pytest.approx(sk.recall_score(y, called, pos_label=0))
     assert row["brier"] == pytest.approx(sk.brier_score_loss(y, p))
     assert row["tpr_at_fpr05"] == pytest.approx(tpr_at_fpr(y, s, 0.05))
+    best = max(sk.accuracy_score(y, s > t) for t in [-np.inf, *s])
+    assert row["accuracy_oracle"] == pytest.approx(best) and best >= row["accuracy"] - 1e-12
 
 
 def test_by_hand():
@@ -68,6 +70,22 @@ def test_by_hand():
     assert brier([0, 1], [0.25, 0.5]) == pytest.approx((0.0625 + 0.25) / 2)
     # two bins: p 0.2 and 0.4 with no fake among two, p 0.6 with one fake among one
     assert expected_calibration_error([0, 0, 1], [0.2, 0.4, 0.6], n_bins=2) == pytest.approx((0.6 + 0.4) / 3)
+
+
+def test_intervals_hold_the_value_they_belong_to():
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        p = rng.random(300)
+        y = (rng.random(300) < p).astype(int)  # perfectly calibrated
+        row = bootstrap(y, p, probability=p, metrics=["ece"], n_boot=100).iloc[0]
+        assert 0 <= row["low"] <= row["value"] <= row["high"]
+
+
+def test_resamples_of_many_images_do_not_drift():
+    y, s = np.arange(400_000) % 2, np.arange(400_000) % 2 + 0.1 * (np.arange(400_000) % 10)
+    once = np.ones((len(y), 1), np.float32)
+    exact = replicate(y, s, once.astype(np.float64), ["auroc"])["auroc"][0]
+    assert replicate(y, s, once, ["auroc"])["auroc"][0] == pytest.approx(exact, abs=1e-9) and exact <= 1
 
 
 def test_balanced_calibration_does_not_depend_on_the_mix():

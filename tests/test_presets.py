@@ -6,6 +6,7 @@ import models  # first: it repairs the torchvision import
 
 # isort: split
 
+import inspect
 import json
 import socket
 import time
@@ -16,7 +17,8 @@ import torch
 from PIL import Image
 
 from itemkit.errors import InputError, ModelNotFound
-from itemkit.presets import PRESETS, get_preset, mini_folder
+from itemkit.presets import DETECTORS, LOCALISERS, PRESETS, get_preset, mini_folder
+from itemkit.regions import make_localiser
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,7 @@ def test_a_folder_of_models_can_be_named_outside(fetched: Path, offline: None, m
     assert get_preset("paper") == get_preset("paper", folder=fetched)
     assert get_preset("mini").encoder == str(mini_folder() / "models" / "clip")
     assert get_preset("paper").build("cpu").encoder.dim > 0
+    assert get_preset("paper", use_variable=False) == PRESETS["paper"]
     with pytest.raises(InputError, match="reads its models from ITEMKIT_MODELS; unset that variable"):
         download("paper")
     monkeypatch.setenv("ITEMKIT_MODELS", "/nowhere")
@@ -140,6 +143,42 @@ def test_replaced_part_starts_from_its_own_options() -> None:
     assert get_preset("fast", encoder="ViT-B-16", encoder_pretrained="openai").encoder_pretrained == "openai"
 
 
+def test_a_detector_put_in_by_name_knows_its_model(fetched: Path, offline: None) -> None:
+    preset = get_preset("paper", folder=fetched, localiser="grounding_dino")
+    assert preset == get_preset("paper", folder=fetched)
+    assert preset.find()["localiser"].path == fetched / "detector"
+    found = get_preset("paper", localiser="owlv2").find()["localiser"]
+    assert isinstance(found, ModelNotFound) and "detector 'google/owlv2-base-patch16-ensemble'" in str(found)
+    kept = get_preset("fast", localiser="owlv2", localiser_options={"threshold": 0.2, "model": "./owl"})
+    assert kept.localiser_options == {"threshold": 0.2, "model": "./owl"}
+    dino = get_preset("paper", localiser_options={"threshold": 0.3}).localiser_options
+    assert dino == {"threshold": 0.3, "model": "IDEA-Research/grounding-dino-base"}
+
+
+def test_default_detectors_are_those_of_the_loaders() -> None:
+    from itemkit.regions import grounding
+
+    for name, model in DETECTORS.items():
+        assert inspect.signature(getattr(grounding, f"load_{name}")).parameters["model"].default == model
+
+
+def test_a_name_may_say_which_weights(fetched: Path, offline: None) -> None:
+    preset = get_preset("paper", encoder="ViT-B-16:openai", localiser=f"grounding_dino:{fetched}/detector")
+    assert (preset.encoder, preset.encoder_pretrained) == ("ViT-B-16", "openai")
+    assert (preset.localiser, preset.localiser_options) == (
+        "grounding_dino",
+        {"model": f"{fetched}/detector"},
+    )
+    assert preset.find()["localiser"].path == fetched / "detector"
+    options = {"encoder_pretrained": "openai", "localiser_options": {"threshold": 0.2}}
+    both = get_preset("fast", encoder="ViT-B-16", localiser="owlv2:some/owl", **options)
+    assert both.localiser_options == {"threshold": 0.2, "model": "some/owl"}
+    for whole in ("hf-hub:owner/name", "./a:b", Path("a:b"), str(fetched / "encoder")):
+        preset = get_preset("paper", encoder=whole)
+        assert (preset.encoder, preset.encoder_pretrained) == (whole, None)
+    assert get_preset("fast", localiser="whole").localiser_options == {}
+
+
 def test_unknown_names() -> None:
     with pytest.raises(
         InputError, match="preset 'papre' is unknown. Did you mean 'paper'. Known: mini, fast, paper"
@@ -172,3 +211,15 @@ def test_mini_models_load_as_committed() -> None:
     parts = get_preset("mini").build("cpu")
     assert parts.encoder.patch_grid is not None and parts.captioner is not None
     assert parts.encoder.dtype is torch.float32
+
+
+def test_an_unknown_localiser_is_named_before_anything_is_loaded() -> None:
+    with pytest.raises(
+        InputError, match=r"localiser 'gird' is unknown. Did you mean 'grid'\? Known: whole, grid"
+    ):
+        get_preset("mini", localiser="gird")
+    for name in LOCALISERS:
+        assert get_preset("mini", localiser=name).localiser == name
+    with pytest.raises(InputError) as known:
+        make_localiser("nothing", None)  # type: ignore[arg-type]
+    assert str(known.value).endswith(f"Known: {', '.join(LOCALISERS)}.")

@@ -16,6 +16,7 @@ from itemkit.errors import InputError
 from itemkit.features import Features
 from itemkit.lab.world import render_index
 from itemkit.manifest import read_manifest
+from itemkit.perturb import jpeg_random
 from itemkit.presets import Preset
 from itemkit.study.protocols import get_protocol, protocol_names
 from itemkit.study.table import MEAN, OURS, THEIRS, WORST
@@ -297,7 +298,9 @@ def test_copies_between_train_and_test_are_left_out(grow, stub: Preset, tmp_path
     text = command.run_study(
         "genimage", root, tmp_path / "out", "stub", skip_missing=True, without=PIXELS, **QUICK
     ).read_text()
-    assert "raw: 1 training and validation images left out, because a copy of each is among the test" in text
+    assert (
+        "raw: 1 training and validation images left out, because a copy of each is among the test or" in text
+    )
 
 
 def test_equalised_means_one_size_and_codec_for_all(grow, tmp_path: Path) -> None:
@@ -308,7 +311,7 @@ def test_equalised_means_one_size_and_codec_for_all(grow, tmp_path: Path) -> Non
     assert transform.fingerprint() == {
         "equalise": {"size": 128, "codec": "jpeg", "quality": 96, "subsampling": "4:2:0"}
     }
-    jpeg = command.random_jpeg()
+    jpeg = jpeg_random()
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8))
     first, again, other = (np.asarray(jpeg(noise, name)) for name in ("a", "a", "b"))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
@@ -344,6 +347,18 @@ def test_the_mini_study_with_its_answers(stub: Preset, tmp_path: Path, monkeypat
     promises = pd.read_csv(path.parent / "promises.csv")
     assert len(promises) == 6  # foreign images: no new renders
     assert "needs at least 99 real validation images" in promises["note"].fillna("").str.cat()
+    kept = json.loads((path.parent / "clean" / "study.json").read_text())["runs"]
+    assert any(name.startswith("item_+_image") for name in kept)  # fusions are kept like all others
+    pd.DataFrame({"image_id": ["a"], "score": [0.5]}).to_csv(tmp_path / "s.csv", index=False)
+    taken = {"scores": [f"item={tmp_path / 's.csv'}"]}
+    with pytest.raises(InputError, match="that name is a contender of ours"):
+        command.run_study("mini", tmp_path / "m.csv", tmp_path / "out", "stub", **options | taken)
+    twice = {"scores": [f"a={tmp_path / 's.csv'}"] * 2}
+    with pytest.raises(InputError, match="given twice for clean"):
+        command.run_study("mini", tmp_path / "m.csv", tmp_path / "out", "stub", **options | twice)
+    table[table["generator"] != "gan"].to_csv(tmp_path / "one.csv", index=False)
+    with pytest.raises(InputError, match="of one family \\(flow\\), so nothing is unseen"):
+        command.run_study("mini", tmp_path / "one.csv", tmp_path / "out1", "stub", **options)
     with pytest.raises(InputError, match="--per-set and --skip-missing go with a data set's protocol"):
         command.run_study("mini", tmp_path / "m.csv", tmp_path, "stub", per_set=5)
 

@@ -49,8 +49,8 @@ def study():
 
 def test_table_is_complete(study):
     table = study.table
-    # 3 contenders, 3 train generators, 3 test generators and the pooled one, 2 seeds, 8 metrics
-    assert len(table) == 3 * 3 * 4 * 2 * 8
+    # 3 contenders, 3 train generators, 3 test generators and the pooled one, 2 seeds, 9 metrics
+    assert len(table) == 3 * 3 * 4 * 2 * 9
     assert not table.duplicated(["detector", "train_generator", "test_generator", "seed", "metric"]).any()
     cells = table[table["test_generator"] != "pooled_unseen"]
     assert (cells["seen"] == (cells["train_generator"] == cells["test_generator"])).all()
@@ -58,6 +58,8 @@ def test_table_is_complete(study):
     pooled = table[table["test_generator"] == "pooled_unseen"]
     assert set(pooled["n_real"]) == {100} and set(pooled["n_fake"]) == {60}  # the shared reals count once
     assert (table["low"] <= table["high"]).all() and table["value"].between(0, 1).all()
+    ece = table[table["metric"] == "ece"]
+    assert ((ece["low"] <= ece["value"]) & (ece["value"] <= ece["high"])).all()
 
 
 def test_a_cell_by_hand(study):
@@ -239,6 +241,44 @@ def test_external_scores_join_by_id_or_path(tmp_path):
         InputError, match=rf"has no score for 1 of 190 images, the first is {gone}; score the val"
     ):
         train_on_test_on(FEATURES, {"ids": external(by_id)}, seeds=(0,), n_boot=0, train_generators=["vae"])
+
+
+def test_a_corrected_file_of_scores_is_read_again(tmp_path):
+    score, ids = Recorder(0).decision_function(FEATURES), FEATURES.table["image_id"]
+
+    def auroc(names):
+        pd.DataFrame({"image_id": names, "score": score}).to_csv(tmp_path / "s.csv", index=False)
+        recipes = {"theirs": external(tmp_path / "s.csv")}
+        study = train_on_test_on(FEATURES, recipes, seeds=(0,), n_boot=0, out=tmp_path / "out")
+        return study.summary(["auroc"])["unseen_mean"][0]
+
+    wrong = auroc(ids.sample(frac=1, random_state=0).to_numpy())  # the same numbers, in another order
+    assert auroc(ids) == pytest.approx(
+        train_on_test_on(FEATURES, {"mine": Recorder}, seeds=(0,), n_boot=0).summary(["auroc"])[
+            "unseen_mean"
+        ][0],
+        abs=1e-6,
+    )
+    assert wrong < 0.6
+
+
+def test_names_that_a_file_system_cannot_tell_apart(tmp_path):
+    table = FEATURES.table.replace({"generator": {"gan": "生成器一", "flow": "生成器二"}})
+    here = replace(FEATURES, table=table)
+    study = train_on_test_on(here, {"n > 3": Recorder, "n < 3": Recorder}, seeds=(0,), n_boot=0, out=tmp_path)
+    assert len(list((tmp_path / "runs").iterdir())) == len(study.runs) == 6
+    pd.testing.assert_frame_equal(Study.load(study.save(tmp_path)).table, study.table)
+
+
+def test_reals_judged_apart_are_drawn_apart():
+    few = np.zeros(len(FEATURES), bool)
+    rows = np.flatnonzero(((FEATURES.table["split"] == "test") & (FEATURES.table["label"] == 0)).to_numpy())
+    few[rows[:3]] = True  # three reals of a source of their own, with all fakes of one generator
+    few |= (FEATURES.table["generator"] == "gan").to_numpy()
+    here = replace(FEATURES, table=FEATURES.table.assign(source=np.where(few, "small", "large")))
+    study = train_on_test_on(here, {"a": Recorder}, seeds=(0,), n_boot=200, pair_by="source")
+    assert study.table[["low", "high"]].notna().all(axis=None)
+    assert study.table.query("test_generator == 'gan'")["n_real"].eq(3).all()
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_a_store_made_without_cleaning_is_not_continued(tmp_path):
     run = read_run(tmp_path / "out")
     del run["fingerprint"]["caption_cleaning"]
     (tmp_path / "out" / "run.json").write_text(json.dumps(run))
-    with pytest.raises(StoreError, match=r"extracted otherwise \(caption_cleaning: null there, 1 here\)"):
+    with pytest.raises(StoreError, match=r"extracted otherwise \(caption_cleaning: null there, 2 here\)"):
         extract(manifest, tmp_path / "out", readers(), captions="user", progress=False)
 
 
@@ -101,6 +101,54 @@ def test_cut_captions_are_counted_from_the_store(tmp_path):
     none = count_cut(tmp_path / "out", run, ids[:2])
     assert none == {"cut": 0, "room": 5} and told(none) == ""
     assert count_cut(tmp_path / "out", {"fingerprint": {"encoder": {}}}, ids) == {} and told({}) == ""
+
+
+@pytest.mark.parametrize(
+    ("posted", "clean"),
+    [
+        ("Tom &amp;amp; Jerry", "Tom & Jerry"),
+        ("\"'hello'\"", "hello"),
+        ("@a@b dog", "dog"),
+        ("&amp;#64;joe a cat", "a cat"),
+        ("a, , cat", "a, cat"),
+    ],
+)
+def test_captions_that_needed_cleaning_twice(posted, clean):
+    assert clean_caption(posted) == clean
+
+
+def test_cleaning_twice_changes_nothing_and_ends():
+    rng = np.random.default_rng(0)
+    bits = [
+        *"ab AB1#@&;.,!?_-~'\"«»“”‘’|·•–\n:/",
+        "&amp;",
+        "&#64;",
+        "&#xFDFA;",
+        "＆",
+        "＠",
+        "RT ",
+        "@joe",
+        "#GoldenDay_1",
+    ]
+    bits += [
+        "http://x.y",
+        "t.co/",
+        "\u200d",
+        "\u200c",
+        "\ufe0f",
+        "\U0001f600",
+        "´",
+        "e\u0301",
+        "\u0301",
+        "ﬁ",
+        "①",
+        "\ud83d",
+    ]
+    for length in rng.integers(0, 15, 10_000):
+        clean = clean_caption("".join(rng.choice(bits, length)))
+        assert clean_caption(clean) == clean
+    for long in ("&" + "amp;" * 20_000, "@a" * 20_000, "'" * 20_000, "#" * 20_000, ", " * 20_000):
+        assert len(clean_caption(long)) <= 20_000
 
 
 @pytest.mark.real

@@ -13,9 +13,12 @@ from itemkit import presets, report, schema, workflow
 from itemkit.detector import Detector
 from itemkit.errors import InputError, ModelNotFound
 from itemkit.features import Features
+from itemkit.head import MisalignmentMLP
 from itemkit.manifest import read_manifest
+from itemkit.misalignment import RepresentationConfig
 from itemkit.pipeline import extract
 from itemkit.presets import Preset
+from itemkit.workflow import study as study_of_files
 
 import fakes
 from synthetic import make_features
@@ -184,6 +187,48 @@ def test_the_trained_detector_tells_the_made_up_classes_apart() -> None:
     assert (auroc > 0.85).all()
 
 
+def test_promises_are_held_against_new_images_only() -> None:
+    features = make_features(200, 100)
+    detector = workflow.train_detector(features, seeds=1)
+    test = workflow.take_split(features, "test")
+    expected = workflow.promises(detector, test)
+    for split, n in (("train", 200), ("val", 100)):
+        with pytest.raises(InputError, match=f"all {n} images trained or calibrated this detector, and what"):
+            workflow.promises(detector, workflow.take_split(features, split))
+    some = features.select((features.table[schema.SPLIT] != "train").to_numpy())
+    with pytest.warns(UserWarning, match="100 of 200 images trained .* held against the other 100"):
+        pd.testing.assert_frame_equal(workflow.promises(detector, some), expected)
+
+
+def test_the_mini_detector_calibrates_on_new_validation_renders_and_sees_no_test_render(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, fresh = make_features(240, 100), make_features(640, 0, generators=(), seed=1)
+    fresh.table[schema.IMAGE_ID] = "fresh " + fresh.table[schema.IMAGE_ID]
+    fresh.table[schema.SPLIT] = ["val"] * 200 + ["test"] * 440
+    asked = []
+
+    def features(preset: str, data: Path | None, out_dir: Path, device: str, name: str = "") -> Features:
+        asked.append((preset, data, name))
+        return fresh if data else known
+
+    monkeypatch.setattr(workflow, "features", features)
+    monkeypatch.setattr(workflow, "_mini_detector", lambda: tmp_path / "detector")
+    monkeypatch.setattr(study_of_files, "fresh_renders", lambda folder: folder / "fresh" / "manifest.csv")
+    detector = Detector.load(workflow.save_mini_detector(tmp_path), "cpu")
+    assert asked == [("mini", None, ""), ("mini", tmp_path / "mini" / "fresh" / "manifest.csv", "fresh")]
+    assert set(detector.seen(fresh)[:200]) == {"val"} and set(detector.seen(fresh)[200:]) == {""}
+    assert set(detector.seen(workflow.take_split(known, "test"))) == {""}
+    # 60 validation reals of the data set and 200 new ones, 50 fakes: half of each calibrates
+    assert (len(detector.real_scores_), len(detector.fake_scores_)) == (130, 25)
+    assert detector.threshold(0.01).rank == 1
+    # five reals for each fake do not draw p(fake) down: it is for equal shares
+    plain = workflow.train_detector(known)
+    test = workflow.take_split(known, "test")
+    means = [[one.score(test)[test.labels == label].mean() for label in (0, 1)] for one in (detector, plain)]
+    np.testing.assert_allclose(*means, atol=0.08)
+
+
 # -------------------------------------------------------------------------------------------------- verdicts
 
 
@@ -233,6 +278,29 @@ def test_a_caption_of_the_user_takes_the_place_of_the_generated_one(detector: Pa
     (answer,) = workflow.detect([image], preset, detector, "cpu", "a red dog and a blue cup", **RATES)
     assert answer["caption"] == "a red dog and a blue cup" and preset.captioner.batches == []
     assert sorted(thing["phrase"] for thing in answer["objects"]) == ["blue cup", "red dog"]
+
+
+def test_a_detector_of_users_captions_wants_one(data: Path, tmp_path: Path) -> None:
+    theirs = workflow.features(
+        stand_ins(), data, tmp_path / "out", "cpu", name="user", captions="user", progress=False
+    )
+    folder = workflow.train_detector(theirs, seeds=1).save(tmp_path / "detector")
+    image = theirs.table[schema.PATH][0]
+    with pytest.raises(
+        InputError, match=r"captions is generate, was user. Extract .* \(.*, detect --caption\)"
+    ):
+        list(workflow.detect([image], stand_ins(), folder, "cpu", **RATES))
+    (answer,) = workflow.detect([image], stand_ins(), folder, "cpu", "a red ball", **RATES)
+    assert answer["p_fake"] == pytest.approx(Detector.load(folder).score(theirs)[0], abs=5e-3)
+
+
+def test_detect_where_images_without_objects_are_refused(features: Features, tmp_path: Path) -> None:
+    there = features.select((features.table[schema.N_OBJECTS] > 0).to_numpy())
+    strict = Detector(RepresentationConfig(empty="raise"), MisalignmentMLP(max_epochs=2))
+    folder = strict.fit(workflow.take_split(there, "train"), workflow.take_split(there, "val")).save(tmp_path)
+    image = there.table.loc[there.table[schema.N_OBJECTS] == 1, schema.PATH].iloc[0]
+    (answer,) = workflow.detect([image], stand_ins(), folder, "cpu", fpr=0.3, fnr=0.3)
+    assert len(answer["objects"]) == 1 and 0 <= answer["p_fake"] <= 1
 
 
 def test_a_detector_refuses_other_models(detector: Path, data: Path) -> None:

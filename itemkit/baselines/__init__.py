@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -207,20 +208,47 @@ def caption_likelihood(features: Features) -> np.ndarray:
     return value[:, None].astype(np.float32)
 
 
-def likelihood_and_confidence(features: Features) -> np.ndarray:
+def likelihood_and_confidence(features: Features, fill: float = float("nan")) -> np.ndarray:
     """Caption likelihood, mean and lowest localiser score, number of objects; shape (n, 4).
 
-    No CLIP and no text embedding in it if the localiser uses none. Images without objects get the mean score
-    of the others in the same call, so the number of objects alone tells them apart.
+    No CLIP and no text embedding in it if the localiser uses none.
+
+    Parameters
+    ----------
+    features : Features
+    fill : float
+        Both scores of an image without objects. `ConfidenceScorer` gives the mean of its training images', so
+        that the number of objects alone tells such an image apart.
     """
     score = features.objects["score"].to_numpy(np.float64)
     count = np.bincount(features.owner, minlength=len(features))
     mean = np.bincount(features.owner, score, minlength=len(features)) / np.maximum(count, 1)
     lowest = np.full(len(features), np.inf)
     np.minimum.at(lowest, features.owner, score)
-    fill = float(score.mean()) if len(score) else 0.0
     mean[count == 0] = lowest[count == 0] = fill
     return np.column_stack([caption_likelihood(features), mean, lowest, count]).astype(np.float32)
+
+
+class ConfidenceScorer(FeatureScorer):
+    """A classifier on `likelihood_and_confidence`.
+
+    Parameters
+    ----------
+    estimator : scikit-learn classifier
+        Untrained.
+    """
+
+    def __init__(self, estimator: Any) -> None:
+        super().__init__(likelihood_and_confidence, estimator)
+
+    def fit(self, train: Features, val: Features) -> ConfidenceScorer:
+        """Train on ``train``, whose mean score stands for missing objects from here on; stop on ``val``."""
+        # a mean over the images being scored would let them set each other's features
+        score = train.objects["score"].to_numpy(np.float64)
+        fill = float(score.mean()) if len(score) else 0.0
+        self.vectors = partial(likelihood_and_confidence, fill=fill)
+        super().fit(train, val)
+        return self
 
 
 # ----------------------------------------------------------------------------------------------- registry
@@ -350,7 +378,7 @@ _ALL = (
     Control(
         "likelihood_confidence", "caption likelihood and localiser score",
         "Is misalignment more than the doubt of captioner and localiser?", _OURS,
-        lambda i: FeatureScorer(likelihood_and_confidence, i.seeded_head()), ("caption_logprob",),
+        lambda i: ConfidenceScorer(i.seeded_head()), ("caption_logprob",),
     ),
     Control(
         "spectrum", "power spectrum", "Do the frequencies give the generator away?",

@@ -7,9 +7,9 @@ import re
 import unicodedata
 
 # Belongs in the fingerprint of a run with users' captions: raise it when a rule below changes.
-CLEAN_VERSION = 1
+CLEAN_VERSION = 2
 _URL = re.compile(r"(?:https?://|www\.)\S+|\b(?:pic\.twitter|t\.co|bit\.ly|instagr\.am)\S*", re.IGNORECASE)
-_MENTION = re.compile(r"(?<![\w.])(?:RT\s+)?@[\w.]+:?")  # not the middle of an e-mail address
+_MENTION = re.compile(r"(?<![\w.])(?:RT\s+)?(?:@[\w.]+:?)+")  # not the middle of an e-mail address
 _HASHTAG = re.compile(
     r"#(?=\w)([^\s#.,!?;:]+)"
 )  # not \w+: in many scripts vowel signs are no "word" characters
@@ -28,9 +28,19 @@ def clean_caption(text: str) -> str:
     2024"); emoji, flags and other pictographs removed, since CLIP's tokenizers split them into bytes;
     repeated punctuation and white space reduced to one; quotation marks around the whole dropped. Other
     languages are left as they are: whether the encoder reads them is a property of the encoder (most CLIP
-    models read English only). The result may be empty; that counts as a missing caption.
+    models read English only). All this is repeated until nothing changes ("&amp;amp;" is an "&"), so that
+    cleaning a clean caption changes nothing. The result may be empty; that counts as a missing caption.
     """
-    text = unicodedata.normalize("NFKC", html.unescape(text))
+    # it ends: each round that changes something leaves fewer "&", or else fewer letters and signs, or spaces
+    while (cleaner := _clean_once(text)) != text:
+        text = cleaner
+    return text
+
+
+def _clean_once(text: str) -> str:
+    while (plain := html.unescape(text)) != text:  # by itself, as it may be nested very deep
+        text = plain
+    text = unicodedata.normalize("NFKC", text)
     text = _MENTION.sub(" ", _URL.sub(" ", text))
     text = _HASHTAG.sub(lambda match: " " + _CAMEL.sub(" ", match.group(1).replace("_", " ")) + " ", text)
     text = "".join(_readable(character) for character in text)

@@ -122,6 +122,12 @@ def _parser() -> argparse.ArgumentParser:
         "pixels, another store",
     )
     c.add_argument("--perturb", help="apply a perturbation first, e.g. jpeg_q50")
+    c.add_argument(
+        "--retry-errors", action="store_true", help="try images again that were found to be damaged before"
+    )
+    c.add_argument(
+        "--isolate", action="store_true", help="decode in processes of their own: slower, survives any file"
+    )
     _model_options(c)
 
     c = add(
@@ -143,6 +149,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     c.add_argument("--split", default="test", help="split to evaluate (default: test)")
     c.add_argument("--csv", type=Path, help="also write the table")
+
+    c = add("export", do.export, "Embeddings of a feature store in the files of other tools.")
+    c.add_argument("features", type=Path, help="feature store")
+    c.add_argument("--to", required=True, type=Path, metavar="FOLDER", help="a new or empty folder")
+    c.add_argument(
+        "--format",
+        required=True,
+        choices=("clip-retrieval", "numpy"),
+        help="clip-retrieval: images and captions as it keeps them, float16; numpy: everything, with objects",
+    )
 
     c = add(
         "study",
@@ -202,8 +218,14 @@ def _preset_options(c: argparse.ArgumentParser) -> None:
 
 
 def _part_options(c: argparse.ArgumentParser) -> None:
+    kinds = {
+        "captioner": "a name on the hub, or a folder",
+        "parser": "a spaCy pipeline, or a folder",
+        "encoder": "open_clip's NAME:TAG, e.g. ViT-B-16:openai; hf-hub:OWNER/NAME; or a folder",
+        "localiser": "whole, grid, dense, owlv2 or grounding_dino; the last two also as NAME:FOLDER",
+    }
     for part in PARTS:
-        c.add_argument(f"--{part}", help=f"another {part}: a name or a folder")
+        c.add_argument(f"--{part}", help=f"another {part}: {kinds[part]}")
 
 
 def _model_options(c: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ features that were made otherwise than those it was trained on.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,14 @@ from itemkit.calibrate import (
     three_way,
     threshold_at_fpr,
 )
-from itemkit.detector.identity import IGNORED_PARTS, OBJECT_PARTS, data_hash, fingerprint_differences
+from itemkit.detector.identity import (
+    IGNORED_PARTS,
+    OBJECT_PARTS,
+    data_hash,
+    fingerprint_differences,
+    image_keys,
+    where_seen,
+)
 from itemkit.errors import InputError, ModelNotFound
 from itemkit.features import Features
 from itemkit.head import MisalignmentMLP
@@ -59,6 +67,8 @@ class Detector:
     real_scores_, fake_scores_ : sorted logits of the calibration images
     trained_on_ : dict
         Fingerprint and configuration of the features, data hash, counts per generator.
+    image_keys_ : dict
+        By which `seen` knows the training and the validation images again.
     """
 
     def __init__(
@@ -117,6 +127,7 @@ class Detector:
             "train_images": train.table[schema.GENERATOR].value_counts().sort_index().to_dict(),
             "val_images": val.table[schema.GENERATOR].value_counts().sort_index().to_dict(),
         }
+        self.image_keys_ = {"train": image_keys(train), "val": image_keys(val)}
         return self
 
     def _remember_real_cosines(self, val: Features) -> None:
@@ -153,10 +164,12 @@ class Detector:
             if different:
                 shown = "; ".join(f"{name} is {_short(b)}, was {_short(a)}" for name, a, b in different[:4])
                 more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
+                captions = any(name == "captions" for name, *_ in different)
+                source = "and captions from the same source (extract --captions, detect --caption)"
                 raise InputError(
                     f"these features were made otherwise than those the detector was trained on: "
-                    f"{shown}{more}. Extract them with the same preset, or train a detector on features "
-                    f"like these"
+                    f"{shown}{more}. Extract them with the same preset{f' {source}' if captions else ''}, or "
+                    f"train a detector on features like these"
                 )
         elif bool(trained) != bool(given):
             raise InputError(
@@ -217,6 +230,8 @@ class Detector:
         """
         self._fitted()
         self.threshold(fpr)  # raises where there are too few reals for this rate
+        if not 0 < fnr < 1:
+            raise InputError(f"fnr={fnr}: expected a rate between 0 and 1, such as 0.05")
         if fnr * (len(self.fake_scores_) + 1) < 1:
             raise InputError(
                 f"a rate of missed fakes of {fnr:g} needs at least {int(np.ceil(1 / fnr)) - 1} fake "
@@ -258,7 +273,7 @@ class Detector:
             "local"), ``text``, box ``x0, y0, x1, y1`` and localiser ``score`` (empty for the whole image),
             ``cosine``, ``real_below`` (share of validation reals, or of their objects, with a lower cosine:
             small means unusually misaligned), ``p_fake_without`` (p(fake) had this object not been found;
-            empty for the whole image).
+            empty for the whole image, and for an only object where the representation has empty="raise").
         """
         if not -len(features) <= row < len(features):
             raise InputError(f"row {row}: expected 0 to {len(features) - 1}")
@@ -268,7 +283,11 @@ class Detector:
         top = {"text": one.table[schema.CAPTION].iloc[0], "real_below": self._real_below("global", whole)}
         rows: list[dict] = [{"level": "global", "cosine": whole} | top]
         cosine = np.einsum("ij,ij->i", one.region_emb, one.phrase_emb)
-        without = self.score(leave_one_out(one), ignore) if len(cosine) else cosine
+        # where an image without objects is refused, there is no p(fake) without the only one
+        needed = 1 if self.representation.uses_objects and self.representation.empty == "raise" else 0
+        without = np.full(len(cosine), np.nan)
+        if len(cosine) > needed:
+            without = self.score(leave_one_out(one), ignore)
         for i in np.argsort(cosine, kind="stable"):
             box, value = one.objects.iloc[i], float(cosine[i])
             found = {"text": box["phrase"], **{k: box[k] for k in ("x0", "y0", "x1", "y1", "score")}}
@@ -282,6 +301,22 @@ class Detector:
     def _real_below(self, level: str, cosine: float) -> float:
         grid = self.real_cosines_[level]
         return float(np.interp(cosine, grid, np.linspace(0, 1, len(grid)))) if len(grid) else float("nan")
+
+    def seen(self, features: Features) -> np.ndarray:
+        """Which images this detector was made with.
+
+        Parameters
+        ----------
+        features : Features
+
+        Returns
+        -------
+        array of str, shape (n,)
+            "train" for images it was trained on, "val" for those that stopped the training or calibrated it,
+            "" for new ones. A detector saved before it kept its images' keys knows whole splits only.
+        """
+        self._fitted()
+        return where_seen(features, self.image_keys_, self.trained_on_)
 
     def evaluate(
         self,
@@ -309,8 +344,21 @@ class Detector:
         -------
         DataFrame
             ``generator, metric, value, low, high, n_real, n_fake``; generator "all" counts every real once.
+
+        Warns
+        -----
+        UserWarning
+            Some images trained, stopped or calibrated this detector; they are counted all the same.
         """
         logits, y = self.decision_function(features, ignore), features.labels
+        where = self.seen(features)
+        uses = {"train": "trained this detector", "val": "stopped its training or calibrated it"}
+        if known := [f"{n} {use}" for part, use in uses.items() if (n := int((where == part).sum()))]:
+            warnings.warn(
+                f"of the {len(features)} images evaluated here, {' and '.join(known)}: numbers on these are "
+                "no test of it",
+                stacklevel=2,
+            )
         threshold = self.threshold(fpr).value
         generator = features.table[schema.GENERATOR].to_numpy()
         tables = []
@@ -331,6 +379,7 @@ class Detector:
         path = self.head_.save(folder)
         arrays = {"real_scores": self.real_scores_, "fake_scores": self.fake_scores_}
         arrays |= {f"real_cosines_{k}": np.asarray(v, np.float64) for k, v in self.real_cosines_.items()}
+        arrays |= {f"{part}_keys": keys for part, keys in self.image_keys_.items()}
         data = safetensors.numpy.save(arrays)
         atomic_write(path / "calibration.safetensors", lambda file: file.write(data))
         thresholds = {}
@@ -380,6 +429,9 @@ class Detector:
         arrays = safetensors.numpy.load_file(folder / "calibration.safetensors")
         detector.real_scores_, detector.fake_scores_ = arrays["real_scores"], arrays["fake_scores"]
         detector.real_cosines_ = {level: arrays[f"real_cosines_{level}"] for level in ("global", "local")}
+        detector.image_keys_ = {
+            part: arrays[f"{part}_keys"] for part in ("train", "val") if f"{part}_keys" in arrays
+        }
         detector.trained_on_ = meta["trained_on"]
         return detector
 

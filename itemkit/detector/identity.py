@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+
+import numpy as np
 
 from itemkit import schema
 from itemkit.features import Features
@@ -46,3 +48,33 @@ def data_hash(features: Features) -> str:
     columns = features.table[[schema.IMAGE_ID, schema.LABEL]].astype(str)
     lines = sorted(columns[schema.IMAGE_ID] + " " + columns[schema.LABEL])
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def image_keys(features: Features) -> np.ndarray:
+    """Eight bytes of the hash of each image's id, uint64, shape (n,): enough to know an image again."""
+    ids = features.table[schema.IMAGE_ID].astype(str)
+    digests = b"".join(hashlib.sha256(one.encode()).digest()[:8] for one in ids)
+    return np.frombuffer(digests, ">u8").astype(np.uint64)
+
+
+def where_seen(
+    features: Features, keys: Mapping[str, np.ndarray], hashes: Mapping[str, object]
+) -> np.ndarray:
+    """For each image "train", "val", or "" for a new one, shape (n,).
+
+    Parameters
+    ----------
+    features : Features
+    keys : dict
+        "train", "val" -> `image_keys` of that part.
+    hashes : dict
+        "train_hash", "val_hash" -> `data_hash`, for a part without keys: it is known as a whole only.
+    """
+    where = np.full(len(features), "", dtype="<U5")
+    here = image_keys(features)
+    for part in ("train", "val"):
+        if part in keys:
+            where[np.isin(here, keys[part])] = part
+        elif hashes.get(f"{part}_hash") == data_hash(features):
+            where[:] = part
+    return where

@@ -131,14 +131,6 @@ class Encoder:
         with torch.no_grad():
             return self.embed_pixels(pixels, patches)
 
-    def encode_pil(self, images: Sequence[Image], batch_size: int = 32) -> Tensor:
-        """Preprocess and embed PIL images; pooled embeddings only, shape (n, d)."""
-        parts = [
-            self.encode_images(torch.stack([self.preprocess(i) for i in images[s : s + batch_size]])).pooled
-            for s in range(0, len(images), batch_size)
-        ]
-        return torch.cat(parts) if parts else torch.zeros(0, self.dim, device=self.device)
-
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Embed texts; equal texts are encoded once.
 

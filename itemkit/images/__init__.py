@@ -154,6 +154,8 @@ def open_image(
         raise _unknown(name, data) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(name, "too large", _short(error), "store it smaller") from None
+    except MemoryError:  # the machine's trouble, not the file's
+        raise
     except Exception as error:  # noqa: BLE001 - bad data can fail in any way inside a decoder
         raise _damaged(name, error) from None
     if image.width * image.height > max_pixels:
@@ -196,6 +198,8 @@ def load_image(
     ------
     ImageError
         The image cannot be used; ``str(error)`` names file, reason and next step.
+    MemoryError
+        There is no room for it now, which says nothing about the file.
     """
     name = name or ("image bytes" if isinstance(source, bytes) else str(source))
     image = open_image(source, name, max_pixels)
@@ -207,7 +211,7 @@ def load_image(
         if image.mode.startswith(("I", "F")):
             image = _to_8_bits(image, name)
         rgb = _flatten(_to_srgb(image), background)
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - OSError, SyntaxError, struct.error, KeyError, ...
         raise _damaged(name, error) from None
@@ -314,6 +318,8 @@ def _unknown(name: str, data: bytes) -> ImageError:
 
 
 def _damaged(name: str, error: Exception) -> ImageError:
+    if str(error).startswith("out of memory"):  # Pillow's decoders say it with an OSError
+        raise MemoryError(str(error)) from None
     kind = "truncated" if "truncated" in str(error).lower() else "damaged"
     return ImageError(name, kind, f"is {kind} ({_short(error)})", "fetch the file again or drop the row")
 
@@ -321,6 +327,8 @@ def _damaged(name: str, error: Exception) -> ImageError:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
     except Exception:  # noqa: BLE001 - unreadable EXIF: the pixels are whole, only their rotation is unknown
         return image
 

@@ -108,7 +108,7 @@ class GanLesson(nn.Module):
         super().__init__()
         self.generator = Generator().to(memory_format=torch.channels_last)
         self.critic = Critic().to(memory_format=torch.channels_last)
-        self.renders, self.device, self.steps = renders, device, 0
+        self.renders, self.device = renders, device
         self.fields = encode_facts(renders.facts)
 
     def forward(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:

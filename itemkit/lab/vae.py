@@ -12,7 +12,7 @@ from itemkit.lab.conditions import Condition, encode_facts
 from itemkit.lab.renders import RenderSet
 from itemkit.lab.training import Schedule, autocast
 
-SCHEDULE = Schedule(steps=2500, lr=1.5e-3, warmup=100, ema=0.998, weight_decay=0.0, snapshots=(250, 800))
+SCHEDULE = Schedule(steps=2500, lr=1.5e-3, warmup=100, ema=0.998, weight_decay=0.0)
 BATCH = 64
 LATENT = 96
 BETA = 1.0

@@ -20,7 +20,7 @@ from itemkit.lab.renders import RenderSet
 from itemkit.lab.training import Schedule, autocast
 
 SCHEDULE = Schedule(steps=1800, lr=1.5e-3, warmup=100, ema=0.998, weight_decay=0.0)
-PRIOR_SCHEDULE = Schedule(steps=1000, lr=1.5e-3, warmup=100, ema=0.998, weight_decay=0.05, snapshots=(300,))
+PRIOR_SCHEDULE = Schedule(steps=1000, lr=1.5e-3, warmup=100, ema=0.998, weight_decay=0.05)
 BATCH, PRIOR_BATCH = 64, 32
 GRID = 12
 N_CODES, N_DIMS = 512, 8

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from itemkit import _files, schema
@@ -68,11 +69,14 @@ def read_manifest(
         Columns ``path`` (absolute), ``label`` (Int8: 0 real, 1 fake, missing when unknown), ``generator``,
         ``source``, ``split``, ``caption``, and ``image_id`` if the source had it. A table keeps its order,
         a folder is sorted by path. Paths are not opened: a missing file becomes an error row at extraction.
+        Where a table has several captions for an image (a list, as in Flickr30k and COCO), the first is
+        taken.
 
     Raises
     ------
     InputError
-        Nothing to read, several possible layouts, columns missing, unknown label values, a path twice.
+        Nothing to read, several possible layouts, columns missing, unknown label values, a path twice,
+        values that are no text.
     """
     if layout not in LAYOUTS:
         near = difflib.get_close_matches(layout, LAYOUTS, 1)
@@ -259,7 +263,7 @@ def _finish(raw: pd.DataFrame, what: str, base: Path, source: str) -> pd.DataFra
     if not len(raw):
         raise InputError(f"{what} has no rows; expected one per image")
     found = _match_columns(raw, what)
-    text = {column: raw[name].map(_text) for column, name in found.items()}
+    text = {column: _texts(raw[name], column, what) for column, name in found.items()}
     index = raw.index
     paths = text[schema.PATH]
     if (paths == "").any():
@@ -354,9 +358,29 @@ def _check_paths(df: pd.DataFrame, what: str, base: Path) -> None:
         )
 
 
-def _text(value: object) -> str:
-    missing = value is None or (not isinstance(value, (list, dict)) and pd.isna(value))
-    return "" if missing else str(value).strip()
+def _texts(values: pd.Series, column: str, what: str) -> pd.Series:
+    """Values of one column as text, empty where missing; of several captions the first that is not empty."""
+    several = column == schema.CAPTION
+    texts = []
+    for number, value in enumerate(map(_first, values) if several else values, 1):
+        if pd.api.types.is_list_like(value) or isinstance(value, bytes):
+            more = ", or a list of texts" if several else ""
+            raise InputError(
+                f"{what}: row {number} of column {values.name!r} holds {type(value).__name__}; expected one "
+                f"text for each image{more}. Convert the column first"
+            )
+        texts.append("" if value is None or pd.isna(value) else str(value).strip())
+    return pd.Series(texts, index=values.index)
+
+
+def _first(captions: object) -> object:
+    """First caption of a list or array that is not empty; anything else as it is."""
+    if not isinstance(captions, (list, tuple, np.ndarray)):
+        return captions
+    for caption in captions:
+        if caption is not None and not (isinstance(caption, str) and not caption.strip()):
+            return caption
+    return None
 
 
 def _column(name: object) -> str:

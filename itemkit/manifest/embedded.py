@@ -29,8 +29,20 @@ def arrow_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if path.suffix.lower() == ".parquet" else []
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # Dataset.save_to_disk
-        return sorted(path.rglob("*.arrow"))
+        folders = sorted({p.parent for name in ("state.json", "*.arrow") for p in path.rglob(name)})
+        return [file for folder in folders for file in _saved_files(folder)]
     return sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """Files of one saved data set, in its own order; what ``map`` and ``filter`` left there is none."""
+    state = folder / "state.json"
+    try:
+        stored = json.loads(state.read_text()) if state.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{state} cannot be read ({error}); save the data set again") from None
+    named = [folder / file["filename"] for file in stored.get("_data_files") or ()]
+    return named or sorted(p for p in folder.glob("*.arrow") if not p.name.startswith("cache-"))
 
 
 def arrow_rows(path: Path) -> Part:

@@ -49,16 +49,16 @@ Parts = tuple[str, ...]  # path of one image relative to the root, component by 
 
 
 def scan(root: Path) -> list[Parts]:
-    """List the images below a folder by extension, sorted; hidden files are skipped, links followed once."""
+    """List the images below a folder by extension, sorted; hidden files are skipped, links followed.
+
+    A folder that several links lead to (reals shared by several sets) is listed under each of them.
+    """
     found: list[Parts] = []
-    seen: set[str] = set()
     others: Counter[str] = Counter()
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back up the tree
+        if _leads_back(Path(folder), root):
             subfolders.clear()
             continue
-        seen.add(real)
         subfolders[:] = sorted(d for d in subfolders if not d.startswith(".") and d != "__MACOSX")
         prefix = Path(folder).relative_to(root).parts
         for name in files:
@@ -76,6 +76,15 @@ def scan(root: Path) -> list[Parts]:
             "Check the folder, or give a CSV or Parquet table"
         )
     return sorted(found)
+
+
+def _leads_back(folder: Path, root: Path) -> bool:
+    """Whether a folder is a link to one that it lies in itself: to follow it would never end."""
+    if folder == root or not folder.is_symlink():
+        return False
+    target = folder.resolve()
+    above = folder.parents[: len(folder.relative_to(root).parts)]
+    return any(parent.resolve().is_relative_to(target) for parent in above)
 
 
 def read_folder(root: Path, layout: str, real_root: Path | None) -> pd.DataFrame:

@@ -10,7 +10,14 @@ import numpy as np
 import pandas as pd
 
 from itemkit.errors import InputError
-from itemkit.metrics import bootstrap_chunks, check_scores, percentile_interval, replicate, stratified_weights
+from itemkit.metrics import (
+    bootstrap_chunks,
+    check_scores,
+    percentile_interval,
+    replicate,
+    stratified_weights,
+    two_sided_p,
+)
 
 
 def compare(
@@ -45,11 +52,10 @@ def compare(
     for name in metrics:
         gap = np.concatenate(gaps[name])
         low, high = percentile_interval(gap, level)
-        one_side = (1 + min((gap <= 0).sum(), (gap >= 0).sum())) / (len(gap) + 1)
         a, b_ = float(point[0][name][0]), float(point[1][name][0])
         rows.append(
             {"metric": name, "a": a, "b": b_, "difference": a - b_, "low": low, "high": high,
-             "p_value": min(1.0, 2 * one_side)}
+             "p_value": two_sided_p(gap)}
         )  # fmt: skip
     return pd.DataFrame(rows)
 

@@ -81,7 +81,8 @@ class ExtractReport:
         parts = [f"{self.computed} computed"]
         if self.copies:
             parts.append(f"{self.copies} copies of them")
-        where = f" (see {self.out / store.ERRORS_FILE})" if self.errors else ""
+        how = "--retry-errors also tries those known to be damaged"
+        where = f" (see {self.out / store.ERRORS_FILE}; {how})" if self.errors else ""
         parts.append(f"{self.errors} errors{where}")
         if self.left:
             parts.append(f"{self.left} left to do")
@@ -180,6 +181,8 @@ def extract(
     decode = decode or DecodeConfig()
     if on_error not in ("row", "raise"):
         raise InputError(f"got on_error={on_error!r}; choose 'row' or 'raise'")
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"got batch_size={batch_size}; give at least 1, or None for the device's default")
     if engine not in ("local", "ray"):
         raise InputError(f"got engine={engine!r}; choose 'local' or 'ray'")
     if isinstance(components, str):
@@ -231,6 +234,9 @@ def _checked(manifest: pd.DataFrame, captions: str, missing: str, limit: int | N
     if manifest[schema.PATH].isna().any():
         row = int(np.flatnonzero(manifest[schema.PATH].isna())[0])
         raise InputError(f"row {row} of the manifest has no path; give one or drop the row")
+    manifest = manifest.assign(**{schema.PATH: _paths(manifest[schema.PATH])})
+    if schema.LABEL in manifest:
+        _check_labels(manifest[schema.LABEL])
     if captions == "user":
         manifest = with_clean_captions(manifest)
         nothing = pd.Series(pd.NA, manifest.index)
@@ -244,6 +250,33 @@ def _checked(manifest: pd.DataFrame, captions: str, missing: str, limit: int | N
                 "captioner fills in) or missing='error' (an error row for each)"
             )
     return manifest.reset_index(drop=True)
+
+
+def _paths(column: pd.Series) -> list[str]:
+    """Paths as text that a store can hold."""
+    paths = [os.fspath(path) if isinstance(path, os.PathLike) else path for path in column]
+    for row, path in enumerate(paths):
+        if not isinstance(path, str):
+            kind = type(path).__name__
+            raise InputError(f"row {row} of the manifest has {path!r} ({kind}) as its path; expected a text")
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"row {row} of the manifest has the path {path!r}, which is not UTF-8 and cannot be noted in "
+                "a store; rename the file or drop the row"
+            ) from None
+    return paths
+
+
+def _check_labels(column: pd.Series) -> None:
+    missing = column.isna().to_numpy()
+    for row, label in enumerate(column):
+        if not missing[row] and label not in (schema.REAL, schema.FAKE):
+            raise InputError(
+                f"row {row} of the manifest has the label {label!r}; expected {schema.REAL} for real, "
+                f"{schema.FAKE} for fake or nothing (itemkit.manifest.read_manifest also takes words)"
+            )
 
 
 def _run_head(
@@ -292,11 +325,16 @@ def _finish(job: Extraction, started: float, stopped: bool) -> ExtractReport:
     """Write manifest, errors and run.json; say what was done."""
     with job.profile("write"):
         manifest, errors = job.tables()
+        good = np.ones(len(job.status), bool)
+        good[list(job.errors)] = False
+        reused, computed, copies = (int((good & (job.status == s)).sum()) for s in (REUSED, COMPUTED, COPY))
+        left = len(good) - reused - computed - copies - len(job.errors)
+        before, complete = job.writer.run["complete"], not stopped and not left
+        if before and not complete:
+            # before the tables: whatever cuts this short, nobody takes a part for the whole
+            job.writer.write_run(complete=False)
         changed = job.writer.write_tables(manifest, errors)
-    good = np.ones(len(job.status), bool)
-    good[list(job.errors)] = False
     captions = count_cut(job.writer.folder, job.writer.run, job.feature[good])
-    reused, computed, copies = (int((good & (job.status == s)).sum()) for s in (REUSED, COMPUTED, COPY))
     report = ExtractReport(
         out=job.writer.folder,
         n=len(good),
@@ -304,14 +342,13 @@ def _finish(job: Extraction, started: float, stopped: bool) -> ExtractReport:
         computed=computed,
         copies=copies,
         errors=len(job.errors),
-        left=len(good) - reused - computed - copies - len(job.errors),
+        left=left,
         seconds=time.perf_counter() - started,
         stages={name: round(job.profile.seconds[name], 3) for name in STAGES},
         batch_size=job.batch_size,
         captions=captions,
     )
-    complete = not stopped and not report.left
-    if changed or computed or job.writer.moved or complete != job.writer.run["complete"]:
+    if changed or computed or job.writer.moved or complete != before:
         skipped = ("out", "captions")
         last = {key: value for key, value in dataclasses.asdict(report).items() if key not in skipped}
         last |= {"images_per_s": round(report.images_per_s, 2), "seconds": round(report.seconds, 2)}

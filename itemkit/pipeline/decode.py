@@ -16,9 +16,10 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,11 +114,10 @@ class ImageReader:
     ) -> None:
         self._config = config
         self._load = resolve(config.loader)
-        self._known = known
-        self._transform = transform
-        self._preprocess = preprocess
-        self._local = threading.local()
+        self._known, self._transform, self._preprocess = known, transform, preprocess
+        # all, and those without work; not one per thread, as threads come and go with each call of `batches`
         self._workers: list[IsolatedDecoder] = []
+        self._idle: list[IsolatedDecoder] = []
 
     def read(self, row: int, path: str, name: str | None = None, isolate: bool = False) -> Decoded:
         """Read one file, called ``name`` in messages; what fails is told in the result, nothing is raised."""
@@ -133,7 +133,7 @@ class ImageReader:
                 out.stage = ""
                 return out
             out.stage = "decode"
-            load = self._isolated().decode if isolate or self._config.isolate else self._load
+            load = self._isolated if isolate or self._config.isolate else self._load
             image = load(data, name=name or path)
             out.size = image.size
             if self._transform is not None:
@@ -145,14 +145,22 @@ class ImageReader:
             out.image, out.stage = image, ""
         except Exception as error:  # whatever a broken file makes a decoder raise is this file's problem
             out.reason, out.error = one_line(error).replace(path, name or path), error
+            if isinstance(error, MemoryError) and out.stage == "decode":
+                # but this is not: what is found out by decoding is remembered, so it must not be told as that
+                out.stage = "read"
+                out.reason = f"{name or path}: memory ran out while it was decoded; run again with more of it"
         return out
 
-    def _isolated(self) -> IsolatedDecoder:
-        worker = getattr(self._local, "worker", None)
-        if worker is None:
-            worker = self._local.worker = IsolatedDecoder(self._config.loader, self._config.timeout_s)
+    def _isolated(self, data: bytes, name: str) -> Image.Image:
+        try:
+            worker = self._idle.pop()
+        except IndexError:
+            worker = IsolatedDecoder(self._config.loader, self._config.timeout_s)
             self._workers.append(worker)
-        return worker
+        try:
+            return worker.decode(data, name)
+        finally:
+            self._idle.append(worker)
 
     def close(self) -> None:
         """End the decoding processes, if any were started."""
@@ -167,9 +175,6 @@ def one_line(error: BaseException) -> str:
     if not isinstance(error, (InputError, OSError)) and not isinstance(reason, str):
         text = f"{type(error).__name__}: {text}"
     return " ".join(text.split())
-
-
-# ------------------------------------------------------------------------------------------------ batches
 
 
 def batches(
@@ -195,7 +200,11 @@ def _in_order(
     window = 2 * threads  # bounds what is decoded and not yet counted against the batch's pixels
     source = iter(rows)
     running: deque[Future[Decoded]] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="itemkit-decode")
+    todo: queue.SimpleQueue[tuple[int, Future] | None] = queue.SimpleQueue()
+    # not a ThreadPoolExecutor: should a decoder hang for ever, its threads would not let the process end
+    pool = [threading.Thread(target=_work, args=(read, todo), daemon=True) for _ in range(threads)]
+    for thread in pool:
+        thread.start()
     try:
         exhausted = False
         while not exhausted or running:
@@ -208,7 +217,8 @@ def _in_order(
                     if row is None:
                         exhausted = True
                     else:
-                        running.append(pool.submit(read, row))
+                        running.append(Future())
+                        todo.put((row, running[-1]))
                 if not running:
                     break
                 item = running.popleft().result()
@@ -218,8 +228,26 @@ def _in_order(
                     pixels += max(item.size[0] * item.size[1], item.image.width * item.image.height)
             if batch:
                 yield batch
+    except KeyboardInterrupt:
+        pool = []  # nobody waits for it: an image may hang, and be the reason why someone wants to leave
+        raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for future in running:
+            future.cancel()
+        for _ in range(threads):
+            todo.put(None)
+        for thread in pool:
+            thread.join()
+
+
+def _work(read: Callable[[int], Decoded], todo: queue.SimpleQueue[tuple[int, Future] | None]) -> None:
+    while task := todo.get():
+        row, future = task
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(read(row))
+            except BaseException as error:
+                future.set_exception(error)
 
 
 def _ahead(source: Generator[list[Decoded], None, None], depth: int) -> Generator[list[Decoded], None, None]:
@@ -254,12 +282,11 @@ def _ahead(source: Generator[list[Decoded], None, None], depth: int) -> Generato
             if kind == "error":
                 raise value
             yield value
-    finally:
+    except BaseException as error:
         stop.set()
-        thread.join()
-
-
-# ------------------------------------------------------------------------------------- a process of its own
+        if not isinstance(error, KeyboardInterrupt):
+            thread.join()
+        raise
 
 
 class DecoderDied(InputError):
@@ -276,42 +303,45 @@ class IsolatedDecoder:
         self._command = [sys.executable, "-c", "from itemkit.pipeline.decode import _serve; _serve()", loader]
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
 
     def decode(self, data: bytes, name: str = "image") -> Image.Image:
-        """Decode the bytes of a file; raises InputError as the loader does, or DecoderDied."""
+        """Decode the bytes of a file; raises InputError or MemoryError as the loader does, or DecoderDied."""
+        for last in (False, True):
+            answer, raw, late = self._ask(data, name)
+            if "reason" in answer:
+                raise (MemoryError if answer["memory"] else InputError)(answer["reason"])
+            if "size" in answer and len(raw) == answer["bytes"]:
+                return Image.frombytes("RGB", tuple(answer["size"]), raw)
+            code = self._end()
+            # it may have been killed from outside: only an image that takes two of them down is to blame
+            if late or last or self._closed:
+                break
+        slow = f"took longer than {self._timeout_s:g} s to decode and was stopped"
+        problem = slow if late else f"crashed the decoder (exit status {code})"
+        raise DecoderDied(f"{name}: {problem}; drop the row or save the image anew with another program")
+
+    def _ask(self, data: bytes, name: str) -> tuple[dict[str, Any], bytes, bool]:
+        """What the process answers, if it does, and whether it was stopped for taking too long."""
         process = self._process or self._start()
-        late = threading.Event()
-
-        def stop() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(self._timeout_s, stop)
+        timer, started = threading.Timer(self._timeout_s, process.kill), time.monotonic()
         timer.start()
-        head, raw = b"", b""
+        answer, raw = dict[str, Any](), b""
         try:
             assert process.stdin is not None and process.stdout is not None
             process.stdin.write(json.dumps({"name": name, "bytes": len(data)}).encode() + b"\n")
             process.stdin.write(data)
             process.stdin.flush()
-            head = process.stdout.readline()
-            answer = json.loads(head) if head.endswith(b"\n") else {}
+            answer = json.loads(process.stdout.readline())
             raw = process.stdout.read(answer.get("bytes", 0))
-        except OSError:
+        except (OSError, ValueError):  # it is gone, or its pipes were closed at the end of the run
             answer = {}
+        except BaseException:  # such as no memory for its answer: half of that is still in the pipe
+            self._end()
+            raise
         finally:
             timer.cancel()
-        if "reason" in answer:
-            raise InputError(answer["reason"])
-        if "size" not in answer or len(raw) < answer["bytes"]:
-            code = process.wait()
-            self.close()
-            if late.is_set():
-                problem = f"took longer than {self._timeout_s:g} s to decode and was stopped"
-            else:
-                problem = f"crashed the decoder (exit status {code})"
-            raise DecoderDied(f"{name}: {problem}; drop the row or save the image anew with another program")
-        return Image.frombytes("RGB", tuple(answer["size"]), raw)
+        return answer, raw, time.monotonic() - started >= self._timeout_s
 
     def _start(self) -> subprocess.Popen[bytes]:
         path = os.pathsep.join([p or os.getcwd() for p in sys.path])
@@ -328,14 +358,21 @@ class IsolatedDecoder:
         return self._process
 
     def close(self) -> None:
-        """End the process."""
+        """End the process for good."""
+        self._closed = True
+        self._end()
+
+    def _end(self) -> int | None:
+        """End the process and tell its exit status."""
         process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError, AttributeError):
-                    pipe.close()  # type: ignore[union-attr]
+        if process is None:
+            return None
+        process.kill()
+        code = process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError, AttributeError):
+                pipe.close()  # type: ignore[union-attr]
+        return code
 
 
 def _serve() -> None:
@@ -355,6 +392,6 @@ def _serve() -> None:
             raw = image.tobytes()
             answer: dict[str, Any] = {"size": image.size, "bytes": len(raw)}
         except Exception as error:
-            answer = {"reason": one_line(error)}
+            answer = {"reason": one_line(error), "memory": isinstance(error, MemoryError)}
         answers.write(json.dumps(answer).encode() + b"\n" + raw)
         answers.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -55,22 +56,29 @@ class LocalEngine:
         source = batches(
             _journalled(job, journal), read, lambda: runner.batch_size, self.decode, self.prefetch
         )
-        try:
-            while True:
-                with job.profile("decode"):
-                    items = next(source, None)
-                if items is None:
-                    break
-                fresh = job.sort(items)
-                if fresh:
-                    job.take(runner.run(fresh))
-                job.batch_size = runner.batch_size
-                yield len(items)
-        finally:
-            source.close()
-            reader.close()
-            # never reached by a process that a decoder takes down: then the journal stays and tells
-            journal.unlink(missing_ok=True)
+        interrupted = False
+        with contextlib.closing(reader):
+            try:
+                while True:
+                    with job.profile("decode"):
+                        items = next(source, None)
+                    if items is None:
+                        break
+                    fresh = job.sort(items)
+                    if fresh:
+                        job.take(runner.run(fresh))
+                    job.batch_size = runner.batch_size
+                    yield len(items)
+            except KeyboardInterrupt as error:  # of the second Ctrl-C, perhaps because an image hangs
+                interrupted = True
+                with contextlib.suppress(KeyboardInterrupt):
+                    source.throw(error)  # where close() would wait for that image
+                raise
+            finally:
+                source.close()
+                # never reached by a process that a decoder takes down: then the journal stays and tells
+                if not interrupted:
+                    journal.unlink(missing_ok=True)
 
 
 def _suspects(job: Extraction, journal: Path) -> set[int]:

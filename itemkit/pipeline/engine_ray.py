@@ -2,10 +2,14 @@
 
 Workers read, decode and run the models; this process alone plans, checks for copies and writes. Needs the
 optional extra: ``pip install "itemkit[ray]"``. Images must lie where every worker can read them.
+
+Actors, not Ray Data: one process must write the shards, whichever worker answers first, and the death of a
+worker must cost the one image that kills it, not a block of them.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections import Counter, deque
@@ -34,6 +38,13 @@ class RayOptions:
     workers: int = 2  # processes, each with its own copy of the models
     cpus_per_worker: float = 1
     gpus_per_worker: float = 0  # 1 for a model on a GPU
+
+    def __post_init__(self) -> None:
+        if self.workers < 1 or self.cpus_per_worker < 0 or self.gpus_per_worker < 0:
+            raise InputError(
+                f"got {self.workers} workers with {self.cpus_per_worker:g} CPUs and {self.gpus_per_worker:g} "
+                "GPUs each; at least 1 worker is needed, and no less than 0 of the others"
+            )
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,7 @@ class RayEngine:
         )
         self.batch_size = batch_size or (256 if options.gpus_per_worker else 32)
         self._ray = start_ray(options)
+        _check_room(self._ray, options)
 
     def describe(self) -> Components:
         """Let a worker load the models, and return what they say about themselves."""
@@ -124,12 +136,18 @@ class RayEngine:
                 try:
                     yield self._take(job, ray.get(ready[0]))
                 except ray.exceptions.RayActorError as error:
+                    if getattr(error, "actor_init_failed", False):  # so would the next one, on any image
+                        raise InputError(
+                            f"a Ray worker could not load the models ({_last_line(error)}). Each loads its "
+                            "own copy: see that every node has the models and the memory for its workers, or "
+                            "ask for fewer workers. What was computed so far is kept"
+                        ) from error
                     if one is workers[i]:
                         workers[i] = worker.remote(*what)
                     alone = len(tasks) == 1 and running[i] == 0
                     deaths[tasks[0].row] += alone
                     if deaths[tasks[0].row] >= DEATHS:
-                        yield self._take(job, _died(tasks[0], error))
+                        yield self._take(job, _died(tasks[0], error, job.batch_size or self.batch_size))
                     else:
                         suspects[i].extend(tasks)
                 feed(i)
@@ -230,7 +248,7 @@ def start_ray(options: RayOptions) -> Any:
         where: dict[str, Any] = {"address": options.address}
         if options.address is None:
             where = {
-                "num_cpus": max(os.cpu_count() or 1, int(options.workers * options.cpus_per_worker)),
+                "num_cpus": max(os.cpu_count() or 1, math.ceil(options.workers * options.cpus_per_worker)),
                 "include_dashboard": False,
                 # workers find the same modules as this process does
                 "runtime_env": {
@@ -239,6 +257,23 @@ def start_ray(options: RayOptions) -> Any:
             }
         ray.init(**where, log_to_driver=False, logging_level="error")
     return ray
+
+
+def _check_room(ray: Any, options: RayOptions) -> None:
+    """Refuse workers for which there is no room: Ray would wait for it without end and without a word."""
+    need = {"CPU": options.cpus_per_worker, "GPU": options.gpus_per_worker}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    rooms = [
+        min((int(node.get(kind, 0) / n + 1e-6) for kind, n in need.items() if n), default=options.workers)
+        for node in nodes  # one by one: a worker has to fit on one of them
+    ]
+    if sum(rooms) < options.workers:
+        there = {kind: sum(node.get(kind, 0) for node in nodes) for kind in need}
+        raise InputError(
+            f"asked for {options.workers} Ray workers with {need['CPU']:g} CPUs and {need['GPU']:g} GPUs "
+            f"each; there are {there['CPU']:g} CPUs and {there['GPU']:g} GPUs in all, with room for "
+            f"{sum(rooms)} such workers. Ask for fewer or smaller ones, or name a larger cluster (address)"
+        )
 
 
 def builder_of(components: Any, device: str) -> Callable[[], Components]:
@@ -281,13 +316,19 @@ def _in_batches(job: Extraction, size: int) -> Iterator[list[Task]]:
         ]
 
 
-def _died(task: Task, error: Exception) -> Answer:
+def _died(task: Task, error: Exception, batch_size: int) -> Answer:
     """The answer for an image that takes its worker down even alone."""
     reason = (
         f"{task.name}: the worker died on it ({one_line(error)[:200]}); drop the row or look at the image"
     )
     item = Decoded(task.row, stage="worker", reason=reason)
-    return Answer([item], Outcome(), {}, 1)
+    return Answer([item], Outcome(), {}, batch_size)
+
+
+def _last_line(error: Exception) -> str:
+    """What happened in a worker; the lines before it are Ray's account of where."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip()[:200] if lines else type(error).__name__
 
 
 def _only(outcome: Outcome, fresh: dict[int, Decoded]) -> Outcome:

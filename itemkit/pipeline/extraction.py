@@ -137,10 +137,11 @@ class Extraction:
                     bar.set_postfix(errors=len(self.errors), refresh=False)
         finally:
             bar.close()
-            work.close()
-            # whatever ended the loop: features that were paid for are kept
-            with self.profile("write"):
-                self.writer.flush()
+            try:
+                work.close()
+            finally:  # whatever ended the loop: features that were paid for are kept
+                with self.profile("write"):
+                    self.writer.flush()
         self._check_that_anything_works(at_least=1)
 
     def sort(self, items: list[Decoded]) -> list[Decoded]:
@@ -182,15 +183,16 @@ class Extraction:
         )
         with self.profile("write"):
             if not (self.status == COMPUTED).any():
-                # from here on the store is unfinished, and a reader can see what is to come
-                self.writer.write_tables(*self.tables())
+                # from here on the store is unfinished, and a reader can see what is to come; in this order:
+                # cut short between the two, it must not look finished
                 self.writer.write_run(complete=False)
+                self.writer.write_tables(*self.tables())
             self.status[[item.row for item in items]] = COMPUTED
             self.writer.add(features)
 
     def _fail(self, item: Decoded, stage: str, reason: str, error: Exception | None) -> None:
         self.errors[item.row] = (stage, reason)
-        if item.digest:
+        if item.digest and stage != "read":  # what was short while it was read may do for a copy
             self.failed[self._feature_of(item.row, item.digest)] = (stage, reason)
         if error is not None:  # of our code or a model, not of a file
             self.failures += 1
@@ -274,3 +276,5 @@ def _to_arrow(table: pd.DataFrame) -> pa.Table:
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         problem = f"a column of the manifest mixes kinds of values ({error})"
         raise InputError(f"{problem}; make it one kind") from error
+    except UnicodeEncodeError as error:
+        raise InputError(f"the manifest has the text {error.object!r}, which is not UTF-8") from error

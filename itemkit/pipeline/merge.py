@@ -6,12 +6,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from itemkit import schema, store
 from itemkit._files import write_json
 from itemkit.errors import InputError, StoreError
+from itemkit.pipeline.user_captions import count_cut
 from itemkit.pipeline.writer import write_table
 from itemkit.store import ERRORS_FILE, MANIFEST_FILE, RUN_FILE, SHARD_FOLDER
 
@@ -30,7 +32,7 @@ def merge_stores(parts: Sequence[str | Path], out: str | Path) -> Path:
     -------
     Path
         The new store, with the rows of all parts in their order. An image file that several parts hold is
-        there once.
+        there once; where one part could not use it and another could, it has its features.
 
     Raises
     ------
@@ -61,27 +63,60 @@ def merge_stores(parts: Sequence[str | Path], out: str | Path) -> Path:
     both = []
     for name in (MANIFEST_FILE, ERRORS_FILE):
         tables = [moved(store.read_shard(f / name), b) for f, b in zip(folders, bases, strict=True)]
-        table = pa.concat_tables(tables, promote_options="permissive")
-        keys = [key for key in (schema.PATH, schema.CAPTION) if key in table.column_names]
-        first = ~table.select(keys).to_pandas().duplicated()
-        both.append(table.filter(pa.array(first)))
-    manifest, errors = both
-    _refuse_contradictions(manifest.to_pandas(), folders)
+        both.append(pa.concat_tables(tables, promote_options="permissive"))
+    _refuse_contradictions(both[0].to_pandas(), folders)
+    manifest, errors = _each_once(*both)
     (out / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
     # first and unfinished: whatever stops the copying, nobody takes what is there for the whole
-    run = {**runs[0], "complete": False, "root": store.portable_root(root, out), "last_run": None}
+    run = {**runs[0], "complete": False, "root": store.portable_root(root, out)}
+    run |= {"captions": {}, "last_run": None}  # what was there told of the first part alone
     write_json(out / RUN_FILE, run)
-    number = features = 0
+    copied: set[str] = set()
+    number = 0
     for folder, base in zip(folders, bases, strict=True):
         for path in store.shard_files(folder):
             shard = moved(store.read_shard(path), base)
-            write_table(out / SHARD_FOLDER / f"part-{number:06d}.parquet", shard)
-            number, features = number + 1, features + len(shard)
+            ids = shard[store.FEATURE_ID].to_pylist()
+            shard = shard.filter(pa.array([one not in copied for one in ids], pa.bool_()))
+            copied.update(ids)
+            if len(shard):
+                write_table(out / SHARD_FOLDER / f"part-{number:06d}.parquet", shard)
+                number += 1
     write_table(out / MANIFEST_FILE, manifest)
     write_table(out / ERRORS_FILE, errors)
-    counts = {"images": len(manifest), "errors": len(errors), "features": features, "shards": number}
-    write_json(out / RUN_FILE, {**run, "complete": True, "counts": counts})
+    counts = {"images": len(manifest), "errors": len(errors), "features": len(copied), "shards": number}
+    used = [bytes.fromhex(one) for one in manifest[store.FEATURE_ID].to_pylist() if one]
+    captions = count_cut(out, run, np.array(used, "S32"))
+    write_json(out / RUN_FILE, {**run, "complete": True, "counts": counts, "captions": captions})
     return out
+
+
+def _each_once(manifest: pa.Table, errors: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """One row for each image file and caption, in the order given: the one with features, if any has them.
+
+    Only a label that contradicts another file's comes before that: it would if all were extracted at once.
+    """
+    names, failed = _keys(manifest), _keys(errors)
+    contradicted = errors["stage"].to_pandas() == "label"
+    has_features = manifest[store.FEATURE_ID].to_pandas().notna()
+    rank = np.select([names.isin(failed[contradicted]) & ~has_features, has_features], [0, 1], 2)
+    kept = _first_of_each(names, rank)
+    done = set(names[kept & has_features])
+    kept_errors = _first_of_each(failed, ~contradicted) & ~failed.isin(done)
+    return manifest.filter(pa.array(kept)), errors.filter(pa.array(kept_errors))
+
+
+def _keys(table: pa.Table) -> pd.Series:
+    paths = table[schema.PATH].to_pandas()
+    if schema.CAPTION not in table.column_names:
+        return paths
+    return paths + "\n" + table[schema.CAPTION].to_pandas().fillna("").astype(str)
+
+
+def _first_of_each(keys: pd.Series, rank: np.ndarray | pd.Series) -> pd.Series:
+    """Mark the row of lowest rank among those of one key, the first of them where several have it."""
+    order = np.argsort(np.asarray(rank), kind="stable")
+    return ~keys.iloc[order].duplicated().sort_index()
 
 
 def _refuse_contradictions(manifest: pd.DataFrame, folders: Sequence[Path]) -> None:

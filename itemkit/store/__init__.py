@@ -53,8 +53,9 @@ SHARD_COLUMNS = {
 BOX_COLUMNS = ("x0", "y0", "x1", "y1", "score")
 # of the objects, after the boxes; they and IMAGE_NORMS are missing in shards written before 0.2
 OBJECT_FIELDS = ("phrase", *BOX_COLUMNS, *OBJECT_NORMS)
+FILE = (schema.PATH, FILE_SIZE, MTIME_NS)  # tells one state of an image file
 # columns of Features.table that come from the shards
-FEATURE_COLUMNS = tuple(c for c in SHARD_COLUMNS if c not in (schema.PATH, FILE_SIZE, MTIME_NS))
+FEATURE_COLUMNS = tuple(c for c in SHARD_COLUMNS if c not in FILE)
 EMBEDDINGS = (schema.IMAGE_EMB, schema.CAPTION_EMB, schema.OBJECTS)
 
 
@@ -156,7 +157,9 @@ def load_features(
     shards = shard_files(folder)
     scalars, shard_of, row_of = _read_scalars(shards)
     if not run["complete"]:
-        manifest = _match_by_path(manifest, scalars, run["fingerprint"]["captions"] == "user")
+        errors = folder / ERRORS_FILE
+        failed = _read_table(errors).to_pandas() if errors.exists() else manifest[:0]
+        manifest = _match_by_file(manifest, failed, scalars, run["fingerprint"]["captions"] == "user")
     manifest = manifest[manifest[FEATURE_ID].notna()].reset_index(drop=True)
     at = pd.Index(scalars[FEATURE_ID]).get_indexer(manifest[FEATURE_ID])
     if (at < 0).any():
@@ -188,7 +191,7 @@ def _read_table(path: Path) -> pa.Table:
 
 
 def _read_scalars(shards: list[Path]) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
-    names = (*FEATURE_COLUMNS, schema.PATH, *IMAGE_NORMS)
+    names = (*FEATURE_COLUMNS, *FILE, *IMAGE_NORMS)
     tables = [read_shard(path, names) for path in shards]
     sizes = [len(table) for table in tables]
     if not tables:
@@ -202,17 +205,23 @@ def _read_scalars(shards: list[Path]) -> tuple[pd.DataFrame, np.ndarray, np.ndar
     return scalars[first].reset_index(drop=True), shard_of[first], row_of[first]
 
 
-def _match_by_path(manifest: pd.DataFrame, scalars: pd.DataFrame, user_captions: bool) -> pd.DataFrame:
+def _match_by_file(
+    manifest: pd.DataFrame, failed: pd.DataFrame, scalars: pd.DataFrame, user_captions: bool
+) -> pd.DataFrame:
     # an unfinished run has noted what is to be done; what was done since is known from the shards alone
-    def keys(table: pd.DataFrame, from_user: pd.Series) -> pd.Series:
+    def keys(table: pd.DataFrame, from_user: pd.Series) -> pd.Index:
         caption = table[schema.CAPTION] if user_captions else pd.Series(None, table.index, dtype=object)
-        return table[schema.PATH] + "\n" + caption.where(from_user).fillna("").astype(str)
+        # with size and time: under the same path there may lie another picture by now
+        parts = [table[name].astype(str) for name in FILE]
+        return pd.Index(parts[0].str.cat([*parts[1:], caption.where(from_user, "").fillna("")], sep="\n"))
 
     done = scalars[FEATURE_ID].set_axis(keys(scalars, scalars[CAPTION_SOURCE] == "user"))
     done = done[~done.index.duplicated(keep="last")]
-    return manifest.assign(
-        **{FEATURE_ID: manifest[FEATURE_ID].fillna(keys(manifest, manifest[schema.PATH].notna()).map(done))}
-    )
+    wanted, unusable = (keys(table, table[schema.PATH].notna()) for table in (manifest, failed))
+    noted = manifest[FEATURE_ID].astype(object)
+    found = noted.where(noted.notna(), done.reindex(wanted).to_numpy(dtype=object))
+    # such as files of one content with two labels: they have features, and can not be used
+    return manifest.assign(**{FEATURE_ID: found.mask(wanted.isin(unusable), None)})
 
 
 def _fill(

@@ -6,6 +6,7 @@ data set browsers read; and a NumPy archive beside pandas tables, which holds ev
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -141,7 +142,9 @@ def from_arrays(
     image_emb : float array, shape (n, d)
         Normalised here; their lengths are kept as norms, unless all are 1 already.
     table : DataFrame, n rows
-        Whatever is known per image; missing columns (label, generator, ...) become empty.
+        Whatever is known per image; missing columns (label, generator, ...) become empty. Labels are 0 or
+        ``real``, 1 or ``fake``, or empty. Without ``image_id``, each row's embedding and path make one, so
+        equal rows are one image.
     caption_emb : float array, shape (n, d), optional
         From the same joint space.
 
@@ -149,6 +152,11 @@ def from_arrays(
     -------
     Features
         Without objects; caption embeddings have width 0 where there are none.
+
+    Raises
+    ------
+    InputError
+        Lengths or widths that do not belong together, an embedding that is not finite, an unknown label.
     """
     n = len(table)
     captions = np.zeros((n, 0), np.float32) if caption_emb is None else caption_emb
@@ -166,10 +174,12 @@ def from_arrays(
             f"{captions.shape[1]}; both must come from one joint space"
         )
     table = table.reset_index(drop=True).copy()
-    for column in (schema.PATH, *schema.MANIFEST_COLUMNS):
+    for column in schema.MANIFEST_COLUMNS:
         if column not in table:
-            table[column] = pd.array([pd.NA] * n, dtype="Int8" if column == schema.LABEL else "string")
-    table[schema.LABEL] = table[schema.LABEL].astype("Int8")
+            table[column] = pd.array([pd.NA] * n, dtype="string")
+    table[schema.LABEL] = _labels(table[schema.LABEL])
+    if schema.IMAGE_ID not in table:
+        table.insert(0, schema.IMAGE_ID, _image_ids(image_emb, table[schema.PATH]))
     table[schema.N_OBJECTS] = np.zeros(n, np.int32)
     d = image_emb.shape[1]
     return Features(
@@ -185,6 +195,31 @@ def from_arrays(
         image_norm=_lengths(image_emb),
         caption_norm=_lengths(captions),
     )
+
+
+def _labels(column: pd.Series) -> pd.Series:
+    """Labels as 0, 1 or missing, from these numbers or their names."""
+    known = {**{str(k): k for k in schema.LABEL_NAMES}, **{name: k for k, name in schema.LABEL_NAMES.items()}}
+    # a column of numbers with gaps comes as floats
+    words = column.astype("string").str.strip().str.casefold().str.removesuffix(".0")
+    labels = words.map(known).astype("Int8")
+    unknown = labels.isna() & words.notna() & (words != "")
+    if unknown.any():
+        row = int(np.flatnonzero(unknown)[0])
+        raise InputError(
+            f"row {row} has the label '{column.iloc[row]}' ({int(unknown.sum())} unknown in all); expected "
+            "0 or real, 1 or fake, or nothing"
+        )
+    return labels
+
+
+def _image_ids(image_emb: np.ndarray, paths: pd.Series) -> list[str]:
+    """What tells the images apart, in place of the hash of a file that is not here."""
+    rows = np.ascontiguousarray(image_emb, dtype=np.float32)
+    named = paths.fillna("").astype(str)
+    return [
+        hashlib.sha256(x.tobytes() + path.encode()).hexdigest() for x, path in zip(rows, named, strict=True)
+    ]
 
 
 def _lengths(x: np.ndarray) -> np.ndarray | None:

@@ -36,7 +36,8 @@ from itemkit.study.recipes import (
     late,
     standard_detectors,
 )
-from itemkit.study.results import STUDY_METRICS, Run, Study, finish_run, run_name
+from itemkit.study.results import STUDY_METRICS, Study
+from itemkit.study.runs import Run, finish_run, run_name
 
 __all__ = [
     "STUDY_METRICS", "ExternalScores", "Recipe", "Run", "Study", "control", "early", "external",

@@ -19,6 +19,7 @@ from itemkit.calibrate import fit_calibrator
 from itemkit.errors import InputError
 from itemkit.features import Features
 from itemkit.head import MisalignmentMLP
+from itemkit.metrics import SMALLER_IS_BETTER
 from itemkit.misalignment import RepresentationConfig
 
 if TYPE_CHECKING:
@@ -120,24 +121,27 @@ def fusion_report(
     tables, answers = [], []
     for name, parts in fused.items():
         gain = study.fusion_gain(name, parts, metric)
-        pairs = gain["test_generator"].isin(study.options["test_generators"])  # not all unseen ones at once
-        gain = gain[~gain["seen"] & pairs].assign(fusion=name)
+        gain = gain[~gain["seen"]].assign(fusion=name)
         if gain.empty:
             continue
         tables.append(gain)
-        below, surely = gain["difference"] < 0, gain["high"] < 0
+        # how much worse, whichever direction is better
+        sign = 1 if metric in SMALLER_IS_BETTER else -1
+        loss, surely = sign * gain["difference"], gain["low" if sign > 0 else "high"] * sign > 0
+        below = loss > 0
         worst = study.summary([metric]).set_index("detector")
         weakest = worst.loc[name]
         means = [f"{value:.3f}" for value in worst.loc[list(parts), "unseen_mean"]]
-        kept = max(parts, key=lambda part: worst.loc[part, "worst"])
+        kept = max(parts, key=lambda part: -sign * worst.loc[part, "worst"])
         answer = (
             f"{name}: worse than the better of its parts ({', '.join(parts)}) in {int(below.sum())} of "
-            f"{len(gain)} unseen cells, in {int(surely.sum())} of them beyond its 95 % interval"
+            f"{len(gain)} unseen cells, in {int(surely.sum())} of them beyond its "
+            f"{100 * study.options['level']:.0f} % interval"
         )
         if below.any():
-            cell = gain.loc[gain["difference"].idxmin()]
+            cell = gain.loc[loss.idxmax()]
             answer += (
-                f", at most by {-cell['difference']:.3f} ({cell['train_generator']} → "
+                f", at most by {loss.max():.3f} ({cell['train_generator']} → "
                 f"{cell['test_generator']}, better part {cell['best_part']})"
             )
         answers.append(

@@ -101,7 +101,9 @@ def early(
 def late(parts: Sequence[Recipe], how: str = "mean", title: str | None = None) -> Recipe:
     """Several recipes trained apart, their scores joined; see `itemkit.study.fusion.late_fusion`.
 
-    Where the parts are in the study anyway, ``Study.fuse`` gives the same without training them again.
+    Where the parts are in the study anyway, ``Study.fuse`` joins their stored scores without training them
+    again; it calibrates the parts on the half of the validation images that also sets the threshold, this on
+    the half that stops the training.
     """
     if how not in FUSIONS:
         raise InputError(f"how={how!r}: expected one of {', '.join(FUSIONS)}")
@@ -175,7 +177,10 @@ def external(path: str | Path, title: str | None = None) -> Recipe:
     threshold.
     """
     scores = ExternalScores(path)
-    about = {"external": Path(path).name, "scores": _hash(scores.scores.to_numpy())}
+    about = {
+        "external": Path(path).name,
+        "scores": _hash(pd.util.hash_pandas_object(scores.scores).to_numpy()),
+    }
     return Recipe(lambda seed: scores, about, title or Path(path).stem)
 
 

@@ -3,94 +3,31 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit
 
 from itemkit import schema
 from itemkit._files import write_json
-from itemkit.calibrate import best_threshold, fit_calibrator, threshold_at_fpr
 from itemkit.errors import InputError
-from itemkit.metrics import draw_weights, percentile_interval, replicate
+from itemkit.metrics import (
+    SMALLER_IS_BETTER,
+    draw_weights,
+    metric_interval,
+    percentile_interval,
+    replicate,
+    two_sided_p,
+)
 from itemkit.study.fusion import late_fusion
+from itemkit.study.runs import Run, finish_run, run_name
 
 FORMAT = "itemkit study 1"
 POOLED = "pooled_unseen"
 STUDY_METRICS: tuple[str, ...] = ("ap", "auroc", "balanced_accuracy", "accuracy_real", "accuracy_fake")
-STUDY_METRICS += ("tpr_at_fpr01", "tpr_at_fpr05", "ece")
-SMALLER_IS_BETTER = ("ece", "brier")
-
-
-@dataclass
-class Run:
-    """Scores of one contender, trained on one generator with one seed.
-
-    Attributes
-    ----------
-    detector, train_generator, seed : what was run
-    threshold : on the score, from the calibration half of the validation images
-    val_scores, val_labels : of that half
-    test_scores : of every test image, in the order of ``Study.test``
-    scale, offset : p(fake) = sigmoid(scale * score + offset), fitted on that half
-    n_train, seconds, key, config : how it was made
-    """
-
-    detector: str
-    train_generator: str
-    seed: int
-    threshold: float
-    scale: float
-    offset: float
-    val_scores: list[float]
-    val_labels: list[int]
-    test_scores: list[float]
-    n_train: int
-    seconds: float
-    key: str
-    config: dict
-
-    def probability(self) -> np.ndarray:
-        """Calibrated p(fake) of every test image."""
-        return expit(self.scale * np.asarray(self.test_scores) + self.offset)
-
-
-def run_name(detector: str, train_generator: str, seed: int) -> str:
-    """File name of a run; characters that a file system may not like are replaced."""
-    parts = [re.sub(r"[^A-Za-z0-9_.+-]+", "_", part) for part in (detector, train_generator)]
-    return f"{parts[0]}--{parts[1]}--s{seed}.json"
-
-
-def finish_run(
-    detector: str,
-    train_generator: str,
-    seed: int,
-    val_scores: np.ndarray,
-    test_scores: np.ndarray,
-    val_labels: np.ndarray,
-    options: dict,
-    config: dict,
-    n_train: int = 0,
-    seconds: float = 0.0,
-    key: str = "",
-) -> Run:
-    """Choose threshold and calibration on validation scores, and make the record of a run."""
-    # seven digits on disk and in memory alike, so that a run read back gives the same table to the last bit
-    val, test = ([float(f"{v:.7g}") for v in scores] for scores in (val_scores, test_scores))
-    arrays = np.asarray(val), np.asarray(val_labels, int)
-    if options["threshold"] == "fpr":
-        threshold = threshold_at_fpr(arrays[0][arrays[1] == schema.REAL], options["fpr"]).value
-    else:
-        threshold = best_threshold(arrays[1], arrays[0])
-    platt = fit_calibrator(arrays[1], arrays[0], "platt")
-    return Run(
-        detector, train_generator, seed, float(threshold), platt.scale, platt.offset,
-        val, arrays[1].tolist(), test, n_train, seconds, key, config,
-    )  # fmt: skip
+STUDY_METRICS += ("accuracy_oracle", "tpr_at_fpr01", "tpr_at_fpr05", "ece")
 
 
 @dataclass
@@ -148,12 +85,13 @@ class Study:
     def _weights(self) -> np.ndarray:
         """Bootstrap weights shared by all runs, so that contenders are compared on the same resamples."""
         rng = np.random.default_rng(self.options["boot_seed"])
-        generator = self.test[schema.GENERATOR].where(
-            self.test[schema.LABEL] == schema.FAKE, schema.REAL_GENERATOR
-        )
+        pair_by = self.options["pair_by"]
+        # reals that are judged apart are drawn apart: a resample without a real of some cell has no AUROC
+        real = self.test[pair_by].astype(str).radd("real ") if pair_by else schema.REAL_GENERATOR
+        stratum = self.test[schema.GENERATOR].where(self.test[schema.LABEL] == schema.FAKE, real)
         weights = np.empty((len(self.test), self.options["n_boot"]), np.float32)
-        for name in sorted(generator.unique()):
-            rows = (generator == name).to_numpy()
+        for name in sorted(stratum.unique()):
+            rows = (stratum == name).to_numpy()
             weights[rows] = draw_weights(int(rows.sum()), self.options["n_boot"], rng)
         return weights
 
@@ -179,9 +117,9 @@ class Study:
                 for metric in metrics:
                     replicates = drawn.get(metric, np.zeros(0))
                     self._replicates[run.detector, run.train_generator, name, run.seed, metric] = replicates
-                    low, high = self.interval(replicates)
-                    value = {"metric": metric, "value": float(point[metric][0]), "low": low, "high": high}
-                    rows.append(cell | value | count)
+                    value = float(point[metric][0])
+                    low, high = metric_interval(metric, value, replicates, self.options["level"])
+                    rows.append(cell | {"metric": metric, "value": value, "low": low, "high": high} | count)
         new = pd.DataFrame(rows)
         self.table = new if self.table.empty else pd.concat([self.table, new], ignore_index=True)
 
@@ -211,9 +149,10 @@ class Study:
         given = [p for p in parts if p is not None]
         return np.mean(given, axis=0) if given else np.zeros(0)
 
-    def interval(self, drawn: np.ndarray) -> tuple[float, float]:
-        """Interval of bootstrap replicates; not a number without them."""
-        return percentile_interval(drawn, self.options["level"]) if len(drawn) else (float("nan"),) * 2
+    def interval(self, detector: str, metric: str, cells: pd.DataFrame) -> tuple[float, float]:
+        """Interval of the mean over some cells, by bootstrap over the test images."""
+        drawn = self.drawn(detector, metric, cells)
+        return metric_interval(metric, cells["value"].mean(), drawn, self.options["level"])
 
     def matrix(self, detector: str, metric: str = "auroc") -> pd.DataFrame:
         """Train generator × test generator, mean over seeds."""
@@ -245,16 +184,14 @@ class Study:
                 cells = cells[cells["test_generator"] != POOLED]
                 unseen = cells[~cells["seen"]]
                 row: dict = {"detector": detector, "metric": metric, "unseen_mean": unseen["value"].mean()}
-                row["low"], row["high"] = self.interval(self.drawn(detector, metric, unseen))
+                row["low"], row["high"] = self.interval(detector, metric, unseen)
                 row["seed_sd"] = unseen.groupby("seed")["value"].mean().std()
                 if len(unseen):
                     by_cell = unseen.groupby(["train_generator", "test_generator"])["value"].mean()
                     at = by_cell.idxmax() if metric in SMALLER_IS_BETTER else by_cell.idxmin()
                     same = (unseen["train_generator"] == at[0]) & (unseen["test_generator"] == at[1])
                     row["worst"] = by_cell[at]
-                    row["worst_low"], row["worst_high"] = self.interval(
-                        self.drawn(detector, metric, unseen[same])
-                    )
+                    row["worst_low"], row["worst_high"] = self.interval(detector, metric, unseen[same])
                     row["worst_train"], row["worst_test"] = at
                 row["seen_mean"] = cells[cells["seen"]]["value"].mean()
                 row["pooled_unseen"] = pooled
@@ -282,17 +219,12 @@ class Study:
         for other in others or [name for name in self.detectors if name != reference]:
             theirs = self._unseen(other, metric)
             gap = drawn - self.drawn(other, metric, theirs)
-            low, high = self.interval(gap)
-            p = (
-                min(1.0, 2 * (1 + min((gap <= 0).sum(), (gap >= 0).sum())) / (len(gap) + 1))
-                if len(gap)
-                else np.nan
-            )
+            low, high = percentile_interval(gap, self.options["level"])
             by_seed = mine.groupby("seed")["value"].mean() - theirs.groupby("seed")["value"].mean()
             rows.append(
                 {"reference": reference, "other": other, "metric": metric,
                  "difference": mine["value"].mean() - theirs["value"].mean(),
-                 "low": low, "high": high, "p_value": p, "seed_sd": by_seed.std()}
+                 "low": low, "high": high, "p_value": two_sided_p(gap), "seed_sd": by_seed.std()}
             )  # fmt: skip
         return pd.DataFrame(rows)
 
@@ -341,7 +273,7 @@ class Study:
         return self
 
     def fusion_gain(self, fused: str, parts: Sequence[str], metric: str = "auroc") -> pd.DataFrame:
-        """Is the fusion ever worse than the better of its parts? One row per cell.
+        """Is the fusion ever worse than the better of its parts? One row per pair of generators.
 
         Returns
         -------
@@ -352,6 +284,7 @@ class Study:
         rows = []
         sign = -1 if metric in SMALLER_IS_BETTER else 1
         cells = {name: self.cells(name, metric) for name in (fused, *parts)}
+        cells = {name: c[c["test_generator"] != POOLED] for name, c in cells.items()}
         for (train, test), mine in cells[fused].groupby(["train_generator", "test_generator"], sort=False):
             there = {
                 name: c[(c["train_generator"] == train) & (c["test_generator"] == test)]
@@ -359,7 +292,7 @@ class Study:
             }
             best = max(parts, key=lambda name: sign * there[name]["value"].mean())
             gap = self.drawn(fused, metric, mine) - self.drawn(best, metric, there[best])
-            low, high = self.interval(gap)
+            low, high = percentile_interval(gap, self.options["level"])
             value, other = mine["value"].mean(), there[best]["value"].mean()
             rows.append(
                 {"train_generator": train, "test_generator": test, "seen": bool(mine["seen"].iloc[0]),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from itemkit.head import MisalignmentMLP
 from itemkit.images import EqualiseConfig, equalise
 from itemkit.manifest import read_manifest, write_manifest
 from itemkit.misalignment import KINDS, LEVELS, RepresentationConfig
-from itemkit.perturb import Perturbation
+from itemkit.perturb import jpeg_random
 from itemkit.presets import Preset, get_preset
 from itemkit.study import STUDY_METRICS, Recipe, Study, early, external, item, standard_detectors
 from itemkit.study import train_on_test_on as _train_on_test_on
@@ -62,18 +60,6 @@ class Equalised:
     def fingerprint(self) -> dict[str, object]:
         """Everything that changes the pixels, for cache keys."""
         return {"equalise": asdict(self.config)}
-
-
-def _random_jpeg(image: Image.Image, rng: np.random.Generator, low: int, high: int) -> Image.Image:
-    buffer = BytesIO()
-    image.save(buffer, "JPEG", quality=int(rng.integers(low, high + 1)))
-    return Image.open(buffer).convert("RGB")
-
-
-def random_jpeg(low: int = JPEG_QUALITIES[0], high: int = JPEG_QUALITIES[1]) -> Perturbation:
-    """JPEG at a quality drawn per image, the same on every run and for both classes."""
-    step = partial(_random_jpeg, low=low, high=high)
-    return Perturbation(f"jpeg_random_{low}_{high}", "jpeg", 100 - high, f"q {low}-{high}", step)
 
 
 def run_study(
@@ -156,7 +142,7 @@ def run_study(
     conditions: dict[str, Callable[..., Any] | None] = (
         {"raw": None, "equalised": Equalised(plan.equalise)}
         if plan.train
-        else {"clean": None, "random JPEG": random_jpeg()}
+        else {"clean": None, "random JPEG": jpeg_random(*JPEG_QUALITIES)}
     )
     elsewhere = _elsewhere(scores, list(conditions))
     studies: dict[str, Study] = {}
@@ -170,8 +156,11 @@ def run_study(
             chosen, source, out, device, name=name, transform=transform, progress=progress
         )
         features, told_leak = _without_leaks(features)
+        _check_unseen(features, plan)
         features, told_pixels = _with_pixels(features, plan, transform)
         recipes, lacking = _contenders(features, chosen, device, without, grid=not plan.train)
+        if taken := sorted(elsewhere[condition].keys() & {*recipes, *LATE}):
+            raise InputError(f"--scores {taken[0]}=...: that name is a contender of ours; choose another")
         recipes |= elsewhere[condition]
         notes += [f"{condition}: {note}" for note in (told_leak, told_pixels) if note]
         notes += [f"{condition}: without {CONTROLS[k].title}, for want of {v}." for k, v in lacking.items()]
@@ -180,10 +169,11 @@ def run_study(
             features, recipes, range(seeds), out=folder / kind, jobs=jobs, n_boot=n_boot, progress=progress,
             **_options(plan, features),
         )  # fmt: skip
-        for fused, parts in LATE.items():
-            if not plan.train and set(parts) <= set(study.detectors):
+        if not plan.train:
+            for fused, parts in _possible(LATE, study).items():
                 study.fuse(fused, parts)
                 titles[fused] = f"fusion, late: {fused}"
+            study.save(folder / kind)  # with the fusions
         studies[condition] = study
         clean = clean if clean is not None else features
     table = study_table(studies, plan, titles)
@@ -205,6 +195,8 @@ def _elsewhere(scores: Sequence[str], conditions: Sequence[str]) -> dict[str, di
         name, sign, path = entry.partition("=")
         name, _, condition = name.partition("@")
         condition = condition or conditions[0]
+        if name in found.get(condition, {}):
+            raise InputError(f"--scores {entry}: {name} was given twice for {condition}")
         if not (sign and name and path) or condition not in found:
             raise InputError(
                 f"--scores {entry}: expected name=scores.csv, or name@condition=scores.csv with a "
@@ -230,16 +222,29 @@ def _options(plan: Protocol, features: Features) -> dict[str, Any]:
 
 
 def _without_leaks(features: Features) -> tuple[Features, str]:
-    """Drop training and validation images of which a copy is among the test images."""
+    """Drop images of which a copy is in a later split: train before val before test."""
     table = features.table
-    test = table[schema.SPLIT] == "test"
-    leak = ~test & table[schema.IMAGE_ID].isin(set(table.loc[test, schema.IMAGE_ID]))
+    ids = {split: set(table.loc[table[schema.SPLIT] == split, schema.IMAGE_ID]) for split in ("val", "test")}
+    leak = (table[schema.SPLIT] != "test") & table[schema.IMAGE_ID].isin(ids["test"])
+    leak |= (table[schema.SPLIT] == "train") & table[schema.IMAGE_ID].isin(ids["val"])
     if not leak.any():
         return features, ""
     return features.select(~leak.to_numpy()), (
         f"{int(leak.sum())} training and validation images left out, because a copy of each is among the "
-        "test images."
+        "test or validation images."
     )
+
+
+def _check_unseen(features: Features, plan: Protocol) -> None:
+    """Refuse, before anything is trained, images among which nothing is unseen."""
+    from itemkit.lab.fakes import FAMILY
+
+    names = {g for g in features.table[schema.GENERATOR] if g != schema.REAL_GENERATOR}
+    if not plan.train and len({FAMILY.get(name, name) for name in names}) < 2:
+        raise InputError(
+            f"the fakes are of one family ({', '.join(sorted(names)) or 'none'}), so nothing is unseen; give "
+            "images of a second generator, named in the column `generator`"
+        )
 
 
 def _with_pixels(
@@ -271,11 +276,15 @@ def _contenders(
     }, lacking
 
 
+def _possible(fusions: dict[str, tuple[str, ...]], study: Study) -> dict[str, tuple[str, ...]]:
+    """Fusions of which the study holds all parts."""
+    return {name: parts for name, parts in fusions.items() if set(parts) <= set(study.detectors)}
+
+
 def _fusions(studies: dict[str, Study], folder: Path) -> list[str]:
     lines, tables = ["## Is a fusion ever worse than the better of its parts? (AUROC)", ""], []
     for condition, study in studies.items():
-        fused = {name: parts for name, parts in LATE.items() if name in study.detectors}
-        table, answers = fusion_report(study, fused | {"early": ("item", "image_mlp")})
+        table, answers = fusion_report(study, _possible(LATE | {"early": ("item", "image_mlp")}, study))
         tables.append(table.assign(condition=condition))
         lines += [f"- {condition}, {answer}" for answer in answers]
     pd.concat(tables, ignore_index=True).to_csv(folder / "fusion.csv", index=False)
