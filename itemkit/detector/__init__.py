@@ -32,8 +32,8 @@ from itemkit.detector.identity import (
     IGNORED_PARTS,
     OBJECT_PARTS,
     data_hash,
-    fingerprint_differences,
     image_keys,
+    refuse_other_models,
     where_seen,
 )
 from itemkit.errors import InputError, ModelNotFound
@@ -157,26 +157,8 @@ class Detector:
             Names the differing keys with both values.
         """
         self._fitted()
-        trained, given = self.trained_on_["fingerprint"], features.run.get("fingerprint")
-        if trained and given:
-            ignore = (*ignore, *IGNORED_PARTS, *(() if self.representation.uses_objects else OBJECT_PARTS))
-            different = list(fingerprint_differences(trained, given, ignore))
-            if different:
-                shown = "; ".join(f"{name} is {_short(b)}, was {_short(a)}" for name, a, b in different[:4])
-                more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
-                captions = any(name == "captions" for name, *_ in different)
-                source = "and captions from the same source (extract --captions, detect --caption)"
-                raise InputError(
-                    f"these features were made otherwise than those the detector was trained on: "
-                    f"{shown}{more}. Extract them with the same preset{f' {source}' if captions else ''}, or "
-                    f"train a detector on features like these"
-                )
-        elif bool(trained) != bool(given):
-            raise InputError(
-                f"the {'features' if trained else 'detector'} carry no fingerprint of the models that made "
-                f"them, so it cannot be checked that both belong together; load the features with "
-                f"load_features()"
-            )
+        ignore = (*ignore, *IGNORED_PARTS, *(() if self.representation.uses_objects else OBJECT_PARTS))
+        refuse_other_models(self.trained_on_["fingerprint"], features.run.get("fingerprint"), ignore)
         self._check_dim(features, self.trained_on_["dim"])
 
     @staticmethod
@@ -313,10 +295,10 @@ class Detector:
         -------
         array of str, shape (n,)
             "train" for images it was trained on, "val" for those that stopped the training or calibrated it,
-            "" for new ones. A detector saved before it kept its images' keys knows whole splits only.
+            "" for new ones.
         """
         self._fitted()
-        return where_seen(features, self.image_keys_, self.trained_on_)
+        return where_seen(features, self.image_keys_)
 
     def evaluate(
         self,
@@ -429,13 +411,6 @@ class Detector:
         arrays = safetensors.numpy.load_file(folder / "calibration.safetensors")
         detector.real_scores_, detector.fake_scores_ = arrays["real_scores"], arrays["fake_scores"]
         detector.real_cosines_ = {level: arrays[f"real_cosines_{level}"] for level in ("global", "local")}
-        detector.image_keys_ = {
-            part: arrays[f"{part}_keys"] for part in ("train", "val") if f"{part}_keys" in arrays
-        }
+        detector.image_keys_ = {part: arrays[f"{part}_keys"] for part in ("train", "val")}
         detector.trained_on_ = meta["trained_on"]
         return detector
-
-
-def _short(value: object) -> str:
-    text = "absent" if value is None else str(value)
-    return text if len(text) <= 48 else text[:45] + "..."

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 import numpy as np
 
 from itemkit import schema
+from itemkit.errors import InputError
 from itemkit.features import Features
 
 # Not part of a model's identity: where it ran and with how many bits (cosine above 0.999), and what was done
@@ -57,24 +58,39 @@ def image_keys(features: Features) -> np.ndarray:
     return np.frombuffer(digests, ">u8").astype(np.uint64)
 
 
-def where_seen(
-    features: Features, keys: Mapping[str, np.ndarray], hashes: Mapping[str, object]
-) -> np.ndarray:
-    """For each image "train", "val", or "" for a new one, shape (n,).
-
-    Parameters
-    ----------
-    features : Features
-    keys : dict
-        "train", "val" -> `image_keys` of that part.
-    hashes : dict
-        "train_hash", "val_hash" -> `data_hash`, for a part without keys: it is known as a whole only.
-    """
+def where_seen(features: Features, keys: Mapping[str, np.ndarray]) -> np.ndarray:
+    """For each image "train", "val" or, for a new one, ""; ``keys`` has the `image_keys` of both parts."""
     where = np.full(len(features), "", dtype="<U5")
     here = image_keys(features)
-    for part in ("train", "val"):
-        if part in keys:
-            where[np.isin(here, keys[part])] = part
-        elif hashes.get(f"{part}_hash") == data_hash(features):
-            where[:] = part
+    for part, known in keys.items():
+        where[np.isin(here, known)] = part
     return where
+
+
+def refuse_other_models(trained: dict | None, given: dict | None, ignore: Collection[str]) -> None:
+    """Raise an InputError if two stores' fingerprints differ in more than ``ignore``, or only one has any."""
+    if trained and given:
+        different = list(fingerprint_differences(trained, given, ignore))
+        if not different:
+            return
+        shown = "; ".join(f"{name} is {_short(b)}, was {_short(a)}" for name, a, b in different[:4])
+        more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
+        captions = any(name == "captions" for name, *_ in different)
+        source = (
+            " and captions from the same source (extract --captions, detect --caption)" if captions else ""
+        )
+        raise InputError(
+            f"these features were made otherwise than those the detector was trained on: {shown}{more}. "
+            f"Extract them with the same preset{source * captions}, or train a detector on features "
+            "like these"
+        )
+    if bool(trained) != bool(given):
+        raise InputError(
+            f"the {'features' if trained else 'detector'} carry no fingerprint of the models that made them, "
+            "so it cannot be checked that both belong together; load the features with load_features()"
+        )
+
+
+def _short(value: object) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 48 else text[:45] + "..."
