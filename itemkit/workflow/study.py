@@ -42,6 +42,7 @@ LATE = {
     "item + caption likelihood": ("item", "caption_likelihood"),
     "item + image": ("item", "image_mlp"),
     "item + CNN": ("item", "cnn"),
+    "item + noise residual": ("item", "noise_residual"),
     "item + spectrum": ("item", "spectrum"),
     "item + image + CNN": ("item", "image_mlp", "cnn"),
 }
