@@ -337,8 +337,9 @@ def test_the_mini_study_with_its_answers(stub: Preset, tmp_path: Path, monkeypat
             "item + image", "item + spectrum"} <= set(found["detector"])  # fmt: skip
     assert set(found["row"]) == {"gan → flow", "flow → gan", MEAN, WORST} and set(found["n_seeds"]) == {2}
     fusion = pd.read_csv(path.parent / "fusion.csv")
-    assert set(fusion["fusion"]) == {"item + caption likelihood", "item + image", "item + spectrum", "early"}
-    assert len(fusion) == 2 * 4 * 2
+    joined = {"caption likelihood", "image", "noise residual", "spectrum"}
+    assert set(fusion["fusion"]) == {f"item + {part}" for part in joined} | {"early"}
+    assert len(fusion) == 2 * 5 * 2
     low = fusion[(fusion["fusion"] == "early") & (fusion["condition"] == "clean")]["difference"]
     assert (
         f"clean, early: worse than the better of its parts (item, image_mlp) in {(low < 0).sum()} of 2"

@@ -285,6 +285,17 @@ def conformal_p(calibration: np.ndarray, scores: np.ndarray, label: int) -> np.n
     return (1 + count) / (len(ordered) + 1)
 
 
+def check_fnr(fnr: float, n_fake: int) -> None:
+    """Refuse a rate of missed fakes that ``n_fake`` calibration images cannot promise."""
+    if not 0 < fnr < 1:
+        raise InputError(f"fnr={fnr}: expected a rate between 0 and 1, such as 0.05")
+    if fnr * (n_fake + 1) < 1:
+        raise InputError(
+            f"a rate of missed fakes of {fnr:g} needs at least {int(np.ceil(1 / fnr)) - 1} fake calibration "
+            f"images, got {n_fake}; ask for a higher one"
+        )
+
+
 def three_way(p_real: np.ndarray, p_fake: np.ndarray, fpr: float, fnr: float) -> np.ndarray:
     """Real, fake or unsure from the two conformal p-values.
 

@@ -7,7 +7,6 @@ features that were made otherwise than those it was trained on.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from itemkit.calibrate import (
     Calibrator,
     Threshold,
     because,
+    check_fnr,
     conformal_p,
     fit_calibrator,
     split_validation,
@@ -34,6 +34,7 @@ from itemkit.detector.identity import (
     data_hash,
     image_keys,
     refuse_other_models,
+    warn_of_seen,
     where_seen,
 )
 from itemkit.errors import InputError, ModelNotFound
@@ -112,10 +113,7 @@ class Detector:
         self.head_ = head.fit(represent(train, self.representation), y_train, x_val[select], y_val[select])
         logits, y = self.head_.decision_function(x_val[rest]).astype(np.float64), y_val[rest]
         self.calibrator_ = fit_calibrator(y, logits, self.calibration, self.head.seed)
-        self.real_scores_, self.fake_scores_ = (
-            np.sort(logits[y == schema.REAL]),
-            np.sort(logits[y == schema.FAKE]),
-        )
+        self.real_scores_, self.fake_scores_ = (np.sort(logits[y == c]) for c in (schema.REAL, schema.FAKE))
         self._remember_real_cosines(val)
         self.trained_on_ = {
             "fingerprint": train.run.get("fingerprint"),
@@ -212,13 +210,7 @@ class Detector:
         """
         self._fitted()
         self.threshold(fpr)  # raises where there are too few reals for this rate
-        if not 0 < fnr < 1:
-            raise InputError(f"fnr={fnr}: expected a rate between 0 and 1, such as 0.05")
-        if fnr * (len(self.fake_scores_) + 1) < 1:
-            raise InputError(
-                f"a rate of missed fakes of {fnr:g} needs at least {int(np.ceil(1 / fnr)) - 1} fake "
-                f"calibration images, got {len(self.fake_scores_)}; ask for a higher one"
-            )
+        check_fnr(fnr, len(self.fake_scores_))
         logits = self.decision_function(features, ignore)
         like_real = conformal_p(self.real_scores_, logits, schema.REAL)
         like_fake = conformal_p(self.fake_scores_, logits, schema.FAKE)
@@ -231,9 +223,7 @@ class Detector:
                 "verdict": answer,
                 "like_real": like_real,
                 "like_fake": like_fake,
-                "because": [
-                    because(*row, fpr, fnr) for row in zip(answer, like_real, like_fake, strict=True)
-                ],
+                "because": [because(*r, fpr, fnr) for r in zip(answer, like_real, like_fake, strict=True)],
             }
         )
 
@@ -333,14 +323,7 @@ class Detector:
             Some images trained, stopped or calibrated this detector; they are counted all the same.
         """
         logits, y = self.decision_function(features, ignore), features.labels
-        where = self.seen(features)
-        uses = {"train": "trained this detector", "val": "stopped its training or calibrated it"}
-        if known := [f"{n} {use}" for part, use in uses.items() if (n := int((where == part).sum()))]:
-            warnings.warn(
-                f"of the {len(features)} images evaluated here, {' and '.join(known)}: numbers on these are "
-                "no test of it",
-                stacklevel=2,
-            )
+        warn_of_seen(self.seen(features))
         threshold = self.threshold(fpr).value
         generator = features.table[schema.GENERATOR].to_numpy()
         tables = []

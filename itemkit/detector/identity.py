@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
@@ -65,6 +66,17 @@ def where_seen(features: Features, keys: Mapping[str, np.ndarray]) -> np.ndarray
     for part, known in keys.items():
         where[np.isin(here, known)] = part
     return where
+
+
+def warn_of_seen(where: np.ndarray) -> None:
+    """Warn if images that are evaluated had a part in making the detector; ``where`` as of `where_seen`."""
+    uses = {"train": "trained this detector", "val": "stopped its training or calibrated it"}
+    if known := [f"{n} {use}" for part, use in uses.items() if (n := int((where == part).sum()))]:
+        warnings.warn(
+            f"of the {len(where)} images evaluated here, {' and '.join(known)}: numbers on these are no test "
+            "of it",
+            stacklevel=3,
+        )
 
 
 def refuse_other_models(trained: dict | None, given: dict | None, ignore: Collection[str]) -> None:
