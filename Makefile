@@ -28,7 +28,7 @@ test: $(READY)  ## the tests (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra -n auto --maxprocesses 4 $(ARGS)
 
 notebooks: $(READY)  ## execute the notebooks in place and stamp them: the only writer of committed outputs
-	$(BIN)/python -m itemkit.notebooks write $(NB)
+	$(BIN)/python -m tools.notebooks write $(NB)
 
 # features of the old models must not be met with the new ones: the detector's are computed anew, in a folder apart
 lab: $(READY)  ## rebuild the mini laboratory from nothing: every model and every fake image (hours on a CPU)

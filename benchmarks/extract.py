@@ -29,12 +29,11 @@ from PIL import Image
 
 from benchmarks.report import Result, table
 from benchmarks.subjects import as_manifest, build, caption_of, read_images
+from itemkit.decode import DecodeConfig, ImageReader, batches
 from itemkit.devices import dtype_name
+from itemkit.extraction import extract, raise_malloc_thresholds
 from itemkit.images import load_image
-from itemkit.pipeline import extract
-from itemkit.pipeline.decode import DecodeConfig, ImageReader, batches
-from itemkit.pipeline.stages import Models, Stages
-from itemkit.pipeline.system import raise_malloc_thresholds
+from itemkit.steps import Models, Stages
 from itemkit.store import concat_features
 
 # Dense arithmetic of the data sheets in TFLOP/s, for the share of the peak; by device and precision.

@@ -24,9 +24,9 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from itemkit.pipeline import extract
-from itemkit.pipeline.decode import DecodeConfig
-from itemkit.pipeline.stages import Models
+from itemkit.decode import DecodeConfig
+from itemkit.extraction import extract
+from itemkit.steps import Models
 from itemkit.store import load_features
 
 DIM = 64

@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from itemkit import schema
-from itemkit.metrics.effects import effect_size
+from itemkit.metrics import effect_size
 
 PCA_DIMENSIONS = 50
 

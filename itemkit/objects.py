@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from itemkit.errors import InputError, ModelNotFound
-from itemkit.weights import UNREADABLE, Located, first_line, folder_hash, looks_like_path, not_found, tidy
+from itemkit.models import UNREADABLE, Located, first_line, folder_hash, looks_like_path, not_found, tidy
 
 if TYPE_CHECKING:
     from spacy.language import Language

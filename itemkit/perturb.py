@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from itemkit.errors import InputError
-from itemkit.images.jpeg import jpeg_bytes
+from itemkit.images import jpeg_bytes
 
 Step = Callable[[Image.Image, np.random.Generator], Image.Image]
 VERSION = 1  # part of every cache key: raise it when any transform changes its pixels

@@ -371,7 +371,7 @@ def options(ax: Axes, table: pd.DataFrame, xlabel: str) -> Axes:
     ----------
     ax : Axes
     table : DataFrame
-        Rows of one question from `itemkit.study.ablation.ablation`.
+        Rows of one question from `itemkit.ablation.ablation`.
     xlabel : str
 
     Returns

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from itemkit.errors import InputError, ModelNotFound
-from itemkit.weights import ANY_PRESET, REMEDY, Located, looks_like_path, tidy
+from itemkit.models import ANY_PRESET, REMEDY, Located, looks_like_path, tidy
 
 if TYPE_CHECKING:
     import torch
@@ -145,8 +145,8 @@ class Preset:
             A name or tag that nobody knows.
         """
         from itemkit.encoder import find_encoder
+        from itemkit.models import find_folder
         from itemkit.objects import find_parser
-        from itemkit.weights import find_folder
 
         finders: dict[str, Callable[[], Located]] = {}
         if _by_name(self.captioner):

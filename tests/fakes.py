@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from itemkit.pipeline.stages import Models
+from itemkit.steps import Models
 
 DIM = 16
 COLOURS = ("red", "green", "blue")

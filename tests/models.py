@@ -18,7 +18,7 @@ import open_clip
 import torch
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, PreTrainedTokenizerFast
 
-from itemkit.lab.formats import (  # the one place where these formats are written
+from minilab.formats import (  # the one place where these formats are written
     MEAN,
     STD,
     blip_config,

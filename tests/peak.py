@@ -6,8 +6,8 @@ import resource
 import sys
 from pathlib import Path
 
-from itemkit.pipeline import extract
-from itemkit.pipeline.decode import DecodeConfig
+from itemkit.decode import DecodeConfig
+from itemkit.extraction import extract
 
 from fakes import FakeCaptioner, FakeEncoder, FakeLocaliser, FakeParser, Models, Said, manifest_of
 

@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from itemkit.ablation import ablation, degrade_captions, first_objects, what_matters
 from itemkit.errors import InputError
 from itemkit.head import MisalignmentMLP
-from itemkit.lab.grammar import COLOURS, KINDS
 from itemkit.misalignment import RepresentationConfig, represent
 from itemkit.study import item, train_on_test_on
-from itemkit.study.ablation import ablation, degrade_captions, first_objects, what_matters
+from minilab.grammar import COLOURS, KINDS
 
 from synthetic import make_features
 

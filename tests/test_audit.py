@@ -12,12 +12,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 from sklearn.metrics import roc_auc_score
 
-from itemkit.audit import audit, equalise_folder, measure, ranking
-from itemkit.audit.duplicates import dhash, find_duplicates
-from itemkit.audit.leakage import held_out_auroc
+from itemkit.audit import audit, dhash, equalise_folder, find_duplicates, held_out_auroc, measure, ranking
 from itemkit.errors import InputError
-from itemkit.images import EqualiseConfig, ImageError
-from itemkit.images.jpeg import jpeg_bytes
+from itemkit.images import EqualiseConfig, ImageError, jpeg_bytes
 from itemkit.manifest import read_manifest
 
 

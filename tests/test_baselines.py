@@ -7,21 +7,24 @@ import pytest
 import torch
 from sklearn.base import clone
 
-from itemkit.baselines import (
+from itemkit.controls import (
     CONTROLS,
     FeatureScorer,
     NearestNeighbour,
+    PixelCNN,
+    augment,
     generic_texts,
     get_control,
     likelihood_and_confidence,
+    noise_residual,
     shuffle_texts,
+    spectrum,
 )
-from itemkit.baselines.pixels import PixelCNN, augment, noise_residual, spectrum
 from itemkit.errors import InputError
 from itemkit.head import MisalignmentMLP
 from itemkit.metrics import auroc
 from itemkit.misalignment import RepresentationConfig, cosines, represent
-from itemkit.study.fusion import LateFusion, early_fusion, late_fusion
+from itemkit.results import LateFusion, early_fusion, late_fusion
 
 from synthetic import make_features, unit
 

@@ -7,13 +7,15 @@ from scipy import stats
 from itemkit.calibrate import (
     Calibrator,
     best_threshold,
+    check_promises,
     conformal_p,
     fit_calibrator,
+    proportion_interval,
     split_validation,
     three_way,
     threshold_at_fpr,
+    told,
 )
-from itemkit.calibrate.promises import check_promises, proportion_interval, told
 from itemkit.errors import InputError
 from itemkit.metrics import expected_calibration_error
 

@@ -18,8 +18,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from itemkit.captions import Captioner, Decoding, _mean_until_end, load_captioner
-from itemkit.captions.cleaning import clean_caption
+from itemkit.captions import Captioner, Decoding, _mean_until_end, clean_caption, load_captioner
 from itemkit.errors import InputError, ModelNotFound
 
 WRITERS = {

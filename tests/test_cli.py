@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from itemkit import cli, presets
+from itemkit.export import import_clip_retrieval, import_numpy
 from itemkit.presets import Preset
 from itemkit.store import load_features
-from itemkit.store.export import import_clip_retrieval, import_numpy
 
 import fakes
 
@@ -415,7 +415,7 @@ def test_doctor_prints_a_line_for_everything(capsys: pytest.CaptureFixture[str])
 
 
 def test_run_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from itemkit import report
+    from itemkit import run as report
 
     seen: list[tuple] = []
     monkeypatch.setattr(report, "run_all", lambda *given: seen.append(given))

@@ -16,8 +16,9 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from itemkit import doctor
-from itemkit.doctor import machine, selftest
-from itemkit.doctor.machine import FAIL, OK, WARN, Check
+from itemkit import doctor as machine
+from itemkit import doctor as selftest
+from itemkit.doctor import FAIL, OK, WARN, Check
 from itemkit.encoder import load_encoder
 from itemkit.presets import PARTS, Preset
 
@@ -293,7 +294,7 @@ def test_models_that_cannot_be_built_are_one_line(
 def test_doctor_without_deep_loads_no_model() -> None:
     code = (
         "import sys, itemkit.doctor\n"
-        "assert 'itemkit.lab' not in sys.modules and 'transformers' not in sys.modules, sorted(sys.modules)"
+        "assert 'minilab' not in sys.modules and 'transformers' not in sys.modules, sorted(sys.modules)"
     )
     repo = Path(__file__).resolve().parents[1]
     subprocess.run([sys.executable, "-c", code], cwd=repo, check=True)

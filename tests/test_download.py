@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from itemkit import cli, download, presets
-from itemkit.download import hub
+from itemkit import download as hub
 from itemkit.encoder import load_encoder
 from itemkit.errors import InputError, ModelNotFound, StoreError
 from itemkit.presets import Preset, get_preset

@@ -18,9 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from itemkit.encoder import Encoder, load_encoder
-from itemkit.encoder.checkpoints import find_encoder
-from itemkit.encoder.patches import patch_grid, patch_pass
+from itemkit.encoder import Encoder, find_encoder, load_encoder, patch_grid, patch_pass
 from itemkit.errors import InputError, ModelNotFound
 
 TEXTS = ["a red ball on the grass", "a blue cup", "the dog and the green cube", "a blue cup"]

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from itemkit.decode import DecodeConfig
+from itemkit.engine_ray import RayEngine, RayOptions, start_ray
 from itemkit.errors import InputError, MissingExtra
-from itemkit.pipeline import extract
-from itemkit.pipeline.decode import DecodeConfig
-from itemkit.pipeline.engine_ray import RayEngine, RayOptions, start_ray
+from itemkit.extraction import extract
 from itemkit.store import load_features
 
 from fakes import Models, deadly_models, fake_models, make_images, manifest_of, png

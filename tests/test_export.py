@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from itemkit import export
 from itemkit.detector import Detector
 from itemkit.errors import InputError
+from itemkit.extraction import extract
 from itemkit.head import MisalignmentMLP
-from itemkit.pipeline import extract
-from itemkit.store import export, load_features
+from itemkit.store import load_features
 
 from fakes import fake_models, make_images
 

@@ -13,9 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from itemkit.errors import InputError, ModelNotFound
-from itemkit.head import ARCHITECTURES, MisalignmentMLP
-from itemkit.head.inputs import moments
-from itemkit.head.sets import SET_POOLINGS
+from itemkit.head import ARCHITECTURES, SET_POOLINGS, MisalignmentMLP, moments
 from itemkit.metrics import auroc
 
 QUICK = {"max_epochs": 12, "patience": 4, "device": "cpu"}

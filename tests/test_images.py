@@ -16,16 +16,19 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from itemkit.errors import InputError
 from itemkit.images import (
+    SUBSAMPLINGS,
     EqualiseConfig,
     ImageError,
     content_id,
     equalise,
     equalised_bytes,
+    jpeg_bytes,
+    jpeg_quality,
+    jpeg_subsampling,
     load_image,
     open_image,
     read_bytes,
 )
-from itemkit.images.jpeg import SUBSAMPLINGS, jpeg_bytes, jpeg_quality, jpeg_subsampling
 
 
 def smooth(width=40, height=30, seed=0) -> Image.Image:

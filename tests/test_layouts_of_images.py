@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from itemkit.extraction import extract
 from itemkit.images import content_id
-from itemkit.lab.renders import make_renders
 from itemkit.manifest import read_manifest
-from itemkit.pipeline import extract
 from itemkit.store import load_features
+from minilab.renders import make_renders
 
 from fakes import fake_models
 

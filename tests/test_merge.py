@@ -11,8 +11,7 @@ import pandas as pd
 import pytest
 
 from itemkit.errors import InputError, StoreError
-from itemkit.pipeline import extract
-from itemkit.pipeline.merge import merge_stores
+from itemkit.extraction import extract, merge_stores
 from itemkit.store import load_features
 
 from fakes import FakeEncoder, Models, fake_models, make_images, manifest_of

@@ -11,13 +11,16 @@ from itemkit.metrics import (
     average_precision,
     bootstrap,
     brier,
+    compare,
+    delong,
+    effect_size,
     evaluate_scores,
     expected_calibration_error,
+    frechet_distance,
     replicate,
     stratified_weights,
     tpr_at_fpr,
 )
-from itemkit.metrics.effects import compare, delong, effect_size, frechet_distance
 
 Y = np.array([0, 0, 0, 1, 1])
 S = np.array([0.1, 0.4, 0.35, 0.8, 0.4])

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from itemkit import store
+from itemkit import export, store
+from itemkit.extraction import extract
 from itemkit.features import IMAGE_NORMS, OBJECT_NORMS
-from itemkit.pipeline import extract
-from itemkit.pipeline.stages import featurise
 from itemkit.presets import get_preset
-from itemkit.store import export, load_features
+from itemkit.steps import featurise
+from itemkit.store import load_features
 
 from fakes import Embedding, FakeEncoder, FakeLocaliser, Located, Models, fake_models, make_images
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from itemkit import notebooks
-from itemkit.notebooks import NotebookFailed
+from tools import notebooks
+from tools.notebooks import NotebookFailed
 
 from fakes import png
 

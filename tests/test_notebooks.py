@@ -12,9 +12,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from itemkit import notebooks
 from itemkit.errors import InputError
-from itemkit.notebooks import rules
+from tools import notebooks, rules
 
 REPO = Path(__file__).resolve().parents[1]
 COMMITTED = sorted((REPO / "notebooks").glob("*.ipynb"))

@@ -11,8 +11,7 @@ from PIL import Image
 
 from itemkit import perturb
 from itemkit.errors import InputError
-from itemkit.images import load_image
-from itemkit.images.jpeg import jpeg_bytes, jpeg_quality
+from itemkit.images import jpeg_bytes, jpeg_quality, load_image
 from itemkit.perturb import GRID, QUICK_GRID, get_perturbation
 
 

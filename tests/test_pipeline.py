@@ -12,10 +12,12 @@ import pandas as pd
 import pytest
 import torch
 
+from itemkit import extraction as engine_local
+from itemkit import extraction as system
+from itemkit.decode import DecodeConfig, scaled_jpeg
 from itemkit.errors import InputError, StoreError
-from itemkit.pipeline import engine_local, extract, system
-from itemkit.pipeline.decode import DecodeConfig, scaled_jpeg
-from itemkit.pipeline.stages import Models, TextCache, featurise
+from itemkit.extraction import extract
+from itemkit.steps import Models, TextCache, featurise
 from itemkit.store import load_features
 
 from fakes import (

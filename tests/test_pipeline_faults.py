@@ -16,12 +16,13 @@ import pandas as pd
 import pytest
 import torch
 
-from itemkit import _files, cli, pipeline
-from itemkit.cli import commands
+from itemkit import _files, cli, commands
+from itemkit import extraction as pipeline
+from itemkit import extraction as system
+from itemkit.decode import DecodeConfig, DecoderDied, ImageReader, IsolatedDecoder, batches
 from itemkit.errors import InputError, ItemkitError, StoreError
-from itemkit.pipeline import ExtractReport, extract, system
-from itemkit.pipeline.decode import DecodeConfig, DecoderDied, ImageReader, IsolatedDecoder, batches
-from itemkit.pipeline.stages import Models
+from itemkit.extraction import ExtractReport, extract
+from itemkit.steps import Models
 from itemkit.store import load_features
 
 from fakes import (
@@ -205,10 +206,10 @@ def test_a_continued_store_cut_at_any_write_never_looks_complete(tmp_path, monke
             patch.setattr(os, "fsync", lambda file: None)
             extract(manifest[:4], out, fake_models(), progress=False)
             writes = 0
-            for module in ("itemkit._files", "itemkit.pipeline.writer"):
+            for module in ("itemkit._files", "itemkit.store"):
                 patch.setattr(f"{module}.atomic_write", write)
             if stopped:
-                patch.setattr("itemkit.pipeline.StopSignal", Stopped)
+                patch.setattr("itemkit.extraction.StopSignal", Stopped)
             try:
                 extract(manifest, out, fake_models(), batch_size=2, shard_size=2, progress=False)
                 finished = True
@@ -302,8 +303,8 @@ def test_the_command_fails_when_images_are_left(tmp_path, monkeypatch):
 HANGING = """
 import sys
 from pathlib import Path
-from itemkit.pipeline import extract
-from itemkit.pipeline.decode import DecodeConfig
+from itemkit.extraction import extract
+from itemkit.decode import DecodeConfig
 from fakes import fake_models, manifest_of
 images, out, prefetch = sys.argv[1:]
 decode = DecodeConfig("loaders:load_or_crash", threads=2, prefetch=int(prefetch))

@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import torch
 
-from itemkit.encoder.pooled import pooled_pass
+from itemkit.encoder import pooled_pass
 
 assert models
 

@@ -156,7 +156,7 @@ def test_a_detector_put_in_by_name_knows_its_model(fetched: Path, offline: None)
 
 
 def test_default_detectors_are_those_of_the_loaders() -> None:
-    from itemkit.regions import grounding
+    from itemkit import detection as grounding
 
     for name, model in DETECTORS.items():
         assert inspect.signature(getattr(grounding, f"load_{name}")).parameters["model"].default == model

@@ -12,15 +12,15 @@ import pytest
 from PIL import Image, ImageFilter
 
 from itemkit import cli, presets, study
+from itemkit import study_run as command
 from itemkit.errors import InputError
 from itemkit.features import Features
-from itemkit.lab.world import render_index
 from itemkit.manifest import read_manifest
 from itemkit.perturb import jpeg_random
 from itemkit.presets import Preset
-from itemkit.study.protocols import get_protocol, protocol_names
-from itemkit.study.table import MEAN, OURS, THEIRS, WORST
-from itemkit.workflow import study as command
+from itemkit.protocols import get_protocol, protocol_names
+from itemkit.results import MEAN, OURS, THEIRS, WORST
+from minilab.world import render_index
 
 import fakes
 

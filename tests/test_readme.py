@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from PIL import ImageFilter
 
-from itemkit.doctor.selftest import photo_cases
+from itemkit.doctor import photo_cases
 
 REPO = Path(__file__).resolve().parents[1]
 README = REPO / "README.md"

@@ -17,11 +17,10 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 
+from itemkit.detection import _prompt
 from itemkit.encoder import Encoder, ImageEmbedding, load_encoder
 from itemkit.errors import InputError
-from itemkit.regions import heatmap, make_localiser
-from itemkit.regions.boxes import cells_to_pixels, embed_boxes, inside, peak_boxes, windows
-from itemkit.regions.grounding import _prompt
+from itemkit.regions import cells_to_pixels, embed_boxes, heatmap, inside, make_localiser, peak_boxes, windows
 
 RED, GREEN, BLUE = torch.eye(3)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from itemkit import presets, report
+from itemkit import presets
+from itemkit import run as report
 
 import fakes
 

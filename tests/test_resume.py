@@ -18,9 +18,9 @@ import pandas as pd
 import pytest
 
 from itemkit import _files, store
+from itemkit.decode import DecodeConfig
 from itemkit.errors import StoreError
-from itemkit.pipeline import extract
-from itemkit.pipeline.decode import DecodeConfig
+from itemkit.extraction import extract
 from itemkit.store import load_features
 
 from fakes import FakeEncoder, FakeLocaliser, FakeParser, Models, fake_models, make_images
@@ -33,8 +33,8 @@ ZYGOTE = """
 import json, os, signal, sys
 from pathlib import Path
 import torch
-import itemkit.pipeline, itemkit.images
-from itemkit.pipeline.decode import DecodeConfig
+import itemkit.extraction, itemkit.images
+from itemkit.decode import DecodeConfig
 from fakes import fake_models, manifest_of
 torch.set_num_threads(1)
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -50,7 +50,7 @@ for line in sys.stdin:
     os.setsid()
     try:
         images = sorted(Path(task["images"]).glob("*.png"))
-        itemkit.pipeline.extract(
+        itemkit.extraction.extract(
             manifest_of(images), task["out"], fake_models(delay_s=task["delay"]), batch_size=2, shard_size=4,
             progress=False, decode=DecodeConfig(loader=task["loader"], threads=2))
     except SystemExit as error:
@@ -181,7 +181,7 @@ def test_stopped_at_every_single_write(tmp_path, monkeypatch):
         raise PowerCut
 
     monkeypatch.setattr(os, "fsync", lambda file: None)  # slow on a busy disk, and no power is cut in truth
-    for module in ("itemkit._files", "itemkit.pipeline.writer"):
+    for module in ("itemkit._files", "itemkit.store"):
         monkeypatch.setattr(f"{module}.atomic_write", write)
     cut, finished = 0, False
     while not finished:

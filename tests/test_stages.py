@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from itemkit.pipeline.stages import Models, Stages
+from itemkit.steps import Models, Stages
 
 from fakes import FakeCaptioner, FakeEncoder, FakeLocaliser, FakeParser
 

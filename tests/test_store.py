@@ -17,10 +17,9 @@ from PIL import Image
 
 from itemkit import _files, schema, store
 from itemkit.errors import InputError, StoreError
-from itemkit.pipeline import extract
-from itemkit.pipeline.stages import featurise
-from itemkit.pipeline.writer import StoreWriter
-from itemkit.store import load_features
+from itemkit.extraction import extract
+from itemkit.steps import featurise
+from itemkit.store import StoreWriter, load_features
 
 from fakes import DIM, FakeEncoder, Models, fake_models, make_images
 

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from itemkit.baselines import CONTROLS, FeatureScorer, logistic
 from itemkit.calibrate import split_validation, threshold_at_fpr
+from itemkit.controls import CONTROLS, FeatureScorer, logistic
 from itemkit.errors import InputError
 from itemkit.head import MisalignmentMLP
 from itemkit.misalignment import represent

@@ -9,11 +9,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from itemkit.captions.cleaning import CLEAN_VERSION, clean_caption
+from itemkit.captions import CLEAN_VERSION, clean_caption
 from itemkit.errors import InputError, StoreError
-from itemkit.pipeline import extract
-from itemkit.pipeline.stages import Models, featurise, fingerprint
-from itemkit.pipeline.user_captions import POSTED, count_cut, told, with_clean_captions
+from itemkit.extraction import POSTED, count_cut, extract, told, with_clean_captions
+from itemkit.steps import Models, featurise, fingerprint
 from itemkit.store import load_features, read_run
 
 from fakes import FakeEncoder, FakeLocaliser, FakeParser, fake_models, make_images
@@ -159,8 +158,8 @@ def test_cleaning_real_captions_twice_changes_nothing(real_dir):
 
 
 def test_the_captions_of_the_laboratory_are_clean():
-    from itemkit.lab.grammar import random_caption
-    from itemkit.lab.world import render_index
+    from minilab.grammar import random_caption
+    from minilab.world import render_index
 
     rng = np.random.default_rng(0)
     facts = [render_index("models_val", i).scene.facts for i in range(20)]

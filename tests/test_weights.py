@@ -17,7 +17,7 @@ import transformers
 from itemkit.captions import load_captioner
 from itemkit.encoder import find_encoder
 from itemkit.errors import ModelNotFound
-from itemkit.weights import find_folder
+from itemkit.models import find_folder
 
 COMMIT = "0123456789012345678901234567890123456789"
 NAME = "owner/name"

@@ -9,16 +9,17 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from itemkit import presets, report, schema, workflow
+from itemkit import presets, schema, workflow
+from itemkit import run as report
+from itemkit import study_run as study_of_files
 from itemkit.detector import Detector
 from itemkit.errors import InputError, ModelNotFound
+from itemkit.extraction import extract
 from itemkit.features import Features
 from itemkit.head import MisalignmentMLP
 from itemkit.manifest import read_manifest
 from itemkit.misalignment import RepresentationConfig
-from itemkit.pipeline import extract
 from itemkit.presets import Preset
-from itemkit.workflow import study as study_of_files
 
 import fakes
 from synthetic import make_features

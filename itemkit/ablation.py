@@ -1,0 +1,230 @@
+"""Ablation: one choice changed at a time, each answered by paired differences on unseen families."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from itemkit.errors import InputError
+from itemkit.features import OBJECT_NORMS, Features
+from itemkit.results import POOLED
+from itemkit.study import Recipe, train_on_test_on
+
+
+def ablation(
+    features: Features,
+    questions: Mapping[str, Mapping[str, Recipe]],
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    *,
+    train_generators: Sequence[str] | None = None,
+    families: Mapping[str, str] | None = None,
+    metric: str = "auroc",
+    level: float = 0.95,
+    out: str | Path | None = None,
+    jobs: int = 1,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Answer questions about the method: train every option, compare it with the first one.
+
+    A recipe that stands in several questions is trained once. Only cells of families not trained on count.
+
+    Parameters
+    ----------
+    features : Features
+        With labels, generators and splits.
+    questions : dict of dict
+        Question -> option -> `Recipe`; the first option is the reference, usually the default.
+    seeds : ints
+        Each draws other training images, another division of the validation images and another start.
+    train_generators, families
+        See `train_on_test_on`.
+    metric : str
+        Out of `itemkit.metrics.METRICS`, higher is better.
+    level : float
+        Of the intervals.
+    out : folder, optional
+        Keep one JSON per run there, and reuse those that fit.
+    jobs, progress
+        See `train_on_test_on`.
+
+    Returns
+    -------
+    DataFrame, one row per question and option
+        ``question, option, reference`` (is it the first?), ``value, low, high``: mean over the unseen cells,
+        with a t-interval over seeds; ``difference, difference_low, difference_high, difference_sd``: the same
+        for option minus reference, paired by seed; ``cells_better``, share of the unseen (train, test) cells
+        in which the option's mean over seeds is higher; ``n_cells, n_seeds``. Intervals say what other
+        training draws and starts would do, on these generators and these test images.
+    """
+    if lonely := [name for name, options in questions.items() if len(options) < 2]:
+        raise InputError(f"question {lonely[0]!r} has one option or none; expected a reference and others")
+    names: dict[tuple[str, str], str] = {}
+    recipes: dict[str, Recipe] = {}
+    known: dict[tuple, str] = {}
+    for question, options in questions.items():
+        for option, recipe in options.items():
+            same = (json.dumps(recipe.config, sort_keys=True), id(recipe.features), recipe.train_images)
+            name = known.setdefault(same, f"{question}: {option}")
+            names[question, option], recipes[name] = name, recipe
+    study = train_on_test_on(
+        features, recipes, seeds, train_generators=train_generators, families=families, metrics=(metric,),
+        n_boot=0, out=out, jobs=jobs, progress=progress,
+    )  # fmt: skip
+    cells = study.table[~study.table["seen"] & (study.table["test_generator"] != POOLED)]
+    if cells.empty:
+        raise InputError(
+            "no generator is of another family than those trained on, so nothing is unseen; give images of "
+            "a second family"
+        )
+    wide = cells.pivot(
+        index="seed", columns=["detector", "train_generator", "test_generator"], values="value"
+    )
+    rows = []
+    for question, options in questions.items():
+        first = wide[names[question, next(iter(options))]]
+        for i, option in enumerate(options):
+            mine = wide[names[question, option]]
+            gap = mine - first
+            value, difference = mine.mean(axis=1), gap.mean(axis=1)
+            low, high = _t_interval(value, level)
+            gap_low, gap_high = _t_interval(difference, level)
+            rows.append(
+                {"question": question, "option": option, "reference": i == 0,
+                 "value": value.mean(), "low": low, "high": high,
+                 "difference": difference.mean(), "difference_low": gap_low, "difference_high": gap_high,
+                 "difference_sd": difference.std(), "cells_better": float((gap.mean() > 0).mean()),
+                 "n_cells": gap.shape[1], "n_seeds": len(gap)}
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _t_interval(values: pd.Series, level: float) -> tuple[float, float]:
+    n = len(values)
+    if n < 2:
+        return float("nan"), float("nan")
+    half = stats.t.ppf((1 + level) / 2, n - 1) * values.std() / np.sqrt(n)
+    return values.mean() - half, values.mean() + half
+
+
+def what_matters(table: pd.DataFrame, least: float = 0.01, level: float = 0.95) -> pd.DataFrame:
+    """Sum an ablation up: whether any option of a question differs from the reference by more than a little.
+
+    Every option's interval is widened for as many comparisons as the question has (Bonferroni), so that "yes"
+    is not the luck of the farthest of several.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Of `ablation`; several may be concatenated.
+    least : float
+        Differences smaller than this do not matter, however certain they are.
+    level : float
+        Of the intervals.
+
+    Returns
+    -------
+    DataFrame, one row per question, largest effect first
+        ``question, reference, option, difference, low, high, cells_better, matters``: "yes" if some option's
+        whole interval is farther from zero than ``least`` (shown: the farthest of those), "no" if the
+        intervals of all are nearer, else "unclear" (shown: the farthest of all). Intervals are over seeds;
+        other test images would move all options together.
+    """
+    rows = []
+    for question, part in table.groupby("question", sort=False):
+        others = part[~part["reference"]]
+        n, wide = others["n_seeds"], (1 - level) / 2 / len(others)
+        spread = others["difference_sd"] / np.sqrt(n)
+        half = pd.Series(stats.t.ppf(1 - wide, (n - 1).clip(lower=1)), others.index) * spread
+        half = half.where(n > 1, np.inf)
+        low, high = others["difference"] - half, others["difference"] + half
+        surely, nearer = (low > least) | (high < -least), (low > -least) & (high < least)
+        far = (others[surely] if surely.any() else others)["difference"].abs().idxmax()
+        rows.append(
+            {"question": question, "reference": part.loc[part["reference"], "option"].iloc[0],
+             "option": others.loc[far, "option"], "difference": others.loc[far, "difference"],
+             "low": low[far], "high": high[far], "cells_better": others.loc[far, "cells_better"],
+             "matters": "yes" if surely.any() else "no" if nearer.all() else "unclear"}
+        )  # fmt: skip
+    return pd.DataFrame(rows).sort_values("difference", key=np.abs, ascending=False, ignore_index=True)
+
+
+def degrade_captions(
+    captions: pd.Series, share: float, kinds: Sequence[str], colours: Sequence[str] = (), seed: int = 0
+) -> pd.Series:
+    """Make some objects of each caption wrong: another kind, or another colour before it.
+
+    Parameters
+    ----------
+    captions : Series of str
+        Indexed by path.
+    share : float
+        Probability that an object is made wrong. What is wrong at a small share stays so, and in the same
+        way, at a larger one.
+    kinds, colours : sequences of str
+        Words of objects, and words that may stand before them.
+    seed : int
+        Together with a caption's index it decides everything, so other captions change nothing.
+
+    Returns
+    -------
+    Series
+        With the same index.
+    """
+    if not 0 <= share <= 1 or len(kinds) < 2:
+        raise InputError(f"share={share} and {len(kinds)} kinds; expected 0 to 1, and two kinds or more")
+    return pd.Series(
+        [_degrade(str(text), str(key), share, kinds, colours, seed) for key, text in captions.items()],
+        index=captions.index, name=captions.name,
+    )  # fmt: skip
+
+
+def _degrade(
+    text: str, key: str, share: float, kinds: Sequence[str], colours: Sequence[str], seed: int
+) -> str:
+    rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
+    words = text.split(" ")
+    plain = [word.strip(",.") for word in words]
+    for i, word in enumerate(plain):
+        if word not in kinds:
+            continue
+        # all numbers are drawn whether used or not: the share decides how many objects, never how
+        wrong, which, pick = rng.random() < share, rng.random() < 0.5, rng.random()
+        if not wrong:
+            continue
+        at, group = (i - 1, colours) if which and i and plain[i - 1] in colours else (i, kinds)
+        others = [other for other in group if other != plain[at]]
+        chosen = others[int(pick * len(others))]
+        words[at] = words[at].replace(plain[at], chosen)
+        if at and plain[at - 1] in ("a", "an"):
+            words[at - 1] = "an" if chosen[0] in "aeiou" else "a"
+    return " ".join(words)
+
+
+def first_objects(features: Features, at_most: int) -> Features:
+    """Keep the first objects of each image, in the order in which its caption names them.
+
+    Parameters
+    ----------
+    features : Features
+    at_most : int
+        Objects per image; 0 leaves whole images only.
+    """
+    counts = np.bincount(features.owner, minlength=len(features))
+    rank = np.arange(len(features.owner)) - (np.cumsum(counts) - counts)[features.owner]
+    kept = np.flatnonzero(rank < at_most)
+    changed: dict[str, Any] = {
+        "owner": features.owner[kept],
+        "objects": features.objects.iloc[kept].reset_index(drop=True),
+    }
+    for name in ("region_emb", "phrase_emb", *OBJECT_NORMS):
+        array = getattr(features, name)
+        changed[name] = None if array is None else array[kept]
+    return replace(features, **changed)

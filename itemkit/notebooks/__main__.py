@@ -1,7 +1,0 @@
-"""``python -m itemkit.notebooks``."""
-
-import sys
-
-from itemkit.notebooks import main
-
-sys.exit(main())

@@ -1,0 +1,228 @@
+"""The field's protocols as data files beside this module: what trains, what tests, in which order and metric.
+
+A file says only which sets of a user's folder play which part; reading folders is the manifest's affair.
+Published numbers stand in the files with what they are a mean of; nothing here is computed from them.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from itemkit import schema
+from itemkit.errors import InputError
+from itemkit.images import EqualiseConfig
+from itemkit.manifest import assign_splits
+
+# of the training images, where a data set has no validation images of its own; at most half of few
+VAL_SHARE, VAL_IMAGES = 0.1, 40
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """One row of a published table.
+
+    Attributes
+    ----------
+    name : str
+        Generator in the manifest, in any case; ``alias`` lists other names people give the folder.
+    title : str
+        As tables print it.
+    alias : tuple of str
+    """
+
+    __test__ = False  # no test of pytest's, whatever its name
+
+    name: str
+    title: str
+    alias: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> set[str]:
+        """Every name it goes by, in lower case."""
+        return {name.casefold() for name in (self.name, *self.alias)}
+
+
+@dataclass(frozen=True)
+class Published:
+    """Numbers printed by others, kept apart from ours everywhere."""
+
+    what: str
+    condition: str
+    metric: str
+    values: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Which sets train and which test; made by `get_protocol` from a data file.
+
+    Attributes
+    ----------
+    name, title, note : str
+    metric : str
+        The one its published table prints.
+    layout : str
+        How the folder is read, see `itemkit.manifest.read_manifest`.
+    splits : dict
+        Folder's split -> part it plays here. Images under no split folder are test images.
+    train : tuple of str
+        Sets of which the fakes train; empty where each generator trains in turn.
+    train_is_all : bool
+        Everything in the training split belongs to the one training set, whatever its folders are called.
+    test : tuple of TestSet
+        In the order of the published table; empty where each generator tests.
+    equalise : EqualiseConfig
+        Of the second column.
+    published : tuple of Published
+    """
+
+    name: str
+    title: str
+    metric: str
+    note: str = ""
+    layout: str = "auto"
+    splits: dict[str, str] = field(default_factory=dict)
+    train: tuple[str, ...] = ()
+    train_is_all: bool = False
+    test: tuple[TestSet, ...] = ()
+    equalise: EqualiseConfig = field(default_factory=EqualiseConfig)
+    published: tuple[Published, ...] = ()
+
+    def titles(self) -> dict[str, str]:
+        """Generator -> title of its row."""
+        return {test.name: test.title for test in self.test}
+
+    def select(
+        self, manifest: pd.DataFrame, skip_missing: bool = False, per_set: int | None = None
+    ) -> tuple[pd.DataFrame, list[str]]:
+        """Take the images that play a part, under the protocol's names and in its splits.
+
+        Parameters
+        ----------
+        manifest : DataFrame
+            Of `read_manifest`.
+        skip_missing : bool
+            Leave test sets out that are not there, instead of refusing.
+        per_set : int, optional
+            At most so many images of each set, class and split, drawn by path.
+
+        Returns
+        -------
+        tuple
+            The manifest, and the titles of the test sets that were left out.
+
+        Raises
+        ------
+        InputError
+            The training set is missing, or a test set and it may not be left out; both name what there is.
+        """
+        table = manifest[manifest[schema.LABEL].notna()].copy()
+        part = table[schema.SPLIT].map(self.splits).fillna("test")
+        table[schema.SPLIT] = part
+        fake = (table[schema.LABEL] == schema.FAKE).to_numpy(bool)
+        names = table[schema.GENERATOR].astype(str).str.casefold()
+        for test in self.test:
+            table.loc[fake & names.isin(test.names).to_numpy(), schema.GENERATOR] = test.name
+        training = (part != "test").to_numpy()
+        if self.train_is_all:
+            table.loc[training & fake, schema.GENERATOR] = self.train[0]
+        kept = [self._with_reals(table, training & fake, training, self.train, "train")]
+        missing = []
+        for test in self.test:
+            rows = self._with_reals(table, ~training & fake, ~training, (test.name,), "test")
+            if rows[fake[rows]].size and rows[~fake[rows]].size:
+                kept.append(rows)
+            else:
+                missing.append(test.title)
+        self._complain(manifest, table, fake, kept[0], missing, skip_missing, len(kept) > 1)
+        table = table.iloc[np.unique(np.concatenate(kept))]
+        if per_set is not None:
+            table = _limit(table, per_set)
+        trains = table[schema.SPLIT] != "test"
+        if not (table.loc[trains, schema.SPLIT] == "val").any():
+            fewest = table.loc[trains, schema.LABEL].value_counts().min()
+            share = min(max(VAL_SHARE, VAL_IMAGES / fewest), 0.5)
+            carved = assign_splits(
+                table[trains].assign(**{schema.SPLIT: None}), {"train": 1 - share, "val": share}
+            )
+            table.loc[trains, schema.SPLIT] = carved[schema.SPLIT]
+        return table.reset_index(drop=True), missing
+
+    @staticmethod
+    def _with_reals(
+        table: pd.DataFrame, fakes: np.ndarray, there: np.ndarray, names: tuple[str, ...], split: str
+    ) -> np.ndarray:
+        """Rows of these generators' fakes, and of the reals that belong to the same sources."""
+        mine = fakes & table[schema.GENERATOR].isin(names).to_numpy()
+        real = (table[schema.LABEL] == schema.REAL).to_numpy(bool)
+        same = table[schema.SOURCE].isin(set(table.loc[mine, schema.SOURCE])).to_numpy()
+        return np.flatnonzero(mine | (there & real & same))
+
+    def _complain(
+        self,
+        manifest: pd.DataFrame,
+        table: pd.DataFrame,
+        fake: np.ndarray,
+        training: np.ndarray,
+        missing: list[str],
+        skip_missing: bool,
+        any_test: bool,
+    ) -> None:
+        counts = manifest.assign(split=manifest[schema.SPLIT].fillna("no split folder"))
+        counts = counts.groupby(["split", schema.GENERATOR]).size()
+        there = "; ".join(f"{split}: {name} ({n:,})" for (split, name), n in counts.items()) or "nothing"
+        there = there if len(there) < 1500 else there[:1500] + " ..."
+        lacking = [schema.LABEL_NAMES[k] for k in (0, 1) if not (fake[training] == bool(k)).any()]
+        if lacking:
+            folders = ", ".join(k for k, v in self.splits.items() if v != "test")
+            raise InputError(
+                f"{self.title}: no {' and no '.join(lacking)} image of the training set "
+                f"{', '.join(self.train)} under a folder {folders}. Found {there}. "
+                "Give the folder that holds training and test sets"
+            )
+        if missing and (not skip_missing or not any_test):
+            raise InputError(
+                f"{self.title}: {len(missing)} of {len(self.test)} test sets are missing or lack one class: "
+                f"{', '.join(missing)}. Found {there}. Add them, or leave them out with --skip-missing"
+            )
+
+
+def _limit(table: pd.DataFrame, per_set: int) -> pd.DataFrame:
+    if per_set < 4:
+        raise InputError(f"at most {per_set} images of each set: expected at least 4")
+    rng = np.random.default_rng(0)
+    order = pd.Series(rng.permutation(len(table)), index=table.sort_values(schema.PATH).index)
+    keys = [table[c] for c in (schema.SPLIT, schema.GENERATOR, schema.SOURCE)]
+    rank = order.reindex(table.index).groupby([key.astype(str) for key in keys]).rank()
+    return table[rank <= per_set]
+
+
+def protocol_names() -> list[str]:
+    """Names of the data files."""
+    files = (resources.files(__package__) / "protocols").iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def get_protocol(name: str) -> Protocol:
+    """Read a protocol's data file; an unknown name lists those there are."""
+    if name not in protocol_names():
+        raise InputError(f"unknown protocol {name!r}; expected one of {', '.join(protocol_names())}")
+    data: dict[str, Any] = tomllib.loads(
+        (resources.files(__package__) / "protocols" / f"{name}.toml").read_text("utf-8")
+    )
+    data["train"] = tuple(data.get("train", ()))
+    data["test"] = tuple(
+        TestSet(row["name"], row["title"], tuple(row.get("alias", ()))) for row in data.get("test", ())
+    )
+    data["equalise"] = EqualiseConfig(**data.get("equalise", {}))
+    data["published"] = tuple(
+        Published(**{**entry, "values": tuple((str(m), float(v)) for m, v in entry["values"])})
+        for entry in data.get("published", ())
+    )
+    return Protocol(name=name, **data)

@@ -1,0 +1,450 @@
+"""Third step of the method: where in the image each semantic object is, and the embedding of that region.
+
+Rule for an object that is not there: `whole`, `grid` and `dense` always return their best region, and the
+score (its cosine with the phrase) says how good it is. A detector that finds nothing above its threshold
+falls back to the whole image with score 0. So every phrase has exactly one region; a caption without objects
+has none, and what that means is decided where features are pooled (`misalignment`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from itemkit.encoder import stack_pixels
+from itemkit.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from itemkit.encoder import Encoder, ImageEmbedding
+
+Box = tuple[float, float, float, float]
+MAX_STEPS = 12  # windows per axis and scale; bounds the work on panoramas
+
+
+@dataclass(frozen=True)
+class Regions:
+    """One region per phrase.
+
+    Attributes
+    ----------
+    boxes : float32 tensor, shape (m, 4)
+        x0, y0, x1, y1 in pixels of the original image.
+    scores : float32 tensor, shape (m,)
+        Cosine with the phrase, or a detector's confidence; 0 for a detector's fallback.
+    emb : float32 tensor, shape (m, d)
+        L2-normalised embeddings of the regions in the joint space.
+    norm : float32 tensor, shape (m,), or None
+        Lengths of the regions' embeddings before normalisation.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    emb: Tensor
+    norm: Tensor | None = None
+
+
+class Localiser(Protocol):
+    """Finds phrases in images.
+
+    Attributes
+    ----------
+    needs_patches : bool
+        Whether `embedding` must come with patches.
+    needs_phrases : bool
+        Whether the phrases themselves are read, not only their embeddings.
+    """
+
+    needs_patches: bool
+    needs_phrases: bool
+
+    def locate(
+        self,
+        images: Sequence[Image],
+        embedding: ImageEmbedding,
+        phrase_emb: Tensor,
+        owner: Tensor,
+        phrases: Sequence[str] | None = None,
+    ) -> Regions:
+        """Locate phrase j in image ``owner[j]``.
+
+        Parameters
+        ----------
+        images : sequence of n PIL images
+        embedding : ImageEmbedding of the n images
+        phrase_emb : float tensor, shape (m, d), L2-normalised
+        owner : int tensor, shape (m,)
+        phrases : sequence of m str
+            Needed by localisers with `needs_phrases`.
+
+        Returns
+        -------
+        Regions, one per phrase in the given order
+        """
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that changes the regions, as JSON-ready values."""
+        ...
+
+
+def windows(width: int, height: int, scales: Sequence[float], overlap: float) -> list[Box]:
+    """Square windows that cover an image evenly.
+
+    >>> windows(40, 40, [1.0, 0.5], 0.0)[1:]
+    [(0.0, 0.0, 20.0, 20.0), (20.0, 0.0, 40.0, 20.0), (0.0, 20.0, 20.0, 40.0), (20.0, 20.0, 40.0, 40.0)]
+    """
+    found: list[Box] = []
+    for scale in scales:
+        side = max(1, round(scale * min(width, height)))
+        for y in _starts(height, side, overlap):
+            for x in _starts(width, side, overlap):
+                found.append((float(x), float(y), float(x + side), float(y + side)))
+    return list(dict.fromkeys(found))
+
+
+def _starts(length: int, side: int, overlap: float) -> list[int]:
+    step = max(1.0, side * (1 - overlap))
+    count = min(math.ceil((length - side) / step) + 1, MAX_STEPS)
+    return [round(i * (length - side) / max(1, count - 1)) for i in range(count)]
+
+
+def embed_boxes(
+    encoder: Encoder, images: Sequence[Image], boxes: Sequence[Box], batch_size: int = 32
+) -> tuple[Tensor, Tensor]:
+    """Embed one crop per image and box; a box has at least one pixel.
+
+    Returns
+    -------
+    float tensors, shapes (len(boxes), d) and (len(boxes),)
+        Embeddings, and their lengths before normalisation (NaN if the encoder tells none).
+    """
+    crops = []
+    for image, (x0, y0, x1, y1) in zip(images, boxes, strict=True):
+        left, top = min(int(x0), image.width - 1), min(int(y0), image.height - 1)
+        right, bottom = max(left + 1, math.ceil(x1)), max(top + 1, math.ceil(y1))
+        crops.append(image.crop((left, top, min(right, image.width), min(bottom, image.height))))
+    emb, norms = [], []
+    for start in range(0, len(crops), batch_size):
+        pixels = stack_pixels(encoder.preprocess, crops[start : start + batch_size])
+        found = encoder.encode_images(pixels)
+        emb.append(found.pooled)
+        norms.append(found.pooled.new_full((len(pixels),), math.nan) if found.norm is None else found.norm)
+    if not emb:
+        return torch.zeros(0, encoder.dim, device=encoder.device), torch.zeros(0, device=encoder.device)
+    return torch.cat(emb), torch.cat(norms)
+
+
+def peak_boxes(maps: Tensor, level: float) -> Tensor:
+    """Draw a box around the connected part of each map that holds its peak.
+
+    Parameters
+    ----------
+    maps : tensor, shape (m, h, w)
+        Values of -inf are outside the image.
+    level : float
+        Cut between the least finite (0) and the greatest value (1) of each map.
+
+    Returns
+    -------
+    float tensor, shape (m, 4)
+        x0, y0, x1, y1 in cells; x1 and y1 are exclusive.
+    """
+    m, h, w = maps.shape
+    flat = maps.reshape(m, -1)
+    high = flat.max(dim=1, keepdim=True).values
+    low = flat.masked_fill(flat.isinf(), math.inf).min(dim=1, keepdim=True).values
+    above = (flat >= low + level * (high - low)).reshape(m, h, w).float()
+    part = F.one_hot(flat.argmax(dim=1), h * w).reshape(m, h, w).float()
+    for _ in range(h * w):  # grow from the peak to its four neighbours, as long as something is added
+        rows = F.max_pool2d(part[:, None], (3, 1), 1, (1, 0))[:, 0]
+        columns = F.max_pool2d(part[:, None], (1, 3), 1, (0, 1))[:, 0]
+        grown = torch.maximum(rows, columns) * above
+        if torch.equal(grown, part):
+            break
+        part = grown
+    in_row, in_column = part.amax(dim=2), part.amax(dim=1)
+    y0, x0 = in_row.argmax(dim=1), in_column.argmax(dim=1)
+    y1, x1 = h - in_row.flip(1).argmax(dim=1), w - in_column.flip(1).argmax(dim=1)
+    return torch.stack([x0, y0, x1, y1], dim=1).float()
+
+
+def cells_to_pixels(cells: Tensor, grid: tuple[int, int], frame: Box, width: int, height: int) -> Tensor:
+    """Turn boxes in patches into boxes in pixels of the original image, clipped to it."""
+    x0, y0, x1, y1 = frame
+    size = cells.new_tensor([(x1 - x0) / grid[1], (y1 - y0) / grid[0]] * 2)
+    pixels = cells * size + cells.new_tensor([x0, y0, x0, y0])
+    limit = cells.new_tensor([width, height, width, height])
+    return torch.minimum(pixels.clamp(min=0), limit)
+
+
+def inside(grid: tuple[int, int], frame: Box, width: int, height: int) -> Tensor:
+    """Patches whose centre lies in the image, not in the padding; shape (h * w,)."""
+    x0, y0, x1, y1 = frame
+    x = x0 + (torch.arange(grid[1]) + 0.5) * (x1 - x0) / grid[1]
+    y = y0 + (torch.arange(grid[0]) + 0.5) * (y1 - y0) / grid[0]
+    return (((y >= 0) & (y <= height))[:, None] & ((x >= 0) & (x <= width))[None, :]).flatten()
+
+
+class Whole:
+    """The whole image for every object: local and global misalignment then differ in the text only."""
+
+    needs_patches = needs_phrases = False
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    def locate(
+        self,
+        images: Sequence[Image],
+        embedding: ImageEmbedding,
+        phrase_emb: Tensor,
+        owner: Tensor,
+        phrases: Sequence[str] | None = None,
+    ) -> Regions:
+        """See `Localiser.locate`."""
+        emb = embedding.pooled[owner]
+        size = torch.tensor([image.size for image in images], dtype=torch.float32, device=emb.device)
+        boxes = torch.cat([torch.zeros_like(size), size], dim=1)[owner]
+        norm = None if embedding.norm is None else embedding.norm[owner]
+        return Regions(boxes, (emb * phrase_emb).sum(dim=1), emb, norm)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Localiser.fingerprint`."""
+        return {"kind": "whole"}
+
+
+class Grid:
+    """Square windows of several sizes slid over the image; the one with the highest cosine wins.
+
+    Parameters
+    ----------
+    encoder : Encoder
+    scales : sequence of float
+        Sides of the windows as fractions of the image's shorter side.
+    overlap : float
+        Least share of a window that the next one covers again.
+    batch_size : int, optional
+        Windows encoded at a time; by default 256 on a GPU and 32 on a CPU, where more was slower.
+    """
+
+    needs_patches = needs_phrases = False
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        scales: Sequence[float] = (1.0, 0.7, 0.45),
+        overlap: float = 0.5,
+        batch_size: int | None = None,
+    ) -> None:
+        if not scales or not all(0 < s <= 1 for s in scales) or not 0 <= overlap < 1:
+            raise InputError(
+                f"grid: got scales {tuple(scales)} and overlap {overlap}; expected scales in (0, 1] and an "
+                "overlap in [0, 1)"
+            )
+        self.encoder, self.scales, self.overlap = encoder, tuple(scales), overlap
+        self.batch_size = batch_size or (32 if torch.device(encoder.device).type == "cpu" else 256)
+
+    def locate(
+        self,
+        images: Sequence[Image],
+        embedding: ImageEmbedding,
+        phrase_emb: Tensor,
+        owner: Tensor,
+        phrases: Sequence[str] | None = None,
+    ) -> Regions:
+        """See `Localiser.locate`."""
+        device = embedding.pooled.device
+        boxes, scores, emb = _empty(len(owner), phrase_emb.shape[1], device)
+        norm = torch.full_like(scores, math.nan)
+        for group in self._groups(images, owner.unique().tolist()):
+            found = [box for _, of_image in group for box in of_image]
+            sources = [images[index] for index, of_image in group for _ in of_image]
+            crops, lengths = embed_boxes(self.encoder, sources, found, self.batch_size)
+            start = 0
+            for index, of_image in group:
+                mine = slice(start, start + len(of_image))
+                start += len(of_image)
+                emb_of, norm_of = crops[mine], lengths[mine]
+                laid = torch.tensor(of_image, dtype=torch.float32, device=device).reshape(-1, 4)
+                if self._sees_whole(images[index]):  # this window is embedded already
+                    emb_of = torch.cat([embedding.pooled[index : index + 1], emb_of])
+                    whole = norm.new_tensor([math.nan]) if embedding.norm is None else embedding.norm[[index]]
+                    norm_of = torch.cat([whole, norm_of])
+                    laid = torch.cat([laid.new_tensor([[0, 0, *images[index].size]]), laid])
+                rows = (owner == index).nonzero().squeeze(1)
+                scores[rows], best = (phrase_emb[rows].float() @ emb_of.T).max(dim=1)
+                boxes[rows], emb[rows], norm[rows] = laid[best], emb_of[best], norm_of[best]
+        return Regions(boxes, scores, emb, norm)
+
+    def _sees_whole(self, image: Image) -> bool:
+        """Whether the first window is the image itself."""
+        return image.width == image.height and self.scales[0] == 1
+
+    def _groups(self, images: Sequence[Image], indices: list[int]) -> Iterator[list[tuple[int, list[Box]]]]:
+        """Lay the windows, in groups of images that fill a batch but do not hold all crops in memory."""
+        group: list[tuple[int, list[Box]]] = []
+        for index in indices:
+            width, height = images[index].size
+            laid = windows(width, height, self.scales, self.overlap)
+            group.append((index, laid[self._sees_whole(images[index]) :]))
+            if sum(len(boxes) for _, boxes in group) >= self.batch_size:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Localiser.fingerprint`."""
+        return {"kind": "grid", "scales": list(self.scales), "overlap": self.overlap, "max_steps": MAX_STEPS}
+
+
+class Dense:
+    """The encoder's own patch map: one forward pass gives the image and all its regions.
+
+    The region's embedding is the mean of the patch embeddings, weighted by the softmax of their cosines with
+    the phrase; its length is the same mean of theirs. The box is drawn around the connected part of the map
+    that holds the best patch. A CLIP trained on captions alone has a weak patch map: look at `heatmap` before
+    trusting the boxes.
+
+    Parameters
+    ----------
+    encoder : Encoder
+        With a patch grid.
+    temperature : float, optional
+        Of the softmax; by default one over the encoder's own logit scale, with which its cosines were
+        trained.
+    level : float
+        Height at which the map is cut for the box, between its least (0) and its greatest value (1).
+    """
+
+    needs_patches, needs_phrases = True, False
+
+    def __init__(self, encoder: Encoder, temperature: float | None = None, level: float = 0.5) -> None:
+        if encoder.patch_grid is None:
+            # Raises the error that names the ways out.
+            encoder.embed_pixels(torch.zeros(1, 3, *encoder.image_size), patches=True)
+        if (temperature is not None and temperature <= 0) or not 0 <= level < 1:
+            raise InputError(
+                f"dense: got temperature {temperature} and level {level}; expected > 0 and [0, 1)"
+            )
+        self.encoder, self.level = encoder, level
+        self.temperature = 1 / encoder.logit_scale if temperature is None else temperature
+
+    def locate(
+        self,
+        images: Sequence[Image],
+        embedding: ImageEmbedding,
+        phrase_emb: Tensor,
+        owner: Tensor,
+        phrases: Sequence[str] | None = None,
+    ) -> Regions:
+        """See `Localiser.locate`."""
+        if embedding.patches is None:
+            raise InputError(
+                "dense: the images were embedded without patches; use encode_images(..., patches=True)"
+            )
+        grid = self.encoder.patch_grid or (1, 1)
+        device = embedding.pooled.device
+        boxes, scores, emb = _empty(len(owner), phrase_emb.shape[1], device)
+        norm = torch.full_like(scores, math.nan)
+        for index in owner.unique().tolist():  # by image: patches repeated for each phrase would be large
+            rows = (owner == index).nonzero().squeeze(1)
+            width, height = images[index].size
+            frame = self.encoder.frame(width, height)
+            patches = embedding.patches[index]
+            cosine = phrase_emb[rows].float() @ patches.T
+            cosine = cosine.masked_fill(~inside(grid, frame, width, height).to(device), -math.inf)
+            weight = (cosine / self.temperature).softmax(dim=1)
+            emb[rows] = F.normalize(weight @ patches, dim=1)
+            if embedding.patch_norm is not None:
+                norm[rows] = weight @ embedding.patch_norm[index]
+            scores[rows] = (emb[rows] * phrase_emb[rows]).sum(dim=1)
+            cells = peak_boxes(cosine.reshape(-1, *grid), self.level)
+            boxes[rows] = cells_to_pixels(cells, grid, frame, width, height)
+        return Regions(boxes, scores, emb, norm)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Localiser.fingerprint`."""
+        return {"kind": "dense", "temperature": self.temperature, "level": self.level}
+
+
+def _empty(m: int, d: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.zeros(m, 4, device=device), torch.zeros(m, device=device), torch.zeros(m, d, device=device)
+
+
+def heatmap(patches: Tensor, phrase_emb: Tensor, encoder: Encoder, width: int, height: int) -> np.ndarray:
+    """Cosine of every place of an image with a phrase, for drawing.
+
+    Parameters
+    ----------
+    patches : float tensor, shape (h * w, d)
+        Of one image, from `Encoder.encode_images`.
+    phrase_emb : float tensor, shape (d,)
+    encoder : Encoder
+        For its patch grid and frame.
+    width, height : int
+        Of the original image.
+
+    Returns
+    -------
+    float32 array, shape (height, width)
+        NaN where the encoder does not see the image (cropped sides).
+    """
+    grid = encoder.patch_grid or (1, 1)
+    cosine = (patches.float() @ phrase_emb.float().to(patches.device)).reshape(1, 1, *grid).cpu()
+    x0, y0, x1, y1 = encoder.frame(width, height)
+    # Sample at pixel centres; -1 and 1 are the outer edges of the first and last patch.
+    x = (torch.arange(width) + 0.5 - x0) / (x1 - x0) * 2 - 1
+    y = (torch.arange(height) + 0.5 - y0) / (y1 - y0) * 2 - 1
+    places = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+    values = F.grid_sample(cosine, places[None], padding_mode="border", align_corners=False)[0, 0]
+    values[(places.abs() > 1).any(dim=-1)] = math.nan
+    return values.numpy()
+
+
+def make_localiser(name: str, encoder: Encoder, **options: Any) -> Localiser:
+    """Make a localiser by name.
+
+    Parameters
+    ----------
+    name : {"whole", "grid", "dense", "owlv2", "grounding_dino"}
+        The last two are detectors of transformers: pass ``model=`` a folder or hub name.
+    encoder : Encoder
+        Embeds the regions.
+    **options
+        Of the localiser's class.
+
+    Raises
+    ------
+    InputError
+        Unknown name or option, or the encoder has no patches for "dense".
+    """
+    classes: dict[str, Any] = {"whole": Whole, "grid": Grid, "dense": Dense}
+    detectors = ("owlv2", "grounding_dino")
+    if name in detectors:
+        from itemkit import detection as grounding
+
+        classes = {"owlv2": grounding.load_owlv2, "grounding_dino": grounding.load_grounding_dino}
+    elif name not in classes:
+        known = [*classes, *detectors]
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise InputError(f"localiser '{name}' is unknown.{hint} Known: {', '.join(known)}.")
+    taken = list(inspect.signature(classes[name]).parameters)[1:]
+    unknown = sorted(set(options) - set(taken))
+    if unknown:
+        raise InputError(
+            f"localiser '{name}' has no option {unknown[0]!r}; it takes: {', '.join(taken) or 'none'}"
+        )
+    return classes[name](encoder, **options)

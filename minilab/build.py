@@ -1,0 +1,291 @@
+"""``make lab``: everything under data/mini from nothing but this code, part by part."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from itemkit.captions import load_captioner
+from itemkit.encoder import load_encoder
+from itemkit.errors import InputError
+from itemkit.models import tidy
+from minilab import captioner, clip, fakes, flow, gan, ladders, latent, truth, vae, vq
+from minilab.cards import write_cards
+from minilab.formats import save_blip, save_clip
+from minilab.parser import train_parser
+from minilab.renders import RenderSet, cached_renders
+from minilab.training import Schedule, Trained, train
+
+N_RENDERS = 60_000
+SECOND_SEED = 100
+"""Of the second CLIP and the second captioner: other first weights, other order of the same renders."""
+SECOND_CLIP_STEPS, SECOND_CAPTIONER_STEPS = 1500, 1800
+
+
+class Build:
+    """Paths and settings of one build.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the mini data (``data/mini``).
+    work : Path
+        Folder for renders and checkpoints; an interrupted build goes on from here.
+    device : str
+        ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, out: Path, work: Path, device: str = "cpu"):
+        self.out, self.work, self.device = Path(out), Path(work), device
+        self.models, self.generators = self.out / "models", self.work / "generators"
+
+    @property
+    def renders(self) -> RenderSet:
+        """The renders that all models learn from."""
+        return cached_renders("models", N_RENDERS, self.work / "renders")
+
+    def note(self, name: str, **facts: Any) -> None:
+        """Write what is known of a part to ``cards.json``."""
+        path = self.out / "cards.json"
+        cards = json.loads(path.read_text()) if path.exists() else {}
+        cards[name] = {
+            "device": self.device, "machine": platform.machine(), "torch": torch.__version__, **facts
+        }  # fmt: skip
+        path.write_text(json.dumps(cards, indent=2, sort_keys=True) + "\n")
+
+    def card(
+        self, name: str, trained: Trained, schedule: Schedule, batch: int, model: torch.nn.Module
+    ) -> None:
+        """Write a training's facts to ``cards.json``."""
+        self.note(
+            name,
+            steps=schedule.steps,
+            batch=batch,
+            parameters=sum(p.numel() for p in model.parameters()),
+            seconds=round(trained.seconds),
+            last_log=trained.log[-1],
+        )
+
+    def run(self, name: str, lesson: torch.nn.Module, schedule: Schedule) -> Trained:
+        """Train one lesson in the work folder."""
+        return train(name, lesson, lambda m, rng: m(rng), schedule, self.work / "runs", self.device)
+
+    def generator(
+        self, name: str, make: Callable[[], torch.nn.Module], model: str, schedule: Schedule, batch: int
+    ) -> None:
+        """Train a generator; keep the weights of ``lesson.<model>``, and of its stages as ``name@step``."""
+        torch.manual_seed(schedule.seed)
+        trained = self.run(name, make(), schedule)
+        _save_half(self.generators / f"{name}.safetensors", getattr(trained.model, model).state_dict())
+        for step, state in trained.snapshots.items():
+            stage = {k.removeprefix(f"{model}."): v for k, v in state.items() if k.startswith(f"{model}.")}
+            _save_half(self.generators / f"{name}@{step}.safetensors", stage)
+        self.card(name, trained, schedule, batch, getattr(trained.model, model))
+
+
+def build_parser(b: Build) -> None:
+    """Caption parser."""
+    began = time.monotonic()
+    shutil.rmtree(b.models / "parser", ignore_errors=True)
+    scores = train_parser(b.models / "parser")
+    b.note("parser", seconds=round(time.monotonic() - began), held_out=scores)
+
+
+def build_clip(
+    b: Build, name: str = "clip", seed: int = clip.SCHEDULE.seed, steps: int = clip.SCHEDULE.steps
+) -> None:
+    """Mini CLIP."""
+    torch.manual_seed(seed)
+    lesson = clip.ClipLesson(b.renders, b.device)
+    schedule = replace(clip.SCHEDULE, seed=seed, steps=steps)
+    trained = b.run(name, lesson, schedule)
+    save_clip(b.models / name, trained.model.clip, lesson.config, lesson.tokenizer)
+    _halve(b.models / name / "open_clip_model.safetensors")
+    b.card(name, trained, schedule, clip.BATCH, trained.model.clip)
+
+
+def build_captioner(
+    b: Build,
+    name: str = "captioner",
+    seed: int = captioner.SCHEDULE.seed,
+    steps: int = captioner.SCHEDULE.steps,
+) -> None:
+    """Mini captioner."""
+    torch.manual_seed(seed)
+    lesson = captioner.CaptionerLesson(b.renders, b.device)
+    schedule = replace(captioner.SCHEDULE, seed=seed, steps=steps)
+    trained = b.run(name, lesson, schedule)
+    save_blip(b.models / name, trained.model.blip, lesson.tokenizer)
+    _halve(b.models / name / "model.safetensors")
+    b.card(name, trained, schedule, captioner.BATCH, trained.model.blip)
+
+
+def build_clip_second(b: Build) -> None:
+    """Mini CLIP, second seed."""
+    build_clip(b, "clip_second", SECOND_SEED, SECOND_CLIP_STEPS)
+
+
+def build_captioner_second(b: Build) -> None:
+    """Mini captioner, second seed."""
+    build_captioner(b, "captioner_second", SECOND_SEED, SECOND_CAPTIONER_STEPS)
+
+
+def build_flow(b: Build) -> None:
+    """Pixel flow."""
+    b.generator("flow", lambda: flow.FlowLesson(b.renders, b.device), "unet", flow.SCHEDULE, flow.BATCH)
+
+
+def build_vae(b: Build) -> None:
+    """VAE."""
+    b.generator("vae", lambda: vae.VaeLesson(b.renders, b.device), "vae", vae.SCHEDULE, vae.BATCH)
+
+
+def build_gan(b: Build) -> None:
+    """GAN."""
+    b.generator("gan", lambda: gan.GanLesson(b.renders, b.device), "generator", gan.SCHEDULE, gan.BATCH)
+
+
+def build_vq(b: Build) -> None:
+    """VQ-VAE, the decoder of the next two."""
+    b.generator("vq", lambda: vq.VqLesson(b.renders, b.device), "vq", vq.SCHEDULE, vq.BATCH)
+
+
+def build_latent_flow(b: Build) -> None:
+    """Latent flow."""
+    latents = latent.encode_renders(fakes.load_generator("vq", b.generators, b.device), b.renders, b.device)
+    make = partial(latent.LatentLesson, b.renders, latents, b.device)
+    b.generator("latent_flow", make, "unet", latent.SCHEDULE, latent.BATCH)
+
+
+def build_vq_prior(b: Build) -> None:
+    """Autoregressive prior of the VQ-VAE."""
+    codes = vq.encode_renders(fakes.load_generator("vq", b.generators, b.device), b.renders, b.device)
+    make = partial(vq.PriorLesson, b.renders, codes, b.device)
+    b.generator("vq_prior", make, "prior", vq.PRIOR_SCHEDULE, vq.PRIOR_BATCH)
+
+
+def build_fakes(b: Build) -> None:
+    """Fake images."""
+    began = time.monotonic()
+    table = fakes.build_fakes(b.generators, b.device)
+    table.to_parquet(b.out / "fakes.parquet", index=False, compression="none")  # PNG is compressed already
+    b.note("fakes", seconds=round(time.monotonic() - began), images=len(table))
+
+
+def build_ladders(b: Build) -> None:
+    """Ladders, and how close every generator comes to the renders."""
+    began = time.monotonic()
+    encoder, teller = load_encoder(b.models / "clip", device=b.device), load_captioner(b.models / "captioner")
+    images, table = ladders.build_ladders(b.generators, encoder, teller, b.device)
+    images.to_parquet(b.out / "ladders.parquet", index=False, compression="none")
+    table.to_csv(b.out / "quality.csv", index=False)
+    b.note("ladders", seconds=round(time.monotonic() - began), images=len(images))
+
+
+def build_measure(b: Build) -> None:
+    """What the models can do, measured against the truth; and hashes of all files."""
+    b.note("measured", **truth.measure(b.models, device=b.device))
+    (b.out / "hashes.json").write_text(json.dumps(file_hashes(b.out), indent=2) + "\n")
+
+
+def build_cards(b: Build) -> None:
+    """Cards of all models, from what was noted."""
+    write_cards(b.out)
+
+
+PARTS: dict[str, Callable[[Build], None]] = {
+    "parser": build_parser,
+    "clip": build_clip,
+    "captioner": build_captioner,
+    "clip_second": build_clip_second,
+    "captioner_second": build_captioner_second,
+    "flow": build_flow,
+    "vae": build_vae,
+    "gan": build_gan,
+    "vq": build_vq,
+    "latent_flow": build_latent_flow,
+    "vq_prior": build_vq_prior,
+    "fakes": build_fakes,
+    "ladders": build_ladders,
+    "measure": build_measure,
+    "cards": build_cards,
+}
+
+
+def build(out: Path, work: Path, parts: list[str] | None = None, device: str = "cpu") -> None:
+    """Build the laboratory, or some parts of it, in order.
+
+    Parameters
+    ----------
+    out, work, device
+        See :class:`Build`.
+    parts : list of str, optional
+        Keys of ``PARTS``; all of them by default.
+    """
+    b = Build(out, work, device)
+    b.out.mkdir(parents=True, exist_ok=True)
+    for name in PARTS if parts is None else parts:
+        print(f"[{name}] {PARTS[name].__doc__}", file=sys.stderr, flush=True)
+        PARTS[name](b)
+
+
+def check(out: Path) -> list[str]:
+    """Compare the committed files with their hashes and measure the models again.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the mini data.
+
+    Returns
+    -------
+    list of str
+        One line for every difference; empty when all is as the cards say.
+    """
+    if not (out / "hashes.json").is_file():
+        raise InputError(f"there is no laboratory in {tidy(out)} (no hashes.json); `make lab` builds one")
+    stored, found = json.loads((out / "hashes.json").read_text()), file_hashes(out)
+    problems = [
+        f"{k}: expected {stored.get(k, 'no such file')}, found {found.get(k, 'no such file')}"
+        for k in sorted(stored.keys() | found.keys())
+        if stored.get(k) != found.get(k)
+    ]
+    card = json.loads((out / "cards.json").read_text())["measured"]
+    for key, value in truth.measure(out / "models").items():
+        if isinstance(value, float) and not abs(value - card.get(key, float("nan"))) <= 0.005:
+            problems.append(f"{key}: the card says {card.get(key, 'nothing')}, measured now {value}")
+    return problems
+
+
+def file_hashes(out: Path) -> dict[str, str]:
+    """SHA-256 of every committed model and image file under the mini data."""
+    files = [p for p in sorted((out / "models").rglob("*")) if p.is_file()]
+    # the detector is trained from all the rest; cards say what cards.json says
+    files = [p for p in files if p.parent.name != "detector" and p.suffix != ".md"]
+    files += [
+        p for p in (out / n for n in ("fakes.parquet", "ladders.parquet", "quality.csv")) if p.is_file()
+    ]
+    return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def _halve(path: Path) -> None:
+    """Store weights in float16: half the size in the repository; they are loaded as float32 again."""
+    state = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
+    save_file(state, path, metadata={"format": "pt"})  # transformers asks for this note
+
+
+def _save_half(path: Path, state: dict[str, torch.Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.half().cpu().contiguous() for k, v in state.items()}, path)

@@ -1,0 +1,299 @@
+"""The two classes of the mini data set: renders for real, samples of the laboratory's generators for fake.
+
+Both leave as 8-bit PNG of the same size. Prompts of fakes and the renders that are edited come from the
+``spare`` split; no model has seen it, and no render of it is a real image of the data set.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from itemkit import schema
+from itemkit.errors import InputError
+from itemkit.models import file_hash, tidy
+from itemkit.presets import MINI_REMEDY
+from minilab import flow, gan, latent, vae, vq
+from minilab.clip import to_pixels
+from minilab.conditions import encode_facts
+from minilab.grammar import caption
+from minilab.renders import RenderSet, make_renders
+from minilab.world import render_index
+
+COUNTS = {"train": 160, "val": 60, "test": 100}
+"""Fakes of each generator; twice as many renders stand beside them."""
+REAL_FACTOR = 2
+SOURCE = "mini laboratory"
+GENERATORS = ("flow", "latent_flow", "vq_prior", "gan", "vae", "flow_early", "edit")
+FAMILY = {
+    "flow": "flow", "flow_early": "flow", "edit": "flow",
+    "latent_flow": "vq", "vq_prior": "vq",
+    "gan": "gan", "vae": "vae",
+}  # fmt: skip
+"""``flow_early`` is the flow after a fraction of its training, ``edit`` a render in which the flow redrew one
+object; ``latent_flow`` and ``vq_prior`` paint with one decoder. None of a family counts as unseen by a
+detector that was trained on another member of it."""
+
+MAKERS: dict[str, Callable[[], nn.Module]] = {
+    "flow": flow.UNet,
+    "vae": vae.Vae,
+    "gan": gan.Generator,
+    "vq": vq.VqVae,
+    "latent_flow": latent.make_unet,
+    "vq_prior": vq.Prior,
+}
+PAINTED_BY_VQ = ("latent_flow", "vq_prior")
+STAGE = {"flow_early": "flow@1200", "edit": "flow"}
+"""Weights of the generators that are no training of their own; ``name@step`` is a stage of a training."""
+
+
+def load_generator(name: str, folder: Path, device: str = "cpu") -> nn.Module:
+    """Load a generator from its safetensors file.
+
+    Parameters
+    ----------
+    name : str
+        Key of ``MAKERS``, or ``name@step`` for a stage of its training.
+    folder : Path
+        Folder that holds ``<name>.safetensors``.
+    device : str
+
+    Returns
+    -------
+    Module
+        In evaluation mode, float32.
+    """
+    model = MAKERS[name.partition("@")[0]]()
+    model.load_state_dict({k: v.float() for k, v in load_file(folder / f"{name}.safetensors").items()})
+    return model.to(device).eval()
+
+
+def sample_fakes(name: str, folder: Path, scenes: RenderSet, seed: int, device: str = "cpu") -> np.ndarray:
+    """Sample one fake for each scene.
+
+    Parameters
+    ----------
+    name : str
+        One of ``GENERATORS``, or ``name@step`` for a stage; ``edit`` is a render in which the flow redraws
+        one object.
+    folder : Path
+        Generator weights.
+    scenes : RenderSet
+        What to ask for; ``edit`` starts from the renders themselves.
+    seed : int
+    device : str
+
+    Returns
+    -------
+    uint8 array, shape (n, SIZE, SIZE, 3)
+    """
+    stage = STAGE.get(name, name)
+    model, kind = load_generator(stage, folder, device), stage.partition("@")[0]
+    decoder = load_generator("vq", folder, device) if kind in PAINTED_BY_VQ else None
+    fields = encode_facts(scenes.facts)
+    if name == "edit":
+        masks = np.concatenate([edit_masks(scenes.owner[p], s) for p, s in _parts(len(scenes), seed)])
+        start, mask = to_pixels(scenes.images).to(device), torch.from_numpy(masks[:, None]).float().to(device)
+        redrawn = in_batches(
+            len(scenes),
+            seed,
+            lambda p, s: flow.sample(model, fields[p], seed=s, start=start[p], mask=mask[p]),
+        )
+        # outside the mask the picture is the render's own bytes
+        return np.where(masks[..., None], redrawn, scenes.images)
+    sample: Callable[..., torch.Tensor] = {
+        "flow": flow.sample, "vae": vae.sample, "gan": gan.sample,
+        "latent_flow": latent.sample, "vq_prior": vq.sample,
+    }[kind]  # fmt: skip
+    models = (model,) if decoder is None else (model, decoder)
+    return in_batches(len(scenes), seed, lambda p, s: sample(*models, fields[p], seed=s))
+
+
+def _parts(n: int, seed: int) -> Iterator[tuple[slice, int]]:
+    """Batches of 64, each with a seed of its own."""
+    for start in range(0, n, 64):
+        yield slice(start, start + 64), seed * 100_003 + start
+
+
+def in_batches(n: int, seed: int, draw: Callable[[slice, int], torch.Tensor]) -> np.ndarray:
+    """Draw n pictures in batches.
+
+    Parameters
+    ----------
+    n, seed : int
+    draw : callable
+        From rows and a seed to pictures in [-1, 1], float tensor of shape (len(rows), 3, SIZE, SIZE).
+
+    Returns
+    -------
+    uint8 array, shape (n, SIZE, SIZE, 3)
+    """
+    return np.concatenate([flow.to_bytes(draw(part, s)) for part, s in _parts(n, seed)])
+
+
+def edit_masks(owner: np.ndarray, seed: int) -> np.ndarray:
+    """Choose the object to redraw in each scene: a square around one thing, two pixels wider than it.
+
+    The object keeps its words: only its pixels are the generator's, as in a well-made local forgery.
+
+    Parameters
+    ----------
+    owner : uint8 array, shape (n, SIZE, SIZE)
+    seed : int
+
+    Returns
+    -------
+    bool array, shape (n, SIZE, SIZE)
+    """
+    rng = np.random.default_rng(seed)
+    masks = np.zeros(owner.shape, dtype=bool)
+    for mask, what in zip(masks, owner, strict=True):
+        present = [v for v in (1, 2, 3) if (what == v).any()]
+        ys, xs = np.nonzero(what == int(rng.choice(present)))
+        mask[max(0, ys.min() - 2) : ys.max() + 3, max(0, xs.min() - 2) : xs.max() + 3] = True
+    return masks
+
+
+def png(image: np.ndarray) -> bytes:
+    """Encode a picture losslessly; the one codec of both classes."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def kept_samples(
+    name: str,
+    folder: Path,
+    scenes: RenderSet,
+    start: int,
+    seed: int,
+    device: str,
+    draw: Callable[..., np.ndarray],
+) -> np.ndarray:
+    """Samples of ``draw(name, folder, scenes, seed, device)``, kept on disk for an interrupted build.
+
+    Parameters
+    ----------
+    name : str
+    folder : Path
+        Weights of the generators; samples are kept in ``folder/samples``.
+    scenes : RenderSet
+    start : int
+        Index of the first scene.
+    seed : int
+    device : str
+    draw : callable
+        Such as :func:`sample_fakes`.
+
+    Returns
+    -------
+    uint8 array, shape (n, SIZE, SIZE, 3)
+    """
+    weights = [_weights_of(name)]
+    weights += ["vq"] if weights[0].startswith(PAINTED_BY_VQ) else []
+    state = "-".join(file_hash(folder / f"{w}.safetensors")[:8] for w in weights)
+    path = folder / "samples" / f"{name}-{start}-{len(scenes)}-{seed}-{state}.npy"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        made = draw(name, folder, scenes, seed, device)
+        np.save(path.with_suffix(".tmp.npy"), made)
+        path.with_suffix(".tmp.npy").replace(path)
+    return np.load(path)
+
+
+def _weights_of(name: str) -> str:
+    return "flow" if name.startswith("keep@") else STAGE.get(name, name)
+
+
+def build_fakes(folder: Path, device: str = "cpu") -> pd.DataFrame:
+    """Sample the fakes of every generator and split.
+
+    Parameters
+    ----------
+    folder : Path
+        Weights of the generators.
+    device : str
+
+    Returns
+    -------
+    DataFrame
+        ``generator, split, prompt, png``.
+    """
+    rows = []
+    n = sum(COUNTS.values())
+    splits = [s for s, k in COUNTS.items() for _ in range(k)]
+    for i, name in enumerate(GENERATORS):
+        scenes = make_renders("spare", n, start=i * n)
+        images = kept_samples(name, folder, scenes, i * n, i + 1, device, sample_fakes)
+        for image, split, facts in zip(images, splits, scenes.facts, strict=True):
+            rows.append({"generator": name, "split": split, "prompt": caption(facts), "png": png(image)})
+    return pd.DataFrame(rows)
+
+
+def materialise(fakes: Path, out: Path, renders: bool = True) -> Path:
+    """Lay the data set out as files: renders come back from their indices, fakes from the Parquet file.
+
+    Parameters
+    ----------
+    fakes : Path
+        ``fakes.parquet``, or another table of its form (``ladders.parquet``).
+    out : Path
+        Folder for ``images/<generator>/<split>-<index>.png`` and ``manifest.csv``.
+    renders : bool
+        Lay out the real images, too.
+
+    Returns
+    -------
+    Path
+        The manifest. A complete one is left as it is, unless the Parquet file has changed since.
+
+    Raises
+    ------
+    InputError
+        There is no such Parquet file.
+    """
+    if not fakes.is_file():
+        raise InputError(f"the mini laboratory's fake images are not in {tidy(fakes)}.{MINI_REMEDY}")
+    manifest, made_from = out / "manifest.csv", out / "made_from.sha256"
+    if manifest.exists() and made_from.exists() and made_from.read_text() == file_hash(fakes):
+        return manifest
+    manifest.unlink(missing_ok=True)
+    rows = []
+
+    def add(image: bytes, generator: str, split: str, index: int, prompt: str) -> None:
+        path = out / "images" / generator / f"{split}-{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+        fake = generator != schema.REAL_GENERATOR
+        rows.append(
+            {
+                schema.PATH: path.relative_to(out).as_posix(),
+                schema.LABEL: int(fake),
+                schema.GENERATOR: generator,
+                schema.SOURCE: SOURCE,
+                schema.SPLIT: split,
+                schema.CAPTION: prompt,
+            }
+        )
+
+    for split, k in COUNTS.items() if renders else ():
+        for index in range(REAL_FACTOR * k):
+            r = render_index(split, index)
+            add(png(r.image), schema.REAL_GENERATOR, split, index, caption(r.scene.facts))
+    table = pd.read_parquet(fakes)
+    for (generator, split), part in table.groupby(["generator", "split"], sort=False):
+        for index, (image, prompt) in enumerate(zip(part["png"], part["prompt"], strict=True)):
+            add(image, str(generator), str(split), index, prompt)
+    temporary = manifest.with_suffix(".tmp")
+    pd.DataFrame(rows).to_csv(temporary, index=False)
+    made_from.write_text(file_hash(fakes))
+    temporary.replace(manifest)
+    return manifest

@@ -1,0 +1,149 @@
+"""Two ladders of fakes: generators stages of training, and pictures that keep ever more of a render.
+
+The first asks how the method fares as fakes get better, the second how it fares as they keep more of the
+truth. Every rung shows the same scenes, so rungs differ in their making only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from PIL import Image
+from tqdm import tqdm
+
+from itemkit import schema
+from itemkit.captions import Captioner
+from itemkit.encoder import Encoder
+from itemkit.metrics import frechet_distance
+from minilab import fakes, flow
+from minilab.clip import to_pixels
+from minilab.conditions import encode_facts
+from minilab.grammar import caption
+from minilab.renders import RenderSet, make_renders
+from minilab.truth import caption_quality, encode_pictures
+
+QUALITY = {
+    "flow": ("flow@400", "flow@1200", "flow@2800", "flow"),
+    "latent_flow": ("latent_flow@400", "latent_flow@1200", "latent_flow@3000", "latent_flow"),
+    "gan": ("gan@600", "gan@1500", "gan"),
+}
+"""Stages of three families, by optimiser steps; the last is the finished generator."""
+KEEP = (20, 40, 60, 80, 90)
+SEMANTICS = tuple(f"keep@{percent}" for percent in KEEP)
+"""Image-to-image (SDEdit, Meng et al. 2021) with the finished flow: it starts this far, in %, on the path
+from noise to a render."""
+RUNGS = tuple(name for stages in QUALITY.values() for name in stages) + SEMANTICS
+FIRST_SCENE = 10_000
+"""Rungs show the scenes of the ``spare`` split from here on; the fakes of the data set lie before."""
+N_COMMITTED, N_MEASURED = 60, 300
+
+
+def ladder_of(rung: str) -> str:
+    """Name of the ladder that a rung belongs to: a family of ``QUALITY``, or ``keep``."""
+    return rung.partition("@")[0]
+
+
+def sample_rung(rung: str, folder: Path, scenes: RenderSet, seed: int, device: str = "cpu") -> Any:
+    """Pictures of one rung, uint8 array of shape (n, SIZE, SIZE, 3), one for each scene.
+
+    Parameters
+    ----------
+    rung : str
+        One of ``RUNGS``, or a generator.
+    folder : Path
+        Weights of the generators.
+    scenes : RenderSet
+        What to ask for; image-to-image also starts from these renders.
+    seed : int
+    device : str
+    """
+    name, _, stage = rung.partition("@")
+    if name != "keep":
+        return fakes.sample_fakes(rung, folder, scenes, seed, device)
+    model, fields = fakes.load_generator("flow", folder, device), encode_facts(scenes.facts)
+    start = to_pixels(scenes.images).to(device)
+    return fakes.in_batches(
+        len(scenes),
+        seed,
+        lambda part, s: flow.sample(model, fields[part], seed=s, start=start[part], keep=int(stage) / 100),
+    )
+
+
+def quality(
+    encoder: Encoder, captioner: Captioner, pictures: Any, scenes: RenderSet, reference: Any
+) -> dict[str, float]:
+    """How close pictures come to renders, and to the scenes that were asked for.
+
+    Parameters
+    ----------
+    encoder : Encoder
+        The mini CLIP.
+    captioner : Captioner
+        The mini captioner.
+    pictures : uint8 array, shape (n, SIZE, SIZE, 3)
+    scenes : RenderSet, length n
+        What was asked for.
+    reference : float array, shape (m, d)
+        Image embeddings of other renders.
+
+    Returns
+    -------
+    dict
+        ``frechet, frechet_low, frechet_high`` (times 1000; embeddings have length 1), and of the captions:
+        ``scene`` (all claims right), ``f1`` of objects, ``setting``, ``invented``.
+    """
+    images = [Image.fromarray(x) for x in pictures]
+    distance = frechet_distance(encode_pictures(encoder, images).numpy(), reference)
+    told = caption_quality([c.text for c in captioner.caption(images)], scenes.facts)
+    result = {
+        f"frechet{end}": 1000 * distance[key]
+        for key, end in (("value", ""), ("low", "_low"), ("high", "_high"))
+    }
+    return result | {"scene": told["exact"], **{k: told[k] for k in ("f1", "setting", "invented")}}
+
+
+def build_ladders(
+    folder: Path, encoder: Encoder, captioner: Captioner, device: str = "cpu", n: int = N_MEASURED
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Sample and measure every rung and every generator.
+
+    Parameters
+    ----------
+    folder : Path
+        Weights of the generators.
+    encoder, captioner
+        The mini models.
+    device : str
+    n : int
+        Pictures of each that are measured; the first ``N_COMMITTED`` of each rung are kept.
+
+    Returns
+    -------
+    images : DataFrame
+        ``generator`` (the rung), ``split`` (test), ``prompt, png``.
+    table : DataFrame
+        One row per rung or generator and one for renders: ``name, n`` and :func:`quality`.
+    """
+    scenes = make_renders("spare", n, start=FIRST_SCENE)
+    other = make_renders("models_val", n)
+    reference = encode_pictures(encoder, [Image.fromarray(x) for x in other.images]).numpy()
+    kept, rows = [], []
+    for name, pictures in _all_pictures(folder, scenes, device):
+        rows.append({"name": name, "n": n, **quality(encoder, captioner, pictures, scenes, reference)})
+        if name in RUNGS:
+            for picture, facts in zip(pictures[:N_COMMITTED], scenes.facts, strict=False):
+                kept.append(
+                    {"generator": name, "split": "test", "prompt": caption(facts), "png": fakes.png(picture)}
+                )
+    return pd.DataFrame(kept), pd.DataFrame(rows).round(4)
+
+
+def _all_pictures(folder: Path, scenes: RenderSet, device: str) -> Iterator[tuple[str, Any]]:
+    yield schema.REAL_GENERATOR, scenes.images
+    names = list(dict.fromkeys([*fakes.GENERATORS, *RUNGS]))
+    for name in tqdm([n for n in names if n not in fakes.STAGE or n == "edit"], desc="ladders"):
+        # one seed for all: the same noise where two rungs draw noise of one shape
+        yield name, fakes.kept_samples(name, folder, scenes, FIRST_SCENE, 77, device, sample_rung)

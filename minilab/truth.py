@@ -1,0 +1,251 @@
+"""What each step of the method gets right on pictures whose truth is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from itemkit.captions import load_captioner
+from itemkit.doctor import Case
+from itemkit.encoder import Encoder, load_encoder
+from itemkit.regions import make_localiser
+from minilab.clip import PHRASES
+from minilab.grammar import COLOURS, KINDS, Facts, caption, phrase, random_caption, read_caption
+from minilab.renders import RenderSet, make_renders
+from minilab.world import render_index
+
+
+def compare_facts(told: Facts, true: Facts) -> dict[str, float]:
+    """Score a caption's claims against the truth.
+
+    Parameters
+    ----------
+    told, true : Facts
+
+    Returns
+    -------
+    dict
+        ``exact`` (all claims right, nothing left out), ``f1`` of coloured objects, ``kinds`` and ``colours``
+        (share of true things whose kind, or whose colour, is told at all), ``setting``, ``relation``
+        (left-to-right order; only where the same things are told), ``invented`` (share of told things that
+        are not there).
+    """
+    told_things, true_things = list(told.things), list(true.things)
+    hits = _matches(told_things, true_things)
+    same_things = hits == len(told_things) == len(true_things)
+    order = told_things == true_things if told.ordered else same_things
+    return {
+        "exact": float(order and told.setting == true.setting),
+        "f1": 2 * hits / max(1, len(told_things) + len(true_things)),
+        "kinds": _matches([k for _, k in told_things], [k for _, k in true_things]) / len(true_things),
+        "colours": _matches([c for c, _ in told_things], [c for c, _ in true_things]) / len(true_things),
+        "setting": float(told.setting == true.setting),
+        "relation": float(order) if same_things and len(true_things) > 1 else float("nan"),
+        "invented": (len(told_things) - hits) / max(1, len(told_things)),
+    }
+
+
+def _matches(told: list, true: list) -> int:
+    left, hits = list(true), 0
+    for item in told:
+        if item in left:
+            left.remove(item)
+            hits += 1
+    return hits
+
+
+def caption_quality(captions: list[str], facts: list[Facts]) -> dict[str, float]:
+    """Average :func:`compare_facts` over pictures.
+
+    Parameters
+    ----------
+    captions : list of str, length n
+    facts : list of Facts, length n
+
+    Returns
+    -------
+    dict of str to float
+    """
+    rows = [compare_facts(read_caption(c), f) for c, f in zip(captions, facts, strict=True)]
+    columns = {key: np.array([r[key] for r in rows]) for key in rows[0]}
+    # not a number where no picture could show it, as the order of things where none was told rightly
+    return {k: float(np.nanmean(v)) if np.isfinite(v).any() else float("nan") for k, v in columns.items()}
+
+
+def retrieval(encoder: Encoder, renders: RenderSet, n: int = 1000, seed: int = 0) -> float:
+    """Share of pictures whose nearest of n captions tells the picture's own scene (R@1).
+
+    Parameters
+    ----------
+    encoder : Encoder
+    renders : RenderSet
+        At least n pictures.
+    n : int
+    seed : int
+        Of the captions' wording.
+
+    Returns
+    -------
+    float
+    """
+    rng = np.random.default_rng(seed)
+    facts = renders.facts[:n]
+    text = encoder.encode_texts([random_caption(f, rng) for f in facts]).cpu()
+    image = encode_pictures(encoder, [Image.fromarray(x) for x in renders.images[:n]])
+    best = (image @ text.T).argmax(1).tolist()
+    return float(np.mean([facts[b] == facts[i] for i, b in enumerate(best)]))
+
+
+def crop_accuracy(encoder: Encoder, renders: RenderSet) -> float:
+    """Share of single objects, cut out with a margin, whose nearest of all 96 phrases is their own.
+
+    Parameters
+    ----------
+    encoder : Encoder
+    renders : RenderSet
+
+    Returns
+    -------
+    float
+    """
+    n_things = len(COLOURS) * len(KINDS)
+    text = encoder.encode_texts(PHRASES[:n_things]).cpu()
+    crops, truth = [], []
+    for image, owner, facts in zip(renders.images, renders.owner, renders.facts, strict=True):
+        for j, (colour, kind) in enumerate(facts.things):
+            ys, xs = np.nonzero(owner == j + 1)
+            if len(xs) < 24:
+                continue
+            side = 1.25 * max(np.ptp(xs) + 1, np.ptp(ys) + 1)
+            cx, cy = (xs.min() + xs.max() + 1) / 2, (ys.min() + ys.max() + 1) / 2
+            box = tuple(round(v) for v in (cx - side / 2, cy - side / 2, cx + side / 2, cy + side / 2))
+            padded = np.pad(image, ((24, 24), (24, 24), (0, 0)), mode="edge")
+            crops.append(Image.fromarray(padded).crop(tuple(v + 24 for v in box)))
+            truth.append(COLOURS.index(colour) * len(KINDS) + KINDS.index(kind))
+    hit = (encode_pictures(encoder, crops) @ text.T).argmax(1).numpy() == np.array(truth)
+    return float(hit.mean())
+
+
+def localiser_quality(name: str, encoder: Encoder, renders: RenderSet) -> dict[str, float]:
+    """How well a localiser finds things when told their true phrases.
+
+    Parameters
+    ----------
+    name : str
+        Of the localiser.
+    encoder : Encoder
+    renders : RenderSet
+
+    Returns
+    -------
+    dict
+        ``pointing``: share of boxes whose centre lies in the thing's true box; ``iou``: mean intersection
+        over union with it.
+    """
+    localiser = make_localiser(name, encoder)
+    pointing, overlap = [], []
+    for start in range(0, len(renders), 64):
+        part = slice(start, start + 64)
+        images = [Image.fromarray(x) for x in renders.images[part]]
+        phrases = [[phrase(c, k) for c, k in f.things] for f in renders.facts[part]]
+        owner = torch.tensor([i for i, p in enumerate(phrases) for _ in p])
+        pixels = torch.stack([encoder.preprocess(i) for i in images])
+        embedding = encoder.encode_images(pixels, patches=localiser.needs_patches)
+        text = encoder.encode_texts([p for ps in phrases for p in ps])
+        found = localiser.locate(images, embedding, text, owner)
+        boxes = found.boxes.cpu().numpy()
+        k = 0
+        for what, ps in zip(renders.owner[part], phrases, strict=True):
+            for j in range(len(ps)):
+                ys, xs = np.nonzero(what == j + 1)
+                if len(xs):
+                    true = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], dtype=float)
+                    centre = (boxes[k, :2] + boxes[k, 2:]) / 2
+                    pointing.append(bool((centre >= true[:2]).all() and (centre <= true[2:]).all()))
+                    overlap.append(_iou(boxes[k], true))
+                k += 1
+    return {"pointing": float(np.mean(pointing)), "iou": float(np.mean(overlap))}
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> float:
+    inner = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None).prod()
+    return float(inner / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - inner))
+
+
+def encode_pictures(encoder: Encoder, images: list[Image.Image]) -> torch.Tensor:
+    """Image embeddings, shape (n, d), length 1."""
+    batches = [images[i : i + 128] for i in range(0, len(images), 128)]
+    return torch.cat(
+        [encoder.encode_images(torch.stack([encoder.preprocess(i) for i in b])).pooled.cpu() for b in batches]
+    )
+
+
+def measure(models: Path, n: int = 1000, device: str = "cpu") -> dict[str, Any]:
+    """Measure the mini models on renders that none of them has seen.
+
+    Parameters
+    ----------
+    models : Path
+        Folder with ``clip`` and ``captioner``, and the second of each if it is there.
+    n : int
+        Renders of the ``models_val`` split.
+    device : str
+
+    Returns
+    -------
+    dict of str to float
+        Flat, for the model card.
+    """
+    renders = make_renders("models_val", n)
+    images = [Image.fromarray(x) for x in renders.images]
+    few = RenderSet(renders.images[:300], renders.owner[:300], renders.facts[:300])
+    result: dict[str, Any] = {"renders": n}
+    for name in _present(models, "clip", "clip_second"):
+        encoder = load_encoder(models / name, device=device)
+        result[f"{name}_r_at_1_of_{n}"] = retrieval(encoder, renders, n)
+        result[f"{name}_crop_to_phrase_of_96"] = crop_accuracy(encoder, renders)
+        for localiser in ("whole", "grid", "dense"):
+            found = localiser_quality(localiser, encoder, few)
+            result |= {f"{name}_{localiser}_{k}": v for k, v in found.items()}
+    for name in _present(models, "captioner", "captioner_second"):
+        told = load_captioner(models / name, device=device).caption(images)
+        quality = caption_quality([c.text for c in told], renders.facts)
+        result |= {f"{name}_{k}": v for k, v in quality.items()}
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
+
+
+def _present(models: Path, first: str, second: str) -> list[str]:
+    return [first, second] if (models / second).is_dir() else [first]
+
+
+def doctor_cases(n: int = 24) -> list[Case]:
+    """Renders with their truth, as questions for ``itemkit doctor --deep``.
+
+    Parameters
+    ----------
+    n : int
+        Scenes of one thing, all told differently.
+
+    Returns
+    -------
+    list of Case
+    """
+    cases: list[Case] = []
+    index = 0
+    while len(cases) < n:
+        r = render_index("models_val", index)
+        index += 1
+        facts = r.scene.facts
+        told = caption(facts)
+        if len(facts.things) != 1 or any(c.caption == told for c in cases):
+            continue
+        colour, kind = facts.things[0]
+        x0, y0, x1, y1 = map(float, r.boxes[0])
+        cases.append(
+            Case(told, Image.fromarray(r.image), told, (kind,), ((phrase(colour, kind), (x0, y0, x1, y1)),))
+        )
+    return cases

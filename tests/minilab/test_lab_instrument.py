@@ -1,0 +1,230 @@
+"""The laboratory's fakes, ladders, guards and model cards."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from minilab import build, cards, fakes, flow, gan, guards, ladders, latent, vae, vq, world
+from minilab.renders import RenderSet, make_renders
+from minilab.world import SIZE
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def renders() -> RenderSet:
+    return make_renders("models_val", 24)
+
+
+@pytest.fixture(scope="module")
+def generators(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained generators in the files that the laboratory commits."""
+    folder = tmp_path_factory.mktemp("generators")
+    for seed, name in enumerate([*fakes.MAKERS, *(s for s in fakes.STAGE.values() if "@" in s)]):
+        torch.manual_seed(seed)
+        model = fakes.MAKERS[name.partition("@")[0]]()
+        build._save_half(folder / f"{name}.safetensors", model.state_dict())
+    return folder
+
+
+@pytest.mark.parametrize("name", fakes.GENERATORS)
+def test_every_generator_samples_from_its_file(
+    name: str, generators: Path, renders: RenderSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fakes.flow, "sample", partial(flow.sample, steps=2))
+    monkeypatch.setattr(fakes.latent, "sample", partial(latent.sample, steps=2))
+    few = RenderSet(renders.images[:3], renders.owner[:3], renders.facts[:3])
+    images = fakes.sample_fakes(name, generators, few, seed=7)
+    assert images.shape == (3, SIZE, SIZE, 3) and images.dtype == np.uint8
+    np.testing.assert_array_equal(fakes.sample_fakes(name, generators, few, seed=7), images)
+    assert (fakes.sample_fakes(name, generators, few, seed=8) != images).any()
+    assert set(fakes.GENERATORS) == set(fakes.FAMILY)
+    if name == "edit":
+        changed = (images != few.images).any(-1)
+        assert not (changed & ~fakes.edit_masks(few.owner, 7 * 100_003)).any() and changed.any()
+
+
+def test_what_the_decoder_paints_is_learned_from_its_own_codes(renders: RenderSet) -> None:
+    torch.manual_seed(0)
+    decoder = vq.VqVae().eval()
+    codes = vq.encode_renders(decoder, renders)
+    assert codes.shape == (24, vq.GRID**2) and 0 <= int(codes.min()) <= int(codes.max()) < vq.N_CODES
+    loss, _ = vq.PriorLesson(renders, codes)(np.random.default_rng(0))
+    # before any training every code is about as likely as any other
+    assert abs(loss.item() - np.log(vq.N_CODES)) < 0.5
+    latents = latent.encode_renders(decoder, renders)
+    assert latents.shape == (24, vq.N_DIMS, vq.GRID, vq.GRID)
+    np.testing.assert_allclose(latents.float().pow(2).mean(), 1, atol=0.01)
+    loss, _ = latent.LatentLesson(renders, latents)(np.random.default_rng(0))
+    # an untrained network answers zero: the error is that of x1 - x0, two unit variances
+    assert abs(loss.item() - 2) < 0.3
+
+
+def test_the_prior_sees_no_code_that_comes_later(renders: RenderSet) -> None:
+    torch.manual_seed(0)
+    prior = vq.Prior().eval()
+    fields = torch.zeros((1, 7), dtype=torch.long)
+    codes = torch.randint(vq.N_CODES, (1, vq.GRID**2))
+    other = codes.clone()
+    other[0, 50] = (other[0, 50] + 1) % vq.N_CODES
+    with torch.no_grad():
+        before, after = prior(codes, fields), prior(other, fields)
+        torch.testing.assert_close(before[:, :51], after[:, :51])
+        assert (before[:, 51] - after[:, 51]).abs().max() > 1e-4
+        # read one by one, as the sampler does
+        caches: list[dict[str, torch.Tensor]] = [{} for _ in prior.layers]
+        one_by_one = [prior.continued(prior.asked(fields), caches)]
+        one_by_one += [prior.continued(prior.told(codes[:, i : i + 1], i), caches) for i in range(20)]
+        torch.testing.assert_close(torch.stack(one_by_one, dim=1), before[:, :21])
+
+
+def test_codes_follow_the_encoder_and_idle_ones_restart() -> None:
+    torch.manual_seed(0)
+    model = vq.VqVae()
+    z = torch.nn.functional.normalize(torch.randn(4, vq.N_DIMS, vq.GRID, vq.GRID), dim=1)
+    for _ in range(600):
+        model.follow(z, model.nearest(z))
+    quantised = model.look_up(model.nearest(z))
+    assert (quantised * z).sum(1).mean() > 0.95
+    torch.testing.assert_close(model.codes.norm(dim=1), torch.ones(vq.N_CODES))
+
+
+def test_every_model_gets_a_card_with_its_own_measurements(tmp_path: Path) -> None:
+    for name in ("clip", "clip_second"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    facts = {"steps": 1500, "batch": 64, "parameters": 1_255_297, "seconds": 60, "device": "cpu"}
+    facts |= {"machine": "x", "torch": "2"}
+    measured = {"clip_r_at_1_of_1000": 0.9, "clip_second_r_at_1_of_1000": 0.8}
+    (tmp_path / "cards.json").write_text(
+        json.dumps({"clip": facts, "clip_second": facts, "gan": facts, "measured": measured})
+    )
+    distances = {"frechet": 12.5, "frechet_low": 0.0, "frechet_high": 7.25}
+    rows = [{"name": name, "n": 5, **distances, "scene": 0.4} for name in ("real", "gan")]
+    pd.DataFrame(rows).to_csv(tmp_path / "quality.csv", index=False)
+    cards.write_cards(tmp_path)
+    first, second = ((tmp_path / "models" / n / "README.md").read_text() for n in ("clip", "clip_second"))
+    assert "| r at 1 of 1000 | 0.9 |" in first and "0.8" not in first and "1,255,297" in first
+    assert "| r at 1 of 1000 | 0.8 |" in second and "1,500 of 64" in second
+    generators = (tmp_path / "generators.md").read_text()
+    assert "## gan" in generators and "## vae" not in generators
+    # samples are no unseen renders; a distance says its factor, and why it may lie outside its interval
+    assert "| measured on 5 samples | |" in generators and "unseen renders" not in generators
+    assert "| Fréchet distance × 1000 | 12.5 (95 %: 0.0 to 7.2) |" in generators
+    assert "may lie below the value" in generators and "other renders, measured like samples" in generators
+
+
+def test_the_parser_was_measured_on_sentences(tmp_path: Path) -> None:
+    (tmp_path / "models" / "parser").mkdir(parents=True)
+    facts = {"device": "cpu", "machine": "x", "torch": "2", "held_out": {"tag_acc": 1.0}}
+    (tmp_path / "cards.json").write_text(json.dumps({"parser": facts}))
+    cards.write_cards(tmp_path)
+    card = (tmp_path / "models" / "parser" / "README.md").read_text()
+    assert "| measured on unseen sentences of the grammar | |" in card and "| tag acc | 1.0 |" in card
+
+
+def test_the_detector_has_a_card(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "detector"
+    folder.mkdir(parents=True)
+    record = {
+        "representation": {"level": "hierarchical", "kind": "absolute", "pooling": "mean_worst"},
+        "calibration": "temperature",
+        "selection_fraction": 0.5,
+        "thresholds": {"0.05": "Of real images like these"},
+        "trained_on": {
+            "train_images": {"gan": 1000, "vae": 160, "real": 320},
+            "val_images": {"gan": 6, "real": 9},
+        },
+    }
+    (folder / "detector.json").write_text(json.dumps(record))
+    (tmp_path / "cards.json").write_text("{}")
+    cards.write_cards(tmp_path)
+    card = (folder / "README.md").read_text()
+    assert "320 renders and 1,160 fakes (`gan`, `vae`) of the train split" in card
+    assert "temperature, on 9 renders and 6 fakes" in card and "photographs its output means nothing" in card
+    assert "- 5% false positives: Of real images like these" in card
+
+
+def test_committed_cards_and_times_are_those_that_were_noted(tmp_path: Path) -> None:
+    mini = REPO / "data" / "mini"
+    shutil.copytree(mini, tmp_path / "mini", ignore=shutil.ignore_patterns("*.parquet", "*.safetensors"))
+    cards.write_cards(tmp_path / "mini")
+    for card in (mini / "generators.md", *sorted(mini.glob("models/*/README.md"))):
+        written = (tmp_path / "mini" / card.relative_to(mini)).read_text()
+        assert card.read_text() == written, f"{card}: `itemkit lab build cards` writes it again"
+    noted = {
+        k: v["seconds"] for k, v in json.loads((mini / "cards.json").read_text()).items() if "seconds" in v
+    }
+    text = (mini / "README.md").read_text()
+    told = re.findall(r"^\| \[?`(?:models/)?(\w+)`.*?(\d+) min \|", text, flags=re.MULTILINE)
+    assert {name: int(minutes) for name, minutes in told} == {
+        name: round(noted[name] / 60) for name in noted if name not in ("fakes", "ladders")
+    }
+    assert f"about {sum(noted.values()) / 3600:.1f} hours on two CPU cores" in text
+
+
+def test_every_stage_that_is_kept_is_used() -> None:
+    schedules = {"flow": flow.SCHEDULE, "latent_flow": latent.SCHEDULE, "vae": vae.SCHEDULE,
+                 "gan": gan.SCHEDULE, "vq": vq.SCHEDULE, "vq_prior": vq.PRIOR_SCHEDULE}  # fmt: skip
+    kept = {f"{name}@{step}" for name, schedule in schedules.items() for step in schedule.snapshots}
+    used = {*fakes.STAGE.values(), *ladders.RUNGS} - set(ladders.SEMANTICS)
+    assert kept == {name for name in used if "@" in name}
+
+
+def test_a_new_laboratory_s_detector_meets_no_old_features() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    make = ["make", "-n", "lab", "OUT=kept"]
+    plan = subprocess.run(make, cwd=REPO, capture_output=True, text=True, check=True).stdout
+    lines = [line for line in plan.splitlines() if "lab" in line]
+    (trained,) = (i for i, line in enumerate(lines) if "lab detector" in line)
+    assert lines[trained - 1] == "rm -rf build/lab/detector" and "--out build/lab/detector" in lines[trained]
+    assert "lab build cards" in lines[trained + 1] and "--out kept" not in plan
+    assert "earlier runs left in kept/" in plan
+
+
+def test_rungs_start_where_they_should(generators: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = make_renders("spare", 3, start=ladders.FIRST_SCENE)
+    asked: list[float] = []
+
+    def sample(
+        model: object, fields: torch.Tensor, *, seed: int, start: torch.Tensor, keep: float
+    ) -> torch.Tensor:
+        asked.append(keep)
+        return start
+
+    monkeypatch.setattr(fakes.flow, "sample", sample)
+    for rung in ladders.SEMANTICS:
+        pictures = ladders.sample_rung(rung, generators, scenes, seed=1)
+        np.testing.assert_array_equal(pictures, scenes.images)
+    assert asked == [0.2, 0.4, 0.6, 0.8, 0.9]
+    assert {ladders.ladder_of(r) for r in ladders.RUNGS} == {"flow", "latent_flow", "gan", "keep"}
+
+
+def test_rungs_and_fakes_share_no_scene() -> None:
+    used = len(fakes.GENERATORS) * sum(fakes.COUNTS.values())
+    assert used <= ladders.FIRST_SCENE
+    assert len(set(world.SPLITS.values())) == len(world.SPLITS), "one stream of scenes for each split"
+
+
+def test_guards_find_what_needs_no_content() -> None:
+    images = make_renders("train", 120).images
+    noise = np.random.default_rng(0).normal(0, 25, images[60:].shape)
+    noisy = np.clip(images[60:] + noise, 0, 255).astype(np.uint8)
+    splits = (["train"] * 30 + ["test"] * 30) * 2
+    table = pd.DataFrame({"generator": ["real"] * 60 + ["noisy"] * 60, "split": splits})
+    found = guards.leaks(table, np.concatenate([images[:60], noisy]), seeds=[0]).set_index("guard")["value"]
+    assert found["noise level"] > 0.95 and found["file bytes"] > 0.95
+    same = guards.leaks(table, np.concatenate([images[:60]] * 2), seeds=[0])["value"]
+    assert same.between(0.3, 0.7).all(), "equal pictures give nothing away"
+    np.testing.assert_allclose(guards.noise_level(np.full((1, 8, 8, 3), 7, np.uint8)), 0)
+    assert guards.border(images[:2]).shape == (2, 24)

@@ -1,0 +1,1 @@
+"""For maintainers: execute and stamp the notebooks. Nothing here is installed."""

@@ -1,0 +1,245 @@
+"""The rules that a notebook of this project keeps, and what its stamp is compared with.
+
+Readers meet the figures on GitHub without running anything, so a committed output must be what its code
+makes: executed top to bottom in a clean kernel, without errors or warnings, and stamped with hashes of code
+and data. `tools.notebooks` executes and stamps; this module only reads.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from itemkit.errors import InputError
+from itemkit.models import file_hash
+
+STAMP = "itemkit"  # key of the stamp in the notebook's metadata
+PARAMETERS_TAG = "parameters"
+INJECTED_TAG = "injected-parameters"  # papermill's name for the cell with overridden values
+FAILED = ".failed.ipynb"  # ending of what is kept of a notebook that stopped in an error
+
+MAX_BYTES = 500_000
+MAX_CELL_LINES = 25
+
+# a path from the root of a file system with at least one folder, or a Windows drive; no URL, no HTML tag
+_ABSOLUTE_PATH = re.compile(r"(?<![\w/:.<~)\]}*-])/(?:[A-Za-z][\w.+-]+/)+[\w.+-]*|\b[A-Za-z]:\\\\?\w+")
+_OBJECT_ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}")
+_INSTALL = re.compile(r"^\s*[%!]\s*(?:pip|conda|mamba)\b", re.MULTILINE)
+
+
+def find_notebooks(folder: Path) -> list[Path]:
+    """All notebooks of a folder, sorted by name; none at all is an error.
+
+    Raises
+    ------
+    InputError
+        The folder holds no notebook.
+    """
+    found = sorted(path for path in folder.glob("*.ipynb") if not path.name.endswith(FAILED))
+    if not found:
+        raise InputError(f"no notebook in '{folder}'; run this in the root of the checkout, or name files")
+    return found
+
+
+def read_notebook(path: Path) -> Any:
+    """Read a notebook; a file that is none is an error with its name.
+
+    Raises
+    ------
+    InputError
+        The file is absent or is not a notebook of format 4.
+    """
+    try:
+        return nbformat.read(path, as_version=4)
+    except FileNotFoundError:
+        raise InputError(f"there is no notebook '{path}'; notebooks/ holds those of the project") from None
+    except Exception as error:  # nbformat raises errors of several libraries for a broken file
+        raise InputError(f"'{path}' is not a readable notebook ({type(error).__name__}: {error})") from error
+
+
+def code_cells(notebook: Any) -> list[Any]:
+    """Code cells as their author wrote them, without papermill's injected one."""
+    return [
+        cell
+        for cell in notebook.cells
+        if cell.cell_type == "code" and INJECTED_TAG not in cell.metadata.get("tags", [])
+    ]
+
+
+def code_hash(notebook: Any) -> str:
+    """Hash of all code cells in order; prose and outputs do not count."""
+    digest = hashlib.sha256()
+    for cell in code_cells(notebook):
+        digest.update(cell.source.rstrip().encode() + b"\0")
+    return digest.hexdigest()
+
+
+def read_parameters(notebook: Any) -> dict[str, Any]:
+    """Values of the cell tagged ``parameters``.
+
+    Returns
+    -------
+    dict
+        Name to literal value, in the order of the cell.
+
+    Raises
+    ------
+    InputError
+        There is not exactly one such cell, or it holds anything but ``NAME = literal``. Only literals can be
+        overridden from outside; a derived value belongs in the next cell.
+    """
+    tagged = [cell for cell in code_cells(notebook) if PARAMETERS_TAG in cell.metadata.get("tags", [])]
+    if len(tagged) != 1:
+        raise InputError(f"{len(tagged)} cells are tagged '{PARAMETERS_TAG}', expected one")
+    values: dict[str, Any] = {}
+    try:
+        for statement in ast.parse(tagged[0].source).body:
+            match statement:
+                case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                    values[name] = ast.literal_eval(value)
+                case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+                    values[name] = ast.literal_eval(value)
+                case _:
+                    raise ValueError(ast.unparse(statement))
+    except (SyntaxError, ValueError) as error:
+        raise InputError(f"the cell tagged '{PARAMETERS_TAG}' holds more than literals: {error}") from error
+    return values
+
+
+def data_of(parameters: dict[str, Any], folder: Path, root: Path) -> Path | None:
+    """The data a notebook reads: its DATA parameter, else the committed data of its preset, else nothing."""
+    data = parameters.get("DATA")
+    if data:
+        return folder / str(data)
+    committed = root / "data" / str(parameters.get("PRESET", ""))
+    return committed if parameters.get("PRESET") and committed.is_dir() else None
+
+
+def data_hash(data: Path) -> str:
+    """Hash of a file, or of the names and contents of a folder's files.
+
+    Prose (``*.md``) and anything below a name that starts with a dot or an underscore (caches) do not count.
+    """
+    digest = hashlib.sha256()
+    for path in [data] if data.is_file() else sorted(data.rglob("*")):
+        parts = path.relative_to(data).parts
+        if path.is_file() and path.suffix != ".md" and not any(part[0] in "._" for part in parts):
+            digest.update("/".join(parts).encode() + b"\0")
+            digest.update(file_hash(path).encode())
+    return digest.hexdigest()
+
+
+def output_texts(notebook: Any) -> Iterator[str]:
+    """All text that the outputs show; pictures are left out."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            yield output.get("text", "")
+            for mime, content in output.get("data", {}).items():
+                if isinstance(content, str) and (mime.startswith("text/") or mime == "image/svg+xml"):
+                    yield content
+
+
+def problems(path: Path, root: Path | None = None, committed: bool = True) -> list[str]:
+    """Check one notebook.
+
+    Parameters
+    ----------
+    path : Path
+        The notebook file.
+    root : Path, optional
+        The checkout, where ``data/`` lies; by default the folder above the notebook's.
+    committed : bool
+        Also the rules for what readers see: stamp, size, no path of a machine, the form of the page. A
+        notebook executed into some other folder is only asked to have run cleanly.
+
+    Returns
+    -------
+    list of str
+        One sentence per broken rule, without the name of the notebook; empty when all is well.
+    """
+    try:
+        notebook = read_notebook(path)
+    except InputError as error:
+        return [str(error)]
+    found = [*_run_problems(notebook)]
+    if committed:
+        found += _form_problems(notebook)
+        found += _text_problems(notebook, path.stat().st_size)
+        found += _stamp_problems(notebook, path, root or path.resolve().parent.parent)
+    return found
+
+
+def _run_problems(notebook: Any) -> Iterator[str]:
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    counts = [cell.execution_count for cell in cells]
+    if counts != list(range(1, len(cells) + 1)):
+        yield f"execution counts are {counts}, expected 1..{len(cells)}: not one run from top to bottom"
+    for number, cell in enumerate(cells, start=1):
+        for output in cell.outputs:
+            if output.output_type == "error":
+                yield f"code cell {number} ends in an error: {output.ename}: {output.evalue}"
+            elif output.get("name") == "stderr":
+                line = output.text.strip().splitlines()[0] if output.text.strip() else ""
+                yield f"code cell {number} writes to stderr: {line[:100]!r}"
+    if not any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs):
+        yield "no figure (image/png) in the outputs"
+
+
+def _form_problems(notebook: Any) -> Iterator[str]:
+    first = notebook.cells[0].source if notebook.cells and notebook.cells[0].cell_type == "markdown" else ""
+    title = first.strip().partition("\n")[0].strip()
+    if not (title.startswith("# ") and title.endswith("?")):
+        yield f"the first cell's title is not a question ('# ...?'): {title!r}"
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    for wanted in ("Runs in", "What to notice"):
+        if wanted not in prose:
+            yield f"the prose has no '{wanted}'"
+    cells = code_cells(notebook)
+    if cells and PARAMETERS_TAG not in cells[0].metadata.get("tags", []):
+        yield f"the first code cell is not tagged '{PARAMETERS_TAG}'"
+    try:
+        read_parameters(notebook)
+    except InputError as error:
+        yield str(error)
+    for number, cell in enumerate(cells, start=1):
+        lines = len(cell.source.splitlines())
+        if lines > MAX_CELL_LINES:
+            yield f"code cell {number} has {lines} lines, at most {MAX_CELL_LINES}: move part to itemkit"
+        if _INSTALL.search(cell.source):
+            yield f"code cell {number} installs packages; the README's commands do that"
+
+
+def _text_problems(notebook: Any, size: int) -> Iterator[str]:
+    if size > MAX_BYTES:
+        yield f"{size / 1e3:.0f} KB, at most {MAX_BYTES / 1e3:.0f} KB: fewer or smaller figures"
+    outputs = "\n".join(output_texts(notebook))
+    if address := _OBJECT_ADDRESS.search(outputs):
+        yield f"an output shows an object's address ({address.group()!r}): end that cell's last line with ';'"
+    sources = "\n".join(cell.source for cell in notebook.cells)
+    for where, text in (("an output", outputs), ("the source", sources)):
+        if match := _ABSOLUTE_PATH.search(text):
+            yield f"{where} holds an absolute path: {match.group()!r}"
+
+
+def _stamp_problems(notebook: Any, path: Path, root: Path) -> Iterator[str]:
+    stamp = notebook.metadata.get(STAMP)
+    if not stamp:
+        yield "no stamp: run `make notebooks`"
+        return
+    if stamp.get("code_sha256") != code_hash(notebook):
+        yield "the code was changed after the outputs were made: run `make notebooks`"
+    try:
+        parameters = read_parameters(notebook)
+    except InputError:
+        return  # reported with the form
+    if stamp.get("parameters") != parameters:
+        yield f"made with {stamp.get('parameters')}, the parameters are {parameters}: run `make notebooks`"
+    data = data_of(parameters, path.parent, root)
+    if data is not None and stamp.get("data_sha256") != (data_hash(data) if data.exists() else None):
+        yield f"the data in {data.name}/ changed after the outputs were made: run `make notebooks`"
