@@ -10,7 +10,28 @@ class InputError(ItemkitError, ValueError):
 
 
 class ModelNotFound(ItemkitError):
-    """A model cannot be had: says what was asked for, where it was looked for and what to do."""
+    """A model cannot be had; what is known of it stands in fields, so that nobody parses the message.
+
+    Parameters
+    ----------
+    what : str
+        What was asked for, e.g. ``captioner 'Salesforce/blip'``; or the whole message, where there is no more.
+    reason : str
+        What is wrong with it, as the rest of a sentence; that it is not here, by default.
+    looked : str
+        Where it was looked for.
+    remedy : str
+        What to do, in whole sentences.
+    """
+
+    def __init__(self, what: str, *, reason: str = "", looked: str = "", remedy: str = "") -> None:
+        self.what, self.reason, self.looked, self.remedy = what, reason, looked, remedy
+        text = what
+        if reason or looked:
+            text += f" {reason or 'is not on this machine'}" + (f" (looked in {looked})" if looked else "")
+        if remedy:
+            text = f"{text.rstrip('. ')}. {remedy.strip()}"
+        super().__init__(text)
 
 
 class StoreError(ItemkitError):

@@ -1,4 +1,4 @@
-"""Names that several rooms share: columns, labels, and the version of the on-disk feature schema."""
+"""Names that several modules share: columns, labels, notes, and the version of the feature store."""
 
 REAL, FAKE = 0, 1
 LABEL_NAMES = {REAL: "real", FAKE: "fake"}
@@ -30,5 +30,14 @@ REGION_NORM = "region_norm"
 PHRASE_NORM = "phrase_norm"
 
 SPLITS = ("train", "val", "test")
+
+# the value of SOURCE by which the mini laboratory's own images are known
+LAB_SOURCE = "mini laboratory"
+# what every output made with the mini models carries: on the laboratory's images, and on any others
+LAB_NOTE = "mini laboratory: rendered scenes and small generators, not photographs"
+MINI_WARNING = (
+    "the mini models know rendered scenes only: on other images the path is real, the numbers mean nothing; "
+    "use --preset fast or paper for results"
+)
 
 SCHEMA_VERSION = 1
