@@ -62,6 +62,26 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     return chosen
 
 
+def set_threads(n: int | None) -> None:
+    """Bound the processor cores that this process computes on (torch); None leaves it as it is.
+
+    Two processes with two threads each on two cores slow each other down twentyfold: on a busy machine, and with
+    several processes, one thread each is the safe choice.
+
+    Raises
+    ------
+    InputError
+        Less than one.
+    """
+    if n is None:
+        return
+    if n < 1:
+        raise InputError(f"got {n} threads; expected 1 or more")
+    import torch
+
+    torch.set_num_threads(n)
+
+
 def choose_precision(precision: str = "auto", device: str | torch.device = "cpu") -> torch.dtype:
     """Turn a wish into the number format of a model's weights.
 

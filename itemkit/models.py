@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,99 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 _CONFIG_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 # Keys that checkpoints written by older versions lack and that are no weights.
 _HARMLESS_MISSING = re.compile(r"position_ids$|attn_mask$|\.attn\.(masked_)?bias$")
+
+
+PARTS = ("captioner", "parser", "encoder", "localiser")
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a run. `presets.Preset.build` makes them; anything with the same methods will do.
+
+    Attributes
+    ----------
+    encoder : Encoder
+        Images and texts to the joint space.
+    captioner : Captioner or None
+        Images to captions; None where every image has one of its own.
+    parser : Parser or None
+        Captions to phrases; None, like no localiser, for global features only.
+    localiser : Localiser or None
+        Phrases to regions.
+    """
+
+    encoder: Any
+    captioner: Any = None
+    parser: Any = None
+    localiser: Any = None
+
+    def fingerprint(self, captions: str = "generate") -> dict[str, Any]:
+        """Everything about the models that changes the numbers, JSON-ready.
+
+        Parameters
+        ----------
+        captions : {"generate", "user"}
+            Where captions come from.
+
+        Returns
+        -------
+        dict
+            A dict per part (None where it is left out), ``captions``, and with users' captions the version of
+            the rules that clean them.
+        """
+        return run_fingerprint({name: getattr(self, name) for name in PARTS}, captions)
+
+
+def run_fingerprint(parts: dict[str, Any], captions: str) -> dict[str, Any]:
+    """Put together the fingerprints of the parts, given as objects or as fingerprints."""
+    from itemkit.captions import CLEAN_VERSION
+
+    found: dict[str, Any] = {}
+    for name in PARTS:
+        part = parts[name]
+        found[name] = part if part is None or isinstance(part, dict) else part.fingerprint()
+    found["captions"] = captions
+    if captions == "user":
+        found["caption_cleaning"] = CLEAN_VERSION
+    return found
+
+
+def differences(
+    stored: Mapping[str, Any] | None, wanted: Mapping[str, Any] | None, ignore: Collection[str] = ()
+) -> list[str]:
+    """Say in what two fingerprints differ.
+
+    Parameters
+    ----------
+    stored, wanted : nested mapping, or None for an unknown one
+    ignore : names
+        Parts ("localiser"), dotted keys ("captioner.decoding") or keys at any depth ("precision"). Who ignores
+        "captions" ignores how they were cleaned, too.
+
+    Returns
+    -------
+    list of str
+        Empty if they agree; else lines as ``encoder.files_sha256: 'ab...' there, 'cd...' here``.
+    """
+    skip = {*ignore, *(("caption_cleaning",) if "captions" in ignore else ())}
+
+    def walk(there: Mapping[str, Any], here: Mapping[str, Any], above: str) -> Iterator[str]:
+        for key in sorted({*there, *here}):
+            name = above + key
+            if key in skip or name in skip:
+                continue
+            a, b = there.get(key), here.get(key)
+            if isinstance(a, Mapping) and isinstance(b, Mapping):
+                yield from walk(a, b, name + ".")
+            elif a != b:
+                yield f"{name}: {_short(a)} there, {_short(b)} here"
+
+    return list(walk(stored or {}, wanted or {}, ""))
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 48 else text[:45] + "..."
 
 
 @dataclass(frozen=True)

@@ -11,21 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from itemkit.errors import InputError, ModelNotFound
-from itemkit.models import ANY_PRESET, REMEDY, Located, looks_like_path, tidy
+from itemkit.models import ANY_PRESET, PARTS, REMEDY, Located, Models, looks_like_path, tidy
 
 if TYPE_CHECKING:
     import torch
 
-    from itemkit.captions import Captioner
-    from itemkit.encoder import Encoder
-    from itemkit.objects import Parser
-    from itemkit.regions import Localiser
 
 MINI_REMEDY = (
     " The mini models come with the repository: `git checkout data/mini` brings them back, `make lab` trains "
     "them anew, and ITEMKIT_DATA names another data folder."
 )
-PARTS = ("captioner", "parser", "encoder", "localiser")
 MODELS_VARIABLE = "ITEMKIT_MODELS"
 DETECTORS = {
     "owlv2": "google/owlv2-base-patch16-ensemble",
@@ -33,21 +28,6 @@ DETECTORS = {
 }
 """Localisers that are models of their own; defaults as in `regions.grounding`, which is slow to import."""
 LOCALISERS = ("whole", "grid", "dense", *DETECTORS)
-
-
-@dataclass(frozen=True)
-class Components:
-    """The loaded models of a run."""
-
-    captioner: Captioner | None
-    parser: Parser | None
-    encoder: Encoder
-    localiser: Localiser | None
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Everything about the models that changes the numbers, per part; None where a part is left out."""
-        parts = {name: getattr(self, name) for name in PARTS}
-        return {name: None if part is None else part.fingerprint() for name, part in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -90,7 +70,7 @@ class Preset:
     localiser_options: Mapping[str, Any] = field(default_factory=dict)
     precision: str = "auto"
 
-    def build(self, device: str | torch.device = "auto") -> Components:
+    def build(self, device: str | torch.device = "auto") -> Models:
         """Load all models from this machine.
 
         Parameters
@@ -128,7 +108,11 @@ class Preset:
         except ModelNotFound as error:
             # from the cause: in a notebook the same message would be shown twice
             raise ModelNotFound(str(error).replace(ANY_PRESET, self.name)) from error.__cause__
-        return Components(captioner, parser, encoder, localiser)
+        return Models(encoder, captioner, parser, localiser)
+
+    def fingerprint(self, captions: str = "generate", device: str | torch.device = "auto") -> dict[str, Any]:
+        """As ``build(device).fingerprint(captions)``."""
+        return self.build(device).fingerprint(captions)
 
     def find(self) -> dict[str, Located | ModelNotFound]:
         """Look for the files of every part that is given by name, without loading them.
