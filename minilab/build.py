@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
+from itemkit._files import atomic_write
 from itemkit.captions import load_captioner
 from itemkit.encoder import load_encoder
 from itemkit.errors import InputError
 from itemkit.models import tidy
-from minilab import captioner, clip, fakes, flow, gan, ladders, latent, truth, vae, vq
+from minilab import captioner, clip, data, fakes, flow, gan, ladders, latent, truth, vae, vq
 from minilab.cards import write_cards
 from minilab.formats import save_blip, save_clip
 from minilab.parser import train_parser
@@ -59,11 +61,11 @@ class Build:
     def note(self, name: str, **facts: Any) -> None:
         """Write what is known of a part to ``cards.json``."""
         path = self.out / "cards.json"
-        cards = json.loads(path.read_text()) if path.exists() else {}
-        cards[name] = {
-            "device": self.device, "machine": platform.machine(), "torch": torch.__version__, **facts
-        }  # fmt: skip
-        path.write_text(json.dumps(cards, indent=2, sort_keys=True) + "\n")
+        made = {"device": self.device, "machine": platform.machine(), "torch": torch.__version__, **facts}
+        with FileLock(self.out / ".cards.lock"):  # parts may be built side by side
+            cards = json.loads(path.read_text()) if path.exists() else {}
+            text = json.dumps(cards | {name: made}, indent=2, sort_keys=True) + "\n"
+            atomic_write(path, lambda file: file.write(text.encode()))
 
     def card(
         self, name: str, trained: Trained, schedule: Schedule, batch: int, model: torch.nn.Module
@@ -184,6 +186,14 @@ def build_fakes(b: Build) -> None:
     b.note("fakes", seconds=round(time.monotonic() - began), images=len(table))
 
 
+def build_data(b: Build) -> None:
+    """Real images, new renders, the doctor's questions."""
+    began = time.monotonic()
+    for name, make in data.FILES.items():
+        make().to_parquet(b.out / name, index=False, compression="none")
+    b.note("data", seconds=round(time.monotonic() - began))
+
+
 def build_ladders(b: Build) -> None:
     """Ladders, and how close every generator comes to the renders."""
     began = time.monotonic()
@@ -195,9 +205,8 @@ def build_ladders(b: Build) -> None:
 
 
 def build_measure(b: Build) -> None:
-    """What the models can do, measured against the truth; and hashes of all files."""
+    """What the models can do, measured against the truth."""
     b.note("measured", **truth.measure(b.models, device=b.device))
-    (b.out / "hashes.json").write_text(json.dumps(file_hashes(b.out), indent=2) + "\n")
 
 
 def build_cards(b: Build) -> None:
@@ -217,6 +226,7 @@ PARTS: dict[str, Callable[[Build], None]] = {
     "vq": build_vq,
     "latent_flow": build_latent_flow,
     "vq_prior": build_vq_prior,
+    "data": build_data,
     "fakes": build_fakes,
     "ladders": build_ladders,
     "measure": build_measure,
@@ -225,7 +235,7 @@ PARTS: dict[str, Callable[[Build], None]] = {
 
 
 def build(out: Path, work: Path, parts: list[str] | None = None, device: str = "cpu") -> None:
-    """Build the laboratory, or some parts of it, in order.
+    """Build the laboratory, or some parts of it, in order; then hash all of its files.
 
     Parameters
     ----------
@@ -239,6 +249,7 @@ def build(out: Path, work: Path, parts: list[str] | None = None, device: str = "
     for name in PARTS if parts is None else parts:
         print(f"[{name}] {PARTS[name].__doc__}", file=sys.stderr, flush=True)
         PARTS[name](b)
+    (b.out / "hashes.json").write_text(json.dumps(file_hashes(b.out), indent=2) + "\n")
 
 
 def check(out: Path) -> list[str]:
@@ -274,9 +285,7 @@ def file_hashes(out: Path) -> dict[str, str]:
     files = [p for p in sorted((out / "models").rglob("*")) if p.is_file()]
     # the detector is trained from all the rest; cards say what cards.json says
     files = [p for p in files if p.parent.name != "detector" and p.suffix != ".md"]
-    files += [
-        p for p in (out / n for n in ("fakes.parquet", "ladders.parquet", "quality.csv")) if p.is_file()
-    ]
+    files += [*sorted(out.glob("*.parquet")), *out.glob("quality.csv")]
     return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 

@@ -1,0 +1,92 @@
+"""The parts of ``data/mini`` that are renders alone: real images, new renders, questions for the doctor.
+
+They could be drawn again from their indices; they are kept as files, so that what uses them needs no laboratory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+
+from itemkit import schema
+from minilab.fakes import COUNTS, REAL_FACTOR, png
+from minilab.grammar import caption, phrase
+from minilab.world import render_index
+
+FRESH = {"val": 400, "test": 800}
+FRESH_FROM = 100_000
+"""First index of the renders that calibrate and test promises; the data set's own end long before."""
+N_CASES = 24
+
+
+def reals() -> pd.DataFrame:
+    """Render the real images of the data set.
+
+    Returns
+    -------
+    DataFrame
+        ``generator, split, prompt, png``, as the fakes.
+    """
+    return _renders({split: range(REAL_FACTOR * n) for split, n in COUNTS.items()})
+
+
+def fresh() -> pd.DataFrame:
+    """Render scenes that neither the data set nor any training holds, to calibrate and test promises.
+
+    Returns
+    -------
+    DataFrame
+        ``generator, split, prompt, png``; split ``val`` calibrates, ``test`` tests.
+    """
+    return _renders({split: range(FRESH_FROM, FRESH_FROM + n) for split, n in FRESH.items()})
+
+
+def _renders(indices: dict[str, range]) -> pd.DataFrame:
+    rows = []
+    for split, wanted in indices.items():
+        for render in (render_index(split, index) for index in wanted):
+            rows.append(
+                {
+                    "generator": schema.REAL_GENERATOR,
+                    "split": split,
+                    "prompt": caption(render.scene.facts),
+                    "png": png(render.image),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def cases(n: int = N_CASES) -> pd.DataFrame:
+    """Renders with their truth, as questions for ``itemkit doctor --deep``.
+
+    Parameters
+    ----------
+    n : int
+        Scenes of one thing, all told differently.
+
+    Returns
+    -------
+    DataFrame
+        ``image`` (PNG), ``caption``, the ``phrase`` of the one thing, and its box ``x0, y0, x1, y1`` in pixels.
+    """
+    rows: list[dict] = []
+    index = 0
+    while len(rows) < n:
+        render = render_index("models_val", index)
+        index += 1
+        facts = render.scene.facts
+        told = caption(facts)
+        if len(facts.things) != 1 or any(row["caption"] == told for row in rows):
+            continue
+        box = dict(zip(("x0", "y0", "x1", "y1"), map(float, render.boxes[0]), strict=True))
+        rows.append({"image": png(render.image), "caption": told, "phrase": phrase(*facts.things[0]), **box})
+    return pd.DataFrame(rows)
+
+
+FILES: dict[str, Callable[[], pd.DataFrame]] = {
+    "reals.parquet": reals,
+    "fresh.parquet": fresh,
+    "cases.parquet": cases,
+}
+
