@@ -1,6 +1,7 @@
 """The parts of ``data/mini`` that are renders alone: real images, new renders, questions for the doctor.
 
-They could be drawn again from their indices; they are kept as files, so that what uses them needs no laboratory.
+They could be drawn again from their indices; they are kept as files, so that whoever uses them needs no
+laboratory.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def cases(n: int = N_CASES) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``image`` (PNG), ``caption``, the ``phrase`` of the one thing, and its box ``x0, y0, x1, y1`` in pixels.
+        ``image`` (PNG), ``caption``, and of the one thing its ``phrase`` and box, ``x0, y0, x1, y1`` in px.
     """
     rows: list[dict] = []
     index = 0
@@ -89,4 +90,3 @@ FILES: dict[str, Callable[[], pd.DataFrame]] = {
     "fresh.parquet": fresh,
     "cases.parquet": cases,
 }
-

@@ -21,7 +21,6 @@ from itemkit.models import file_hash
 
 STAMP = "itemkit"  # key of the stamp in the notebook's metadata
 PARAMETERS_TAG = "parameters"
-INJECTED_TAG = "injected-parameters"  # papermill's name for the cell with overridden values
 FAILED = ".failed.ipynb"  # ending of what is kept of a notebook that stopped in an error
 
 MAX_BYTES = 500_000
@@ -34,13 +33,7 @@ _INSTALL = re.compile(r"^\s*[%!]\s*(?:pip|conda|mamba)\b", re.MULTILINE)
 
 
 def find_notebooks(folder: Path) -> list[Path]:
-    """All notebooks of a folder, sorted by name; none at all is an error.
-
-    Raises
-    ------
-    InputError
-        The folder holds no notebook.
-    """
+    """All notebooks of a folder, sorted by name; InputError if there is none."""
     found = sorted(path for path in folder.glob("*.ipynb") if not path.name.endswith(FAILED))
     if not found:
         raise InputError(f"no notebook in '{folder}'; run this in the root of the checkout, or name files")
@@ -48,13 +41,7 @@ def find_notebooks(folder: Path) -> list[Path]:
 
 
 def read_notebook(path: Path) -> Any:
-    """Read a notebook; a file that is none is an error with its name.
-
-    Raises
-    ------
-    InputError
-        The file is absent or is not a notebook of format 4.
-    """
+    """Read a notebook of format 4; InputError with its name if it is none."""
     try:
         return nbformat.read(path, as_version=4)
     except FileNotFoundError:
@@ -64,12 +51,8 @@ def read_notebook(path: Path) -> Any:
 
 
 def code_cells(notebook: Any) -> list[Any]:
-    """Code cells as their author wrote them, without papermill's injected one."""
-    return [
-        cell
-        for cell in notebook.cells
-        if cell.cell_type == "code" and INJECTED_TAG not in cell.metadata.get("tags", [])
-    ]
+    """Code cells, in order."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def code_hash(notebook: Any) -> str:
@@ -81,12 +64,7 @@ def code_hash(notebook: Any) -> str:
 
 
 def read_parameters(notebook: Any) -> dict[str, Any]:
-    """Values of the cell tagged ``parameters``.
-
-    Returns
-    -------
-    dict
-        Name to literal value, in the order of the cell.
+    """Name to value, in order, of the one cell tagged ``parameters``.
 
     Raises
     ------
@@ -114,18 +92,19 @@ def read_parameters(notebook: Any) -> dict[str, Any]:
 
 def data_of(parameters: dict[str, Any], folder: Path, root: Path) -> Path | None:
     """The data a notebook reads: its DATA parameter, else the committed data of its preset, else nothing."""
-    data = parameters.get("DATA")
-    if data:
+    if data := parameters.get("DATA"):
         return folder / str(data)
     committed = root / "data" / str(parameters.get("PRESET", ""))
     return committed if parameters.get("PRESET") and committed.is_dir() else None
 
 
-def data_hash(data: Path) -> str:
-    """Hash of a file, or of the names and contents of a folder's files.
+def data_hash(data: Path | None) -> str | None:
+    """Hash of a file, or of the names and contents of a folder's files; None where there is nothing.
 
     Prose (``*.md``) and anything below a name that starts with a dot or an underscore (caches) do not count.
     """
+    if data is None or not data.exists():
+        return None
     digest = hashlib.sha256()
     for path in [data] if data.is_file() else sorted(data.rglob("*")):
         parts = path.relative_to(data).parts
@@ -135,25 +114,13 @@ def data_hash(data: Path) -> str:
     return digest.hexdigest()
 
 
-def output_texts(notebook: Any) -> Iterator[str]:
-    """All text that the outputs show; pictures are left out."""
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            yield output.get("text", "")
-            for mime, content in output.get("data", {}).items():
-                if isinstance(content, str) and (mime.startswith("text/") or mime == "image/svg+xml"):
-                    yield content
-
-
-def problems(path: Path, root: Path | None = None, committed: bool = True) -> list[str]:
+def problems(path: Path, committed: bool = True) -> list[str]:
     """Check one notebook.
 
     Parameters
     ----------
     path : Path
-        The notebook file.
-    root : Path, optional
-        The checkout, where ``data/`` lies; by default the folder above the notebook's.
+        The notebook file, in a folder of the checkout.
     committed : bool
         Also the rules for what readers see: stamp, size, no path of a machine, the form of the page. A
         notebook executed into some other folder is only asked to have run cleanly.
@@ -171,12 +138,12 @@ def problems(path: Path, root: Path | None = None, committed: bool = True) -> li
     if committed:
         found += _form_problems(notebook)
         found += _text_problems(notebook, path.stat().st_size)
-        found += _stamp_problems(notebook, path, root or path.resolve().parent.parent)
+        found += _stamp_problems(notebook, path.resolve().parent)
     return found
 
 
 def _run_problems(notebook: Any) -> Iterator[str]:
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    cells = code_cells(notebook)
     counts = [cell.execution_count for cell in cells]
     if counts != list(range(1, len(cells) + 1)):
         yield f"execution counts are {counts}, expected 1..{len(cells)}: not one run from top to bottom"
@@ -185,7 +152,7 @@ def _run_problems(notebook: Any) -> Iterator[str]:
             if output.output_type == "error":
                 yield f"code cell {number} ends in an error: {output.ename}: {output.evalue}"
             elif output.get("name") == "stderr":
-                line = output.text.strip().splitlines()[0] if output.text.strip() else ""
+                line = output.text.strip().partition("\n")[0]
                 yield f"code cell {number} writes to stderr: {line[:100]!r}"
     if not any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs):
         yield "no figure (image/png) in the outputs"
@@ -215,10 +182,20 @@ def _form_problems(notebook: Any) -> Iterator[str]:
             yield f"code cell {number} installs packages; the README's commands do that"
 
 
+def _output_texts(notebook: Any) -> Iterator[str]:
+    """All text that the outputs show; pictures are left out."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            yield output.get("text", "")
+            for mime, content in output.get("data", {}).items():
+                if isinstance(content, str) and (mime.startswith("text/") or mime == "image/svg+xml"):
+                    yield content
+
+
 def _text_problems(notebook: Any, size: int) -> Iterator[str]:
     if size > MAX_BYTES:
         yield f"{size / 1e3:.0f} KB, at most {MAX_BYTES / 1e3:.0f} KB: fewer or smaller figures"
-    outputs = "\n".join(output_texts(notebook))
+    outputs = "\n".join(_output_texts(notebook))
     if address := _OBJECT_ADDRESS.search(outputs):
         yield f"an output shows an object's address ({address.group()!r}): end that cell's last line with ';'"
     sources = "\n".join(cell.source for cell in notebook.cells)
@@ -227,7 +204,7 @@ def _text_problems(notebook: Any, size: int) -> Iterator[str]:
             yield f"{where} holds an absolute path: {match.group()!r}"
 
 
-def _stamp_problems(notebook: Any, path: Path, root: Path) -> Iterator[str]:
+def _stamp_problems(notebook: Any, folder: Path) -> Iterator[str]:
     stamp = notebook.metadata.get(STAMP)
     if not stamp:
         yield "no stamp: run `make notebooks`"
@@ -240,6 +217,6 @@ def _stamp_problems(notebook: Any, path: Path, root: Path) -> Iterator[str]:
         return  # reported with the form
     if stamp.get("parameters") != parameters:
         yield f"made with {stamp.get('parameters')}, the parameters are {parameters}: run `make notebooks`"
-    data = data_of(parameters, path.parent, root)
-    if data is not None and stamp.get("data_sha256") != (data_hash(data) if data.exists() else None):
+    data = data_of(parameters, folder, folder.parent)
+    if data is not None and stamp.get("data_sha256") != data_hash(data):
         yield f"the data in {data.name}/ changed after the outputs were made: run `make notebooks`"
