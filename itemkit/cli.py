@@ -1,19 +1,40 @@
-"""The command line: each command is a few lines over one function of the package."""
+"""The command line: each command is a few lines over a function of the package, imported only then."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from itemkit import __version__
-from itemkit import commands as do
-from itemkit.commands import PARTS
-from itemkit.errors import ItemkitError
+from itemkit.errors import InputError, ItemkitError
+
+Option = Callable[..., argparse.Action]
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from itemkit.features import Features
+    from itemkit.presets import Preset
+
+PARTS = {
+    "captioner": "a name on the hub, or a folder",
+    "parser": "a spaCy pipeline, or a folder",
+    "encoder": "open_clip's NAME:TAG, e.g. ViT-B-16:openai; hf-hub:OWNER/NAME; or a folder",
+    "localiser": "whole, grid, dense, owlv2 or grounding_dino; the last two also as NAME:FOLDER",
+}
+METRICS = ("auroc", "ap", "accuracy_real", "accuracy_fake", "tpr_at_fpr05")
+"""Columns of the table that `evaluate` prints; --csv has all."""
+STATUS = (
+    "Exit status: 0 done; 1 done, but something was left out or failed in part (an image, a check, a notebook); "
+    "2 not done (an unusable input or option)."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,216 +48,542 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit status: 0 done, 1 done but something was wrong (errors in some images, a failed check), 2 not
-        done.
+        Exit status: 0 done, 1 done but something was left out or failed in part, 2 not done.
     """
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a caption in any script must not end a run on a terminal that lacks it
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = lambda message, *rest, **more: _say(f"itemkit: warning: {message}")
+            if getattr(args, "threads", None):
+                from itemkit.devices import set_threads
+
+                set_threads(args.threads)
             return int(args.command(args) or 0)
-    except ItemkitError as error:
-        print(f"itemkit: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # e.g. `itemkit evaluate ... | head`
         sys.stderr.close()
         return 141
-    except OSError as error:  # a folder that may not be written, a full disk
-        print(f"itemkit: {error}", file=sys.stderr)
+    except (ItemkitError, OSError) as error:  # the latter: a folder that may not be written, a full disk
+        _say(f"itemkit: {error}")
         return 2
+    except MemoryError as error:
+        _say(f"itemkit: the memory is full ({error}); close other programs, or take a smaller --batch-size")
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
-def _show_warning(message: Warning | str, *rest: Any, **more: Any) -> None:
-    """Print what a warning says; where in the code it arose is of no use here."""
-    print(f"itemkit: warning: {message}", file=sys.stderr)
+def _say(line: object) -> None:
+    """Print a line for the reader, not the result: on stderr, so that a pipe stays clean."""
+    from itemkit.text import printable
+
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ the options
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """As argparse does, with words that cannot act on a terminal; a shell's ``*`` puts names there."""
+        from itemkit.text import printable
+
+        super().error(printable(message))
+
+
+class _Help(argparse.HelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """Add an option's default where it has one."""
+        shown = isinstance(action.default, (int, float, str, Path)) and action.nargs != 0
+        return f"{action.help} (default: %(default)s)" if shown else action.help
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, at least 1")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a share between 0 and 1, e.g. 0.05")
+    return share
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="itemkit", description="Detect generated images by their misalignment with their own captions."
-    )
+    about = "Detect generated images by their misalignment with their own captions."
+    parser = _Parser(prog="itemkit", description=about, epilog=STATUS)
     parser.add_argument("--version", action="version", version=f"itemkit {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
+    def add(run: Callable[[argparse.Namespace], int], text: str) -> Option:
+        about = {"help": text, "description": text, "epilog": STATUS, "formatter_class": _Help}
+        command = commands.add_parser(run.__name__, **about)
         command.set_defaults(command=run)
-        return command
+        return command.add_argument
 
-    c = add(
-        "doctor",
-        do.doctor,
-        "Is this machine ready: packages, devices, models; one line each, with a remedy.",
-    )
-    _model_options(c)
-    c.add_argument("--deep", action="store_true", help="also load the models and ask them known questions")
+    option = add(doctor, "Is this machine ready: packages, devices, models; one line each, with a remedy.")
+    _model_options(option)
+    option("--deep", action="store_true", help="also load the models and ask them known questions")
 
-    c = add(
-        "run",
-        do.run,
-        "The whole method: features, a detector, all notebooks with their figures, a summary.",
-    )
-    _preset_options(c)
-    c.add_argument("--data", help="folder or manifest (default: the mini laboratory's images)")
-    c.add_argument(
-        "--out", default="results", type=Path, help="folder for everything made (default: results)"
-    )
+    option = add(run, "The whole method: features, a detector, all notebooks with their figures, a summary.")
+    option("--data", help="CSV, Parquet or folder; without it the mini laboratory's images")
+    option("--out", default="results", type=Path, help="folder for everything made")
+    _data_options(option)
+    _rates(option)
+    _model_options(option)
 
-    c = add(
-        "audit",
-        do.audit,
-        "What besides content tells the classes apart: format, size, quality, captions ...",
-    )
-    _data_options(c)
-    c.add_argument("--csv", type=Path, help="also write the table")
-    c.add_argument("--figure", type=Path, metavar="FOLDER", help="also draw it: audit.pdf, .png and .csv")
-    c.add_argument("--equalise", type=Path, metavar="FOLDER", help="write a copy with equal size and codec")
-    c.add_argument("--size", type=int, metavar="PX", help="side of the equalised squares (default: 224)")
-    c.add_argument("--codec", choices=("jpeg", "png"), help="codec of the equalised images (default: jpeg)")
-    c.add_argument("--quality", type=int, help="JPEG quality of the equalised images (default: 90)")
+    option = add(audit, "What besides content tells the classes apart: format, size, quality, captions ...")
+    option("manifest", help="CSV, Parquet or folder")
+    _data_options(option)
+    option("--by", choices=("generator", "source"), help="audit each of them by itself, worst first")
+    option("--csv", type=Path, help="also write the table")
+    option("--figure", type=Path, metavar="FOLDER", help="also draw it: audit.pdf, .png and .csv")
+    option("--equalise", type=Path, metavar="FOLDER", help="write a copy with equal size and codec")
+    option("--size", type=_positive, metavar="PX", help="side of the equalised squares; 224 without it")
+    option("--codec", choices=("jpeg", "png"), help="codec of the equalised images; jpeg without it")
+    option("--quality", type=_positive, help="JPEG quality of the equalised images; 90 without it")
 
-    c = add(
-        "extract",
-        do.extract,
-        "Features of all images of a manifest; run it again to go on where it stopped.",
-    )
-    _data_options(c)
-    c.add_argument("--out", required=True, type=Path, help="the feature store to make or to continue")
-    c.add_argument("--captions", default="generate", choices=("generate", "user"), help="whose captions")
-    c.add_argument(
-        "--missing", default="raise", choices=("raise", "generate", "error"), help="no user caption"
-    )
-    c.add_argument("--batch-size", type=int, help="images per batch (default: by device)")
-    c.add_argument("--limit", type=int, help="first rows only")
-    c.add_argument("--engine", default="local", choices=("local", "ray"), help="this process, or Ray workers")
-    c.add_argument("--address", help="Ray cluster to join (default: start one on this machine)")
-    c.add_argument("--workers", type=int, default=2, help="Ray workers (default: 2)")
-    c.add_argument("--gpus-per-worker", type=float, default=0, help="GPUs of each Ray worker (default: 0)")
-    c.add_argument(
-        "--scaled-jpeg",
-        type=int,
-        metavar="PIXELS",
-        help="decode large JPEG files at a fraction, shorter side at least PIXELS (e.g. 448): quicker, other "
-        "pixels, another store",
-    )
-    c.add_argument("--perturb", help="apply a perturbation first, e.g. jpeg_q50")
-    c.add_argument(
-        "--retry-errors", action="store_true", help="try images again that were found to be damaged before"
-    )
-    c.add_argument(
-        "--isolate", action="store_true", help="decode in processes of their own: slower, survives any file"
-    )
-    _model_options(c)
+    option = add(extract, "Features of all images of a manifest; run it again to go on where it stopped.")
+    option("manifest", help="CSV, Parquet or folder")
+    _data_options(option)
+    option("--out", required=True, type=Path, help="the feature store to make or to continue")
+    option("--captions", default="generate", choices=("generate", "user"), help="whose captions")
+    missing = ("raise", "generate", "error")
+    option("--missing", default="raise", choices=missing, help="what to do without a user's caption")
+    option("--batch-size", type=_positive, help="images per batch; by device without it")
+    option("--limit", type=_positive, help="first rows only")
+    option("--engine", default="local", choices=("local", "ray"), help="this process, or Ray workers")
+    option("--address", help="Ray cluster to join; without it one starts on this machine")
+    option("--workers", type=_positive, default=2, help="Ray workers")
+    option("--gpus-per-worker", type=float, default=0, help="GPUs of each Ray worker")
+    option("--cpus-per-worker", type=float, default=1, help="processor cores of each Ray worker")
+    scaled = "decode large JPEG files at a fraction, shorter side at least this: quicker, another store"
+    option("--scaled-jpeg", type=_positive, metavar="PIXELS", help=scaled)
+    option("--perturb", help="apply a perturbation first, e.g. jpeg_q50")
+    option("--retry-errors", action="store_true", help="try images again that were found to be damaged")
+    _model_options(option)
 
-    c = add(
-        "train",
-        do.train,
-        "Train a detector on the train split of a feature store, calibrate it on val.",
-    )
-    c.add_argument("features", type=Path, help="feature store")
-    c.add_argument("--out", required=True, type=Path, help="folder for the detector")
-    c.add_argument("--representation", default="absolute", help="which misalignment (default: absolute)")
-    c.add_argument("--train-on", nargs="+", metavar="GENERATOR", help="fakes of these generators only")
-    c.add_argument("--seeds", type=int, default=5, help="heads that are averaged (default: 5)")
+    option = add(train, "Train a detector on the train split of a feature store, calibrate it on val.")
+    option("features", type=Path, help="feature store")
+    option("--out", required=True, type=Path, help="folder for the detector")
+    option("--representation", default="absolute", help="which misalignment")
+    option("--train-on", nargs="+", metavar="GENERATOR", help="fakes of these generators only")
+    option("--members", type=_positive, default=5, help="heads whose answers are averaged")
+    _rates(option)
+    _machine_options(option)
 
-    c = add("evaluate", do.evaluate, "Metrics with intervals on the test split, for each generator.")
-    c.add_argument("features", type=Path, help="feature store")
-    c.add_argument("--detector", required=True, type=Path)
-    c.add_argument(
-        "--fpr", type=float, default=0.05, help="false-positive rate of the threshold (default: 0.05)"
-    )
-    c.add_argument("--split", default="test", help="split to evaluate (default: test)")
-    c.add_argument("--csv", type=Path, help="also write the table")
+    option = add(evaluate, "Metrics with intervals on the test split, for each generator.")
+    option("features", type=Path, help="feature store")
+    option("--detector", required=True, type=Path, help="folder of a detector")
+    option("--split", help="split to evaluate; without it test, or all of a set that came without splits")
+    option("--csv", type=Path, help="also write all metrics, one row each")
+    _rates(option)
+    _machine_options(option)
 
-    c = add("export", do.export, "Embeddings of a feature store in the files of other tools.")
-    c.add_argument("features", type=Path, help="feature store")
-    c.add_argument("--to", required=True, type=Path, metavar="FOLDER", help="a new or empty folder")
-    c.add_argument(
-        "--format",
-        required=True,
-        choices=("clip-retrieval", "numpy"),
-        help="clip-retrieval: images and captions as it keeps them, float16; numpy: everything, with objects",
-    )
+    option = add(detect, "Answer for single images: p(fake), verdict, caption, and evidence per object.")
+    option("images", nargs="+", help="image files, or folders of them")
+    option("--detector", type=Path, help="folder of a detector; without it the preset's own")
+    option("--caption", help="use this caption instead of a generated one (one image)")
+    option("--json", action="store_true", help="one JSON object per image and line")
+    _rates(option)
+    _model_options(option)
 
-    c = add(
-        "study",
-        do.study,
-        "A protocol of the field: misalignment beside every control, raw and equalised.",
-    )
-    c.add_argument("--protocol", required=True, help="genimage, ufd19, forensynths or mini")
-    c.add_argument("--data", metavar="ROOT", help="folder of the data set (mini: the laboratory's images)")
-    c.add_argument(
-        "--out", default="results", type=Path, help="goes to OUT/study-PROTOCOL (default: results)"
-    )
-    c.add_argument("--seeds", type=int, default=5, help="each draws other training images (default: 5)")
-    c.add_argument(
-        "--scores", action="append", default=[], metavar="NAME=CSV", help="scores of a detector run elsewhere"
-    )
-    c.add_argument("--without", action="append", default=[], metavar="CONTROL", help="leave out, e.g. cnn")
-    c.add_argument("--skip-missing", action="store_true", help="go on without test sets that are not there")
-    c.add_argument("--per-set", type=int, metavar="N", help="at most N images of a set, class and split")
-    c.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
-    _model_options(c)
+    option = add(export, "Embeddings of a feature store in the files of other tools.")
+    option("features", type=Path, help="feature store")
+    option("--to", required=True, type=Path, metavar="FOLDER", help="a new or empty folder")
+    kinds = "clip-retrieval: images and captions as it keeps them, float16; numpy: everything, with objects"
+    option("--format", required=True, choices=("clip-retrieval", "numpy"), help=kinds)
 
-    c = add(
-        "detect",
-        do.detect,
-        "Answer for single images: p(fake), verdict, caption, and evidence per object.",
-    )
-    c.add_argument("images", nargs="+", help="image files")
-    c.add_argument("--detector", type=Path, help="folder of a detector (default: the preset's own)")
-    c.add_argument("--caption", help="use this caption instead of a generated one (one image)")
-    c.add_argument("--fpr", type=float, default=0.05, help="share of real images that may be called fake")
-    c.add_argument("--fnr", type=float, default=0.05, help="share of fake images that may be called real")
-    c.add_argument("--json", action="store_true", help="one JSON object per image and line")
-    _model_options(c)
+    option = add(study, "Misalignment beside every control, raw and equalised: a protocol, or your images.")
+    each = "without it: train on each generator of --data, test on each"
+    option("--protocol", help=f"genimage, ufd19, forensynths or mini; {each}")
+    option("--data", metavar="ROOT", help="CSV, Parquet or folder; mini has images of its own")
+    option("--out", default="results", type=Path, help="the study goes to a folder of its own in it")
+    option("--seeds", type=_positive, default=5, help="each draws other training images")
+    elsewhere = "scores of a detector run elsewhere"
+    option("--scores", action="append", default=[], metavar="NAME=CSV", help=elsewhere)
+    option("--without", action="append", default=[], metavar="CONTROL", help="leave out, e.g. cnn")
+    option("--skip-missing", action="store_true", help="go on without test sets that are not there")
+    option("--per-set", type=_positive, metavar="N", help="at most N images of a set, class and split")
+    option("--jobs", type=_positive, default=os.cpu_count() or 1, help="processes that train side by side")
+    _data_options(option)
+    _model_options(option)
 
-    c = add("download", do.download, "Fetch the models of a preset once, where a model hub can be reached.")
-    c.add_argument("--preset", required=True, help="fast or paper")
-    c.add_argument("--to", type=Path, metavar="FOLDER", help="fill a folder for a machine without a network")
-    _part_options(c)
-
-    c = add(
-        "lab",
-        do.lab,
-        "The mini laboratory: build models and fakes, train its detector, check all, lay out images.",
-    )
-    c.add_argument("action", choices=("build", "detector", "check", "images"))
-    c.add_argument("parts", nargs="*", help="build these parts only, e.g. clip captioner")
-    c.add_argument("--data", type=Path, help="folder of the laboratory (default: data/mini)")
-    c.add_argument("--work", default=Path("build/lab"), type=Path, help="renders and checkpoints")
-    c.add_argument("--out", default=Path("results"), type=Path, help="where images and features go")
-    c.add_argument("--device", default="cpu")
+    option = add(download, "Fetch the models of a preset once, where a model hub can be reached.")
+    option("--preset", required=True, help="fast or paper")
+    option("--to", type=Path, metavar="FOLDER", help="fill a folder for a machine without a network")
+    _part_options(option)
     return parser
 
 
-def _preset_options(c: argparse.ArgumentParser) -> None:
-    c.add_argument("--preset", default="mini", help="mini, fast or paper (default: mini)")
-    c.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+def _machine_options(option: Option) -> None:
+    option("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    few = "processor threads; 1 is quickest beside other busy programs. Without it one per core"
+    option("--threads", type=_positive, metavar="N", help=few)
 
 
-def _part_options(c: argparse.ArgumentParser) -> None:
-    kinds = {
-        "captioner": "a name on the hub, or a folder",
-        "parser": "a spaCy pipeline, or a folder",
-        "encoder": "open_clip's NAME:TAG, e.g. ViT-B-16:openai; hf-hub:OWNER/NAME; or a folder",
-        "localiser": "whole, grid, dense, owlv2 or grounding_dino; the last two also as NAME:FOLDER",
-    }
-    for part in PARTS:
-        c.add_argument(f"--{part}", help=f"another {part}: {kinds[part]}")
+def _part_options(option: Option) -> None:
+    for part, kinds in PARTS.items():
+        option(f"--{part}", help=f"another {part}: {kinds}")
 
 
-def _model_options(c: argparse.ArgumentParser) -> None:
-    _preset_options(c)
-    c.add_argument("--models", help="folder of models made by `itemkit download --to FOLDER`")
-    _part_options(c)
+def _model_options(option: Option) -> None:
+    option("--preset", default="mini", help="mini, fast or paper")
+    option("--models", help="folder of models made by `itemkit download --to FOLDER`")
+    _machine_options(option)
+    _part_options(option)
 
 
-def _data_options(c: argparse.ArgumentParser) -> None:
-    c.add_argument("manifest", help="CSV, Parquet or folder")
-    c.add_argument("--layout", default="auto", help="how the folder is laid out (default: found out)")
-    c.add_argument("--root", metavar="FOLDER", help="what a table's relative paths start from")
-    c.add_argument("--real-root", metavar="FOLDER", help="second tree, with the real images")
-    c.add_argument("--images-to", metavar="FOLDER", help="where to write images that a table holds inside")
+def _data_options(option: Option) -> None:
+    option("--layout", default="auto", help="how the folder is laid out; auto finds out")
+    option("--root", metavar="FOLDER", help="what a table's relative paths start from")
+    option("--real-root", metavar="FOLDER", help="second tree, with the real images")
+    option("--images-to", metavar="FOLDER", help="where to write images that a table holds inside")
+
+
+def _rates(option: Option) -> None:
+    option("--fpr", type=_share, default=0.05, help="share of real images that may be called fake")
+    option("--fnr", type=_share, default=0.05, help="share of fake images that may be called real")
+
+
+def _preset(args: argparse.Namespace, use_variable: bool = True) -> Preset:
+    from itemkit.presets import get_preset
+
+    parts = {part: getattr(args, part) for part in PARTS if getattr(args, part)}
+    return get_preset(args.preset, getattr(args, "models", None), use_variable=use_variable, **parts)
+
+
+def _manifest(args: argparse.Namespace, data: str) -> pd.DataFrame:
+    """Read a manifest, and say what was found and what was left out before anything expensive begins."""
+    from itemkit.manifest import describe_manifest, read_manifest
+
+    options = {"root": args.root, "real_root": args.real_root, "images_to": args.images_to}
+    manifest = read_manifest(data, args.layout, **options)
+    for line in describe_manifest(manifest):
+        _say(line)
+    return manifest
+
+
+# ----------------------------------------------------------------------------------------------- the commands
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Say whether this machine is ready."""
+    from itemkit.doctor import FAIL, run_doctor, summary
+
+    checks = []
+    for check in run_doctor(_preset(args), args.device, args.deep):
+        checks.append(check)
+        _print(str(check))
+    _print(summary(checks))
+    return int(any(check.status == FAIL for check in checks))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the whole method."""
+    from itemkit.run import run_all
+
+    manifest = None if args.data is None else _manifest(args, args.data)
+    rates = {"fpr": args.fpr, "fnr": args.fnr}
+    failed = run_all(_preset(args), manifest, args.out, args.device, **rates)
+    return int(bool(failed))
+
+
+def audit(args: argparse.Namespace) -> int:
+    """Print the audit of a data set, and equalise it if asked to."""
+    from itemkit.audit import audit, equalise_folder
+    from itemkit.images import EqualiseConfig
+    from itemkit.text import write_csv
+
+    given = {k: getattr(args, k) for k in ("size", "codec", "quality") if getattr(args, k) is not None}
+    if given and not args.equalise:
+        raise InputError(f"--{next(iter(given))} goes with --equalise FOLDER, which says where to write")
+    config = EqualiseConfig(**given)
+    manifest = _manifest(args, args.manifest)
+    options: dict[str, Any] = {"progress": True} | ({"by": args.by} if args.by else {})
+    reports = {"as they are": audit(manifest, **options)}
+    _print(reports["as they are"].to_text())
+    if args.csv:
+        write_csv(reports["as they are"].table, args.csv)
+    if args.equalise:
+        equalised = equalise_folder(manifest, args.equalise, config, progress=True)
+        _print(f"\nAfter equalising into {args.equalise}:\n")
+        reports["equalised"] = audit(equalised, **options)
+        _print(reports["equalised"].to_text(before=reports["as they are"]))
+    if args.figure:
+        _draw_audit(reports, args.figure)
+    return int(any(len(report.errors) for report in reports.values()))
+
+
+def _draw_audit(reports: dict[str, Any], folder: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from itemkit import plots
+    from itemkit.audit import ranking
+
+    plots.style()
+    table = ranking(reports)
+    n_rows = table["property"].nunique()
+    fig = Figure(figsize=(5.5, 0.8 + 0.25 * n_rows))
+    plots.intervals(
+        fig.add_subplot(),
+        table,
+        y="property",
+        hue="data" if len(reports) > 1 else None,
+        xlabel="AUROC of this property alone (95 % interval; 0.5 is chance)",
+        reference=0.5,
+    )
+    n = ", ".join(f"{name}: n = {len(report.measurements):,}" for name, report in reports.items())
+    plots.save(fig, "audit", table, folder, n)
+
+
+def extract(args: argparse.Namespace) -> int:
+    """Compute features of a manifest's images."""
+    from itemkit import schema
+    from itemkit.decode import DecodeConfig, scaled_jpeg
+    from itemkit.extraction import extract
+    from itemkit.perturb import get_perturbation
+
+    preset = _preset(args)
+    manifest = _manifest(args, args.manifest)
+    if preset.name == "mini" and not (manifest[schema.SOURCE] == schema.LAB_SOURCE).all():
+        _say(f"note: {schema.MINI_WARNING}")
+    ray = None
+    if args.engine == "ray":
+        from itemkit.engine_ray import RayOptions
+
+        per_worker = {"gpus_per_worker": args.gpus_per_worker, "cpus_per_worker": args.cpus_per_worker}
+        ray = RayOptions(address=args.address, workers=args.workers, **per_worker)
+    decode: dict[str, Any] = {"threads": args.threads} if args.threads else {}
+    if args.scaled_jpeg:
+        decode["loader"] = scaled_jpeg(args.scaled_jpeg)
+    report = extract(
+        manifest,
+        args.out,
+        preset,
+        device=args.device,
+        engine=args.engine,
+        ray=ray,
+        captions=args.captions,
+        missing=args.missing,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        transform=get_perturbation(args.perturb) if args.perturb else None,
+        decode=DecodeConfig(**decode),
+        retry_errors=args.retry_errors,
+        config=preset.record(),
+    )
+    return int(bool(report.errors or report.left))
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train a detector on stored features."""
+    from itemkit.calibrate import check_fnr
+    from itemkit.workflow import train_detector
+
+    features = _features(args.features)
+    options = {"members": args.members, "device": args.device}
+    detector = train_detector(features, args.representation, args.train_on, **options)
+    detector.save(args.out)
+    _print(f"detector written to {args.out}")
+    at = f"at {100 * args.fpr:g} % false positives"
+    try:
+        _print(f"its threshold {at}: {detector.threshold(args.fpr).statement}")
+    except InputError as reason:  # too few real images to promise this rate; the scores are as good as ever
+        _say(f"itemkit: warning: no threshold yet: {reason}; ask for less with --fpr")
+    try:
+        check_fnr(args.fnr, len(detector.fake_scores_))
+    except InputError as reason:
+        _say(f"itemkit: warning: no verdict 'real' yet: {reason}; ask for less with --fnr")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Print a detector's metrics, and whether its promises are kept."""
+    from itemkit import schema
+    from itemkit.calibrate import told
+    from itemkit.detector import Detector
+    from itemkit.text import count, write_csv
+    from itemkit.workflow import promises
+
+    features = _features(args.features)
+    detector = Detector.load(args.detector, args.device)
+    test, which = _to_evaluate(features, detector, args.split)
+    table = detector.evaluate(test, args.fpr)
+    made = features.provenance
+    at = f"threshold at {100 * args.fpr:g} % false positives"
+    _print(f"{count(len(test), 'image')} ({which}); 95 % intervals over images; {at}")
+    _print(f"features made with {_made_with(made)}\n")
+    _print(_compact(table))
+    verdicts = detector.verdict(test, args.fpr, args.fnr)["verdict"]
+    names = test.table[schema.LABEL].map(schema.LABEL_NAMES).to_numpy()
+    _print(f"\nVerdicts at --fpr {args.fpr:g} and --fnr {args.fnr:g}:")
+    for name, answers in verdicts.groupby(names):
+        shares = ", ".join(f"{n:,} {answer}" for answer, n in answers.value_counts().items())
+        _print(f"  {count(len(answers), f'{name} image')}: {shares}")
+    _print("\nWhat was promised, and what happened:")
+    try:
+        lines = told(promises(detector, test))
+    except InputError as reason:  # the detector knows all of these images; their metrics stand all the same
+        lines = [f"not checked: {reason}"]
+    for line in lines:
+        _print(f"  {line}")
+    if args.csv:
+        write_csv(table.assign(interval="95 % over images", **made), args.csv)
+    return 0
+
+
+def _print(text: str) -> None:
+    """Print a result; what data wrote into it cannot act on the terminal."""
+    from itemkit.text import printable
+
+    print("\n".join(printable(line) for line in text.split("\n")), flush=True)
+
+
+def _features(store: Path) -> Features:
+    """Read a store, and say what was done about its splits and what its models know nothing of."""
+    from itemkit.store import load_features
+
+    features = load_features(store)
+    for note in (features.run.get("splits"), features.provenance["note"]):
+        if note:
+            _say(f"note: {note}")
+    return features
+
+
+def _to_evaluate(features: Features, detector: Any, split: str | None) -> tuple[Features, str]:
+    """Take a split; of images that came without any, and that the detector has not seen, take all."""
+    from itemkit import schema
+
+    labelled = features.table[schema.LABEL].notna().to_numpy()
+    if split is None and labelled.any() and features.run.get("splits") and not any(detector.seen(features)):
+        why = "all: they came without splits, and the detector has seen none of them"
+        return features.select(labelled), why
+    return features.split(split or "test"), f"split '{split or 'test'}'"
+
+
+def _made_with(made: dict[str, Any]) -> str:
+    """What the numbers were made with, in one line."""
+    parts = [f"itemkit {made['itemkit']}", f"preset {made['preset']}", f"models {made['models']}"]
+    return ", ".join(parts) + (f"; {made['note']}" if made["note"] else "")
+
+
+def _compact(table: pd.DataFrame) -> str:
+    """One row per generator, for a terminal; metrics that are not defined are shown as a dash."""
+    shown = table[table["metric"].isin(METRICS)]
+    cells = [
+        f"{value:.2f}" + ("" if math.isnan(low) else f" ({low:.2f}-{high:.2f})")
+        if not math.isnan(value)
+        else "-"
+        for value, low, high in zip(shown["value"], shown["low"], shown["high"], strict=True)
+    ]
+    wide = shown.assign(cell=cells).pivot(index="generator", columns="metric", values="cell")
+    counts = table.drop_duplicates("generator").set_index("generator")[["n_real", "n_fake"]]
+    return counts.join(wide[[name for name in METRICS if name in wide]]).reset_index().to_string(index=False)
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write a store's embeddings in another layout."""
+    from itemkit import schema
+    from itemkit.export import export_clip_retrieval, export_numpy
+    from itemkit.store import EMBEDDINGS, load_features
+    from itemkit.text import count
+
+    if args.format == "clip-retrieval":  # it has no place for objects, so they are not even read
+        features = load_features(args.features, (schema.IMAGE_EMB, schema.CAPTION_EMB))
+        export_clip_retrieval(features, args.to)
+    else:
+        features = load_features(args.features, EMBEDDINGS)
+        export_numpy(features, args.to)
+    _print(f"{count(len(features), 'image')} written to {args.to}")
+    return 0
+
+
+def study(args: argparse.Namespace) -> int:
+    """Run a protocol, or the comparison of one's own generators, and print its table."""
+    from itemkit.study import run_study
+
+    if args.protocol is None and args.data is None:
+        raise InputError(
+            "name a --protocol (genimage, ufd19, forensynths or mini), or your own images with --data"
+        )
+    given = ("seeds", "scores", "skip_missing", "per_set", "without", "jobs")
+    options = {name: getattr(args, name) for name in given}
+    data = None if args.data is None else _manifest(args, args.data)
+    path = run_study(args.protocol, data, args.out, _preset(args), args.device, **options)
+    _print(path.read_text(encoding="utf-8"))
+    _print(f"written to {path} and table.csv beside it")
+    return 0
+
+
+def detect(args: argparse.Namespace) -> int:
+    """Judge single images."""
+    from itemkit.workflow import detect
+
+    if args.caption is not None and len(args.images) > 1:
+        raise InputError(f"--caption goes with one image, got {len(args.images)}; run detect once for each")
+    rates = {"fpr": args.fpr, "fnr": args.fnr}
+    failed = 0
+    for answer in detect(args.images, _preset(args), args.detector, args.device, args.caption, **rates):
+        failed += "error" in answer
+        if args.json:
+            print(json.dumps(_plain(answer), allow_nan=False), flush=True)
+        else:
+            _print("\n".join(_answer(answer)))
+    return int(failed > 0)
+
+
+def _plain(value: Any) -> Any:
+    """The same value with null for every number that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _answer(answer: dict[str, Any]) -> Iterable[str]:
+    """One image's answer as lines of text."""
+    from itemkit.text import one_line, printable
+
+    yield printable(answer["path"])
+    if "error" in answer:
+        yield f"  not judged: {one_line(answer['error'])}"
+        return
+    yield f"  verdict  {answer['verdict']}, p(fake) = {answer['p_fake']:.2f} ({answer['because']})"
+    yield f"  caption  {printable(answer['caption'])}"
+    below = f"{answer['global_real_below']:.0%} of validation reals fit their caption less well"
+    yield f"  global   cosine {answer['global_cosine']:.3f}; {below}"
+    for thing in answer["objects"]:
+        box = ", ".join(f"{v:.0f}" for v in thing["box"])
+        below = f"{thing['real_below']:.0%} of objects in validation reals fit less well"
+        yield f"  local    {printable(thing['phrase'])}: cosine {thing['cosine']:.3f} in box ({box}); {below}"
+    if not answer["objects"]:
+        yield "  local    the caption names no object; judged by the whole image"
+    if answer.get("note"):
+        yield f"  note     {answer['note']}"
+
+
+def download(args: argparse.Namespace) -> int:
+    """Fetch a preset's models."""
+    from itemkit.download import MODELS_FILE, download
+
+    # ITEMKIT_MODELS may be set already, for the runs to come, and name the very folder that is to be filled
+    download(_preset(args, use_variable=False), args.to, report=_print)
+    if args.to:
+        _print(f"what was fetched is noted in {args.to / MODELS_FILE}; use it with --models {args.to}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
