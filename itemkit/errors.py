@@ -15,7 +15,7 @@ class ModelNotFound(ItemkitError):
     Parameters
     ----------
     what : str
-        What was asked for, e.g. ``captioner 'Salesforce/blip'``; or the whole message, where there is no more.
+        What was asked for, e.g. ``captioner 'Salesforce/blip'``; or the whole message, if there is no more.
     reason : str
         What is wrong with it, as the rest of a sentence; that it is not here, by default.
     looked : str

@@ -1,80 +1,146 @@
-"""From a preset and a data folder to features in one call: what notebooks and the command line share."""
+"""From images to features, a detector and verdicts, each in one call; for notebooks and the command line."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
+import hashlib
+import json
+import math
+import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from itemkit import schema
-from itemkit.calibrate import check_promises
-from itemkit.detector import Detector
-from itemkit.errors import InputError
+from itemkit._files import atomic_write
+from itemkit.errors import InputError, StoreError
 from itemkit.extraction import extract
 from itemkit.features import Features
-from itemkit.head import MisalignmentMLP
-from itemkit.images import ImageError, load_image
-from itemkit.manifest import assign_splits, read_manifest
-from itemkit.presets import Preset, get_preset, mini_folder
-from itemkit.steps import Stages, fingerprint
-from itemkit.store import concat_features, load_features
+from itemkit.images import EXTENSIONS, content_id, load_image, read_bytes
+from itemkit.manifest import read_manifest
+from itemkit.models import file_hash, tidy
+from itemkit.presets import MINI_REMEDY, PRESETS, Preset, get_preset, mini_folder
+from itemkit.store import MANIFEST_FILE, load_features, read_run, store_root
+from itemkit.text import did_you_mean, one_line
 
-LAB_NOTE = "mini laboratory: rendered scenes and small generators, not photographs"
-MINI_ON_FOREIGN_IMAGES = (
-    "note: the mini models know rendered scenes only. On other images the path is real, the numbers mean "
-    "nothing; use --preset fast or paper for results."
-)
+if TYPE_CHECKING:
+    from itemkit.detector import Detector
+
+# the files of data/mini that hold the images of each part of the laboratory
+LAB_PARTS = {"images": ("reals", "fakes"), "fresh": ("fresh",), "ladders": ("ladders",)}
+# which field of a preset holds the options of a part, and goes with it when the part is replaced
+_OPTIONS = {
+    "captioner": "captioner_options", "parser": "parser_options",
+    "localiser": "localiser_options", "encoder": "encoder_pretrained",
+}  # fmt: skip
 
 
-def data_manifest(data: str | Path | None, out_dir: str | Path, preset: str = "mini") -> pd.DataFrame:
-    """Read a data set's manifest; without one, lay out the mini laboratory's images and read theirs.
+def lab_manifest(out_dir: str | Path, which: str = "images") -> pd.DataFrame:
+    """Lay out images of the mini laboratory as files, once, and read their manifest.
 
     Parameters
     ----------
-    data : path or None
-        CSV, Parquet or folder; None or empty stands for the mini laboratory.
     out_dir : path
-        The mini images are written to ``out_dir/mini`` the first time.
-    preset : str
-        Only to tell what is missing.
+        They go to ``out_dir/mini``, byte for byte as ``data/mini`` holds them. What is complete is left as it
+        is, unless those files have changed since; two processes may do this at once.
+    which : {"images", "fresh", "ladders"}
+        The data set; new renders of its ``val`` and ``test`` that nothing was trained on; or the rungs of the
+        two ladders of better fakes.
 
     Returns
     -------
     DataFrame
-        Every labelled image has a split.
-    """
-    if data is None or str(data) == "":
-        if preset != "mini":
-            raise InputError(f"preset '{preset}' needs images: give a folder or a manifest (DATA, or --data)")
-        # the one place outside its own command where the laboratory is used: it is the default data set
-        from minilab.fakes import materialise
+        As `itemkit.manifest.read_manifest` gives it, every image with label and split.
 
-        data = materialise(mini_folder() / "fakes.parquet", Path(out_dir) / "mini")
-    manifest = read_manifest(data)
-    labelled = manifest[schema.LABEL].notna()
-    if (labelled & manifest[schema.SPLIT].isna()).any():
-        manifest = assign_splits(manifest)
-    return manifest
+    Raises
+    ------
+    InputError
+        ``data/mini`` lacks a file.
+    """
+    if which not in LAB_PARTS:
+        raise InputError(f"the laboratory has no part {which!r}; parts: {', '.join(LAB_PARTS)}")
+    sources = [mini_folder() / f"{name}.parquet" for name in LAB_PARTS[which]]
+    if missing := [tidy(source) for source in sources if not source.is_file()]:
+        raise InputError(
+            f"the mini laboratory's images are not in {', '.join(missing)}. {MINI_REMEDY.strip()}"
+        )
+    folder = Path(out_dir) / "mini" / ("" if which == "images" else which)
+    manifest, stamp = folder / "manifest.csv", folder / "made_from.sha256"
+    made_from = "\n".join(file_hash(source) for source in sources)
+    if not (manifest.is_file() and stamp.is_file() and stamp.read_text() == made_from):
+        table = pd.concat([_lay_out(pd.read_parquet(source), folder) for source in sources])
+        # the stamp comes last: it says that everything before it is there
+        atomic_write(manifest, lambda file: file.write(table.to_csv(index=False).encode()))
+        atomic_write(stamp, lambda file: file.write(made_from.encode()))
+    return read_manifest(manifest)
+
+
+def _lay_out(pictures: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """Write ``images/<generator>/<split>-<index>.png`` from rows ``generator, split, prompt, png``."""
+    index = pictures.groupby(["generator", "split"], sort=False).cumcount()
+    rows = []
+    for picture, i in zip(pictures.itertuples(), index, strict=True):
+        path = folder / "images" / picture.generator / f"{picture.split}-{i:04d}.png"
+        if not (path.is_file() and path.read_bytes() == picture.png):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, lambda file, data=picture.png: file.write(data))
+        rows.append(
+            {
+                schema.PATH: path.relative_to(folder).as_posix(),
+                schema.LABEL: int(picture.generator != schema.REAL_GENERATOR),
+                schema.GENERATOR: picture.generator,
+                schema.SOURCE: schema.LAB_SOURCE,
+                schema.SPLIT: picture.split,
+                schema.CAPTION: picture.prompt,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def data_manifest(
+    data: pd.DataFrame | str | Path | None, out_dir: str | Path, preset: str = "mini"
+) -> pd.DataFrame:
+    """Manifest of a data set; without one, that of the mini laboratory's images.
+
+    Parameters
+    ----------
+    data : DataFrame, path or None
+        A manifest, or CSV, Parquet or folder to read one from; None or empty stands for the mini laboratory.
+    out_dir : path
+        See `lab_manifest`.
+    preset : str
+        Which models are meant; only the mini ones go with the laboratory's images.
+
+    Returns
+    -------
+    DataFrame
+    """
+    if isinstance(data, pd.DataFrame):
+        return data if "report" in data.attrs else read_manifest(data)
+    if data is not None and str(data) != "":
+        return read_manifest(data)
+    if preset != "mini":
+        raise InputError(f"preset '{preset}' needs images: give a folder or a manifest (DATA, or --data)")
+    return lab_manifest(out_dir)
 
 
 def features(
     preset: str | Preset = "mini",
-    data: str | Path | None = None,
+    data: pd.DataFrame | str | Path | None = None,
     out_dir: str | Path = "results",
     device: str = "auto",
     *,
     name: str = "",
-    splits: tuple[str, ...] = (),
-    generators: tuple[str, ...] = (),
+    splits: Sequence[str] = (),
+    generators: Sequence[str] = (),
     transform: Callable[..., Any] | None = None,
     captions: str | pd.Series = "generate",
     progress: bool = True,
+    threads: int | None = None,
     **overrides: Any,
 ) -> Features:
     """Features of a data set, computed now or read back from ``out_dir/features``.
@@ -84,43 +150,110 @@ def features(
     preset : str or Preset
         ``mini``, ``fast``, ``paper``, or a preset put together by hand.
     data, out_dir
-        See :func:`data_manifest`.
+        See `data_manifest`.
     device : str
     name : str
-        Of the feature store, beside the preset's own; needed where another transform or other models make it.
-    splits, generators : tuple of str
-        Take images of these only; all by default. ``real`` is a generator here.
-    transform : callable, optional
+        Joins the name of the store's folder, for people who look into it. Other models, captions or
+        transforms get a folder of their own in any case.
+    splits, generators : sequence of str
+        Take images of these only; all by default. ``real`` is a generator here. What else the store holds
+        stays in it.
+    transform : callable with ``fingerprint()``, optional
         Applied to every image before the method sees it, e.g. a perturbation.
     captions : {"generate", "user"} or Series
         From the captioner, from the manifest, or from a Series indexed by path.
     progress : bool
+    threads : int, optional
+        Of torch, see `itemkit.devices.set_threads`.
     **overrides
-        Parts of the preset to replace, e.g. ``localiser="dense"``.
+        Parts of the preset to replace, e.g. ``localiser="dense"``; also of one put together by hand.
 
     Returns
     -------
     Features
+        Every labelled image has a split. Where all are there already, no model is loaded.
     """
-    chosen = get_preset(preset, **overrides) if isinstance(preset, str) else preset
+    chosen = _replaced(preset, overrides)
+    if threads is not None:
+        from itemkit.devices import set_threads
+
+        set_threads(threads)
     manifest = data_manifest(data, out_dir, chosen.name)
-    for column, wanted in ((schema.SPLIT, splits), (schema.GENERATOR, generators)):
-        if wanted:
-            manifest = manifest[manifest[column].isin(wanted)].reset_index(drop=True)
+    made_by: list[Any] = []  # what else than the preset as it comes; names the folder
     if not isinstance(captions, str):
         manifest = manifest.assign(**{schema.CAPTION: manifest[schema.PATH].map(captions)})
+        made_by.append(int(pd.util.hash_pandas_object(captions).sum()))
         captions = "user"
-    store = Path(out_dir) / "features" / "-".join(p for p in (chosen.name, name) if p)
-    extract(
-        manifest,
-        store,
-        chosen.build(device),
-        captions=captions,
-        transform=transform,
-        progress=progress,
-        config=chosen.record(),
-    )
-    return load_features(store)
+    if captions != "generate" or chosen != _as_it_comes(chosen.name):
+        made_by.append(chosen.fingerprint(captions, device))
+    if transform is not None:
+        made_by.append(transform.fingerprint() if hasattr(transform, "fingerprint") else repr(transform))
+    digest = hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    folders = Path(out_dir) / "features"
+    store = folders / "-".join(part for part in (chosen.name, name, digest if made_by else "") if part)
+    if splits or generators:
+        manifest = _part(manifest, splits, generators, store, folders / chosen.name)
+    extract(manifest, store, chosen, device=device, captions=captions, transform=transform, progress=progress)
+    found = load_features(store)
+    wanted = np.ones(len(found), bool)
+    for column, some in ((schema.SPLIT, splits), (schema.GENERATOR, generators)):
+        wanted &= found.table[column].isin(some).to_numpy() if some else True
+    return found if wanted.all() else found.select(wanted)
+
+
+def _replaced(preset: str | Preset, overrides: dict[str, Any]) -> Preset:
+    """The preset with parts replaced, whether it is known by name or was put together by hand."""
+    if isinstance(preset, str):
+        return get_preset(preset, **overrides)
+    if not overrides:
+        return preset
+    given = get_preset("mini", **overrides)  # checks the names and takes texts like NAME:TAG apart
+    touched = {*overrides, *(_OPTIONS[part] for part in overrides if part in _OPTIONS)}
+    return dataclasses.replace(preset, **{field: getattr(given, field) for field in touched})
+
+
+def _as_it_comes(name: str) -> Preset | None:
+    return get_preset(name) if name in PRESETS else None
+
+
+def _part(
+    manifest: pd.DataFrame, splits: Sequence[str], generators: Sequence[str], store: Path, plain: Path
+) -> pd.DataFrame:
+    """Rows of some splits and generators, and those that the store holds already, so that none is cut off."""
+    there = sorted(set(manifest[schema.GENERATOR]))
+    if unknown := sorted(set(generators) - set(there)):
+        hint = did_you_mean(unknown[0], there)
+        raise InputError(f"no image of {', '.join(unknown)}.{hint} Generators there are: {', '.join(there)}")
+    asked = manifest[schema.GENERATOR].isin(generators) if generators else manifest[schema.PATH].notna()
+    if splits:
+        split, labelled = manifest[schema.SPLIT], manifest[schema.LABEL].notna()
+        if split[labelled].isna().any() or not set(schema.SPLITS) <= set(split):
+            # splits follow from the images' content: known once the images have been through the plain preset
+            with_splits = _stored(plain)
+            split = manifest[schema.PATH].map(with_splits).astype(object).where(lambda s: s.notna(), split)
+            manifest = manifest.assign(**{schema.SPLIT: split})
+        asked &= split.isin(splits) | (split.isna() & labelled)
+    if not asked.any():
+        counts = manifest[schema.SPLIT].value_counts().items()
+        raise InputError(
+            f"no image with split in {list(splits)} and generator in {list(generators) or 'any'}; splits "
+            f"there are: {', '.join(f'{k} ({v})' for k, v in counts) or 'none'}"
+        )
+    return manifest[asked | manifest[schema.PATH].isin(_stored(store).index)].reset_index(drop=True)
+
+
+def _stored(folder: Path) -> pd.Series:
+    """Split of each image that a store lists, by path; empty where there is no usable store."""
+    try:
+        base = store_root(folder, read_run(folder))
+        table = pd.read_parquet(folder / MANIFEST_FILE, columns=[schema.PATH, schema.SPLIT])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            known = load_features(folder, ()).table.set_index(schema.PATH)[schema.SPLIT]
+    except (StoreError, OSError, ValueError):
+        return pd.Series(dtype=object)
+    paths = [str(base / path) for path in table[schema.PATH]]
+    return known[~known.index.duplicated()].reindex(pd.Index(paths).drop_duplicates())
 
 
 def add_pixels(
@@ -148,9 +281,8 @@ def add_pixels(
         With ``pixels``, uint8, shape (n, side_px, side_px, 3).
     """
     pixels = np.empty((len(features), side_px, side_px, 3), np.uint8)
-    for row, (path, image_id) in enumerate(
-        zip(features.table[schema.PATH], features.table[schema.IMAGE_ID], strict=True)
-    ):
+    table = features.table
+    for row, (path, image_id) in enumerate(zip(table[schema.PATH], table[schema.IMAGE_ID], strict=True)):
         image = load_image(path)
         if transform is not None:
             image = transform(image, image_id)
@@ -165,73 +297,12 @@ def add_pixels(
     return dataclasses.replace(features, pixels=pixels)
 
 
-def warn_if_foreign(preset: str, data: str | Path | None) -> None:
-    """Say on stderr that the mini models mean nothing on images from elsewhere."""
-    if preset == "mini" and data:
-        print(MINI_ON_FOREIGN_IMAGES, file=sys.stderr)
-
-
-def warn_about_features(features: Features) -> None:
-    """Say the same of stored features that the mini models made from images other than the laboratory's."""
-    from minilab.fakes import SOURCE
-
-    config = features.run.get("config") or {}
-    if config.get("name") == "mini" and not (features.table[schema.SOURCE] == SOURCE).all():
-        print(MINI_ON_FOREIGN_IMAGES, file=sys.stderr)
-
-
-def read_features(store: str | Path) -> Features:
-    """Read a feature store; labelled images without any split are split here, always in the same way.
-
-    Parameters
-    ----------
-    store : path
-
-    Returns
-    -------
-    Features
-    """
-    features = load_features(store)
-    table = features.table
-    labelled = table[schema.LABEL].notna()
-    if labelled.any() and table.loc[labelled, schema.SPLIT].isna().all():
-        split = assign_splits(table.loc[labelled])[schema.SPLIT]
-        table = table.assign(**{schema.SPLIT: split.reindex(table.index)})
-        counts = ", ".join(f"{k} {v}" for k, v in split.value_counts().items())
-        print(f"note: the images have no splits; divided by generator with seed 0: {counts}", file=sys.stderr)
-    return dataclasses.replace(features, table=table)
-
-
-def take_split(features: Features, split: str) -> Features:
-    """Select the labelled images of one split.
-
-    Parameters
-    ----------
-    features : Features
-    split : str
-
-    Returns
-    -------
-    Features
-
-    Raises
-    ------
-    InputError
-        The split is empty; says which there are.
-    """
-    table = features.table
-    rows = (table[schema.SPLIT] == split) & table[schema.LABEL].notna()
-    if not rows.any():
-        there = ", ".join(f"{k} ({v})" for k, v in table[schema.SPLIT].value_counts().items()) or "none"
-        raise InputError(f"no labelled image has split '{split}'; splits there are: {there}")
-    return features.select(rows.to_numpy())
-
-
 def train_detector(
     features: Features,
     representation: str = "absolute",
     generators: Sequence[str] | None = None,
-    seeds: int = 5,
+    members: int = 5,
+    device: str = "auto",
 ) -> Detector:
     """Train a detector on the train split, stop and calibrate it on the val split.
 
@@ -242,93 +313,33 @@ def train_detector(
         See ``itemkit.misalignment.REPRESENTATIONS``.
     generators : sequence of str, optional
         Fakes of these only, in both splits; all by default.
-    seeds : int
+    members : int
         Heads whose log-odds are averaged.
+    device : str
+        Where the heads are trained.
 
     Returns
     -------
     Detector
-    """
-    name = features.table[schema.GENERATOR]
-    if generators is not None:
-        if unknown := sorted(set(generators) - set(name)):
-            raise InputError(
-                f"no image of {', '.join(unknown)}; generators there are: {', '.join(sorted(set(name)))}"
-            )
-        features = features.select(name.isin([schema.REAL_GENERATOR, *generators]).to_numpy())
-    detector = Detector(representation, MisalignmentMLP(members=seeds))
-    return detector.fit(take_split(features, "train"), take_split(features, "val"))
-
-
-def promises(detector: Detector, test: Features) -> pd.DataFrame:
-    """Hold what the detector's thresholds and verdicts promise against labelled images it has not seen.
-
-    Parameters
-    ----------
-    detector : Detector
-    test : Features
-        Images that neither trained nor calibrated it are used; the others are left out, with a warning.
-
-    Returns
-    -------
-    DataFrame
-        See `itemkit.calibrate.check_promises`.
+        Also with few images; then it withholds what it cannot promise.
 
     Raises
     ------
     InputError
-        All of the images trained, stopped or calibrated the detector.
+        A class has no training image.
     """
-    new = detector.seen(test) == ""
-    if not new.any():
-        raise InputError(
-            f"all {len(test)} images trained or calibrated this detector, and what it promises is about new "
-            "ones; take a split that it has not seen"
-        )
-    if not new.all():
-        warnings.warn(
-            f"{int((~new).sum())} of {len(test)} images trained or calibrated this detector; its promises "
-            f"are held against the other {int(new.sum())}",
-            stacklevel=2,
-        )
-        test = test.select(new)
-    score, y = detector.decision_function(test), test.labels
-    known = detector.real_scores_, detector.fake_scores_
-    return check_promises(*known, score[y == schema.REAL], score[y == schema.FAKE])
+    from itemkit.detector import Detector
+    from itemkit.head import MisalignmentMLP
 
-
-def save_mini_detector(out_dir: str | Path) -> Path:
-    """Train the detector that comes with the mini preset, on all of its generators.
-
-    The data set's 120 validation reals are too few for a rate of 1 %: half of them calibrate, 99 are needed.
-    So the validation renders that `itemkit study` makes anew join them; its test renders stay unseen.
-
-    Parameters
-    ----------
-    out_dir : path
-        Where the images and features go.
-
-    Returns
-    -------
-    Path
-        Folder of the detector, beside the mini models.
-    """
-    from itemkit.study_run import fresh_renders  # which imports this module
-
-    known = features("mini", None, out_dir, "cpu")
-    # the same store as the study's, so whichever comes second finds it made
-    fresh = features("mini", fresh_renders(Path(out_dir) / "mini"), out_dir, "cpu", name="fresh")
-    detector = train_detector(concat_features([known, take_split(fresh, "val")]))
-    return detector.save(_mini_detector())
-
-
-def _mini_detector() -> Path:
-    return mini_folder() / "models" / "detector"
+    if generators is not None:
+        features = features.with_generators(generators)
+    detector = Detector(representation, MisalignmentMLP(members=members, device=device))
+    return detector.fit(features.split("train"), features.split("val"))
 
 
 def detect(
-    paths: Sequence[str | Path],
-    preset: Preset,
+    paths: str | Path | Iterable[str | Path],
+    preset: str | Preset = "mini",
     detector: str | Path | None = None,
     device: str = "auto",
     caption: str | None = None,
@@ -339,8 +350,9 @@ def detect(
 
     Parameters
     ----------
-    paths : sequence of path
-    preset : Preset
+    paths : path or iterable of path
+        Image files, or folders, whose images are judged in order.
+    preset : str or Preset
     detector : path, optional
         Folder of a trained detector; the mini preset has its own.
     device : str
@@ -354,47 +366,97 @@ def detect(
     Yields
     ------
     dict
-        For each image, ready for JSON: ``path, verdict, p_fake, because, caption, global_cosine,
-        global_real_below, objects`` (phrase, box in pixels, cosine, real_below), or ``path, error``.
+        For each image, ready for JSON: ``path, image_id`` (SHA-256 of the file), ``seen`` ("train" or "val"
+        if the detector was made with it), ``verdict`` (real, fake, unsure; withheld where the detector's
+        images are too few for the promise), ``p_fake, because, caption, global_cosine, global_real_below,
+        objects`` (phrase, box in pixels, cosine, real_below), and what made it: ``itemkit, preset, models,
+        note``. Or ``path, error``: one image that cannot be judged ends nothing.
+
+    Raises
+    ------
+    InputError
+        There is no detector for the preset, or it was trained on features of other models.
     """
-    folder = Path(detector) if detector is not None else _mini_detector()
-    if detector is None and preset.name != "mini":
+    from itemkit.detector import Detector
+    from itemkit.steps import Stages
+
+    chosen = get_preset(preset) if isinstance(preset, str) else preset
+    if detector is None and chosen.name != "mini":
         raise InputError(
-            f"there is no detector for preset '{preset.name}' yet: train one with `itemkit extract` and "
+            f"there is no detector for preset '{chosen.name}' yet: train one with `itemkit extract` and "
             "`itemkit train`, and name its folder with --detector"
         )
-    judge = Detector.load(folder, device)
-    components = preset.build(device)
-    stages = Stages(components)
+    judge = Detector.load(detector if detector is not None else mini_folder() / "models" / "detector", device)
+    files = list(_image_files(paths))
+    models = chosen.build(device)
+    steps = Stages(models)
+    run = {"config": {"name": chosen.name}, "fingerprint": models.fingerprint()}
     # a caption given here is another source of text on purpose; the check covers everything else
     ignore = ("captions", "captioner") if caption is not None else ()
-    for path in paths:
+    checked = False
+    for path in files:
         try:
-            image = load_image(path)
-        except ImageError as error:
-            yield {"path": str(path), "error": str(error)}
+            data = read_bytes(path)
+            one = steps([load_image(data, name=path)], [caption])
+        except Exception as error:  # noqa: BLE001 - whatever a picture does to a decoder or a model
+            yield {"path": path, "error": one_line(error)}
             continue
-        one = stages([image], [caption])
-        one.table[schema.IMAGE_ID], one.table[schema.PATH] = str(path), str(path)
-        one.run = {"fingerprint": fingerprint(components)}
-        verdict = judge.verdict(one, fpr, fnr, ignore).iloc[0]
-        evidence = judge.explain(one, 0, ignore=ignore)
-        whole, local = evidence.iloc[0], evidence.iloc[1:]
-        yield {
-            "path": str(path),
-            "verdict": verdict["verdict"],
-            "p_fake": round(float(verdict["p_fake"]), 4),
-            "because": verdict["because"],
-            "caption": whole["text"],
-            "global_cosine": round(float(whole["cosine"]), 4),
-            "global_real_below": round(float(whole["real_below"]), 4),
-            "objects": [
-                {
-                    "phrase": row["text"],
-                    "box": [round(float(row[k]), 1) for k in ("x0", "y0", "x1", "y1")],
-                    "cosine": round(float(row["cosine"]), 4),
-                    "real_below": round(float(row["real_below"]), 4),
-                }
-                for _, row in local.iterrows()
-            ],
-        }
+        known = {schema.IMAGE_ID: content_id(data), schema.PATH: path, schema.SOURCE: ""}
+        one = dataclasses.replace(one, table=one.table.assign(**known), run=run)
+        if not checked:  # the same for every image: other models end it, with one message
+            judge.check(one, ignore)
+            checked = True
+        try:
+            yield _answer(judge, one, fpr, fnr, ignore)
+        except Exception as error:  # noqa: BLE001
+            yield {"path": path, "error": one_line(error)}
+
+
+def _image_files(paths: str | Path | Iterable[str | Path]) -> Iterator[str]:
+    """Files as they are given, folders as the images below them; what is left out there is said."""
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        name = os.fspath(path)
+        if not os.path.isdir(name):
+            yield name
+            continue
+        below = sorted(os.path.join(at, file) for at, _, files in os.walk(name) for file in files)
+        images = [file for file in below if os.path.splitext(file)[1].lower() in EXTENSIONS]
+        if len(images) < len(below):
+            warnings.warn(
+                f"{len(below) - len(images)} of {len(below)} files below {name} have no ending of an image "
+                "and are left out; name one to have it judged",
+                stacklevel=3,
+            )
+        yield from images
+
+
+def _answer(judge: Detector, one: Features, fpr: float, fnr: float, ignore: Sequence[str]) -> dict[str, Any]:
+    verdict = judge.verdict(one, fpr, fnr, ignore).iloc[0]
+    evidence = judge.explain(one, 0, ignore=ignore)
+    whole, local = evidence.iloc[0], evidence.iloc[1:]
+    return {
+        "path": one.table[schema.PATH].iloc[0],
+        "image_id": one.table[schema.IMAGE_ID].iloc[0],
+        "seen": str(judge.seen(one)[0]),
+        "verdict": verdict["verdict"],
+        "p_fake": _number(verdict["p_fake"]),
+        "because": verdict["because"],
+        "caption": whole["text"],
+        "global_cosine": _number(whole["cosine"]),
+        "global_real_below": _number(whole["real_below"]),
+        "objects": [
+            {
+                "phrase": row["text"],
+                "box": [_number(row[side], 1) for side in ("x0", "y0", "x1", "y1")],
+                "cosine": _number(row["cosine"]),
+                "real_below": _number(row["real_below"]),
+            }
+            for _, row in local.iterrows()
+        ],
+        **one.provenance,
+    }
+
+
+def _number(value: Any, digits: int = 4) -> float | None:
+    """A rounded number; None where there is none, since JSON knows no NaN."""
+    return round(float(value), digits) if math.isfinite(value) else None
