@@ -1,22 +1,27 @@
-"""The table of features in memory: one row per image, one row per semantic object."""
+"""The table of features in memory: one row per image, one row per semantic object, and all that is done to it."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from itemkit import schema
+from itemkit import __version__, schema, text
 from itemkit.errors import InputError
 
-IMAGE_NORMS = (schema.IMAGE_NORM, schema.CAPTION_NORM)
-OBJECT_NORMS = (schema.REGION_NORM, schema.PHRASE_NORM)
+IMAGE_ARRAYS = (schema.IMAGE_EMB, schema.CAPTION_EMB)
+OBJECT_ARRAYS = (schema.REGION_EMB, schema.PHRASE_EMB)
+ARRAYS = (*IMAGE_ARRAYS, *OBJECT_ARRAYS)
+BOX_COLUMNS = ("x0", "y0", "x1", "y1", "score")
 
 
 @dataclass
 class Features:
-    """Raw embeddings of a set of images, from which every misalignment is derived.
+    """Embeddings of a set of images, from which every misalignment is derived.
 
     Attributes
     ----------
@@ -33,12 +38,7 @@ class Features:
     run : dict
         The store's ``run.json``: configuration, model fingerprints, versions, counts.
     pixels : uint8 array, shape (n, h, w, 3), optional
-        The images themselves, all of one size, for the pixel baselines only; never stored.
-    image_norm, caption_norm : float32 array, shape (n,), optional
-        Lengths of the embeddings before they were normalised, in the encoder's own scale. None where no row
-        has one (an older store, embeddings made elsewhere), NaN where some rows have none.
-    region_norm, phrase_norm : float32 array, shape (m,), optional
-        The same of each object's region and phrase.
+        The images themselves, all of one size, for the pixel controls only; never stored.
     """
 
     table: pd.DataFrame
@@ -50,10 +50,6 @@ class Features:
     objects: pd.DataFrame
     run: dict = field(default_factory=dict)
     pixels: np.ndarray | None = None
-    image_norm: np.ndarray | None = None
-    caption_norm: np.ndarray | None = None
-    region_norm: np.ndarray | None = None
-    phrase_norm: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -68,12 +64,31 @@ class Features:
         """Labels as an int64 array, 0 real and 1 fake; raises if some are unknown."""
         column = self.table[schema.LABEL]
         if column.isna().any():
+            first = self.table.loc[column.isna(), schema.PATH].iloc[0]
             raise InputError(
                 f"{int(column.isna().sum())} of {len(column)} images have no label, the first is "
-                f"{self.table.loc[column.isna(), schema.PATH].iloc[0]}; give labels in the manifest or "
-                f"leave it out"
+                f"{text.printable(first)}; give labels in the manifest or leave it out"
             )
         return column.to_numpy(dtype=np.int64)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What made these features, to be kept beside every number derived from them.
+
+        Returns
+        -------
+        dict
+            ``itemkit`` (version), ``preset``, ``models`` (16 hex digits of the fingerprint; "" for embeddings
+            made elsewhere), ``note`` (what the numbers are about, where the mini models made them).
+        """
+        preset = (self.run.get("config") or {}).get("name", "")
+        note = ""
+        if preset == "mini":
+            ours = schema.SOURCE in self.table and (self.table[schema.SOURCE] == schema.LAB_SOURCE).all()
+            note = schema.LAB_NOTE if ours else schema.MINI_WARNING
+        version = (self.run.get("versions") or {}).get("itemkit", __version__)
+        return {"itemkit": version, "preset": preset, "models": self.run.get("fingerprint_hash", ""),
+                "note": note}  # fmt: skip
 
     def select(self, rows: np.ndarray | pd.Series) -> Features:
         """Keep some images, with their objects.
@@ -93,26 +108,87 @@ class Features:
             raise ValueError("select() was given a row twice; repeat rows on the arrays, not on Features")
         new_row = np.full(len(self), -1, dtype=np.int64)
         new_row[rows] = np.arange(len(rows))
-        kept = np.flatnonzero(new_row[self.owner] >= 0)
-        kept = kept[np.argsort(new_row[self.owner[kept]], kind="stable")]
-        return Features(
+        those = np.flatnonzero(new_row[self.owner] >= 0)
+        those = those[np.argsort(new_row[self.owner[those]], kind="stable")]
+        return dataclasses.replace(
+            self,
             table=self.table.iloc[rows].reset_index(drop=True),
-            image_emb=self.image_emb[rows],
-            caption_emb=self.caption_emb[rows],
-            region_emb=self.region_emb[kept],
-            phrase_emb=self.phrase_emb[kept],
-            owner=new_row[self.owner[kept]],
-            objects=self.objects.iloc[kept].reset_index(drop=True),
-            run=self.run,
-            **{name: _take(getattr(self, name), rows) for name in ("pixels", *IMAGE_NORMS)},
-            **{name: _take(getattr(self, name), kept) for name in OBJECT_NORMS},
+            owner=new_row[self.owner[those]],
+            objects=self.objects.iloc[those].reset_index(drop=True),
+            pixels=None if self.pixels is None else self.pixels[rows],
+            **{name: getattr(self, name)[rows] for name in IMAGE_ARRAYS},
+            **{name: getattr(self, name)[those] for name in OBJECT_ARRAYS},
         )
 
+    def split(self, name: str) -> Features:
+        """Select the labelled images of one split.
 
-def norms_or_none(lengths: np.ndarray) -> np.ndarray | None:
-    """The lengths, or None where not a single one is known."""
-    return None if len(lengths) and np.isnan(lengths).all() else lengths
+        Parameters
+        ----------
+        name : {"train", "val", "test"}
+
+        Raises
+        ------
+        InputError
+            There is none; says which splits there are.
+        """
+        labelled = self.table[self.table[schema.LABEL].notna()]
+        rows = (self.table[schema.SPLIT] == name).fillna(False) & self.table[schema.LABEL].notna()
+        if not rows.any():
+            counts = labelled[schema.SPLIT].value_counts().items()
+            there = ", ".join(f"{split} ({n:,})" for split, n in counts) or "none"
+            unlabelled = len(self) - len(labelled)
+            without = f"; {text.count(unlabelled, 'image')} without label" if unlabelled else ""
+            raise InputError(f"no labelled image has split '{name}'; splits there are: {there}{without}")
+        return self.select(rows.to_numpy(dtype=bool))
+
+    def with_generators(self, names: Sequence[str]) -> Features:
+        """Select all real images and the fake ones of these generators.
+
+        Parameters
+        ----------
+        names : sequence of str
+
+        Raises
+        ------
+        InputError
+            A generator of which there is no image.
+        """
+        column = self.table[schema.GENERATOR]
+        fakes = sorted(set(column.dropna()) - {schema.REAL_GENERATOR})
+        for name in names:
+            if name not in fakes:
+                hint, there = text.did_you_mean(name, fakes), ", ".join(map(text.printable, fakes)) or "none"
+                raise InputError(f"no image of generator '{name}'.{hint} Generators there are: {there}")
+        return self.select(column.isin([schema.REAL_GENERATOR, *names]).to_numpy(dtype=bool))
 
 
-def _take(array: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
-    return None if array is None else array[rows]
+def concat_features(parts: Sequence[Features]) -> Features:
+    """Put features of several sets of images, made the same way, one after the other.
+
+    Parameters
+    ----------
+    parts : sequence of Features
+        The result has the first one's ``run``, and ``pixels`` where all parts have them.
+    """
+    if not parts:
+        raise InputError("concat_features() was given no features")
+    starts = np.cumsum([0] + [len(part) for part in parts])
+    pixels = [part.pixels for part in parts if part.pixels is not None]
+    return Features(
+        table=pd.concat([part.table for part in parts], ignore_index=True),
+        owner=np.concatenate([part.owner + start for part, start in zip(parts, starts, strict=False)]),
+        objects=pd.concat([part.objects for part in parts], ignore_index=True),
+        run=parts[0].run,
+        pixels=np.concatenate(pixels) if len(pixels) == len(parts) else None,
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS},
+    )
+
+
+def unit_rows(x: np.ndarray) -> np.ndarray:
+    """Bring rows to unit length in place (float16 storage is off by up to 1e-3)."""
+    step = 65536  # keeps the temporary square small for millions of rows
+    for i in range(0, len(x) if x.shape[1] else 0, step):
+        part = x[i : i + step]
+        part /= np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
+    return x

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from itemkit.steps import Models
+from itemkit.models import Models
 
 DIM = 16
 COLOURS = ("red", "green", "blue")
