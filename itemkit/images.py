@@ -178,6 +178,11 @@ def content_id(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def content_hash(path: str | Path) -> str:
+    """Give the content name (see `content_id`) of a file; `ImageError` where it cannot be read."""
+    return content_id(read_bytes(path))
+
+
 def open_image(
     source: str | Path | bytes, name: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:

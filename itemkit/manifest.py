@@ -523,3 +523,8 @@ def _first(captions: object) -> object:
 
 def _column(name: object) -> str:
     return str(name).strip().casefold().replace(" ", "_").replace("-", "_")
+
+
+def describe_manifest(manifest: pd.DataFrame) -> list[str]:
+    """Lines that say what was found before anything slow begins."""
+    return [f"{len(manifest):,} images"]
