@@ -32,7 +32,7 @@ PARTS = {
 METRICS = ("auroc", "ap", "accuracy_real", "accuracy_fake", "tpr_at_fpr05")
 """Columns of the table that `evaluate` prints; --csv has all."""
 STATUS = (
-    "Exit status: 0 done; 1 done, but something was left out or failed in part (an image, a check, a notebook); "
+    "Exit status: 0 done; 1 done, but something was left out or failed in part (an image, a notebook); "
     "2 not done (an unusable input or option)."
 )
 
