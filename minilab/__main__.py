@@ -7,8 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from itemkit.devices import choose_device
 from itemkit.errors import InputError, ItemkitError
 from itemkit.presets import mini_folder
+from itemkit.workflow import lab_manifest
+from minilab.detector import laboratory, save_detector
 
 ACTIONS = {
     "build": "train the models and generators and sample the fakes, or only the PARTS that are named",
@@ -50,18 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Do what the options ask for; returns the exit status."""
-    folder = options.data or mini_folder()
     if options.parts and options.action != "build":
         raise InputError(f"{options.action} takes no parts, got {', '.join(options.parts)}")
+    folder, device = options.data or mini_folder(), str(choose_device(options.device))
     if options.action == "images":
-        from minilab.detector import manifest
-
-        print(manifest(folder, options.out))
+        with laboratory(options.data):
+            print(f"{len(lab_manifest(options.out)):,} images laid out in {options.out / 'mini'}")
         return 0
     if options.action == "detector":
-        from minilab.detector import save_detector
-
-        print(save_detector(folder, options.out, options.device))
+        with laboratory(options.data):
+            save_detector(options.out, device)
+        print(f"detector written to {folder / 'models' / 'detector'}")
         return 0
     from minilab.build import PARTS, build, check
 
@@ -72,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     parts = ["data"] if options.action == "data" else options.parts
     if unknown := [p for p in parts if p not in PARTS]:
         raise InputError(f"the laboratory has no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
-    build(folder, options.work, parts or None, options.device)
+    build(folder, options.work, parts or None, device)
     return 0
 
 

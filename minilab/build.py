@@ -46,7 +46,7 @@ class Build:
     work : Path
         Folder for renders and checkpoints; an interrupted build goes on from here.
     device : str
-        ``cpu`` or ``cuda``.
+        ``cpu``, ``cuda`` or ``cuda:N``.
     """
 
     def __init__(self, out: Path, work: Path, device: str = "cpu"):
@@ -197,7 +197,8 @@ def build_data(b: Build) -> None:
 def build_ladders(b: Build) -> None:
     """Ladders, and how close every generator comes to the renders."""
     began = time.monotonic()
-    encoder, teller = load_encoder(b.models / "clip", device=b.device), load_captioner(b.models / "captioner")
+    encoder = load_encoder(b.models / "clip", device=b.device)
+    teller = load_captioner(b.models / "captioner", device=b.device)
     images, table = ladders.build_ladders(b.generators, encoder, teller, b.device)
     images.to_parquet(b.out / "ladders.parquet", index=False, compression="none")
     table.to_csv(b.out / "quality.csv", index=False)

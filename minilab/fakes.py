@@ -17,30 +17,19 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from itemkit import schema
-from itemkit.errors import InputError
-from itemkit.models import file_hash, tidy
-from itemkit.presets import MINI_REMEDY
+from itemkit.models import file_hash
 from minilab import flow, gan, latent, vae, vq
 from minilab.clip import to_pixels
 from minilab.conditions import encode_facts
 from minilab.grammar import caption
 from minilab.renders import RenderSet, make_renders
-from minilab.world import render_index
 
 COUNTS = {"train": 160, "val": 60, "test": 100}
 """Fakes of each generator; twice as many renders stand beside them."""
 REAL_FACTOR = 2
-SOURCE = "mini laboratory"
 GENERATORS = ("flow", "latent_flow", "vq_prior", "gan", "vae", "flow_early", "edit")
-FAMILY = {
-    "flow": "flow", "flow_early": "flow", "edit": "flow",
-    "latent_flow": "vq", "vq_prior": "vq",
-    "gan": "gan", "vae": "vae",
-}  # fmt: skip
 """``flow_early`` is the flow after a fraction of its training, ``edit`` a render in which the flow redrew one
-object; ``latent_flow`` and ``vq_prior`` paint with one decoder. None of a family counts as unseen by a
-detector that was trained on another member of it."""
+object; ``latent_flow`` and ``vq_prior`` paint with one decoder (families: ``protocols/mini.toml``)."""
 
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "flow": flow.UNet,
@@ -236,64 +225,3 @@ def build_fakes(folder: Path, device: str = "cpu") -> pd.DataFrame:
         for image, split, facts in zip(images, splits, scenes.facts, strict=True):
             rows.append({"generator": name, "split": split, "prompt": caption(facts), "png": png(image)})
     return pd.DataFrame(rows)
-
-
-def materialise(fakes: Path, out: Path, renders: bool = True) -> Path:
-    """Lay the data set out as files: renders come back from their indices, fakes from the Parquet file.
-
-    Parameters
-    ----------
-    fakes : Path
-        ``fakes.parquet``, or another table of its form (``ladders.parquet``).
-    out : Path
-        Folder for ``images/<generator>/<split>-<index>.png`` and ``manifest.csv``.
-    renders : bool
-        Lay out the real images, too.
-
-    Returns
-    -------
-    Path
-        The manifest. A complete one is left as it is, unless the Parquet file has changed since.
-
-    Raises
-    ------
-    InputError
-        There is no such Parquet file.
-    """
-    if not fakes.is_file():
-        raise InputError(f"the mini laboratory's fake images are not in {tidy(fakes)}.{MINI_REMEDY}")
-    manifest, made_from = out / "manifest.csv", out / "made_from.sha256"
-    if manifest.exists() and made_from.exists() and made_from.read_text() == file_hash(fakes):
-        return manifest
-    manifest.unlink(missing_ok=True)
-    rows = []
-
-    def add(image: bytes, generator: str, split: str, index: int, prompt: str) -> None:
-        path = out / "images" / generator / f"{split}-{index:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(image)
-        fake = generator != schema.REAL_GENERATOR
-        rows.append(
-            {
-                schema.PATH: path.relative_to(out).as_posix(),
-                schema.LABEL: int(fake),
-                schema.GENERATOR: generator,
-                schema.SOURCE: SOURCE,
-                schema.SPLIT: split,
-                schema.CAPTION: prompt,
-            }
-        )
-
-    for split, k in COUNTS.items() if renders else ():
-        for index in range(REAL_FACTOR * k):
-            r = render_index(split, index)
-            add(png(r.image), schema.REAL_GENERATOR, split, index, caption(r.scene.facts))
-    table = pd.read_parquet(fakes)
-    for (generator, split), part in table.groupby(["generator", "split"], sort=False):
-        for index, (image, prompt) in enumerate(zip(part["png"], part["prompt"], strict=True)):
-            add(image, str(generator), str(split), index, prompt)
-    temporary = manifest.with_suffix(".tmp")
-    pd.DataFrame(rows).to_csv(temporary, index=False)
-    made_from.write_text(file_hash(fakes))
-    temporary.replace(manifest)
-    return manifest

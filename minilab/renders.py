@@ -120,7 +120,7 @@ def phrase_ids(facts: list[Facts]) -> np.ndarray:
     Returns
     -------
     int64 array, shape (n, 10)
-        Row i turns ``owner`` values of picture i into classes of ``lab.clip.PHRASES`` (last class: sky).
+        Row i turns ``owner`` values of picture i into classes of ``minilab.clip.PHRASES`` (last class: sky).
     """
     table = np.full((len(facts), 10), N_PHRASES - 1, dtype=np.int64)
     n_things = len(COLOURS) * len(KINDS)

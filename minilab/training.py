@@ -68,7 +68,7 @@ class Trained:
 
 def autocast(device: str) -> torch.autocast:
     """Bfloat16 arithmetic where weights stay float32; 1.5-2 times faster here on CPUs with bfloat16 units."""
-    return torch.autocast(device, torch.bfloat16)
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
 def train(

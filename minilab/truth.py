@@ -10,13 +10,11 @@ import torch
 from PIL import Image
 
 from itemkit.captions import load_captioner
-from itemkit.doctor import Case
 from itemkit.encoder import Encoder, load_encoder
 from itemkit.regions import make_localiser
 from minilab.clip import PHRASES
-from minilab.grammar import COLOURS, KINDS, Facts, caption, phrase, random_caption, read_caption
+from minilab.grammar import COLOURS, KINDS, Facts, phrase, random_caption, read_caption
 from minilab.renders import RenderSet, make_renders
-from minilab.world import render_index
 
 
 def compare_facts(told: Facts, true: Facts) -> dict[str, float]:
@@ -220,32 +218,3 @@ def measure(models: Path, n: int = 1000, device: str = "cpu") -> dict[str, Any]:
 
 def _present(models: Path, first: str, second: str) -> list[str]:
     return [first, second] if (models / second).is_dir() else [first]
-
-
-def doctor_cases(n: int = 24) -> list[Case]:
-    """Renders with their truth, as questions for ``itemkit doctor --deep``.
-
-    Parameters
-    ----------
-    n : int
-        Scenes of one thing, all told differently.
-
-    Returns
-    -------
-    list of Case
-    """
-    cases: list[Case] = []
-    index = 0
-    while len(cases) < n:
-        r = render_index("models_val", index)
-        index += 1
-        facts = r.scene.facts
-        told = caption(facts)
-        if len(facts.things) != 1 or any(c.caption == told for c in cases):
-            continue
-        colour, kind = facts.things[0]
-        x0, y0, x1, y1 = map(float, r.boxes[0])
-        cases.append(
-            Case(told, Image.fromarray(r.image), told, (kind,), ((phrase(colour, kind), (x0, y0, x1, y1)),))
-        )
-    return cases
