@@ -1,22 +1,52 @@
 """itemkit: how well does an image fit its own caption, as a whole and object by object.
 
-Importing the package loads no model, no torch and no notebook library; each room is imported when first used.
+Importing the package loads no model and no torch: a name, or a module, is fetched when it is first used.
+README.md beside this file is the map.
 """
 
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from itemkit import _torchvision
 
+if TYPE_CHECKING:
+    from itemkit.detector import Detector as Detector
+    from itemkit.extraction import extract as extract
+    from itemkit.features import Features as Features
+    from itemkit.manifest import read_manifest as read_manifest
+    from itemkit.misalignment import represent as represent
+    from itemkit.models import Models as Models
+    from itemkit.presets import get_preset as get_preset
+    from itemkit.store import load_features as load_features
+    from itemkit.workflow import detect as detect
+    from itemkit.workflow import train_detector as train_detector
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Detector": "detector",
+    "Features": "features",
+    "Models": "models",
+    "detect": "workflow",
+    "extract": "extraction",
+    "get_preset": "presets",
+    "load_features": "store",
+    "read_manifest": "manifest",
+    "represent": "misalignment",
+    "train_detector": "workflow",
+}
+
+__all__ = ["__version__", *_HOMES]
 
 _torchvision.install()
 
 
-def __getattr__(name: str) -> ModuleType:
-    """Import a room on first use, so that ``itemkit.presets`` works after a bare ``import itemkit``."""
+def __getattr__(name: str) -> Any:
+    """Fetch a public name, or a module (``itemkit.presets`` after a bare ``import itemkit``)."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"itemkit.{_HOMES[name]}"), name)
     if not name.startswith("_"):
         try:
             return importlib.import_module(f"itemkit.{name}")
@@ -24,3 +54,7 @@ def __getattr__(name: str) -> ModuleType:
             if error.name != f"itemkit.{name}":
                 raise
     raise AttributeError(f"module 'itemkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -74,7 +74,7 @@ class Generator(nn.Module):
             x = block(x, vector)
             if i < len(self.widen):
                 x = F.interpolate(self.widen[i](x), scale_factor=2, mode="bilinear")
-        with torch.autocast(x.device.type, enabled=False):  # see minilab.flow: no coarser lattice than renders
+        with torch.autocast(x.device.type, enabled=False):  # as in flow: no coarser lattice than renders
             return self.paint(F.leaky_relu(x.float(), 0.2))
 
 

@@ -77,7 +77,7 @@ class VqVae(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Pictures in about [-1, 1] of quantised vectors."""
         h = self.decode_image(z)
-        with torch.autocast(z.device.type, enabled=False):  # see minilab.flow: no coarser lattice than renders
+        with torch.autocast(z.device.type, enabled=False):  # as in flow: no coarser lattice than renders
             return F.pixel_shuffle(self.paint(h.float()), 2)
 
     @torch.no_grad()
