@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,6 +24,39 @@ from itemkit import schema
 from itemkit.metrics import effect_size
 
 PCA_DIMENSIONS = 50
+
+
+def ready_numba_cache() -> Path | None:
+    """Give numba, on which UMAP is built, a place to keep compiled code; without one it refuses to import.
+
+    Returns
+    -------
+    Path or None
+        A temporary folder, where neither the environment nor the user's cache can be written; else None, and
+        numba finds its place itself. Call it before ``umap`` is imported.
+    """
+    found = importlib.util.find_spec("umap")
+    user = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+    places = [Path(folder, "__pycache__") for folder in (found and found.submodule_search_locations) or ()]
+    if os.environ.get("NUMBA_CACHE_DIR") or any(map(_can_be_written, [*places, Path(user, "numba")])):
+        return None
+    # a folder of our own: whoever may write into a cache may run code in this process
+    folder = tempfile.mkdtemp(prefix="itemkit-numba-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["NUMBA_CACHE_DIR"] = folder
+    if "numba" in sys.modules:  # it has read the variable already
+        sys.modules["numba"].config.CACHE_DIR = folder
+    return Path(folder)
+
+
+def _can_be_written(folder: Path) -> bool:
+    # tried, as numba does: permissions alone do not tell of read-only and special file systems
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def umap_2d(x: np.ndarray, *, seed: int = 0, n_neighbors: int = 15, min_dist: float = 0.1) -> np.ndarray:
@@ -40,6 +80,7 @@ def umap_2d(x: np.ndarray, *, seed: int = 0, n_neighbors: int = 15, min_dist: fl
     -------
     float32 array, shape (n, 2)
     """
+    ready_numba_cache()
     import umap
 
     if len(x) <= n_neighbors:
@@ -95,7 +136,8 @@ def separation(x: np.ndarray, generator: np.ndarray, *, seed: int = 0, k: int = 
         rows_used = np.concatenate([rng.permutation(np.flatnonzero(c))[:each] for c in (real, fake)])
         y = fake[rows_used].astype(int)
         part = x[rows_used]
-        near = NearestNeighbors(n_neighbors=k + 1).fit(part).kneighbors(part, return_distance=False)[:, 1:]
+        # asked without points it leaves out each point itself, and not a twin of it
+        near = NearestNeighbors(n_neighbors=k).fit(part).kneighbors(return_distance=False)
         same = (y[near] == y[:, None]).mean(axis=1)
         error = 1.96 * same.std(ddof=1) / np.sqrt(len(same))
         rows.append(

@@ -1,9 +1,15 @@
-"""Figures from ready data: every function takes axes, draws, returns the axes, and computes nothing else."""
+"""Figures from ready data: every function takes axes, draws, returns the axes, and computes nothing else.
+
+Names and captions are data: they are shown as they stand, a dollar sign starts no formula.
+"""
 
 from __future__ import annotations
 
+import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -15,6 +21,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from itemkit import schema
+from itemkit._files import atomic_write
+from itemkit.text import plain, write_csv
+
+if TYPE_CHECKING:
+    from itemkit.features import Features
 
 # Okabe and Ito (2008): told apart with any colour vision, and in grey
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
@@ -37,8 +48,7 @@ def style() -> None:
         {
             "figure.dpi": 100,  # of the pages; files are saved at 220
             "savefig.dpi": 220,
-            "savefig.bbox": "tight",
-            "figure.constrained_layout.use": True,
+            "figure.constrained_layout.use": True,  # makes room, so that a file has the size asked for
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.titlesize": 10,
@@ -88,22 +98,56 @@ def save(fig: Figure, name: str, table: pd.DataFrame, folder: str | Path, note: 
         The numbers that are drawn.
     folder : path
     note : str
-        Small print under the figure, e.g. that it was made in the mini laboratory.
+        Small print under the figure: n, what an interval is over, what made it; see `small_print`.
 
     Returns
     -------
     list of Path
+
+    Raises
+    ------
+    StoreError
+        The disk is full or the folder may not be written to.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if note:
-        fig.supxlabel(note, fontsize=7, color=GREY, x=0.995, ha="right")
-    paths = [folder / f"{name}.{ending}" for ending in ("pdf", "png", "csv")]
-    # no date inside, so the same figure gives the same file
-    fig.savefig(paths[0], metadata={"CreationDate": None})
-    fig.savefig(paths[1])
-    table.to_csv(paths[2], index=False)
-    return paths
+        width = int(fig.get_figwidth() * 17)  # characters of this size that fit
+        lines = textwrap.fill(note, width, break_long_words=False)
+        fig.supxlabel(plain(lines), fontsize=6.5, color=GREY, x=0.995, ha="right")
+    for ending in ("pdf", "png"):
+        drawn = io.BytesIO()
+        # no date inside, so the same figure gives the same file
+        fig.savefig(drawn, format=ending, metadata={"CreationDate": None} if ending == "pdf" else None)
+        atomic_write(folder / f"{name}.{ending}", lambda file, drawn=drawn: file.write(drawn.getbuffer()))
+    write_csv(table, folder / f"{name}.csv")
+    return [folder / f"{name}.{ending}" for ending in ("pdf", "png", "csv")]
+
+
+def small_print(features: Features, about: str = "") -> str:
+    """What stands under every figure made from features: n, what made them, and the laboratory's warning.
+
+    Parameters
+    ----------
+    features : Features
+    about : str
+        What the figure shows beside, e.g. ``95 % over test images``.
+
+    Returns
+    -------
+    str
+    """
+    made = features.provenance
+    known = [f"{key} {made[key]}" for key in ("preset", "models", "itemkit") if made.get(key)]
+    return "; ".join(
+        part for part in (about, f"n = {len(features):,}", ", ".join(known), made["note"]) if part
+    )
+
+
+def _label(text: object) -> str:
+    """Text of a legend; matplotlib leaves out those that begin with an underscore."""
+    shown = plain(text)
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def distributions(ax: Axes, table: pd.DataFrame, value: str, xlabel: str) -> Axes:
@@ -134,10 +178,10 @@ def distributions(ax: Axes, table: pd.DataFrame, value: str, xlabel: str) -> Axe
             alpha=0.25 if real else 1.0,
             lw=1.8,
             cut=0,
-            label=f"{name} (n={len(x)})",
+            label=_label(f"{name} (n={len(x)})"),
         )
         ax.plot(x.median(), 0, marker="^", color=colour, ms=6, clip_on=False, zorder=5)
-    ax.set(xlabel=xlabel, ylabel="density", yticks=[])
+    ax.set(xlabel=plain(xlabel), ylabel="density", yticks=[])
     ax.spines["left"].set_visible(False)
     ax.legend(loc="upper left")
     return ax
@@ -182,11 +226,12 @@ def intervals(
             lw=1.4,
             capsize=0,
             color=(BLUE, *CYCLE)[j % 8],
-            label=h or None,
+            label=_label(h) if hue else None,
         )
     if reference is not None:
         ax.axvline(reference, color=GREY, lw=1, ls=":", zorder=0)
-    ax.set(yticks=range(len(names)), yticklabels=names, xlabel=xlabel, ylim=(len(names) - 0.5, -0.5))
+    ax.set(yticks=range(len(names)), yticklabels=[plain(n) for n in names], xlabel=plain(xlabel))
+    ax.set_ylim(len(names) - 0.5, -0.5)
     if hue:
         ax.legend(loc="best")
     return ax
@@ -212,11 +257,12 @@ def matrix(
     """
     wide = table.pivot(index=rows, columns=columns, values="value")
     wide = wide.loc[list(dict.fromkeys(table[rows])), list(dict.fromkeys(table[columns]))]
+    wide = wide.rename(index=plain, columns=plain)
     sns.heatmap(
         wide, ax=ax, annot=True, fmt=".2f", cmap="cividis", vmin=chance, vmax=1, linewidths=1.5, square=True,
-        cbar_kws={"label": label, "shrink": 0.8}, annot_kws={"size": 9},
+        cbar_kws={"label": plain(label), "shrink": 0.8}, annot_kws={"size": 9},
     )  # fmt: skip
-    ax.set(xlabel=columns.replace("_", " "), ylabel=rows.replace("_", " "))
+    ax.set(xlabel=plain(columns.replace("_", " ")), ylabel=plain(rows.replace("_", " ")))
     ax.tick_params(length=0)
     plt.setp(ax.get_yticklabels(), rotation=0)
     plt.setp(ax.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
@@ -249,10 +295,11 @@ def lines(
     """
     for i, (name, part) in enumerate(table.groupby(hue, sort=False)):
         colour = (palette or {}).get(str(name), (BLUE, *CYCLE)[i % 8])
-        ax.plot(part[x], part["value"], marker="o", ms=3.5, lw=1.5, color=colour, label=str(name))
+        at = part[x] if pd.api.types.is_numeric_dtype(part[x]) else part[x].map(plain)
+        ax.plot(at, part["value"], marker="o", ms=3.5, lw=1.5, color=colour, label=_label(name))
         if "low" in part and part["low"].notna().any():
-            ax.fill_between(part[x], part["low"], part["high"], color=colour, alpha=0.15, lw=0)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
+            ax.fill_between(at, part["low"], part["high"], color=colour, alpha=0.15, lw=0)
+    ax.set(xlabel=plain(xlabel), ylabel=plain(ylabel))
     ax.legend(loc="best")
     return ax
 
@@ -286,8 +333,8 @@ def scatter(ax: Axes, xy: np.ndarray, generators: Sequence[str], title: str = ""
     )
     for name, colour in palette.items():
         if name in names:
-            ax.scatter([], [], s=18, color=colour, label=name)
-    ax.set(xticks=[], yticks=[], title=title)
+            ax.scatter([], [], s=18, color=colour, label=_label(name))
+    ax.set(xticks=[], yticks=[], title=plain(title))
     sns.despine(ax=ax, left=True, bottom=True)
     return ax
 
@@ -309,7 +356,7 @@ def show_image(ax: Axes, image: np.ndarray, title: str = "", colour: str | None 
     """
     ax.imshow(image)
     ax.set(xticks=[], yticks=[])
-    ax.set_title(title, fontsize=7.5, fontweight="normal", loc="center")
+    ax.set_title(plain(title), fontsize=7.5, fontweight="normal", loc="center")
     for spine in ax.spines.values():
         spine.set(visible=colour is not None, color=colour, linewidth=2)
     return ax
@@ -337,7 +384,7 @@ def boxes(ax: Axes, table: pd.DataFrame) -> Axes:
                 (row.x0 - 0.5, row.y0 - 0.5), row.x1 - row.x0, row.y1 - row.y0, fill=False, ec=colour, lw=1.8
             )
         )
-        ax.plot([], [], color=colour, lw=2, label=row.phrase)
+        ax.plot([], [], color=colour, lw=2, label=_label(row.phrase))
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), fontsize=7, ncols=1)
     return ax
 
@@ -360,7 +407,7 @@ def heat(ax: Axes, image: np.ndarray, heatmap: np.ndarray, title: str = "") -> A
     ax.imshow(image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
     ax.imshow(heatmap, cmap="magma", alpha=0.65)
     ax.set(xticks=[], yticks=[])
-    ax.set_title(title, fontsize=8, fontweight="normal", loc="center")
+    ax.set_title(plain(title), fontsize=8, fontweight="normal", loc="center")
     return ax
 
 
@@ -386,8 +433,7 @@ def options(ax: Axes, table: pd.DataFrame, xlabel: str) -> Axes:
         ax.plot([row.low, row.high], [i, i], color=colour, lw=1.4)
         ax.plot(row.value, i, marker="o", ms=4.5, color=colour)
     ax.axvline(table.loc[table["reference"], "value"].iloc[0], color=GREY, lw=1, ls=":", zorder=0)
-    ax.set(
-        yticks=range(len(table)), yticklabels=table["option"], ylim=(len(table) - 0.5, -0.5), xlabel=xlabel
-    )
-    ax.set_title(table["question"].iloc[0])
+    ax.set(yticks=range(len(table)), yticklabels=table["option"].map(plain), xlabel=plain(xlabel))
+    ax.set_ylim(len(table) - 0.5, -0.5)
+    ax.set_title(plain(table["question"].iloc[0]))
     return ax

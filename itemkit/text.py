@@ -1,7 +1,7 @@
 """Text on its way out: to a terminal, a spreadsheet, a figure, a Markdown table.
 
-Captions, file names and generator names come from anywhere. They are kept as they are in stores and escaped here,
-in the one place where each of them leaves.
+Captions, file names and generator names come from anywhere. They are kept as they are in stores and escaped
+here, in the one place where each of them leaves.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import pandas as pd
 from itemkit._files import atomic_write
 
 # what a spreadsheet takes for the beginning of a formula
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 # control, format (bidi and zero-width), surrogate and line separator characters; all can rewrite a terminal
 _UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def printable(text: object) -> str:
-    """Text for a terminal or a log: characters that would act on it are shown as escapes.
+    r"""Text for a terminal or a log: characters that would act on it are shown as escapes.
 
-    >>> printable("a\\x1b[31mb")
-    'a\\\\x1b[31mb'
+    >>> printable("a\x1b[31mb")
+    'a\\x1b[31mb'
     """
     return "".join(
         char.encode("unicode_escape", "surrogatepass").decode()
@@ -36,12 +36,12 @@ def printable(text: object) -> str:
 
 
 def plain(text: object) -> str:
-    r"""Text for a figure: a dollar sign is a dollar sign, not the start of a formula.
+    r"""Text for a figure: a dollar sign is a dollar sign, not the start of a formula; line breaks stay.
 
     >>> plain("a$b")
     'a\\$b'
     """
-    return printable(text).replace("$", r"\$")
+    return "\n".join(printable(line) for line in str(text).split("\n")).replace("$", r"\$")
 
 
 def one_line(error: BaseException | str) -> str:
@@ -62,10 +62,13 @@ def count(n: int, noun: str) -> str:
 
 
 def markdown_table(table: pd.DataFrame) -> list[str]:
-    """Lines of a Markdown table; values are shown by ``str``, a bar inside a cell is escaped."""
-    rows = [[str(name) for name in table.columns], ["---"] * table.shape[1]]
-    rows += [["" if pd.isna(cell) else printable(cell).replace("|", "\\|") for cell in row]
-             for row in table.itertuples(index=False)]  # fmt: skip
+    """Lines of a Markdown table; values are shown by ``str``, marks of Markdown and HTML are escaped."""
+
+    def cell(value: object) -> str:
+        return "" if pd.isna(value) else printable(value).replace("|", "\\|").replace("<", "&lt;")
+
+    rows = [[cell(name) for name in table.columns], ["---"] * table.shape[1]]
+    rows += [[cell(value) for value in row] for row in table.itertuples(index=False)]
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
@@ -75,7 +78,8 @@ def write_csv(table: pd.DataFrame, path: str | Path) -> Path:
     Parameters
     ----------
     table : DataFrame
-        Its index is left out. Texts that begin with ``= + - @``, tab or carriage return get a leading apostrophe.
+        Its index is left out. Texts, also column names, that begin with ``= + - @``, a tab or a line break
+        get a leading apostrophe.
     path : path
         Missing folders are made.
 
@@ -88,7 +92,7 @@ def write_csv(table: pd.DataFrame, path: str | Path) -> Path:
         return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
 
     texts = [name for name in table.columns if not pd.api.types.is_numeric_dtype(table[name])]
-    safe = table.assign(**{name: table[name].map(inert) for name in texts})
+    safe = table.assign(**{name: table[name].map(inert) for name in texts}).rename(columns=inert)
     data = safe.to_csv(index=False).encode("utf-8", "surrogateescape")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
