@@ -1,11 +1,12 @@
 # `make` alone lists the targets. Each one makes the virtual environment first if it is missing or out of date.
 # Overridable: VENV (folder of the environment), PYTHON (interpreter that makes it), OUT (where `make run` writes),
-# NB (one notebook for `make notebooks`), ARGS (more options for pytest).
+# NB (one notebook for `make notebooks`), DEVICE (where `make lab` computes), ARGS (more options for pytest).
 
 VENV ?= .venv
 OUT  ?= results
 NB   ?=
 ARGS ?=
+DEVICE ?= auto
 BIN   = $(VENV)/bin
 READY = $(VENV)/.itemkit-ready
 
@@ -32,14 +33,14 @@ notebooks: $(READY)  ## execute the notebooks in place and stamp them: the only 
 
 # features of the old models must not be met with the new ones: the detector's are computed anew, in a folder apart
 lab: $(READY)  ## rebuild the mini laboratory from nothing: every model and every fake image (hours on a CPU)
-	$(BIN)/itemkit lab build
+	$(BIN)/python -m minilab build --device $(DEVICE)
 	rm -rf build/lab/detector
-	$(BIN)/itemkit lab detector --out build/lab/detector
-	$(BIN)/itemkit lab build cards
+	$(BIN)/python -m minilab detector --out build/lab/detector --device $(DEVICE)
+	$(BIN)/python -m minilab build cards
 	@echo "The models are new. What earlier runs left in $(OUT)/ was made with the old ones: remove it (make clean)."
 
 lab-check: $(READY)  ## verify the laboratory's hashes and measure its key figures again
-	$(BIN)/itemkit lab check
+	$(BIN)/python -m minilab check
 
 lint: $(READY)  ## ruff on modules and notebooks, types, and the direction of imports
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ README = REPO / "README.md"
 NOT_RUN = {
     r"git clone \S+( \S+)?|cd \S+": "gets the checkout in which the tests run",
     r"make notebooks": "writes the committed notebooks; CI executes the same ones through `make run`",
-    r"make lab|make lab-check": "takes long; tests/test_lab*.py run its parts at a small size",
+    r"make lab|make lab-check": "takes long; tests/minilab runs its parts at a small size",
     r"make": "lists the targets: tests/test_project.py",
     r"make clean": "would remove what other tests have made",
     r"conda env create -f environment\.yml|conda activate itemkit": "tests/test_project.py compares the pins",
@@ -76,7 +76,7 @@ def ci_targets() -> set[str]:
 def help_of(*program: str) -> str:
     """Help text of an itemkit command."""
     done = subprocess.run(
-        [sys.executable, "-m", "itemkit.cli", *program, "--help"], cwd=REPO, capture_output=True, text=True
+        [sys.executable, "-m", "itemkit", *program, "--help"], cwd=REPO, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -113,6 +113,15 @@ def test_every_itemkit_command_and_option_exists() -> None:
         text = help_of(words[0])
         missing = [word for word in words if word.startswith("--") and word.partition("=")[0] not in text]
         assert missing == [], command
+
+
+def test_every_module_and_path_that_is_named_exists() -> None:
+    text = README.read_text()
+    modules = set(re.findall(r"python3? -m ((?:minilab|tools|benchmarks|itemkit)[\w.]*)", text))
+    paths = [REPO / name.replace(".", "/") for name in modules]
+    assert [p for p in paths if not (p.with_suffix(".py").is_file() or (p / "__main__.py").is_file())] == []
+    for name in re.findall(r"`(itemkit\.\w+)`", text):
+        assert (REPO / f"{name.replace('.', '/')}.py").is_file(), name
 
 
 def test_python_blocks_compile() -> None:
@@ -158,7 +167,7 @@ def at_desk(desk: Path, command: list[str]) -> None:
     programs = desk / "bin"
     programs.mkdir(exist_ok=True)
     itemkit = programs / "itemkit"
-    itemkit.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m itemkit.cli "$@"\n')
+    itemkit.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m itemkit "$@"\n')
     itemkit.chmod(0o755)
     environment = {
         **os.environ,
