@@ -1,24 +1,24 @@
 """Fetch the models of a preset once: into the hub's cache, or into a folder for machines without a network.
 
-Everything that is fetched is data: weights as safetensors (where a model has none, its .bin is read
-weights-only and, in a folder, rewritten), configuration and tokenizer; never code.
+Everything that is fetched is data: weights as safetensors (a .bin only where a repository has nothing else; it
+is read weights-only and, in a folder, rewritten), configuration and tokenizer; never code.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,242 +26,84 @@ import itemkit
 from itemkit._files import explain_write_error, write_json
 from itemkit.encoder import CONFIG_FILE, find_encoder
 from itemkit.errors import InputError, ModelNotFound, StoreError
-from itemkit.models import ANY_PRESET, find_folder, first_line, load_transformer, looks_like_path, tidy
+from itemkit.models import looks_like_path, tidy
 from itemkit.objects import find_parser
 from itemkit.presets import MODELS_VARIABLE, Preset, get_preset
+from itemkit.text import count, one_line
 
 TIMEOUT_S = 10.0  # for a first answer, not for a whole download
 PARSER_TIMEOUT_S = 900.0  # a spaCy pipeline has 12 to 600 MB
-PIP_TIMEOUT_S = 15
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What a repository of the hub holds: its commit, and each file's SHA-256 ("" where it does not say)."""
-
-    revision: str
-    files: dict[str, str]
-
-
-def list_repository(repo: str, what: str) -> Listing:
-    """Ask the hub what a repository holds.
-
-    Parameters
-    ----------
-    repo : str
-        "owner/name".
-    what : str
-        What it is wanted for, to begin an error with.
-
-    Raises
-    ------
-    ModelNotFound
-        The hub cannot be reached, or has no such repository.
-    """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
-    try:
-        info = HfApi(endpoint=constants.ENDPOINT).model_info(repo, files_metadata=True, timeout=TIMEOUT_S)
-    except GatedRepoError as error:
-        raise ModelNotFound(
-            f"{what}: the hub asks for consent before '{repo}' can be fetched. Give it on the model's page, "
-            "log in with `hf auth login` and run the command again"
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ModelNotFound(f"{what}: the hub has no repository '{repo}' (or none for you)") from error
-    except Exception as error:  # the hub's library raises errors of several others for a missing network
-        raise unreachable(what, constants.ENDPOINT, error) from error
-    return Listing(info.sha or "", {f.rfilename: f.lfs.sha256 if f.lfs else "" for f in info.siblings or ()})
-
-
-def fetch_file(repo: str, name: str, expected_sha256: str, cache: Path | None = None) -> Path:
-    """Fetch one file of a repository into a cache; what is there already is not fetched again.
-
-    File by file, never as a snapshot: for a snapshot the hub's library notes what else the repository holds,
-    and from then on takes the cached one for incomplete.
-
-    Parameters
-    ----------
-    repo, name : str
-        Repository and file.
-    expected_sha256 : str
-        As the repository lists it; "" to go without.
-    cache : Path, optional
-        Instead of the hub's own cache.
-
-    Returns
-    -------
-    Path
-        Inside the cache, which keeps the hub's layout.
-
-    Raises
-    ------
-    ModelNotFound
-        No answer, or the file arrived damaged (it is removed then).
-    """
-    from huggingface_hub import constants, hf_hub_download
-
-    try:
-        path = Path(hf_hub_download(repo, name, cache_dir=cache, etag_timeout=TIMEOUT_S))
-    except Exception as error:  # as above
-        cause = error.__cause__ or error  # the library's own words are that something happened
-        raise unreachable(f"'{name}' of '{repo}'", constants.ENDPOINT, cause) from error
-    if expected_sha256 and sha256(path) != expected_sha256:
-        path.resolve().unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-        raise ModelNotFound(
-            f"'{name}' of '{repo}' arrived damaged (its SHA-256 is not the hub's); run the command again"
-        )
-    return path
-
-
-def note_absent(repo: str, name: str, cache: Path | None = None) -> None:
-    """Let the cache note that a repository lacks a file.
-
-    transformers asks for ``config.json`` beside every tokenizer, and without a network only such a note lets
-    it do without.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    with contextlib.suppress(EntryNotFoundError):
-        hf_hub_download(repo, name, cache_dir=cache, etag_timeout=TIMEOUT_S)
-
-
-def require_parser(model: str, what: str) -> None:
-    """Raise unless spaCy's table of releases can be read and has a pipeline; spaCy's own try may hang."""
-    from spacy import about
-
-    try:
-        with urllib.request.urlopen(about.__compatibility__, timeout=TIMEOUT_S) as answer:
-            known = {name for table in json.load(answer)["spacy"].values() for name in table}
-    except (OSError, ValueError, KeyError) as error:
-        raise unreachable(what, about.__compatibility__, error) from error
-    if model not in known:
-        raise ModelNotFound(f"{what}: spaCy has no pipeline of that name; see https://spacy.io/models")
-
-
-def install_parser(model: str, target: Path | None = None) -> None:
-    """Let spaCy and pip fetch a pipeline, into the environment or, as a package, into a folder."""
-    where = [] if target is None else ["--target", str(target)]
-    command = [sys.executable, "-m", "spacy", "download", model, "--no-deps", *where]
-    environment = os.environ | {"PIP_DEFAULT_TIMEOUT": str(PIP_TIMEOUT_S), "PIP_RETRIES": "1"}
-    try:
-        run = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=PARSER_TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ModelNotFound(f"parser '{model}': no end of the download in {error.timeout:.0f} s") from error
-    if run.returncode:
-        said = [line.strip() for line in (run.stdout + run.stderr).splitlines() if line.strip()]
-        raise ModelNotFound(
-            f"parser '{model}': `python -m spacy download {model}` failed: {said[-1] if said else 'silently'}"
-        )
-
-
-def unreachable(what: str, address: str, error: BaseException) -> ModelNotFound:
-    """Build the one error for a missing network; ``ANY_PRESET`` in it stands for the preset's name."""
-    return ModelNotFound(
-        f"{what} cannot be fetched: no answer from {address} ({first_line(error)}). Run `itemkit download "
-        f"--preset {ANY_PRESET} --to FOLDER` on a machine with a network, copy FOLDER here and name it with "
-        "`--models FOLDER`; or use the models that come with itemkit: preset 'mini'."
-    )
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file as it lies on the disk now, as 64 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 MODELS_FILE = "models.json"
 FOLDERS = {"captioner": "captioner", "parser": "parser", "localiser": "detector", "encoder": "encoder"}
 CLIP_WEIGHTS = "open_clip_model.safetensors"
-
-_CACHE = ".fetching"  # inside the target folder: what an interrupted run has fetched, so that it can go on
-_SIDE_FILES = (".json", ".txt", ".model", ".jinja")
-_WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be fetched for one part: files of each repository, the part's own repository first."""
-
-    part: str
-    model: str
-    pretrained: str | None = None
-    repositories: dict[str, Listing] = field(default_factory=dict)
-    """Of each repository the files to take, with their hashes."""
-
-    @property
-    def what(self) -> str:
-        """The part in words, as the loaders name it."""
-        kind = "detector" if self.part == "localiser" else self.part
-        return f"{kind} '{self.model}'" + (f" ({self.pretrained})" if self.pretrained else "")
-
-    @property
-    def by_tag(self) -> bool:
-        """Whether this is a model that open_clip knows by name and tag."""
-        return self.part == "encoder" and not self.model.startswith("hf-hub:")
+_SIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+_UNFINISHED = ".cache"  # the hub's notes on a folder, by which it resumes
+_POINTER = b"version https://git-lfs"
 
 
 def download(
-    preset: str | Preset, to: str | Path | None = None, report: Callable[[str], Any] | None = None
+    preset: Preset, to: str | Path | None = None, report: Callable[[str], Any] = print
 ) -> dict[str, Any]:
-    """Fetch all models of a preset.
+    """Fetch all models of a preset; what is there already, whole, is not fetched again.
 
     Parameters
     ----------
-    preset : str or Preset
+    preset : Preset
         Whose models; a part that is an object, a local folder or None is left out.
     to : path, optional
         Folder to fill: ``captioner``, ``parser``, ``encoder``, ``detector``, each complete and readable
         without a network, and ``models.json``; ``get_preset(name, folder=to)`` reads it. Without it the
         models go where the loaders look by themselves: the hub's cache, and the Python environment for
         spaCy's.
-    report : callable, optional
-        Gets a line about each model, e.g. ``print``.
+    report : callable
+        Gets a line about each model.
 
     Returns
     -------
     dict
-        As in ``models.json``: for each part the model, its revision, its files with their SHA-256.
+        As in ``models.json``: for each part the model, repository, revision, and files with their SHA-256.
 
     Raises
     ------
     ModelNotFound
-        The hub cannot be reached or has no such model; told within seconds, before anything is fetched.
+        The hub cannot be reached or has no such model; said within seconds.
     InputError
         The preset has nothing to fetch, or the folder holds something else.
+    StoreError
+        The folder cannot be written, or the disk is full.
     """
-    chosen = get_preset(preset) if isinstance(preset, str) else preset
-    say = report or (lambda line: None)
-    wanted = _wanted(chosen)
+    wanted = _wanted(preset)
     folder = None if to is None else Path(os.path.abspath(os.path.expanduser(to)))
     noted = _read_notes(folder)
-    done = {part: noted[part] for part, asked in wanted.items() if _is_whole(folder, noted.get(part), asked)}
-    for part, entry in done.items():
-        say(f"{part:10s} {_told(entry)}: there already")
+    done: dict[str, Any] = {}
     try:
-        _refuse_foreign(folder, [part for part in wanted if part not in noted])
-        plans = [_plan(part, *asked) for part, asked in wanted.items() if part not in done]
-        with _cache_in(folder) as cache:
-            for plan in plans:
-                say(f"{plan.part:10s} fetching {plan.what} ...")
-                done[plan.part] = _fetch(plan, folder, cache, noted | done, chosen.name)
-                say(f"{plan.part:10s} {_told(done[plan.part])}")
+        for part, (model, tag) in wanted.items():
+            place = None if folder is None else folder / FOLDERS[part]
+            what = f"{part} '{model}'" + (f" ({tag})" if tag else "")
+            entry = noted.get(part)
+            if place is not None and _is_whole(place, entry, model, tag):
+                done[part] = entry
+                report(f"{what}: there already")
+                continue
+            if place is not None and place.exists() and not entry and not (place / _UNFINISHED).exists():
+                raise InputError(
+                    f"{tidy(place)} was not made by `itemkit download`; choose another folder with --to"
+                )
+            report(f"{what}: fetching ...")
+            fetch = _fetch_parser if part == "parser" else _fetch_tag if tag else _fetch_repository
+            found = fetch(what, preset.name, model, tag, place)
+            done[part] = {"model": model, "pretrained": tag, "folder": FOLDERS[part], **found}
+            report(f"{what}: revision {found['revision'][:12] or '?'}, {count(len(found['files']), 'file')}")
+            if folder is not None:
+                write_json(folder / MODELS_FILE, _notes(noted | done, preset.name))
     except OSError as error:
         raise StoreError(explain_write_error(error, folder or Path())) from error
-    except ModelNotFound as error:
-        raise ModelNotFound(str(error).replace(ANY_PRESET, chosen.name)) from error
-    there = chosen if folder is None else get_preset(chosen.name, folder)
-    lost = [str(e) for part, e in there.find().items() if part in done and isinstance(e, ModelNotFound)]
-    if lost:
+    there = preset if folder is None else get_preset(preset.name, folder)
+    if lost := [str(e) for part, e in there.find().items() if part in done and isinstance(e, ModelNotFound)]:
         raise ModelNotFound(" ".join(lost))
-    if folder is not None:
-        shutil.rmtree(folder / _CACHE, ignore_errors=True)
-    return _notes(done, chosen.name)
+    return _notes(done, preset.name)
 
 
 def _wanted(preset: Preset) -> dict[str, tuple[str, str | None]]:
@@ -277,219 +119,206 @@ def _wanted(preset: Preset) -> dict[str, tuple[str, str | None]]:
         for part, (model, tag) in asked.items()
         if isinstance(model, str) and not looks_like_path(model) and not (tag and Path(tag).suffix)
     }
-    if not wanted:
-        if os.environ.get(MODELS_VARIABLE):
-            remedy = "unset that variable to fetch them"
-            raise InputError(f"preset '{preset.name}' reads its models from {MODELS_VARIABLE}; {remedy}")
+    if wanted:
+        return wanted
+    if os.environ.get(MODELS_VARIABLE):
         raise InputError(
-            f"preset '{preset.name}' has nothing to download: its models are folders on this machine. The "
-            "mini models come with the repository (data/mini; `make lab` trains them anew); `--preset fast` "
-            "and `--preset paper` are fetched"
+            f"preset '{preset.name}' reads its models from {MODELS_VARIABLE}; unset it to fetch them"
         )
-    return wanted
+    raise InputError(
+        f"preset '{preset.name}' has nothing to download: its models are folders on this machine (the mini "
+        "ones come with itemkit); `--preset fast` and `--preset paper` are fetched"
+    )
 
 
-# ------------------------------------------------------------------------------------- what is to be fetched
+# ----------------------------------------------------------------------------------------------- repositories
 
 
-def _plan(part: str, model: str, tag: str | None) -> Plan:
-    plan = Plan(part, model, tag)
-    if part == "parser":
-        if not _is_installed(model):
-            require_parser(model, plan.what)
-    elif plan.by_tag:
-        _plan_tag(plan)
-    elif part == "encoder":
-        _add(plan, model.removeprefix("hf-hub:"), _open_clip_files)
-    else:
-        _add(plan, model, _transformers_files)
-    return plan
+def _snapshot(repo: str, **options: Any) -> Any:
+    """The one place where the hub is asked; it resumes what was interrupted."""
+    from huggingface_hub import snapshot_download
 
-
-def _plan_tag(plan: Plan) -> None:
-    import open_clip
-
-    with contextlib.suppress(ModelNotFound):  # an unknown name or tag is told before any request
-        find_encoder(plan.model, plan.pretrained)
-    name = plan.model.replace("/", "-")
-    place = open_clip.get_pretrained_cfg(name, plan.pretrained).get("hf_hub") or ""
-    repo, _, file = place.rpartition("/")
-    if not repo:
-        raise ModelNotFound(f"{plan.what}: open_clip names no repository of the hub for these weights")
-    # tokenizers other than CLIP's own, and foreign text towers, lie in a repository that the model names
-    text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
-    text_repos = {text.get("hf_tokenizer_name"), text.get("hf_model_name")} - {None, ""}
-    safe = Path(file).with_suffix(".safetensors").name if file else CLIP_WEIGHTS
-
-    def own(names: Sequence[str]) -> list[str]:
-        # in this order, as the loader looks for them
-        weights = [n for n in (safe, file or "open_clip_pytorch_model.bin") if n in names]
-        return weights[:1] + (_side_files(names) if weights and repo in text_repos else [])
-
-    _add(plan, repo, own)
-    for other in sorted(text_repos - {repo}):
-        _add(plan, other, _side_files)
-
-
-def _add(plan: Plan, repo: str, choose: Callable[[Sequence[str]], list[str]]) -> None:
-    listing = list_repository(repo, plan.what)
-    names = choose(list(listing.files))
-    if not names:
-        raise ModelNotFound(f"{plan.what}: the hub's repository '{repo}' holds no weights in a known format")
-    plan.repositories[repo] = Listing(listing.revision, {n: listing.files[n] for n in sorted(names)})
-
-
-def _transformers_files(names: Sequence[str]) -> list[str]:
-    """Weights (safetensors where there are any), configuration and tokenizer of a repository; no code."""
-    weights = [n for n in names if _WEIGHTS.fullmatch(n)]
-    chosen = [n for n in weights if n.endswith(".safetensors")] or weights
-    return [*chosen, *_side_files(names)] if chosen and "config.json" in names else []
-
-
-def _open_clip_files(names: Sequence[str]) -> list[str]:
-    weights = [n for n in (CLIP_WEIGHTS, "open_clip_pytorch_model.bin") if n in names]
-    return [*weights[:1], *_side_files(names)] if weights and CONFIG_FILE in names else []
-
-
-def _side_files(names: Sequence[str]) -> list[str]:
-    return [n for n in names if "/" not in n and n.endswith(_SIDE_FILES)]
-
-
-# --------------------------------------------------------------------------------- fetching and laying out
+    return snapshot_download(repo, etag_timeout=TIMEOUT_S, **options)
 
 
 def _fetch(
-    plan: Plan, folder: Path | None, cache: Path | None, noted: dict[str, Any], preset: str
-) -> dict[str, Any]:
-    fetched = {
-        repo: {name: fetch_file(repo, name, digest, cache) for name, digest in listing.files.items()}
-        for repo, listing in plan.repositories.items()
-    }
-    for repo, found in fetched.items():
-        if plan.by_tag and "tokenizer_config.json" in found and "config.json" not in found:
-            note_absent(repo, "config.json", cache)
-    repo = next(iter(fetched), "")
-    entry: dict[str, Any] = {"model": plan.model, "pretrained": plan.pretrained, "repository": repo}
-    if folder is None or cache is None:
-        if plan.part == "parser":
-            if not _is_installed(plan.model):
-                install_parser(plan.model)
-            place = find_parser(plan.model).path
-            return entry | {"revision": _version(place), "files": _hashes(place)}
-        files = {name: sha256(path) for name, path in fetched[repo].items()}
-        return entry | {"revision": plan.repositories[repo].revision, "files": files}
-    target = folder / FOLDERS[plan.part]
-    with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as scratch:
-        made = Path(scratch) / "model"
-        made.mkdir()
-        if plan.part == "parser":
-            _lay_out_parser(plan.model, made, Path(scratch))
-        elif plan.by_tag:
-            _lay_out_tag(plan, made)
-        else:
-            _lay_out_repository(plan, fetched[repo], made)
-        revision = plan.repositories[repo].revision if repo else _version(made)
-        entry |= {"revision": revision, "folder": target.name, "files": _hashes(made)}
-        # noted first: should the run end here, the next one knows the folder for its own and replaces it
-        write_json(folder / MODELS_FILE, _notes(noted | {plan.part: entry}, preset))
-        if target.exists():
-            shutil.rmtree(target)
-        made.replace(target)
-    return entry
-
-
-def _lay_out_parser(model: str, made: Path, scratch: Path) -> None:
-    if _is_installed(model):
-        source = find_parser(model).path
-    else:
-        install_parser(model, scratch / "site")
-        source = find_parser(scratch / "site" / model).path
-    shutil.copytree(source, made, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
-
-
-def _lay_out_repository(plan: Plan, fetched: dict[str, Path], made: Path) -> None:
-    """Copy files as they are; a .bin is read weights-only and written as safetensors."""
-    for name, path in fetched.items():
-        shutil.copyfile(path, made / name)
-    old = [p for p in made.iterdir() if p.suffix == ".bin"]
-    if not old:
-        return
-    if plan.part == "encoder":
-        import torch
-        from safetensors.torch import save_file
-
-        state = torch.load(old[0], map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-        save_file({k: v.contiguous().clone() for k, v in state.items()}, made / CLIP_WEIGHTS)
-    else:
-        import transformers
-
-        detector = plan.part == "localiser"
-        kind = "AutoModelForZeroShotObjectDetection" if detector else "AutoModelForImageTextToText"
-        located = find_folder(made, plan.what)
-        load_transformer(getattr(transformers, kind), located).save_pretrained(made)
-    for path in (*old, *made.glob("*.bin.index.json")):
-        path.unlink()
-
-
-def _lay_out_tag(plan: Plan, made: Path) -> None:
-    """Write open_clip's local-dir of a named model; it has to give what the named model gives."""
-    import open_clip
-    import torch
-    from safetensors.torch import save_file
-
-    from itemkit.encoder import load_encoder
-
-    source = find_encoder(plan.model, plan.pretrained)
-    encoder = load_encoder(plan.model, plan.pretrained, "cpu", "float32")
-    config = open_clip.get_model_config(source.open_clip_name)
-    if source.quick_gelu:
-        config["quick_gelu"] = True
-    own_tokenizer = getattr(encoder.tokenizer, "tokenizer", None)
-    if own_tokenizer is not None:
-        own_tokenizer.save_pretrained(made)
-    known = encoder.model.visual.preprocess_cfg
-    preprocess = {k: known[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in known}
-    body = {"model_cfg": config, "preprocess_cfg": preprocess}
-    (made / CONFIG_FILE).write_text(json.dumps(body, indent=2) + "\n")
-    if source.checkpoint.suffix == ".safetensors":
-        shutil.copyfile(source.checkpoint, made / CLIP_WEIGHTS)
-    else:
-        state = {k: v.contiguous() for k, v in encoder.model.state_dict().items()}
-        save_file(state, made / CLIP_WEIGHTS)
-
-    def answers(model: Any) -> torch.Tensor:
-        height, width = model.image_size
-        pixels = torch.linspace(-1, 1, 3 * height * width).view(1, 3, height, width)
-        return torch.cat([model.encode_images(pixels).pooled, model.encode_texts(["a photo of a dog"])])
-
-    before, settings = answers(encoder), encoder.fingerprint()["preprocess"]
-    del encoder  # two large towers at once are not needed
-    copy = load_encoder(made, device="cpu", precision="float32")
-    if not torch.equal(answers(copy), before) or copy.fingerprint()["preprocess"] != settings:
-        raise ModelNotFound(
-            f"{plan.what} gives other embeddings from a folder than by name; fetch it without --to"
-        )
-
-
-@contextlib.contextmanager
-def _cache_in(folder: Path | None) -> Iterator[Path | None]:
-    """Let the loaders look into a folder's own cache for as long as the folder is filled."""
-    if folder is None:
-        yield None
-        return
+    what: str, preset: str, repo: str, place: Path | None, weights: Sequence[str], side: Sequence[str] = _SIDE
+) -> tuple[Path, str]:
+    """Fetch side files and the first kind of weights that a repository has; the folder, and the commit."""
     from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    cache, before = folder / _CACHE, constants.HF_HUB_CACHE
-    cache.mkdir(parents=True, exist_ok=True)
-    constants.HF_HUB_CACHE = str(cache)
+    if not constants.HF_HUB_OFFLINE:
+        _require_answer(what, preset, constants.ENDPOINT)
+    # in folders below lies the same model for other programs
+    options: dict[str, Any] = {"ignore_patterns": ["*/*", "*.fp16.*"]}
+    if place is not None:
+        options["local_dir"] = place
     try:
-        yield cache
-    finally:
-        constants.HF_HUB_CACHE = before
+        listing = _snapshot(repo, allow_patterns=[*weights, *side], dry_run=True, **options)
+        names = [file.filename for file in listing]
+        kinds = [[name for name in names if Path(name).match(kind)] for kind in weights]
+        chosen = next((kind for kind in kinds if kind), [])
+        if not chosen and (weights or not names):
+            raise ModelNotFound(f"{what}: the hub's repository '{repo}' holds no weights in a known format")
+        chosen += [name for name in names if not any(name in kind for kind in kinds)]
+        folder = Path(_snapshot(repo, allow_patterns=chosen, revision=listing[0].commit_hash, **options))
+    except ModelNotFound:
+        raise
+    except Exception as error:  # the hub's library raises errors of several others for a missing network
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno in (
+            errno.ENOSPC,
+            errno.EACCES,
+            errno.EROFS,
+            errno.EDQUOT,
+        ):
+            raise cause from error
+        if isinstance(cause, GatedRepoError):
+            consent = "Give it on the model's page, log in with `hf auth login` and run the command again"
+            reason = f"is given by the hub after consent only ('{repo}')"
+            raise ModelNotFound(what, reason=reason, remedy=consent) from error
+        if isinstance(cause, (RepositoryNotFoundError, HFValidationError)):
+            raise ModelNotFound(f"{what}: the hub has no repository '{repo}' (or none for you)") from error
+        raise _unreachable(what, preset, constants.ENDPOINT, cause) from error
+    for file in (folder / name for name in chosen):
+        with open(file, "rb") as opened:
+            if opened.read(len(_POINTER)) == _POINTER:
+                raise ModelNotFound(
+                    f"{what}: '{file.name}' of '{repo}' is a Git LFS pointer, not the file itself"
+                )
+    return folder, listing[0].commit_hash
 
 
-# ---------------------------------------------------------------------------------------- what was fetched
+def _fetch_repository(
+    what: str, preset: str, model: str, tag: str | None, place: Path | None
+) -> dict[str, Any]:
+    """A captioner, an object detector, or an encoder in open_clip's own layout; taken as it is."""
+    repo = model.removeprefix("hf-hub:")
+    weights = (CLIP_WEIGHTS, "open_clip_pytorch_model.bin") if repo != model else _WEIGHTS
+    folder, revision = _fetch(what, preset, repo, place, weights)
+    return {"repository": repo, "revision": revision, "files": _finish(folder, place)}
+
+
+def _fetch_tag(what: str, preset: str, model: str, tag: str | None, place: Path | None) -> dict[str, Any]:
+    """An encoder that open_clip knows by name and tag; a folder gets open_clip's local-dir of it."""
+    import open_clip
+
+    with contextlib.suppress(ModelNotFound):  # an unknown name or tag is an error of its own
+        find_encoder(model, tag)
+    name = model.replace("/", "-")
+    known, config = open_clip.get_pretrained_cfg(name, tag), open_clip.get_model_config(name)
+    repo, _, file = (known.get("hf_hub") or "").rpartition("/")
+    if not repo:
+        raise ModelNotFound(f"{what}: open_clip names no repository of the hub for these weights")
+    # tokenizers other than CLIP's own, and foreign text towers, lie in a repository that the model names
+    text = config.get("text_cfg", {})
+    texts = {text.get("hf_tokenizer_name"), text.get("hf_model_name")} - {None, ""}
+    file = file or "open_clip_pytorch_model.bin"
+    safe = file.replace("pytorch_", "") if file == "open_clip_pytorch_model.bin" else file
+    weights = (str(Path(safe).with_suffix(".safetensors")), file)  # in the loader's order
+    folder, revision = _fetch(what, preset, repo, place, weights, _SIDE if repo in texts else ())
+    for other in sorted(texts):
+        if other != repo:
+            _fetch(what, preset, other, place, ())
+        if place is None:
+            _note_absent(other, "config.json")
+    if place is not None:
+        if (fetched := place / weights[0]).exists():
+            fetched.replace(place / CLIP_WEIGHTS)
+        settings = {k: known[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in known}
+        if known.get("quick_gelu"):  # open_clip only warns where a tag has another activation than the name
+            config["quick_gelu"] = True
+        body = {"model_cfg": config, "preprocess_cfg": settings}
+        (place / CONFIG_FILE).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+    return {"repository": repo, "revision": revision, "files": _finish(folder, place)}
+
+
+def _note_absent(repo: str, name: str) -> None:
+    """Let the cache note that a repository lacks a file: transformers asks for it beside every tokenizer."""
+    from huggingface_hub import hf_hub_download
+
+    with contextlib.suppress(OSError):
+        hf_hub_download(repo, name, etag_timeout=TIMEOUT_S)
+
+
+def _finish(folder: Path, place: Path | None) -> dict[str, str]:
+    """Rewrite pickled weights of a folder as safetensors, drop the hub's own notes; hashes of what is there."""
+    if place is not None:
+        for old in place.glob("*.bin"):
+            import torch
+            from safetensors.torch import save_file
+
+            state = torch.load(old, map_location="cpu", weights_only=True)
+            state = {k: v.contiguous().clone() for k, v in state.get("state_dict", state).items()}
+            save_file(state, old.with_name(_safe_name(old.name)), {"format": "pt"})
+            old.unlink()
+        for index in place.glob("*.bin.index.json"):
+            body = json.loads(index.read_text(encoding="utf-8"))
+            body["weight_map"] = {k: _safe_name(v) for k, v in body["weight_map"].items()}
+            write_json(index.with_name(_safe_name(index.name)), body)
+            index.unlink()
+        shutil.rmtree(place / ".cache", ignore_errors=True)
+    return _hashes(folder)
+
+
+def _safe_name(name: str) -> str:
+    return name.replace("pytorch_", "").replace(".bin", ".safetensors")
+
+
+def _fetch_parser(what: str, preset: str, model: str, tag: str | None, place: Path | None) -> dict[str, Any]:
+    """A spaCy pipeline: into the environment by spaCy's own command, or its data alone into a folder."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        try:
+            found = find_parser(model).path
+        except ModelNotFound:
+            _install_parser(what, preset, model, None if place is None else Path(scratch))
+            found = find_parser(model if place is None else Path(scratch) / model).path
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
+            data_only = shutil.ignore_patterns("__pycache__", "*.py")
+            found = Path(shutil.copytree(found, place, ignore=data_only))
+        version = json.loads((found / "meta.json").read_text(encoding="utf-8")).get("version", "")
+        return {"repository": "", "revision": str(version), "files": _hashes(found)}
+
+
+def _install_parser(what: str, preset: str, model: str, target: Path | None) -> None:
+    """Let spaCy and pip fetch a pipeline, into the environment or, as a package, into a folder."""
+    from spacy import about
+
+    _require_answer(what, preset, about.__compatibility__)  # spaCy's own try may hang
+    where = [] if target is None else ["--target", str(target)]
+    command = [sys.executable, "-m", "spacy", "download", model, "--no-deps", *where]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=PARSER_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise ModelNotFound(f"{what}: no end of the download in {error.timeout:.0f} s") from error
+    if run.returncode:
+        said = [line.strip() for line in (run.stdout + run.stderr).splitlines() if line.strip()]
+        failed = f"`python -m spacy download {model}` failed: {said[-1] if said else 'silently'}"
+        raise ModelNotFound(f"{what}: {failed}")
+
+
+def _require_answer(what: str, preset: str, address: str) -> None:
+    """Raise within seconds where a server cannot be reached: the libraries below may wait for minutes."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        return  # an answer
+    except (OSError, ValueError) as error:
+        raise _unreachable(what, preset, address, error) from error
+
+
+def _unreachable(what: str, preset: str, address: str, error: BaseException) -> ModelNotFound:
+    return ModelNotFound(
+        what,
+        reason=f"cannot be fetched: no answer from {address} ({one_line(error)})",
+        remedy=f"Run `itemkit download --preset {preset} --to FOLDER` on a machine with a network, copy FOLDER "
+        "here and name it with `--models FOLDER`; or use the models that come with itemkit: preset 'mini'.",
+    )
+
+
+# ------------------------------------------------------------------------------------------- what was fetched
 
 
 def _notes(entries: dict[str, Any], preset: str) -> dict[str, Any]:
@@ -503,45 +332,24 @@ def _read_notes(folder: Path | None) -> dict[str, Any]:
     if file is None or not file.is_file():
         return {}
     try:
-        return dict(json.loads(file.read_text())["models"])
+        return dict(json.loads(file.read_text(encoding="utf-8"))["models"])
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{tidy(file)} is not what `itemkit download` writes; choose another folder"
-        ) from error
+        remedy = "choose another folder"
+        raise InputError(f"{tidy(file)} is not what `itemkit download` writes; {remedy}") from error
 
 
-def _is_whole(folder: Path | None, entry: Any, asked: tuple[str, str | None]) -> bool:
+def _is_whole(place: Path, entry: Any, model: str, tag: str | None) -> bool:
     """Whether a part was fetched before and all its files still have their hashes."""
-    if folder is None or not entry or (entry["model"], entry["pretrained"]) != asked:
+    if not entry or (entry["model"], entry["pretrained"]) != (model, tag) or not place.is_dir():
         return False
-    place = folder / entry["folder"]
-    return all((place / n).is_file() and sha256(place / n) == h for n, h in entry["files"].items())
-
-
-def _refuse_foreign(folder: Path | None, parts: Sequence[str]) -> None:
-    for part in parts:
-        if folder is not None and (place := folder / FOLDERS[part]).exists():
-            raise InputError(
-                f"{tidy(place)} was not made by `itemkit download`; choose another folder with --to"
-            )
-
-
-def _is_installed(parser: str) -> bool:
-    with contextlib.suppress(ModelNotFound):
-        find_parser(parser)
-        return True
-    return False
-
-
-def _version(parser: Path) -> str:
-    return str(json.loads((parser / "meta.json").read_text()).get("version", ""))
+    return _hashes(place) == entry["files"]
 
 
 def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file as it lies on the disk now."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
-    return {p.relative_to(folder).as_posix(): sha256(p) for p in files}
-
-
-def _told(entry: dict[str, Any]) -> str:
-    tag = f" ({entry['pretrained']})" if entry["pretrained"] else ""
-    return f"{entry['model']}{tag}, revision {entry['revision'][:12] or '?'}, {len(entry['files'])} files"
+    hashes = {}
+    for path in files:
+        with open(path, "rb") as file:
+            hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
