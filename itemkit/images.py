@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import hashlib
 import os
+import re
 import stat
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, PngImagePlugin
 
 from itemkit.errors import InputError
+from itemkit.text import printable
 
 SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
 
@@ -49,22 +54,10 @@ def jpeg_quality(image: Image.Image) -> int:
 
 @lru_cache(maxsize=1)
 def _standard_tables() -> np.ndarray:
-    """Tables of the JPEG standard (Annex K, luminance then chrominance) for qualities 1 to 100."""
-    quality = np.arange(1, 101)[:, None]
-    scale = np.where(quality < 50, 5000 // quality, 200 - 2 * quality)
-    return np.clip((np.array(_ANNEX_K)[None] * scale + 50) // 100, 1, 255)
-
-
-_ANNEX_K = (
-    16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55,
-    14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51, 87, 80, 62,
-    18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
-    49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99,
-    17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99,
-    24, 26, 56, 99, 99, 99, 99, 99, 47, 66, 99, 99, 99, 99, 99, 99,
-    99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99,
-    99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99,
-)  # fmt: skip
+    """Luminance and chrominance tables that libjpeg writes at the qualities 1 to 100, shape (100, 128)."""
+    grey = Image.new("RGB", (8, 8))
+    tables = (Image.open(BytesIO(jpeg_bytes(grey, quality))).quantization for quality in range(1, 101))
+    return np.array([[*table[0], *table[1]] for table in tables])
 
 
 def jpeg_subsampling(image: Image.Image) -> str:
@@ -77,31 +70,49 @@ def jpeg_subsampling(image: Image.Image) -> str:
 
 # Pillow's own warning bound: 256 MiB of RGB, more than any encoder here can use.
 MAX_PIXELS = 89_478_485
+MAX_SIDE = 100_000  # a longer strip is no picture; at this bound no step can be made to need gigabytes by it
+MAX_ASPECT = 16  # long side / short side; see `bound_aspect`
 MAX_FILE_BYTES = 512 * 2**20
+MAX_METADATA_BYTES = 64 * 2**20
 WHITE = (255, 255, 255)
+_STRIP_PIXELS = 2**20  # converted at a time, so that no second and third copy of a large image is made
+
+# Pillow takes a stored prompt or colour profile of over 1 MiB for an attack and gives up the pixels.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_METADATA_BYTES
 
 # Only these decoders are tried: of the others that Pillow knows some start programs (EPS runs Ghostscript).
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm",
-              ".pgm", ".jp2", ".avif")  # fmt: skip
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff",
+              ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".heic", ".heif", ".hif")  # fmt: skip
 
-# First bytes of what people most often find behind an image's name: (bytes, offset, name, is it readable?)
-_SIGNATURES = (
-    (b"\xff\xd8\xff", 0, "a JPEG", True),
-    (b"\x89PNG", 0, "a PNG", True),
-    (b"GIF8", 0, "a GIF", True),
-    (b"WEBP", 8, "a WebP", True),
-    (b"II*\0", 0, "a TIFF", True),
-    (b"MM\0*", 0, "a TIFF", True),
-    (b"BM", 0, "a BMP", True),
-    (b"ftypheic", 4, "a HEIC photo", False),
-    (b"ftypmif1", 4, "a HEIF photo", False),
-    (b"version https://git-lfs", 0, "a Git LFS pointer (run 'git lfs pull')", False),
-    (b"%PDF", 0, "a PDF", False),
-    (b"PK\x03\x04", 0, "a zip archive", False),
-    (b"<", 0, "a web page, SVG or XML", False),
-    (b"{", 0, "a JSON text", False),
+_HEIC = ('store it as JPEG or PNG, or install the reader: pip install "itemkit[heic]"')
+# What the first bytes say: pattern, what it is, and what to do where it is none of `FORMATS` (or its reader
+# is not installed).
+_SIGNATURES: tuple[tuple[re.Pattern[bytes], str, str], ...] = tuple(
+    (re.compile(pattern, re.DOTALL | re.IGNORECASE), name, step)
+    for pattern, name, step in (
+        (rb"\xff\xd8\xff", "a JPEG", ""),
+        (rb"\x89PNG", "a PNG", ""),
+        (rb"GIF8[79]a", "a GIF", ""),
+        (rb"RIFF....WEBP", "a WebP", ""),
+        (rb"II[*+]\0|MM\0[*+]", "a TIFF", ""),
+        (rb"BM....\0\0\0\0", "a BMP", ""),
+        (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000", ""),
+        (rb"....ftypavi[fs]", "an AVIF", "store it as JPEG or PNG, or update Pillow: pip install -U pillow"),
+        (rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", "a HEIC or HEIF photo", _HEIC),
+        (rb"version https://git-lfs", "a Git LFS pointer", "run 'git lfs pull'"),
+        (rb"%PDF", "a PDF", "store its pages as PNG"),
+        (rb"%!PS", "a PostScript drawing", "store it as PNG"),
+        (rb"PK\x03\x04|\x1f\x8b|Rar!|7z", "an archive", "unpack it"),
+        (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI", "a film", "store single pictures of it"),
+        (rb"8BPS", "a Photoshop file", "store it as PNG"),
+        (rb"\s*(<!doctype html|<html|<head|<script)", "a web page", "fetch the image itself"),
+        (rb"\s*<", "SVG or XML text", "store it as PNG"),
+        (rb"\s*[{\[]", "JSON text", "fetch the image itself"),
+        (rb"[\t\n\r -~\x80-\xff]{8,}\Z", "plain text", "fetch the image itself"),
+    )
 )
+_IMAGE_KINDS = 9  # so many of them, from the top, are images
 
 
 class ImageError(InputError):
@@ -112,16 +123,17 @@ class ImageError(InputError):
     name : str
         The file.
     kind : str
-        Short class for counting: ``missing, not a file, no access, empty, too large, unknown, truncated,
-        damaged, range``.
+        Short class for counting: ``missing``, ``not a file``, ``no access``, ``empty``, ``too large``,
+        ``not an image``, ``unsupported`` (a sound file of a kind that is not read here), ``truncated``,
+        ``damaged``.
     reason : str
-        The whole sentence: file, problem, next step (also ``str(error)``).
+        The whole sentence: file, problem, next step (also ``str(error)``); printable whatever the name is.
     """
 
     def __init__(self, name: str, kind: str, problem: str, step: str) -> None:
         super().__init__(name, kind, problem, step)  # all four, so that the error survives pickling
         self.name, self.kind = name, kind
-        self.reason = f"{name}: {problem}; {step}"
+        self.reason = printable(f"{name}: {problem}; {step}")
 
     def __str__(self) -> str:
         return self.reason
@@ -156,7 +168,7 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
             size = os.fstat(file.fileno()).st_size
             if size > max_bytes:
                 raise ImageError(name, "too large", f"has {size:,} bytes, the limit is {max_bytes:,}",
-                                 "store it smaller or pass max_bytes")  # fmt: skip
+                                 "store it smaller")  # fmt: skip
             data = file.read(max_bytes)
     except FileNotFoundError:
         broken = os.path.islink(name)
@@ -166,7 +178,8 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         if isinstance(error, ImageError):
             raise
         loop = isinstance(error, OSError) and error.errno == errno.ELOOP
-        problem = "is a link that points to itself" if loop else f"cannot be opened ({_short(error)})"
+        why = getattr(error, "strerror", None) or error
+        problem = "is a link that points to itself" if loop else f"cannot be opened ({why})"
         raise ImageError(name, "no access", problem, "check path and permissions") from None
     if not data:
         raise ImageError(name, "empty", "is empty (0 bytes)", "fetch the file again or drop the row")
@@ -194,8 +207,8 @@ def open_image(
     name : str, optional
         What messages call it; default is the path.
     max_pixels : int
-        A larger width x height is refused before any pixel is decoded (decompression bombs).
-        Pillow itself refuses more than twice the default.
+        A larger width x height is refused before any pixel is decoded (decompression bombs), and so is
+        a side of more than `MAX_SIDE`.
 
     Returns
     -------
@@ -211,20 +224,19 @@ def open_image(
     data = source if isinstance(source, bytes) else read_bytes(source)
     if not data:
         raise ImageError(name, "empty", "is empty (0 bytes)", "fetch the file again or drop the row")
-    try:
-        image = Image.open(BytesIO(data), formats=_formats())
-    except UnidentifiedImageError:
-        raise _unknown(name, data) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(name, "too large", _short(error), "store it smaller") from None
-    except MemoryError:  # the machine's trouble, not the file's
-        raise
-    except Exception as error:  # noqa: BLE001 - bad data can fail in any way inside a decoder
-        raise _damaged(name, error) from None
-    if image.width * image.height > max_pixels:
-        problem = f"has {image.width:,} x {image.height:,} pixels, the limit is {max_pixels:,} in all"
-        raise ImageError(name, "too large", problem, "store it smaller or pass max_pixels")
+    image = _open(name, data)
+    width, height = image.size
+    if width * height > max_pixels or max(width, height) > MAX_SIDE:
+        problem = f"has {width:,} x {height:,} pixels, the limit is {max_pixels:,}, or {MAX_SIDE:,} a side"
+        raise ImageError(name, "too large", problem, "store it smaller")
+    if not (width and height):
+        raise ImageError(name, "damaged", f"has {width} x {height} pixels", _AGAIN)
     return image
+
+
+def looks_like_image(head: bytes) -> bool:
+    """Whether the first bytes of a file (32 are enough) are those of an image, whatever its name is."""
+    return any(pattern.match(head) for pattern, _, _ in _SIGNATURES[:_IMAGE_KINDS])
 
 
 def load_image(
@@ -270,16 +282,43 @@ def load_image(
         if least_side is not None:
             image.draft(None, (least_side, least_side))  # does nothing to other formats
         image.load()
-        image = _upright(image)
-        if image.mode.startswith(("I", "F")):
-            image = _to_8_bits(image, name)
-        rgb = _flatten(_to_srgb(image), background)
+        try:
+            ImageOps.exif_transpose(image, in_place=True)
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001, S110 - unreadable EXIF: only the turn of the pixels is unknown
+            pass
+        return _to_rgb(bound_aspect(image), background, name)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - OSError, SyntaxError, struct.error, KeyError, ...
-        raise _damaged(name, error) from None
-    rgb.info = {}  # or a stale colour profile would be written with the converted pixels
-    return rgb
+        raise _trouble(name, error, image.format or "image") from None
+
+
+def bound_aspect(image: Image.Image, most: int = MAX_ASPECT) -> Image.Image:
+    """Crop the ends off a strip that is more than about ``most`` times as long as wide.
+
+    Encoders resize the shorter side to theirs and keep the centre square; of 20,000 x 1 pixels that would
+    make an image of gigabytes on the way. The crop takes whole multiples of the shorter side off both ends,
+    so the centre square that is left is the same to the pixel wherever the resized length is a whole number.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+    most : int
+        Images up to this ratio, and up to 2 more, are left as they are.
+
+    Returns
+    -------
+    PIL.Image.Image
+        The same object if nothing is cropped.
+    """
+    width, height = image.size
+    short, long = sorted(image.size)
+    cut = short * max(0, (long - most * short) // (2 * short))
+    if not cut:
+        return image
+    return image.crop((cut, 0, width - cut, height) if width > height else (0, cut, width, height - cut))
 
 
 @dataclass(frozen=True)
@@ -357,7 +396,26 @@ _FILE_KINDS = (
 @lru_cache(maxsize=1)
 def _formats() -> tuple[str, ...]:
     Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    _silence_libtiff()
     return tuple(name for name in FORMATS if name in Image.OPEN)  # a build of Pillow may lack AVIF
+
+
+def _silence_libtiff() -> None:
+    """Switch off what libtiff writes to the terminal past Python: hundreds of lines for one broken file."""
+    folder = Path(Image.__file__).parent
+    found = {*folder.parent.glob("pillow.libs/libtiff*"), *folder.glob(".dylibs/libtiff*")}
+    with contextlib.suppress(OSError):  # Linux: the one that is loaded, be it Pillow's own or the system's
+        maps = Path("/proc/self/maps").read_text().split()
+        found |= {Path(part) for part in maps if "/libtiff" in part}
+    for library in found:
+        with contextlib.suppress(OSError, AttributeError):
+            loaded = ctypes.CDLL(str(library))
+            loaded.TIFFSetErrorHandler(None)
+            loaded.TIFFSetWarningHandler(None)
 
 
 def _open_at_once(path: str, flags: int) -> int:
@@ -365,77 +423,109 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _short(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().rstrip(".")[:160]
+def _open(name: str, data: bytes) -> Image.Image:
+    """As `PIL.Image.open`, which says "cannot identify" whatever the decoder said, and warns about sizes."""
+    found = None
+    for kind in _formats():
+        factory, accept = Image.OPEN[kind]
+        accepted = accept is None or accept(data[:16])
+        if not accepted or isinstance(accepted, str):  # a text: the decoder is not built in
+            continue
+        try:
+            return factory(BytesIO(data), "")
+        except MemoryError:  # the machine's trouble, not the file's
+            raise
+        except Exception as error:  # noqa: BLE001 - bad data can fail in any way inside a decoder
+            found = found or _trouble(name, error, kind)
+    kind, step = next(((k, s) for sign, k, s in _SIGNATURES if sign.match(data[:64])), ("", ""))
+    if found is None and kind.startswith(("a HEIC", "an AVIF")):
+        raise ImageError(name, "unsupported", f"is {kind}, for which no reader is installed", step)
+    if found is None and step:
+        raise ImageError(name, "not an image", f"looks like {kind}, not an image", step)
+    if found is None:
+        step = f"store it as one of {', '.join(FORMATS)}"
+        raise ImageError(name, "not an image", "is not an image in any format known here", step)
+    raise found
 
 
-def _unknown(name: str, data: bytes) -> ImageError:
-    kind, readable = next(
-        ((k, ok) for sign, at, k, ok in _SIGNATURES if data[at:].startswith(sign)), (None, False)
-    )
-    if readable:
-        return ImageError(name, "damaged", f"begins like {kind} but its header is truncated or damaged",
-                          "fetch the file again or drop the row")  # fmt: skip
-    problem = f"looks like {kind}, not an image" if kind else "is not an image in any format known here"
-    return ImageError(name, "unknown", problem, f"convert it to one of {', '.join(FORMATS)}")
+_AGAIN = "fetch the file again or drop the row"
+_PNG = "open it in an image program and store it as PNG"
+# What decoders say, and what that means: pattern, kind, problem, next step; the first that fits is taken.
+_TROUBLES = (
+    (r"data too large|memory used", "too large",
+     f"its metadata is too long: texts or colour profile of over {MAX_METADATA_BYTES // 2**20} MiB",
+     "store it without metadata"),
+    (r"truncated|unexpected end|not enough (image )?data|premature|EOF|end of file|buffer is not large",
+     "truncated", "is truncated: the end of the file is missing", _AGAIN),
+    (r"unsupported|not support|cannot handle|unknown (pixel|compression|raw|mode|data org|colou?r)|cannot load this image"
+     r"|conversion from|unrecognized image mode|decoder \S+ not available|bad configuration", "unsupported",
+     "is a {format} of a variant that is not read here", _PNG),
+    (r"decod(er|ing) error|-\d when reading", "damaged",
+     "has pixels that cannot be decoded: the {format} is damaged or of a rare variant",
+     f"{_AGAIN}, or {_PNG}"),
+    (r"", "damaged", "is a damaged or incomplete {format}", _AGAIN),
+)  # fmt: skip
 
 
-def _damaged(name: str, error: Exception) -> ImageError:
-    if str(error).startswith("out of memory"):  # Pillow's decoders say it with an OSError
-        raise MemoryError(str(error)) from None
-    kind = "truncated" if "truncated" in str(error).lower() else "damaged"
-    return ImageError(name, kind, f"is {kind} ({_short(error)})", "fetch the file again or drop the row")
+def _trouble(name: str, error: Exception, kind: str) -> ImageError:
+    text = str(error)
+    if text.startswith("out of memory"):  # Pillow's decoders say it with an OSError
+        raise MemoryError(text) from None
+    _, word, problem, step = next(row for row in _TROUBLES if re.search(row[0], text, re.IGNORECASE))
+    return ImageError(name, word, problem.format(format=kind), step)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except MemoryError:
-        raise
-    except Exception:  # noqa: BLE001 - unreadable EXIF: the pixels are whole, only their rotation is unknown
-        return image
+def _to_rgb(image: Image.Image, background: tuple[int, int, int], name: str) -> Image.Image:
+    """Convert to 8-bit sRGB in strips. Metadata stays behind: a stale profile would be written later on."""
+    if image.mode.startswith(("I", "F")):
+        low, high = image.getextrema()
+        if image.mode == "F" or not 0 <= low <= high <= 65535:
+            problem = f"holds numbers from {low:g} to {high:g} as pixels, of no stated range"
+            raise ImageError(name, "unsupported", problem, "store it with 8 or 16 bits per channel")
+    transform = _colour_transform(image)
+    result = Image.new("RGB", image.size)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(image.height, top + rows))
+        result.paste(_strip_to_rgb(image.crop(box), transform, background), box)
+    return result
 
 
-def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    values = np.asarray(image)
-    if image.mode == "F" or values.max() > 65535 or values.min() < 0:
-        problem = f"holds {values.dtype} values from {values.min():g} to {values.max():g}, of no stated range"
-        raise ImageError(name, "range", problem, "convert it to 8 or 16 bits per channel")
-    grey = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
-    grey.info = image.info
-    return grey
+def _strip_to_rgb(
+    strip: Image.Image, transform: tuple[str, Any] | None, background: tuple[int, int, int]
+) -> Image.Image:
+    if strip.mode.startswith("I"):
+        values = np.asarray(strip).astype(np.uint32)
+        info, strip = strip.info, Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        strip.info = info
+    if strip.mode == "La":
+        strip = strip.convert("LA")
+    alpha = strip.convert("RGBA") if strip.has_transparency_data else None
+    if transform is not None:
+        strip = ImageCms.applyTransform(strip.convert(transform[0]), transform[1])
+        if alpha is not None:
+            strip.putalpha(alpha.getchannel("A"))
+            alpha = strip
+    if alpha is None:
+        return strip.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", alpha.size, (*background, 255)), alpha).convert("RGB")
 
 
-def _to_srgb(image: Image.Image) -> Image.Image:
-    """Apply the embedded colour profile; a broken one, or one for other pixels, is ignored, as viewers do."""
+def _colour_transform(image: Image.Image) -> tuple[str, Any] | None:
+    """Mode and transform of the embedded colour profile; a broken or unfit one is ignored, as viewers do."""
     data = image.info.get("icc_profile")
     if not data:
-        return image
+        return None
     try:
         profile = ImageCms.ImageCmsProfile(BytesIO(data))
         space = profile.profile.xcolor_space.strip()
         if space == "RGB" and "srgb" in (profile.profile.profile_description or "").lower():
-            return image  # already there; a round trip would only add rounding
+            return None  # already there; a round trip would only add rounding
         fits = {"RGB": ("RGB", "RGBA", "P", "PA"), "GRAY": ("L", "LA"), "CMYK": ("CMYK",)}
         if image.mode not in fits.get(space, ()):
-            return image
-        colours = image.convert({"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[space])
+            return None
+        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[space]
         srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-        result = ImageCms.profileToProfile(colours, profile, srgb, outputMode="RGB")
+        return mode, ImageCms.buildTransform(profile, srgb, mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
-        return image
-    if result is None:  # only when asked to work in place
-        return image
-    if image.has_transparency_data:
-        result.putalpha(image.convert("RGBA").getchannel("A"))
-    return result
-
-
-def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    if image.mode == "La":
-        image = image.convert("LA")
-    rgba = image.convert("RGBA")
-    backdrop = Image.new("RGBA", rgba.size, (*background, 255))
-    return Image.alpha_composite(backdrop, rgba).convert("RGB")
+        return None
