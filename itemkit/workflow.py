@@ -191,10 +191,14 @@ def features(
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode()).hexdigest()[:8]
     folders = Path(out_dir) / "features"
     store = folders / "-".join(part for part in (chosen.name, name, digest if made_by else "") if part)
+    split_of = None
     if splits or generators:
-        manifest = _part(manifest, splits, generators, store, folders / chosen.name)
+        manifest, split_of = _part(manifest, splits, generators, store, folders / chosen.name)
     extract(manifest, store, chosen, device=device, captions=captions, transform=transform, progress=progress)
     found = load_features(store)
+    if split_of is not None:  # as in the whole data set, and not as these images alone would be divided
+        known = found.table[schema.PATH].map(split_of)
+        found.table[schema.SPLIT] = known.where(known.notna(), found.table[schema.SPLIT])
     wanted = np.ones(len(found), bool)
     for column, some in ((schema.SPLIT, splits), (schema.GENERATOR, generators)):
         wanted &= found.table[column].isin(some).to_numpy() if some else True
@@ -218,28 +222,33 @@ def _as_it_comes(name: str) -> Preset | None:
 
 def _part(
     manifest: pd.DataFrame, splits: Sequence[str], generators: Sequence[str], store: Path, plain: Path
-) -> pd.DataFrame:
-    """Rows of some splits and generators, and those that the store holds already, so that none is cut off."""
+) -> tuple[pd.DataFrame, pd.Series | None]:
+    """Rows of some splits and generators, and the split of each path of the whole data set, if known.
+
+    Rows that the store lists already stay, so that asking for a part cuts nothing off.
+    """
     there = sorted(set(manifest[schema.GENERATOR]))
     if unknown := sorted(set(generators) - set(there)):
         hint = did_you_mean(unknown[0], there)
         raise InputError(f"no image of {', '.join(unknown)}.{hint} Generators there are: {', '.join(there)}")
+    split, labelled = manifest[schema.SPLIT], manifest[schema.LABEL].notna()
+    known = split[labelled].notna().all() and set(schema.SPLITS) <= set(split)
+    if not known:  # they follow from the images' content, and images have been through the plain preset first
+        stored = _stored(plain)
+        filled = manifest[schema.PATH].map(stored).astype(object)
+        split, known = filled.where(filled.notna(), split), len(stored) > 0
     asked = manifest[schema.GENERATOR].isin(generators) if generators else manifest[schema.PATH].notna()
-    if splits:
-        split, labelled = manifest[schema.SPLIT], manifest[schema.LABEL].notna()
-        if split[labelled].isna().any() or not set(schema.SPLITS) <= set(split):
-            # splits follow from the images' content: known once the images have been through the plain preset
-            with_splits = _stored(plain)
-            split = manifest[schema.PATH].map(with_splits).astype(object).where(lambda s: s.notna(), split)
-            manifest = manifest.assign(**{schema.SPLIT: split})
+    if splits and known:
         asked &= split.isin(splits) | (split.isna() & labelled)
     if not asked.any():
-        counts = manifest[schema.SPLIT].value_counts().items()
+        counts = ", ".join(f"{k} ({v})" for k, v in split.value_counts().items())
         raise InputError(
             f"no image with split in {list(splits)} and generator in {list(generators) or 'any'}; splits "
-            f"there are: {', '.join(f'{k} ({v})' for k, v in counts) or 'none'}"
+            f"there are: {counts or 'none'}"
         )
-    return manifest[asked | manifest[schema.PATH].isin(_stored(store).index)].reset_index(drop=True)
+    rows = (asked | manifest[schema.PATH].isin(_stored(store).index)).to_numpy()
+    split_of = pd.Series(split.to_numpy(), index=manifest[schema.PATH])
+    return manifest[rows].reset_index(drop=True), split_of[~split_of.index.duplicated()] if known else None
 
 
 def _stored(folder: Path) -> pd.Series:
@@ -378,7 +387,7 @@ def detect(
         There is no detector for the preset, or it was trained on features of other models.
     """
     from itemkit.detector import Detector
-    from itemkit.steps import Stages
+    from itemkit.steps import Steps
 
     chosen = get_preset(preset) if isinstance(preset, str) else preset
     if detector is None and chosen.name != "mini":
@@ -389,8 +398,10 @@ def detect(
     judge = Detector.load(detector if detector is not None else mini_folder() / "models" / "detector", device)
     files = list(_image_files(paths))
     models = chosen.build(device)
-    steps = Stages(models)
-    run = {"config": {"name": chosen.name}, "fingerprint": models.fingerprint()}
+    steps = Steps(models)
+    fingerprint = models.fingerprint()
+    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+    run = {"config": {"name": chosen.name}, "fingerprint": fingerprint, "fingerprint_hash": digest}
     # a caption given here is another source of text on purpose; the check covers everything else
     ignore = ("captions", "captioner") if caption is not None else ()
     checked = False
