@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from minilab import build, cards, fakes, flow, gan, guards, ladders, latent, vae
 from minilab.renders import RenderSet, make_renders
 from minilab.world import SIZE
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +46,6 @@ def test_every_generator_samples_from_its_file(
     assert images.shape == (3, SIZE, SIZE, 3) and images.dtype == np.uint8
     np.testing.assert_array_equal(fakes.sample_fakes(name, generators, few, seed=7), images)
     assert (fakes.sample_fakes(name, generators, few, seed=8) != images).any()
-    assert set(fakes.GENERATORS) == set(fakes.FAMILY)
     if name == "edit":
         changed = (images != few.images).any(-1)
         assert not (changed & ~fakes.edit_masks(few.owner, 7 * 100_003)).any() and changed.any()
@@ -154,22 +151,13 @@ def test_the_detector_has_a_card(tmp_path: Path) -> None:
     assert "- 5% false positives: Of real images like these" in card
 
 
-def test_committed_cards_and_times_are_those_that_were_noted(tmp_path: Path) -> None:
+def test_committed_cards_are_those_that_were_noted(tmp_path: Path) -> None:
     mini = REPO / "data" / "mini"
     shutil.copytree(mini, tmp_path / "mini", ignore=shutil.ignore_patterns("*.parquet", "*.safetensors"))
     cards.write_cards(tmp_path / "mini")
     for card in (mini / "generators.md", *sorted(mini.glob("models/*/README.md"))):
         written = (tmp_path / "mini" / card.relative_to(mini)).read_text()
-        assert card.read_text() == written, f"{card}: `itemkit lab build cards` writes it again"
-    noted = {
-        k: v["seconds"] for k, v in json.loads((mini / "cards.json").read_text()).items() if "seconds" in v
-    }
-    text = (mini / "README.md").read_text()
-    told = re.findall(r"^\| \[?`(?:models/)?(\w+)`.*?(\d+) min \|", text, flags=re.MULTILINE)
-    assert {name: int(minutes) for name, minutes in told} == {
-        name: round(noted[name] / 60) for name in noted if name not in ("fakes", "ladders")
-    }
-    assert f"about {sum(noted.values()) / 3600:.1f} hours on two CPU cores" in text
+        assert card.read_text() == written, f"{card}: `python -m minilab build cards` writes it again"
 
 
 def test_every_stage_that_is_kept_is_used() -> None:
@@ -178,18 +166,6 @@ def test_every_stage_that_is_kept_is_used() -> None:
     kept = {f"{name}@{step}" for name, schedule in schedules.items() for step in schedule.snapshots}
     used = {*fakes.STAGE.values(), *ladders.RUNGS} - set(ladders.SEMANTICS)
     assert kept == {name for name in used if "@" in name}
-
-
-def test_a_new_laboratory_s_detector_meets_no_old_features() -> None:
-    if shutil.which("make") is None:
-        pytest.skip("needs make")
-    make = ["make", "-n", "lab", "OUT=kept"]
-    plan = subprocess.run(make, cwd=REPO, capture_output=True, text=True, check=True).stdout
-    lines = [line for line in plan.splitlines() if "lab" in line]
-    (trained,) = (i for i, line in enumerate(lines) if "lab detector" in line)
-    assert lines[trained - 1] == "rm -rf build/lab/detector" and "--out build/lab/detector" in lines[trained]
-    assert "lab build cards" in lines[trained + 1] and "--out kept" not in plan
-    assert "earlier runs left in kept/" in plan
 
 
 def test_rungs_start_where_they_should(generators: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -226,30 +225,13 @@ def test_the_saved_captioner_loads_with_equal_outputs(renders: RenderSet, tmp_pa
         ids = lesson.blip.generate(pixel_values=pixels, max_new_tokens=12)
     expected = lesson.tokenizer.batch_decode(ids, skip_special_tokens=True)
     assert [c.text for c in loaded.caption(images)] == [" ".join(text.split()) for text in expected]
-    # the likelihood of a told caption is what the lesson's own loss would give it
-    told = [caption(f) for f in renders.facts[:3]]
-    rows = lesson.tokenizer(told, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        seen = lesson.blip.vision_model(pixel_values=pixels).last_hidden_state
-        logits = lesson.blip.text_decoder(
-            input_ids=rows["input_ids"][:, :-1],
-            attention_mask=rows["attention_mask"][:, :-1],
-            encoder_hidden_states=seen,
-        ).logits
-    each = logits.log_softmax(-1).gather(2, rows["input_ids"][:, 1:, None])[..., 0]
-    kept = rows["attention_mask"][:, 1:]
-    means = (each * kept).sum(1) / kept.sum(1)
-    assert loaded.score(images, told) == pytest.approx(means.tolist(), abs=1e-4)
 
 
 def test_a_parser_from_few_sentences_gives_noun_chunks(tmp_path: Path) -> None:
     from itemkit.objects import load_parser
     from minilab.parser import train_parser
 
-    began = time.monotonic()
     scores = train_parser(tmp_path / "parser", n_sentences=150)
-    if time.monotonic() - began > 20:
-        pytest.skip("training the parser took more than 20 s here; the machine is too busy to tell anything")
     assert scores["tag_acc"] > 0.9 and scores["las"] > 0.7
     parser = load_parser(tmp_path / "parser")
     found = parser.objects(["a red ball to the left of an orange car on the sand", "a photo of a blue fish"])
@@ -397,15 +379,6 @@ def test_caption_quality_averages_over_pictures() -> None:
     told = ["a red ball on the sand", "a blue cube to the left of a red ball on the snow"]
     got = truth.caption_quality(told, facts)
     assert got["exact"] == 0.5 and got["f1"] == 1 and got["relation"] == 0  # of the one picture that has any
-
-
-def test_doctor_cases_are_told_apart_and_hold_their_thing() -> None:
-    cases = truth.doctor_cases(6)
-    assert len({c.caption for c in cases}) == 6
-    for case in cases:
-        ((words, (x0, y0, x1, y1)),) = case.parts
-        assert words in case.caption and case.words[0] in words
-        assert 0 <= x0 < x1 <= SIZE and 0 <= y0 < y1 <= SIZE
 
 
 def test_checking_names_every_file_that_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -15,8 +14,6 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
 from itemkit import schema
-from itemkit.errors import InputError
-from itemkit.manifest import read_manifest
 from minilab import fakes, world
 from minilab.grammar import (
     COLOURS,
@@ -330,54 +327,6 @@ def test_files_of_two_splits_cannot_be_told_apart() -> None:
     x = (x - x.mean(0)) / (x.std(0) + 1e-9)
     score = cross_val_predict(LogisticRegression(C=0.01), x, y, cv=5, method="decision_function")
     assert 0.37 < roc_auc_score(y, score) < 0.63
-
-
-@pytest.fixture
-def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fakes.parquet with two generators and very few pictures."""
-    monkeypatch.setattr(fakes, "COUNTS", {"train": 2, "val": 1, "test": 1})
-    rng = np.random.default_rng(0)
-    rows = [
-        {"generator": g, "split": s, "prompt": "a red ball on the sand",
-         "png": fakes.png(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))}
-        for g in ("gan", "flow") for s, k in fakes.COUNTS.items() for _ in range(k)
-    ]  # fmt: skip
-    pd.DataFrame(rows).to_parquet(tmp_path / "fakes.parquet", index=False)
-    return tmp_path / "fakes.parquet"
-
-
-def test_both_classes_leave_as_files_of_one_kind(small_world: Path, tmp_path: Path) -> None:
-    table = read_manifest(fakes.materialise(small_world, tmp_path / "out"))
-    assert table[schema.GENERATOR].value_counts().to_dict() == {"real": 8, "gan": 4, "flow": 4}
-    assert list(table[schema.LABEL]) == [int(g != "real") for g in table[schema.GENERATOR]]
-    assert table[schema.SPLIT].value_counts().to_dict() == {"train": 8, "val": 4, "test": 4}
-    kinds = set()
-    for path in table[schema.PATH]:
-        with Image.open(path) as image:
-            kinds.add((Path(path).suffix, image.format, image.size, image.mode, tuple(image.info)))
-    assert kinds == {(".png", "PNG", (SIZE, SIZE), "RGB", ())}
-    # the reals are the renders themselves, and are told their own scene
-    first = table[table[schema.GENERATOR] == "real"].iloc[0]
-    truth = render_index("train", 0)
-    np.testing.assert_array_equal(np.asarray(Image.open(first[schema.PATH])), truth.image)
-    assert first[schema.CAPTION] == caption(truth.scene.facts)
-
-
-def test_laying_out_again_does_nothing_until_the_fakes_change(small_world: Path, tmp_path: Path) -> None:
-    manifest = fakes.materialise(small_world, tmp_path / "out")
-    before = manifest.stat().st_mtime_ns
-    assert fakes.materialise(small_world, tmp_path / "out").stat().st_mtime_ns == before
-    table = pd.read_parquet(small_world)
-    table.assign(prompt="a blue cube on the road").to_parquet(small_world, index=False)
-    again = read_manifest(fakes.materialise(small_world, tmp_path / "out"))
-    told = again.loc[again[schema.LABEL] == schema.FAKE, schema.CAPTION]
-    assert set(told) == {"a blue cube on the road"}
-
-
-def test_missing_fakes_say_how_to_get_them(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"not in .*fakes\.parquet.*`git checkout data/mini`.*`make lab`"):
-        fakes.materialise(tmp_path / "fakes.parquet", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_an_edit_touches_a_square_around_one_thing() -> None:
