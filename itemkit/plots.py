@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -354,11 +354,47 @@ def show_image(ax: Axes, image: np.ndarray, title: str = "", colour: str | None 
     -------
     Axes
     """
-    ax.imshow(image)
+    _imshow(ax, image)
     ax.set(xticks=[], yticks=[])
     ax.set_title(plain(title), fontsize=7.5, fontweight="normal", loc="center")
     for spine in ax.spines.values():
         spine.set(visible=colour is not None, color=colour, linewidth=2)
+    return ax
+
+
+def _imshow(ax: Axes, image: np.ndarray, **options: Any) -> None:
+    """Draw in the picture's own pixel coordinates; of a large one no more points than a figure shows."""
+    height, width = image.shape[:2]
+    step = max(1, max(height, width) // 1000)
+    ax.imshow(image[::step, ::step], extent=(-0.5, width - 0.5, height - 0.5, -0.5), **options)
+
+
+def blank(axes: Iterable[Axes]) -> None:
+    """Hide ticks and frames, so that axes on which nothing is shown leave no trace.
+
+    Parameters
+    ----------
+    axes : array or sequence of Axes
+    """
+    for ax in np.ravel(axes):
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+
+
+def label_row(ax: Axes, name: str) -> Axes:
+    """Write a name at the left of a row of pictures.
+
+    Parameters
+    ----------
+    ax : Axes
+        The first of the row.
+    name : str
+
+    Returns
+    -------
+    Axes
+    """
+    ax.set_ylabel(plain(name), rotation=0, ha="right", va="center", fontsize=9)
     return ax
 
 
@@ -404,8 +440,8 @@ def heat(ax: Axes, image: np.ndarray, heatmap: np.ndarray, title: str = "") -> A
     -------
     Axes
     """
-    ax.imshow(image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
-    ax.imshow(heatmap, cmap="magma", alpha=0.65)
+    _imshow(ax, image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
+    _imshow(ax, heatmap, cmap="magma", alpha=0.65)
     ax.set(xticks=[], yticks=[])
     ax.set_title(plain(title), fontsize=8, fontweight="normal", loc="center")
     return ax

@@ -67,7 +67,7 @@ def run_all(
     list of str
         What failed, each with its reason; empty if all is well.
     """
-    began = time.monotonic()
+    began, since = time.monotonic(), time.time()
     out = Path(out).resolve()
     chosen = get_preset(preset) if isinstance(preset, str) else preset
     own = data is not None and not (isinstance(data, str) and data == "")
@@ -85,7 +85,7 @@ def run_all(
         lines += ["", "## No detector", "", f"None could be trained or evaluated: {printable(reason)}."]
     left_out, broken = _notebooks(chosen, manifest if own else None, features, out, device)
     failed += broken
-    lines += _of_figures(out)
+    lines += _of_figures(out / "figures", since)
     if left_out or failed:
         lines += ["", "## Not made", "", *(f"- failed: {line}" for line in failed)]
         lines += [f"- left out: {line}" for line in left_out]
@@ -147,17 +147,18 @@ def _of_detector(detector: Detector, features: Features, fpr: float, fnr: float)
     return lines
 
 
-def _of_figures(out: Path) -> list[str]:
+def _of_figures(folder: Path, since: float) -> list[str]:
+    """The figures of this run; older ones in the folder may be of other data."""
+    made = sorted(path for path in folder.glob("*.*") if path.stat().st_mtime >= since - 1)
     lines = []
-    controls = out / "figures" / "03_controls.csv"
-    if controls.is_file():
+    if (controls := folder / "03_controls.csv") in made:
         study = pd.read_csv(controls)
         study["shown"] = [_interval(*r) for r in study[["value", "low", "high"]].itertuples(index=False)]
         order = list(dict.fromkeys(study["detector_title"]))
         wide = study.pivot(index="detector_title", columns="cell", values="shown").loc[order].reset_index()
         lines += ["", "## Trained on one generator, tested on unseen families (AUROC, notebook 03)", ""]
         lines += markdown_table(wide.rename(columns={"detector_title": "detector"}))
-    figures = sorted((out / "figures").glob("*.png"))
+    figures = [path for path in made if path.suffix == ".png"]
     return lines + ["", "## Figures", "", *(f"- [{f.stem}](figures/{f.name})" for f in figures)]
 
 
@@ -244,6 +245,7 @@ def _read(source: Path) -> tuple[Any, set[str]]:
 
 
 def _execute(notebook: Any, target: Path, values: Mapping[str, Any], folder: Path) -> None:
+    import matplotlib
     import nbformat
     import papermill
     import torch
@@ -257,9 +259,13 @@ def _execute(notebook: Any, target: Path, values: Mapping[str, Any], folder: Pat
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch, "notebook.ipynb")
         nbformat.write(notebook, source)
-        # settings of the user are left out, they change figures; a kernel takes as many threads as this process
-        environment = {"IPYTHONDIR": scratch, "MATPLOTLIBRC": scratch, "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-                       "OMP_NUM_THREADS": str(torch.get_num_threads())}  # fmt: skip
+        environment = {
+            # settings of the user are left out, they change figures
+            "IPYTHONDIR": scratch,
+            "MATPLOTLIBRC": str(Path(matplotlib.get_data_path(), "matplotlibrc")),
+            "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        }
         with _environment(environment):
             papermill.execute_notebook(
                 str(source), str(target), parameters=dict(values), kernel_name="python3", cwd=str(folder),
