@@ -312,7 +312,7 @@ class FeatureScorer:
 
 
 class MisalignmentScorer(FeatureScorer):
-    """A representation and a head that knows where in it the objects stand.
+    """The method itself: a representation and a head.
 
     Parameters
     ----------
@@ -339,13 +339,6 @@ class MisalignmentScorer(FeatureScorer):
             return np.concatenate([x, beside(features)], axis=1) if beside else x
 
         super().__init__(vectors, head)
-        self.representation = config
-
-    def fit(self, train: Features, val: Features) -> MisalignmentScorer:
-        """Train on ``train``, stop on ``val``."""
-        self.estimator = clone(self.estimator).set_params(**self.representation.head_options(train.dim))
-        super().fit(train, val)
-        return self
 
 
 class NearestNeighbour(ClassifierMixin, BaseEstimator):
@@ -391,9 +384,9 @@ def logistic() -> Any:
 def shuffle_texts(features: Features, seed: int = 0) -> Features:
     """Give every image the caption of another one, and every region the phrase of another region.
 
-    The swap goes across the classes and has no fixed points, so whatever a detector still finds cannot come
-    from the fit between an image and *its own* caption. An image's score then depends on the company it is
-    given in.
+    The swap goes across the classes and has no fixed points, so what a detector still finds does not come
+    from the fit between an image and *its own* caption. It is not free of that caption, though: the regions
+    stay those that its own phrases chose. An image's score depends on the company it is given in.
     """
     rng = np.random.default_rng(seed)
 
@@ -408,18 +401,14 @@ def shuffle_texts(features: Features, seed: int = 0) -> Features:
     caption = swap(len(features), "caption")
     phrase = swap(len(features.owner), "phrase") if len(features.owner) else features.owner
     return replace(
-        features,
-        caption_emb=features.caption_emb[caption],
-        phrase_emb=features.phrase_emb[phrase],
-        caption_norm=None if features.caption_norm is None else features.caption_norm[caption],
-        phrase_norm=None if features.phrase_norm is None else features.phrase_norm[phrase],
+        features, caption_emb=features.caption_emb[caption], phrase_emb=features.phrase_emb[phrase]
     )
 
 
 def generic_texts(features: Features, generic_emb: np.ndarray) -> Features:
     """Give every image and every region one and the same text, e.g. the embedding of "a photo".
 
-    Where lengths are known, it gets the mean length of the captions and of the phrases it stands for.
+    The regions stay those that the image's own phrases chose, so this is not free of the own caption either.
     """
     emb = np.asarray(generic_emb, np.float32).reshape(-1)
     if emb.shape != (features.dim,):
@@ -431,13 +420,7 @@ def generic_texts(features: Features, generic_emb: np.ndarray) -> Features:
         features,
         caption_emb=np.tile(emb, (len(features), 1)),
         phrase_emb=np.tile(emb, (len(features.owner), 1)),
-        caption_norm=_flat(features.caption_norm),
-        phrase_norm=_flat(features.phrase_norm),
     )
-
-
-def _flat(norm: np.ndarray | None) -> np.ndarray | None:
-    return norm if norm is None or not len(norm) else np.full_like(norm, norm.mean())
 
 
 def caption_likelihood(features: Features) -> np.ndarray:
@@ -454,7 +437,9 @@ def caption_likelihood(features: Features) -> np.ndarray:
 def likelihood_and_confidence(features: Features, fill: float = float("nan")) -> np.ndarray:
     """Caption likelihood, mean and lowest localiser score, number of objects; shape (n, 4).
 
-    No CLIP and no text embedding in it if the localiser uses none.
+    With the localisers "grid" and "dense" the score *is* the cosine of region and phrase, so this control
+    then contains the local misalignment, mean and worst, and is no control without text. Only with an object
+    detector as localiser is the score something else: its own confidence.
 
     Parameters
     ----------
@@ -616,8 +601,8 @@ _ALL = (
         lambda i: FeatureScorer(caption_likelihood, logistic()), ("caption_logprob",),
     ),
     Control(
-        "likelihood_confidence", "caption likelihood and localiser score",
-        "Is misalignment more than the doubt of captioner and localiser?", _OURS,
+        "likelihood_confidence", "caption likelihood and localiser score (grid, dense: the local cosine)",
+        "What do the captioner's doubt and the localiser's score say together?", _OURS,
         lambda i: ConfidenceScorer(i.seeded_head()), ("caption_logprob",),
     ),
     Control(

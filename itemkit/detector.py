@@ -1,16 +1,20 @@
 """From features to a verdict a person can use: representation, head, calibration, thresholds in one object.
 
 Everything that turns embeddings into an answer is chosen on validation images, stored together, and refuses
-features that were made otherwise than those it was trained on.
+features that were made otherwise than those it was trained on::
+
+    features --represent--> vector --head--> log-odds --calibrator--> p(fake)
+                                        log-odds --against the validation images'--> real, fake or unsure
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,116 +27,39 @@ from itemkit.calibrate import (
     Calibrator,
     Threshold,
     because,
-    check_fnr,
+    check_promises,
     conformal_p,
     fit_calibrator,
-    split_validation,
+    lacking,
+    proportion_interval,
     three_way,
     threshold_at_fpr,
 )
-from itemkit.errors import InputError, ModelNotFound
+from itemkit.errors import InputError
 from itemkit.features import Features
-from itemkit.head import MisalignmentMLP
-from itemkit.metrics import bootstrap
-from itemkit.misalignment import RepresentationConfig, cosines, get_representation, leave_one_out, represent
+from itemkit.head import MisalignmentMLP, damaged, field, read_arrays, read_description
+from itemkit.metrics import METRICS, bootstrap
+from itemkit.misalignment import RepresentationConfig, cosines, get_representation, misalign, represent
+from itemkit.models import differences
+from itemkit.splits import split_validation
+from itemkit.text import one_line, printable
 
+FORMAT = "itemkit detector 2"
 # Not part of a model's identity: where it ran and with how many bits (cosine above 0.999), and what was done
 # to the images before it (a perturbed image is a legitimate question).
-IGNORED_LEAVES = ("device", "dtype", "precision", "batch_size")
-IGNORED_PARTS = ("transform", "decode")
+IGNORED = ("device", "dtype", "precision", "batch_size", "transform", "decode")
 OBJECT_PARTS = ("parser", "localiser")
-# who ignores where captions came from ignores how they were cleaned, too
-ENTAILED = {"captions": ("caption_cleaning",)}
-
-
-def fingerprint_differences(
-    trained: dict, given: dict, ignore: Collection[str] = (), _name: str = ""
-) -> Iterator[tuple[str, object, object]]:
-    """Keys in which two fingerprints differ, as ``("encoder.weights_hash", trained, given)``.
-
-    Parameters
-    ----------
-    trained, given : nested dict
-        ``run["fingerprint"]`` of two feature stores.
-    ignore : names
-        Parts ("localiser"), dotted keys ("captioner.num_beams"); device and precision are always ignored.
-    """
-    ignore = {*ignore, *(name for part in ignore for name in ENTAILED.get(part, ()))}
-    for key in sorted({*trained, *given}, key=str):
-        name = f"{_name}.{key}" if _name else str(key)
-        if name in ignore or key in IGNORED_LEAVES:
-            continue
-        a, b = trained.get(key), given.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from fingerprint_differences(a, b, ignore, name)
-        elif a != b:
-            yield name, a, b
-
-
-def data_hash(features: Features) -> str:
-    """Hash of which images with which labels, whatever their order."""
-    columns = features.table[[schema.IMAGE_ID, schema.LABEL]].astype(str)
-    lines = sorted(columns[schema.IMAGE_ID] + " " + columns[schema.LABEL])
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def image_keys(features: Features) -> np.ndarray:
-    """Eight bytes of the hash of each image's id, uint64, shape (n,): enough to know an image again."""
-    ids = features.table[schema.IMAGE_ID].astype(str)
-    digests = b"".join(hashlib.sha256(one.encode()).digest()[:8] for one in ids)
-    return np.frombuffer(digests, ">u8").astype(np.uint64)
-
-
-def where_seen(features: Features, keys: Mapping[str, np.ndarray]) -> np.ndarray:
-    """For each image "train", "val" or, for a new one, ""; ``keys`` has the `image_keys` of both parts."""
-    where = np.full(len(features), "", dtype="<U5")
-    here = image_keys(features)
-    for part, known in keys.items():
-        where[np.isin(here, known)] = part
-    return where
-
-
-def warn_of_seen(where: np.ndarray) -> None:
-    """Warn if images that are evaluated had a part in making the detector; ``where`` as of `where_seen`."""
-    uses = {"train": "trained this detector", "val": "stopped its training or calibrated it"}
-    if known := [f"{n} {use}" for part, use in uses.items() if (n := int((where == part).sum()))]:
-        warnings.warn(
-            f"of the {len(where)} images evaluated here, {' and '.join(known)}: numbers on these are no test "
-            "of it",
-            stacklevel=3,
-        )
-
-
-def refuse_other_models(trained: dict | None, given: dict | None, ignore: Collection[str]) -> None:
-    """Raise an InputError if two stores' fingerprints differ in more than ``ignore``, or only one has any."""
-    if trained and given:
-        different = list(fingerprint_differences(trained, given, ignore))
-        if not different:
-            return
-        shown = "; ".join(f"{name} is {_short(b)}, was {_short(a)}" for name, a, b in different[:4])
-        more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
-        captions = any(name == "captions" for name, *_ in different)
-        source = (
-            " and captions from the same source (extract --captions, detect --caption)" if captions else ""
-        )
-        raise InputError(
-            f"these features were made otherwise than those the detector was trained on: {shown}{more}. "
-            f"Extract them with the same preset{source * captions}, or train a detector on features "
-            "like these"
-        )
-    if bool(trained) != bool(given):
-        raise InputError(
-            f"the {'features' if trained else 'detector'} carry no fingerprint of the models that made them, "
-            "so it cannot be checked that both belong together; load the features with load_features()"
-        )
-
-
-def _short(value: object) -> str:
-    text = "absent" if value is None else str(value)
-    return text if len(text) <= 48 else text[:45] + "..."
-
-
-FORMAT = "itemkit detector 1"
+FEW = 20
+"""Calibration images of a class below which p(fake) is said to be rough. Our choice."""
+ONE_CLASS_METRICS = ("called_fake", "above_half")
+ARRAYS = {
+    "real_scores": "F64", "fake_scores": "F64", "real_cosines_global": "F64", "real_cosines_local": "F64",
+    "train_keys": "U64", "val_keys": "U64",
+}  # fmt: skip
+TRAINED_ON: dict[str, tuple[type, ...]] = {
+    "fingerprint": (dict, NoneType), "dim": (int,), "itemkit": (str,), "preset": (str,), "models": (str,),
+    "note": (str,), "seed": (int,), "members": (int,), "train_images": (dict,), "val_images": (dict,),
+}  # fmt: skip
 
 
 class Detector:
@@ -143,22 +70,24 @@ class Detector:
     representation : RepresentationConfig or name
         Which misalignment the head sees.
     head : MisalignmentMLP, optional
-        Untrained; ``MisalignmentMLP(members=5)`` averages five seeds.
-    calibration : str
-        "temperature", "platt", "isotonic", "auto" or "none"; see `itemkit.calibrate.fit_calibrator`.
+        Untrained; ``MisalignmentMLP(members=5)`` averages five starts.
+    calibration : {"temperature", "platt", "isotonic", "none"}
+        See `itemkit.calibrate.fit_calibrator`.
     selection_fraction : float
         Share of the validation images that stops the training; the rest calibrates, sets thresholds and is
-        the reference of the conformal verdict, unseen by the training.
+        the reference of the verdict, unseen by the training.
 
     Attributes
     ----------
     head_ : fitted MisalignmentMLP
     calibrator_ : Calibrator
-    real_scores_, fake_scores_ : sorted logits of the calibration images
+    real_scores_, fake_scores_ : float arrays
+        Sorted log-odds of the calibration images.
     trained_on_ : dict
-        Fingerprint and configuration of the features, data hash, counts per generator.
-    image_keys_ : dict
-        By which `seen` knows the training and the validation images again.
+        What made it: version, preset and models of the features, their fingerprint, width and note, images of
+        each generator, seed and members of the head.
+    notes : list of str
+        What was done otherwise because there were few validation images.
     """
 
     def __init__(
@@ -172,6 +101,7 @@ class Detector:
         self.head = head if head is not None else MisalignmentMLP()
         self.calibration = calibration
         self.selection_fraction = selection_fraction
+        self.notes: list[str] = []
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -181,51 +111,62 @@ class Detector:
         Parameters
         ----------
         train, val : Features
-            Labelled images of both classes, without a common image.
+            Labelled images without a common one; ``train`` of both classes. With fewer than two validation
+            images of a class a share of the training images stops the training instead, and all validation
+            images calibrate; without one of a class p(fake) is the head's own. `notes` says so.
 
         Returns
         -------
         Detector
             Itself.
         """
-        self._check_dim(val, train.dim)
-        ids = train.table[schema.IMAGE_ID]
-        if (shared := val.table[schema.IMAGE_ID].isin(set(ids))).any():
+        refuse_other_models(train, val, "the validation images", "the training images", IGNORED)
+        shared = val.table[schema.IMAGE_ID].isin(set(train.table[schema.IMAGE_ID])).to_numpy()
+        if shared.any():
+            first = printable(val.table[schema.PATH].iloc[int(shared.argmax())])
             raise InputError(
                 f"{int(shared.sum())} of {len(val)} validation images are also training images, the first is "
-                f"{val.table.loc[shared.idxmax(), schema.PATH]}; thresholds from them would be too low"
+                f"{first}; thresholds from them would be too low"
             )
-        y_train, y_val = train.labels, val.labels
-        select, rest = split_validation(y_val, self.selection_fraction, self.head.seed)
-        x_val = represent(val, self.representation)
-        head = clone(self.head).set_params(**self.representation.head_options(train.dim))
-        self.head_ = head.fit(represent(train, self.representation), y_train, x_val[select], y_val[select])
-        logits, y = self.head_.decision_function(x_val[rest]).astype(np.float64), y_val[rest]
-        self.calibrator_ = fit_calibrator(y, logits, self.calibration, self.head.seed)
+        y_train, y = train.labels, val.labels
+        n_train, n_val = np.bincount(y_train, minlength=2), np.bincount(y, minlength=2)
+        if not n_train.all():
+            raise InputError(
+                f"{n_train[0]} real and {n_train[1]} fake training images; a detector needs both kinds"
+            )
+        x_train, x_val = represent(train, self.representation), represent(val, self.representation)
+        head, self.notes = clone(self.head), []
+        if n_val.min() >= 2:
+            select, rest = split_validation(y, self.selection_fraction, head.seed)
+            self.head_ = head.fit(x_train, y_train, x_val[select], y[select])
+            x_val, y = x_val[rest], y[rest]
+        else:
+            if n_train.min() < 2:
+                head.set_params(validation_fraction=0)
+            how = "on a share of the training images" if n_train.min() > 1 else "after the last epoch"
+            self.notes.append(f"{_numbers(n_val)} validation images: the training was stopped {how}")
+            self.head_ = head.fit(x_train, y_train)
+        logits = self.head_.decision_function(x_val).astype(np.float64) if len(y) else np.zeros(0)
         self.real_scores_, self.fake_scores_ = (np.sort(logits[y == c]) for c in (schema.REAL, schema.FAKE))
-        self._remember_real_cosines(val)
+        fewest = min(len(self.real_scores_), len(self.fake_scores_))
+        self.calibrator_ = fit_calibrator(y, logits, self.calibration) if fewest else Calibrator()
+        if fewest < FEW:
+            how = "is rough" if fewest else "is the head's own, not calibrated"
+            self.notes.append(f"{_numbers(np.bincount(y, minlength=2))} calibration images: p(fake) {how}")
+        self.real_cosines_ = _quantiles(val.select(val.labels == schema.REAL))
         self.trained_on_ = {
             "fingerprint": train.run.get("fingerprint"),
-            "preset": (train.run.get("config") or {}).get("name"),
             "dim": train.dim,
-            "schema_version": schema.SCHEMA_VERSION,
-            "train_hash": data_hash(train),
-            "val_hash": data_hash(val),
+            **train.provenance,
+            "seed": int(head.seed),
+            "members": int(head.members),
             "train_images": train.table[schema.GENERATOR].value_counts().sort_index().to_dict(),
             "val_images": val.table[schema.GENERATOR].value_counts().sort_index().to_dict(),
         }
         self.image_keys_ = {"train": image_keys(train), "val": image_keys(val)}
+        for note in self.notes:
+            warnings.warn(note, stacklevel=2)
         return self
-
-    def _remember_real_cosines(self, val: Features) -> None:
-        real = val.select(val.labels == schema.REAL)
-        whole = cosines(real)["global_cosine"].to_numpy()
-        local = np.einsum("ij,ij->i", real.region_emb, real.phrase_emb)
-        grid = np.linspace(0, 1, 101)
-        self.real_cosines_ = {
-            "global": np.quantile(whole, grid),
-            "local": np.quantile(local, grid) if len(local) else np.zeros(0),
-        }
 
     # ------------------------------------------------------------------------------------------- scoring
 
@@ -244,16 +185,8 @@ class Detector:
             Names the differing keys with both values.
         """
         self._fitted()
-        ignore = (*ignore, *IGNORED_PARTS, *(() if self.representation.uses_objects else OBJECT_PARTS))
-        refuse_other_models(self.trained_on_["fingerprint"], features.run.get("fingerprint"), ignore)
-        self._check_dim(features, self.trained_on_["dim"])
-
-    @staticmethod
-    def _check_dim(features: Features, dim: int) -> None:
-        if features.dim != dim:
-            raise InputError(
-                f"embeddings have {features.dim} dimensions, expected {dim}: another encoder made them"
-            )
+        ignore = (*ignore, *IGNORED, *(() if self.representation.uses_objects else OBJECT_PARTS))
+        refuse_other_models(self.trained_on_, features, "these features", "the detector", ignore)
 
     def _fitted(self) -> None:
         if not hasattr(self, "head_"):
@@ -269,10 +202,22 @@ class Detector:
         logits = self.decision_function(features, ignore)
         return self.calibrator_(logits)
 
-    def threshold(self, fpr: float = 0.05, guarantee: str = "average") -> Threshold:
-        """Threshold on the raw log-odds at a false-positive rate, from the calibration reals."""
+    def threshold(self, fpr: float = 0.05) -> Threshold:
+        """Threshold on the raw log-odds at a false-positive rate, from the calibration reals.
+
+        Raises
+        ------
+        InputError
+            They are too few for this rate.
+        """
         self._fitted()
-        return threshold_at_fpr(self.real_scores_, fpr, guarantee)
+        return threshold_at_fpr(self.real_scores_, fpr)
+
+    def lacking(self, fpr: float = 0.05, fnr: float = 0.05) -> list[str]:
+        """Why rates cannot be promised: how many images it would take, and which option asks for less."""
+        self._fitted()
+        reasons = (lacking(fpr, len(self.real_scores_), 0), lacking(fnr, len(self.fake_scores_), 1))
+        return [reason for reason in reasons if reason]
 
     def verdict(
         self, features: Features, fpr: float = 0.05, fnr: float = 0.05, ignore: Sequence[str] = ()
@@ -295,15 +240,19 @@ class Detector:
         DataFrame, one row per image
             ``image_id, path, p_fake, verdict, like_real, like_fake, because``. ``like_real`` is the share of
             calibration reals that look at least as fake as this image, ``like_fake`` the share of calibration
-            fakes that look at least as real (both count the image itself).
+            fakes that look at least as real (both count the image itself). The verdict is "withheld" where
+            the calibration images are too few to promise both rates; ``because`` then says what it takes.
         """
-        self._fitted()
-        self.threshold(fpr)  # raises where there are too few reals for this rate
-        check_fnr(fnr, len(self.fake_scores_))
+        missing = self.lacking(fpr, fnr)
         logits = self.decision_function(features, ignore)
         like_real = conformal_p(self.real_scores_, logits, schema.REAL)
         like_fake = conformal_p(self.fake_scores_, logits, schema.FAKE)
-        answer = three_way(like_real, like_fake, fpr, fnr)
+        if missing:
+            answer = np.full(len(logits), "withheld", dtype=object)
+            reasons = ["; ".join(missing)] * len(logits)
+        else:
+            answer = three_way(like_real, like_fake, fpr, fnr)
+            reasons = [because(*row, fpr, fnr) for row in zip(answer, like_real, like_fake, strict=True)]
         return pd.DataFrame(
             {
                 schema.IMAGE_ID: features.table[schema.IMAGE_ID].to_numpy(),
@@ -312,7 +261,7 @@ class Detector:
                 "verdict": answer,
                 "like_real": like_real,
                 "like_fake": like_fake,
-                "because": [because(*r, fpr, fnr) for r in zip(answer, like_real, like_fake, strict=True)],
+                "because": reasons,
             }
         )
 
@@ -333,38 +282,28 @@ class Detector:
             First the whole image, then its objects from the worst aligned to the best: ``level`` ("global",
             "local"), ``text``, box ``x0, y0, x1, y1`` and localiser ``score`` (empty for the whole image),
             ``cosine``, ``real_below`` (share of validation reals, or of their objects, with a lower cosine:
-            small means unusually misaligned), ``p_fake_without`` (p(fake) had this object not been found;
-            empty for the whole image, and for an only object where the representation has empty="raise").
+            small means unusually misaligned).
         """
         if not -len(features) <= row < len(features):
             raise InputError(f"row {row}: expected 0 to {len(features) - 1}")
         one = features.select([row % len(features)])
-        p_fake = float(self.score(one, ignore)[0])
-        whole = float(one.image_emb[0] @ one.caption_emb[0])
-        top = {"text": one.table[schema.CAPTION].iloc[0], "real_below": self._real_below("global", whole)}
-        rows: list[dict] = [{"level": "global", "cosine": whole} | top]
-        cosine = np.einsum("ij,ij->i", one.region_emb, one.phrase_emb)
-        # where an image without objects is refused, there is no p(fake) without the only one
-        needed = 1 if self.representation.uses_objects and self.representation.empty == "raise" else 0
-        without = np.full(len(cosine), np.nan)
-        if len(cosine) > needed:
-            without = self.score(leave_one_out(one), ignore)
-        for i in np.argsort(cosine, kind="stable"):
-            box, value = one.objects.iloc[i], float(cosine[i])
-            found = {"text": box["phrase"], **{k: box[k] for k in ("x0", "y0", "x1", "y1", "score")}}
-            evidence = {"real_below": self._real_below("local", value), "p_fake_without": float(without[i])}
-            rows.append({"level": "local", "cosine": value} | found | evidence)
-        columns = ["level", "text", "x0", "y0", "x1", "y1", "score", "cosine", "real_below", "p_fake_without"]
-        table = pd.DataFrame(rows).reindex(columns=columns)
-        table.attrs["p_fake"] = p_fake
-        return table
-
-    def _real_below(self, level: str, cosine: float) -> float:
-        grid = self.real_cosines_[level]
-        return float(np.interp(cosine, grid, np.linspace(0, 1, len(grid)))) if len(grid) else float("nan")
+        self.check(one, ignore)
+        whole = pd.DataFrame({"level": "global", "text": one.table[schema.CAPTION].to_numpy()})
+        whole["cosine"] = misalign(one.image_emb, one.caption_emb, "cosine")[:, 0]
+        local = one.objects.rename(columns={"phrase": "text"}).assign(level="local")
+        local["cosine"] = misalign(one.region_emb, one.phrase_emb, "cosine")[:, 0]
+        table = pd.concat([whole, local.sort_values("cosine", kind="stable")], ignore_index=True)
+        table["real_below"] = np.nan
+        for level, grid in self.real_cosines_.items():
+            rows = table["level"] == level
+            if len(grid):
+                share = np.interp(table.loc[rows, "cosine"], grid, np.linspace(0, 1, len(grid)))
+                table.loc[rows, "real_below"] = share
+        columns = ["level", "text", "x0", "y0", "x1", "y1", "score", "cosine", "real_below"]
+        return table.reindex(columns=columns)
 
     def seen(self, features: Features) -> np.ndarray:
-        """Which images this detector was made with.
+        """Which images this detector was made with, by the ids of their contents.
 
         Parameters
         ----------
@@ -377,7 +316,10 @@ class Detector:
             "" for new ones.
         """
         self._fitted()
-        return where_seen(features, self.image_keys_)
+        where, keys = np.full(len(features), "", dtype="<U5"), image_keys(features)
+        for part, known in self.image_keys_.items():
+            where[np.isin(keys, known)] = part
+        return where
 
     def evaluate(
         self,
@@ -387,15 +329,15 @@ class Detector:
         seed: int = 0,
         ignore: Sequence[str] = (),
     ) -> pd.DataFrame:
-        """Metrics with bootstrap intervals, for all images and for each generator against all reals.
+        """Metrics with 95 % intervals, for all images and for each generator against all reals.
 
         Parameters
         ----------
         features : Features
-            Labelled test images.
+            Labelled test images; of one class, too: then the share called fake is all that can be said.
         fpr : float
             The threshold comes from the calibration reals at this rate; the rate realised on the test reals
-            is one minus ``accuracy_real``.
+            is one minus ``accuracy_real``. Where they are too few to promise it, what needs it is empty.
         n_boot, seed
             See `itemkit.metrics.bootstrap`.
         ignore : names
@@ -404,7 +346,8 @@ class Detector:
         Returns
         -------
         DataFrame
-            ``generator, metric, value, low, high, n_real, n_fake``; generator "all" counts every real once.
+            ``generator, metric, value, low, high, n_real, n_fake, over, note``; generator "all" counts every
+            real once. ``over`` says what the interval is over, ``note`` why a value is not defined (empty).
 
         Warns
         -----
@@ -412,18 +355,95 @@ class Detector:
             Some images trained, stopped or calibrated this detector; they are counted all the same.
         """
         logits, y = self.decision_function(features, ignore), features.labels
-        warn_of_seen(self.seen(features))
-        threshold = self.threshold(fpr).value
-        generator = features.table[schema.GENERATOR].to_numpy()
-        tables = []
+        if not len(y):
+            raise InputError("no image to evaluate")
+        self._warn_of_seen(features)
+        no_threshold = lacking(fpr, len(self.real_scores_), schema.REAL)
+        cut = None if no_threshold else self.threshold(fpr).value
+        generator = features.table[schema.GENERATOR].fillna("").astype(str).to_numpy()
         names = list(dict.fromkeys(generator[y == schema.FAKE]))
+        tables = []
         for name in ["all", *names] if len(names) > 1 else ["all"]:
-            rows = (y == schema.REAL) | (generator == name) if name != "all" else np.ones(len(y), bool)
-            p = self.calibrator_(logits[rows])
-            table = bootstrap(y[rows], logits[rows], threshold, p, n_boot=n_boot, seed=seed, balanced=True)
+            rows = np.ones(len(y), bool) if name == "all" else (y == schema.REAL) | (generator == name)
+            table = self._metrics(y[rows], logits[rows], cut, no_threshold, n_boot, seed)
             tables.append(table.assign(generator=name))
         table = pd.concat(tables, ignore_index=True)
         return table[["generator", *table.columns.drop("generator")]]
+
+    def _metrics(
+        self, y: np.ndarray, logits: np.ndarray, cut: float | None, no_threshold: str | None,
+        n_boot: int, seed: int,
+    ) -> pd.DataFrame:  # fmt: skip
+        p, n = self.calibrator_(logits), np.bincount(y, minlength=2)
+        both = bool(n.all())
+        names = METRICS if both else (*ONE_CLASS_METRICS, *METRICS)
+        table = pd.DataFrame({"value": np.nan, "low": np.nan, "high": np.nan}, pd.Index(names, name="metric"))
+        table = table.assign(n_real=int(n[0]), n_fake=int(n[1]), over="", note="")
+        if both:
+            found = bootstrap(y, logits, cut, p, n_boot=n_boot, seed=seed, balanced=True).set_index("metric")
+            table.update(found[["value", "low", "high"]])
+        # shares have an exact interval, which is honest about three images, too
+        shares = {} if both else {"above_half": p > 0.5}
+        if cut is not None:
+            called = logits > cut
+            shares |= {"accuracy_real": ~called[y == schema.REAL], "accuracy_fake": called[y == schema.FAKE]}
+            shares |= {} if both else {"called_fake": called}
+        for name, hits in shares.items():
+            if len(hits):
+                interval = proportion_interval(int(hits.sum()), len(hits))
+                table.loc[name, ["value", "low", "high"]] = (hits.mean(), *interval)
+        defined = table["value"].notna()
+        table.loc[defined, "over"] = f"images, {n_boot} resamples within each class"
+        table.loc[defined & table.index.isin(list(shares)), "over"] = "images, exact binomial"
+        needs_both = "" if both else f"needs real and fake images, got {_numbers(n)}"
+        table.loc[~defined, "note"] = f"not defined: {needs_both or no_threshold}"
+        if no_threshold and not both:
+            table.loc["called_fake", "note"] = f"not defined: {no_threshold}"
+        return table.reset_index()
+
+    def _warn_of_seen(self, features: Features) -> None:
+        where = self.seen(features)
+        uses = {"train": "trained this detector", "val": "stopped its training or calibrated it"}
+        if known := [f"{n} {use}" for part, use in uses.items() if (n := int((where == part).sum()))]:
+            warnings.warn(
+                f"of the {len(where)} images evaluated here, {' and '.join(known)}: numbers on these are no "
+                "test of it",
+                stacklevel=3,
+            )
+
+    def promises(self, features: Features) -> pd.DataFrame:
+        """Hold what thresholds and verdicts promise against labelled images the detector has not seen.
+
+        Parameters
+        ----------
+        features : Features
+            Images that trained or calibrated the detector are left out, with a warning.
+
+        Returns
+        -------
+        DataFrame
+            See `itemkit.calibrate.check_promises`.
+
+        Raises
+        ------
+        InputError
+            All of the images trained, stopped or calibrated the detector.
+        """
+        new = self.seen(features) == ""
+        if not new.any():
+            raise InputError(
+                f"all {len(features)} images trained or calibrated this detector, and what it promises is "
+                "about new ones; take a split that it has not seen"
+            )
+        if not new.all():
+            warnings.warn(
+                f"{int((~new).sum())} of {len(features)} images trained or calibrated this detector; its "
+                f"promises are held against the other {int(new.sum())}",
+                stacklevel=2,
+            )
+        logits, y = self.decision_function(features)[new], features.labels[new]
+        known = self.real_scores_, self.fake_scores_
+        return check_promises(*known, logits[y == schema.REAL], logits[y == schema.FAKE])
 
     # ---------------------------------------------------------------------------------------------- disk
 
@@ -432,16 +452,11 @@ class Detector:
         self._fitted()
         path = self.head_.save(folder)
         arrays = {"real_scores": self.real_scores_, "fake_scores": self.fake_scores_}
-        arrays |= {f"real_cosines_{k}": np.asarray(v, np.float64) for k, v in self.real_cosines_.items()}
+        arrays |= {f"real_cosines_{level}": grid for level, grid in self.real_cosines_.items()}
         arrays |= {f"{part}_keys": keys for part, keys in self.image_keys_.items()}
         data = safetensors.numpy.save(arrays)
         atomic_write(path / "calibration.safetensors", lambda file: file.write(data))
-        thresholds = {}
-        for fpr in (0.01, 0.05, 0.1):  # for the reader; any other rate follows from the stored scores
-            try:
-                thresholds[f"{fpr:g}"] = self.threshold(fpr).statement
-            except InputError as reason:
-                thresholds[f"{fpr:g}"] = str(reason)
+        n_real, rates = len(self.real_scores_), (0.01, 0.05, 0.1)
         write_json(
             path / "detector.json",
             {
@@ -450,7 +465,12 @@ class Detector:
                 "calibration": self.calibration,
                 "calibrator": self.calibrator_.to_dict(),
                 "selection_fraction": self.selection_fraction,
-                "thresholds": thresholds,
+                # for the reader; any other rate follows from the stored scores
+                "thresholds": {
+                    f"{fpr:g}": lacking(fpr, n_real, schema.REAL) or self.threshold(fpr).statement
+                    for fpr in rates
+                },
+                "notes": self.notes,
                 "trained_on": self.trained_on_,
             },
         )
@@ -458,31 +478,86 @@ class Detector:
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> Detector:
-        """Read a detector written by `save`."""
-        folder = Path(folder)
-        for name in ("detector.json", "calibration.safetensors"):
-            if not (folder / name).is_file():
-                raise ModelNotFound(
-                    f"{folder} holds no detector: {name} is missing. Train one with `itemkit train`, or "
-                    f"give its folder"
-                )
-        meta = json.loads((folder / "detector.json").read_text())
-        if meta.get("format") != FORMAT:
-            raise ModelNotFound(
-                f"{folder}/detector.json has format {meta.get('format')!r}; expected {FORMAT!r}"
-            )
+        """Read a detector written by `save`.
+
+        Raises
+        ------
+        ModelNotFound
+            The folder holds none, or one that is damaged.
+        """
+        folder, name = Path(folder), "detector.json"
+        meta = read_description(folder, name, FORMAT)
         head = MisalignmentMLP.load(folder, device)
-        detector = cls(
-            RepresentationConfig.from_dict(meta["representation"]),
-            clone(head),
-            meta["calibration"],
-            meta["selection_fraction"],
-        )
+        kind = field(folder, name, meta, "representation", dict)
+        calibrator = field(folder, name, meta, "calibrator", dict)
+        try:
+            detector = cls(
+                RepresentationConfig.from_dict(kind),
+                clone(head),
+                field(folder, name, meta, "calibration", str),
+                field(folder, name, meta, "selection_fraction", float),
+            )
+            detector.calibrator_ = Calibrator.from_dict(calibrator)
+        except InputError as error:
+            raise damaged(folder, f"{name}: {one_line(error)}") from error
         detector.head_ = head
-        detector.calibrator_ = Calibrator.from_dict(meta["calibrator"])
-        arrays = safetensors.numpy.load_file(folder / "calibration.safetensors")
+        detector.notes = [str(note) for note in field(folder, name, meta, "notes", list)]
+        detector.trained_on_ = field(folder, name, meta, "trained_on", dict)
+        for key, kinds in TRAINED_ON.items():
+            field(folder, name, detector.trained_on_, key, *kinds)
+        if detector.representation.width(detector.trained_on_["dim"]) != head.n_features_in_:
+            raise damaged(folder, f"{name} and head.json are not of one detector")
+        arrays = read_arrays(folder, "calibration.safetensors", {k: (v, (None,)) for k, v in ARRAYS.items()})
         detector.real_scores_, detector.fake_scores_ = arrays["real_scores"], arrays["fake_scores"]
         detector.real_cosines_ = {level: arrays[f"real_cosines_{level}"] for level in ("global", "local")}
         detector.image_keys_ = {part: arrays[f"{part}_keys"] for part in ("train", "val")}
-        detector.trained_on_ = meta["trained_on"]
+        if any((np.diff(grid) < 0).any() for grid in detector.real_cosines_.values()):
+            raise damaged(folder, "calibration.safetensors: the cosines of the reals are not in order")
         return detector
+
+
+def image_keys(features: Features) -> np.ndarray:
+    """Eight bytes of the hash of each image's id, uint64, shape (n,): enough to know an image again."""
+    ids = features.table[schema.IMAGE_ID].astype(str)
+    digests = b"".join(hashlib.sha256(one.encode()).digest()[:8] for one in ids)
+    return np.frombuffer(digests, ">u8").astype(np.uint64)
+
+
+def refuse_other_models(
+    trained: Features | dict[str, Any], given: Features, what: str, than: str, ignore: Sequence[str]
+) -> None:
+    """Raise an InputError if other models made ``given``, or if only one side knows its models."""
+    if isinstance(trained, Features):
+        trained = {"fingerprint": trained.run.get("fingerprint"), "dim": trained.dim}
+    there, here = trained["fingerprint"], given.run.get("fingerprint")
+    if bool(there) != bool(here):
+        raise InputError(
+            f"{what if there else than} carry no fingerprint of the models that made them, so it cannot be "
+            "checked that both belong together; load the features with load_features()"
+        )
+    if different := differences(there, here, ignore):
+        more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
+        captions = " and captions from the same source (extract --captions, detect --caption)"
+        raise InputError(
+            f"{what} were made otherwise than those of {than}: {'; '.join(different[:4])}{more}. Extract "
+            f"them with the same preset{captions * any(line.startswith('captions:') for line in different)}, "
+            "or train a detector on features like these"
+        )
+    if given.dim != trained["dim"]:
+        raise InputError(
+            f"embeddings have {given.dim} dimensions, expected {trained['dim']}: another encoder made them"
+        )
+
+
+def _quantiles(real: Features) -> dict[str, np.ndarray]:
+    """Percentiles of the cosines of real images, and of their objects; empty without any."""
+    found = {
+        "global": cosines(real)["global_cosine"].to_numpy() if len(real) else np.zeros(0),
+        "local": misalign(real.region_emb, real.phrase_emb, "cosine")[:, 0],
+    }
+    grid = np.linspace(0, 1, 101)
+    return {k: np.quantile(v, grid).astype(np.float64) if len(v) else np.zeros(0) for k, v in found.items()}
+
+
+def _numbers(n: np.ndarray) -> str:
+    return f"{n[schema.REAL]:,} real and {n[schema.FAKE]:,} fake"

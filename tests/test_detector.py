@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from itemkit.detector import Detector, fingerprint_differences
+from itemkit.detector import Detector
 from itemkit.errors import InputError, ModelNotFound
 from itemkit.head import MisalignmentMLP
 from itemkit.metrics import auroc
