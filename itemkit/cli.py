@@ -209,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--protocol", help=f"genimage, ufd19, forensynths or mini; {each}")
     option("--data", metavar="ROOT", help="CSV, Parquet or folder; mini has images of its own")
     option("--out", default="results", type=Path, help="the study goes to a folder of its own in it")
+    option("--captions", default="generate", choices=("generate", "user"), help="whose captions")
     option("--seeds", type=_positive, default=5, help="each draws other training images")
     elsewhere = "scores of a detector run elsewhere"
     option("--scores", action="append", default=[], metavar="NAME=CSV", help=elsewhere)
@@ -350,7 +351,7 @@ def _draw_audit(reports: dict[str, Any], folder: Path) -> None:
 def extract(args: argparse.Namespace) -> int:
     """Compute features of a manifest's images."""
     from itemkit import schema
-    from itemkit.decode import DecodeConfig, scaled_jpeg
+    from itemkit.decode import DecodeConfig
     from itemkit.extraction import extract
     from itemkit.perturb import get_perturbation
 
@@ -364,9 +365,6 @@ def extract(args: argparse.Namespace) -> int:
 
         per_worker = {"gpus_per_worker": args.gpus_per_worker, "cpus_per_worker": args.cpus_per_worker}
         ray = RayOptions(address=args.address, workers=args.workers, **per_worker)
-    decode: dict[str, Any] = {"threads": args.threads} if args.threads else {}
-    if args.scaled_jpeg:
-        decode["loader"] = scaled_jpeg(args.scaled_jpeg)
     report = extract(
         manifest,
         args.out,
@@ -379,7 +377,7 @@ def extract(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         limit=args.limit,
         transform=get_perturbation(args.perturb) if args.perturb else None,
-        decode=DecodeConfig(**decode),
+        decode=DecodeConfig(threads=args.threads, least_side=args.scaled_jpeg),
         retry_errors=args.retry_errors,
         config=preset.record(),
     )
@@ -511,19 +509,21 @@ def export(args: argparse.Namespace) -> int:
 
 def study(args: argparse.Namespace) -> int:
     """Run a protocol, or the comparison of one's own generators, and print its table."""
+    from itemkit.protocols import get_protocol
     from itemkit.study import run_study
 
-    if args.protocol is None and args.data is None:
-        raise InputError(
-            "name a --protocol (genimage, ufd19, forensynths or mini), or your own images with --data"
-        )
-    given = ("seeds", "scores", "skip_missing", "per_set", "without", "jobs")
+    preset = _preset(args)
+    given = ("captions", "seeds", "scores", "skip_missing", "per_set", "without", "jobs")
     options = {name: getattr(args, name) for name in given}
+    if args.protocol and args.layout == "auto":
+        args.layout = get_protocol(args.protocol).layout
     data = None if args.data is None else _manifest(args, args.data)
-    path = run_study(args.protocol, data, args.out, _preset(args), args.device, **options)
-    _print(path.read_text(encoding="utf-8"))
-    _print(f"written to {path} and table.csv beside it")
-    return 0
+    report = run_study(args.protocol, data, args.out, preset, args.device, **options)
+    _print(report.path.read_text(encoding="utf-8"))
+    for failure in report.failures:
+        _say(f"itemkit: warning: {failure}")
+    _print(f"written to {report.path} and table.csv beside it")
+    return int(bool(report.failures))
 
 
 def detect(args: argparse.Namespace) -> int:

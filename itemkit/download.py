@@ -1,7 +1,7 @@
 """Fetch the models of a preset once: into the hub's cache, or into a folder for machines without a network.
 
-Everything that is fetched is data: weights as safetensors (a .bin only where a repository has nothing else; it
-is read weights-only and, in a folder, rewritten), configuration and tokenizer; never code.
+All of it is data: weights as safetensors (a .bin only where a repository has nothing else; it is read
+weights-only and, in a folder, rewritten), configuration and tokenizer; never code.
 """
 
 from __future__ import annotations
@@ -77,6 +77,9 @@ def download(
     wanted = _wanted(preset)
     folder = None if to is None else Path(os.path.abspath(os.path.expanduser(to)))
     noted = _read_notes(folder)
+    if "encoder" in wanted:  # an unknown name or tag is said before anything large is fetched
+        with contextlib.suppress(ModelNotFound):
+            find_encoder(*wanted["encoder"])
     done: dict[str, Any] = {}
     try:
         for part, (model, tag) in wanted.items():
@@ -92,7 +95,8 @@ def download(
                     f"{tidy(place)} was not made by `itemkit download`; choose another folder with --to"
                 )
             report(f"{what}: fetching ...")
-            fetch = _fetch_parser if part == "parser" else _fetch_tag if tag else _fetch_repository
+            by_tag = part == "encoder" and not model.startswith("hf-hub:")
+            fetch = _fetch_parser if part == "parser" else _fetch_tag if by_tag else _fetch_repository
             found = fetch(what, preset.name, model, tag, place)
             done[part] = {"model": model, "pretrained": tag, "folder": FOLDERS[part], **found}
             report(f"{what}: revision {found['revision'][:12] or '?'}, {count(len(found['files']), 'file')}")
@@ -204,8 +208,6 @@ def _fetch_tag(what: str, preset: str, model: str, tag: str | None, place: Path 
     """An encoder that open_clip knows by name and tag; a folder gets open_clip's local-dir of it."""
     import open_clip
 
-    with contextlib.suppress(ModelNotFound):  # an unknown name or tag is an error of its own
-        find_encoder(model, tag)
     name = model.replace("/", "-")
     known, config = open_clip.get_pretrained_cfg(name, tag), open_clip.get_model_config(name)
     repo, _, file = (known.get("hf_hub") or "").rpartition("/")
@@ -243,7 +245,7 @@ def _note_absent(repo: str, name: str) -> None:
 
 
 def _finish(folder: Path, place: Path | None) -> dict[str, str]:
-    """Rewrite pickled weights of a folder as safetensors, drop the hub's own notes; hashes of what is there."""
+    """Rewrite pickled weights of a folder as safetensors, drop the hub's notes; hashes of what is there."""
     if place is not None:
         for old in place.glob("*.bin"):
             import torch
@@ -313,8 +315,8 @@ def _unreachable(what: str, preset: str, address: str, error: BaseException) -> 
     return ModelNotFound(
         what,
         reason=f"cannot be fetched: no answer from {address} ({one_line(error)})",
-        remedy=f"Run `itemkit download --preset {preset} --to FOLDER` on a machine with a network, copy FOLDER "
-        "here and name it with `--models FOLDER`; or use the models that come with itemkit: preset 'mini'.",
+        remedy=f"Run `itemkit download --preset {preset} --to FOLDER` on a machine with a network, copy "
+        "FOLDER here and name it with `--models FOLDER`; or use preset 'mini', which comes with itemkit",
     )
 
 
