@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+from itemkit import schema
 from itemkit.errors import InputError
-from itemkit.features import OBJECT_NORMS, Features
+from itemkit.features import OBJECT_ARRAYS, Features
+from itemkit.matrix import train_on_test_on
+from itemkit.recipes import Recipe
 from itemkit.results import POOLED
-from itemkit.study import Recipe, train_on_test_on
 
 
 def ablation(
@@ -157,39 +158,39 @@ def what_matters(table: pd.DataFrame, least: float = 0.01, level: float = 0.95) 
 
 
 def degrade_captions(
-    captions: pd.Series, share: float, kinds: Sequence[str], colours: Sequence[str] = (), seed: int = 0
+    table: pd.DataFrame, share: float, kinds: Sequence[str], colours: Sequence[str] = (), seed: int = 0
 ) -> pd.Series:
     """Make some objects of each caption wrong: another kind, or another colour before it.
 
     Parameters
     ----------
-    captions : Series of str
-        Indexed by path.
+    table : DataFrame
+        With ``image_id, path, caption``, e.g. `Features.table`. The damage follows from the image's content, so it
+        is the same whatever folder the images lie in and whatever others lie beside them.
     share : float
         Probability that an object is made wrong. What is wrong at a small share stays so, and in the same
         way, at a larger one.
     kinds, colours : sequences of str
         Words of objects, and words that may stand before them.
     seed : int
-        Together with a caption's index it decides everything, so other captions change nothing.
+        Another one makes other objects wrong.
 
     Returns
     -------
     Series
-        With the same index.
+        Captions indexed by path, as `workflow.features` takes them.
     """
     if not 0 <= share <= 1 or len(kinds) < 2:
         raise InputError(f"share={share} and {len(kinds)} kinds; expected 0 to 1, and two kinds or more")
-    return pd.Series(
-        [_degrade(str(text), str(key), share, kinds, colours, seed) for key, text in captions.items()],
-        index=captions.index, name=captions.name,
-    )  # fmt: skip
+    rows = zip(table[schema.CAPTION], table[schema.IMAGE_ID], strict=True)
+    texts = [_degrade(str(text), str(image_id), share, kinds, colours, seed) for text, image_id in rows]
+    return pd.Series(texts, index=pd.Index(table[schema.PATH]), name=schema.CAPTION)
 
 
 def _degrade(
-    text: str, key: str, share: float, kinds: Sequence[str], colours: Sequence[str], seed: int
+    text: str, image_id: str, share: float, kinds: Sequence[str], colours: Sequence[str], seed: int
 ) -> str:
-    rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
+    rng = np.random.default_rng([seed, int(hashlib.sha256(image_id.encode()).hexdigest()[:16], 16)])
     words = text.split(" ")
     plain = [word.strip(",.") for word in words]
     for i, word in enumerate(plain):
@@ -219,12 +220,10 @@ def first_objects(features: Features, at_most: int) -> Features:
     """
     counts = np.bincount(features.owner, minlength=len(features))
     rank = np.arange(len(features.owner)) - (np.cumsum(counts) - counts)[features.owner]
-    kept = np.flatnonzero(rank < at_most)
-    changed: dict[str, Any] = {
-        "owner": features.owner[kept],
-        "objects": features.objects.iloc[kept].reset_index(drop=True),
-    }
-    for name in ("region_emb", "phrase_emb", *OBJECT_NORMS):
-        array = getattr(features, name)
-        changed[name] = None if array is None else array[kept]
-    return replace(features, **changed)
+    first = np.flatnonzero(rank < at_most)
+    return replace(
+        features,
+        owner=features.owner[first],
+        objects=features.objects.iloc[first].reset_index(drop=True),
+        **{name: getattr(features, name)[first] for name in OBJECT_ARRAYS},
+    )

@@ -17,10 +17,7 @@ import pandas as pd
 from itemkit import schema
 from itemkit.errors import InputError
 from itemkit.images import EqualiseConfig
-from itemkit.manifest import assign_splits
-
-# of the training images, where a data set has no validation images of its own; at most half of few
-VAL_SHARE, VAL_IMAGES = 0.1, 40
+from itemkit.text import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,17 @@ class Protocol:
         Everything in the training split belongs to the one training set, whatever its folders are called.
     test : tuple of TestSet
         In the order of the published table; empty where each generator tests.
+    conditions : tuple of str
+        Columns of its table: "raw" or "clean" (images as they are), "equalised" (one size and codec for all),
+        "random JPEG" (one at a quality drawn for each image).
     equalise : EqualiseConfig
-        Of the second column.
+        What "equalised" means.
+    families : dict
+        Generator -> family, where several share a network; a detector trained on one has seen the others.
+    all_forms : bool
+        Try every level and form of misalignment, not the default and its cosine alone.
+    lab : bool
+        About the mini laboratory's images, which come with the package; all others need images.
     published : tuple of Published
     """
 
@@ -91,7 +97,11 @@ class Protocol:
     train: tuple[str, ...] = ()
     train_is_all: bool = False
     test: tuple[TestSet, ...] = ()
+    conditions: tuple[str, ...] = ("raw", "equalised")
     equalise: EqualiseConfig = field(default_factory=EqualiseConfig)
+    families: dict[str, str] = field(default_factory=dict)
+    all_forms: bool = False
+    lab: bool = False
     published: tuple[Published, ...] = ()
 
     def titles(self) -> dict[str, str]:
@@ -144,14 +154,6 @@ class Protocol:
         table = table.iloc[np.unique(np.concatenate(kept))]
         if per_set is not None:
             table = _limit(table, per_set)
-        trains = table[schema.SPLIT] != "test"
-        if not (table.loc[trains, schema.SPLIT] == "val").any():
-            fewest = table.loc[trains, schema.LABEL].value_counts().min()
-            share = min(max(VAL_SHARE, VAL_IMAGES / fewest), 0.5)
-            carved = assign_splits(
-                table[trains].assign(**{schema.SPLIT: None}), {"train": 1 - share, "val": share}
-            )
-            table.loc[trains, schema.SPLIT] = carved[schema.SPLIT]
         return table.reset_index(drop=True), missing
 
     @staticmethod
@@ -211,12 +213,14 @@ def protocol_names() -> list[str]:
 
 def get_protocol(name: str) -> Protocol:
     """Read a protocol's data file; an unknown name lists those there are."""
-    if name not in protocol_names():
-        raise InputError(f"unknown protocol {name!r}; expected one of {', '.join(protocol_names())}")
-    data: dict[str, Any] = tomllib.loads(
-        (resources.files(__package__) / "protocols" / f"{name}.toml").read_text("utf-8")
-    )
-    data["train"] = tuple(data.get("train", ()))
+    if name not in (known := protocol_names()):
+        hint = did_you_mean(name, known)
+        raise InputError(f"unknown protocol {name!r}; expected one of {', '.join(known)}.{hint}")
+    file = resources.files(__package__) / "protocols" / f"{name}.toml"
+    data: dict[str, Any] = tomllib.loads(file.read_text("utf-8"))
+    for key in ("train", "conditions"):
+        if key in data:
+            data[key] = tuple(data[key])
     data["test"] = tuple(
         TestSet(row["name"], row["title"], tuple(row.get("alias", ()))) for row in data.get("test", ())
     )

@@ -1,4 +1,7 @@
-"""One table of a study: every contender in every condition, means, worst cells, published numbers apart."""
+"""What follows from the scores of a study: metrics with intervals, comparisons, late fusions, one table.
+
+A `Run` is one contender trained on one generator with one seed; a `Study` is all of them on the same test images.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +9,38 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
 
 from itemkit import schema
 from itemkit._files import write_json
-from itemkit.calibrate import best_threshold, fit_calibrator, threshold_at_fpr
-from itemkit.controls import MisalignmentScorer, Scorer
+from itemkit.calibrate import best_threshold, fit_calibrator, lacking, threshold_at_fpr
 from itemkit.errors import InputError
-from itemkit.features import Features
-from itemkit.head import MisalignmentMLP
 from itemkit.metrics import (
     METRIC_TITLES,
     SMALLER_IS_BETTER,
+    THRESHOLD_METRICS,
     draw_weights,
     metric_interval,
     percentile_interval,
     replicate,
     two_sided_p,
 )
-from itemkit.misalignment import RepresentationConfig
 from itemkit.protocols import Protocol
+from itemkit.text import did_you_mean, markdown_table, one_line, write_csv
+
+FORMAT = "itemkit study 1"
+POOLED = "pooled_unseen"
+STUDY_METRICS: tuple[str, ...] = ("ap", "auroc", "balanced_accuracy", "accuracy_real", "accuracy_fake")
+STUDY_METRICS += ("accuracy_oracle", "tpr_at_fpr01", "tpr_at_fpr05", "ece")
+LEVEL, BOOT_SEED = 0.95, 0  # of all intervals over test images
+PAIR = ("train_generator", "test_generator")
+KEY = ("detector", *PAIR, "seed", "metric")
 
 
 @dataclass
@@ -40,27 +49,35 @@ class Run:
 
     Attributes
     ----------
-    detector, train_generator, seed : what was run
-    threshold : on the score, from the calibration half of the validation images
-    val_scores, val_labels : of that half
-    test_scores : of every test image, in the order of ``Study.test``
-    scale, offset : p(fake) = sigmoid(scale * score + offset), fitted on that half
-    n_train, seconds, key, config : how it was made
+    detector, train_generator, seed
+        What was run.
+    threshold : float or None
+        On the score, from the calibration half of the validation images; None where these are too few, with the
+        reason in ``withheld``.
+    scale, offset : float
+        p(fake) = sigmoid(scale * score + offset), fitted on that half.
+    val_scores, val_labels : list
+        Of that half.
+    test_scores : list of float
+        Of every test image, in the order of ``Study.test``.
+    n_train, seconds, key, config
+        How it was made.
     """
 
     detector: str
     train_generator: str
     seed: int
-    threshold: float
+    threshold: float | None
+    withheld: str
     scale: float
     offset: float
     val_scores: list[float]
     val_labels: list[int]
     test_scores: list[float]
-    n_train: int
-    seconds: float
-    key: str
-    config: dict
+    n_train: int = 0
+    seconds: float = 0.0
+    key: str = ""
+    config: dict = field(default_factory=dict)
 
     def probability(self) -> np.ndarray:
         """Calibrated p(fake) of every test image."""
@@ -73,7 +90,7 @@ def run_name(detector: str, train_generator: str, seed: int) -> str:
 
 
 def _file_name(name: str) -> str:
-    plain = re.sub(r"[^A-Za-z0-9_.+-]+", "_", name)
+    plain = re.sub(r"[^A-Za-z0-9_.+-]+", "_", name)[:80]
     # two names that lose the difference between them must not share a file
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
@@ -83,162 +100,39 @@ def finish_run(
     train_generator: str,
     seed: int,
     val_scores: np.ndarray,
-    test_scores: np.ndarray,
     val_labels: np.ndarray,
-    options: dict,
-    config: dict,
-    n_train: int = 0,
-    seconds: float = 0.0,
-    key: str = "",
+    test_scores: np.ndarray,
+    options: Mapping[str, Any],
+    **about: Any,
 ) -> Run:
-    """Choose threshold and calibration on validation scores, and make the record of a run."""
+    """Choose threshold and calibration on validation scores, and make the record of a run.
+
+    Parameters
+    ----------
+    options : mapping
+        ``threshold`` ("fpr" or "best") and ``fpr``, see `itemkit.matrix.train_on_test_on`.
+    **about
+        Further fields of `Run`.
+    """
     # seven digits on disk and in memory alike, so that a run read back gives the same table to the last bit
     val, test = ([float(f"{v:.7g}") for v in scores] for scores in (val_scores, test_scores))
-    arrays = np.asarray(val), np.asarray(val_labels, int)
-    if options["threshold"] == "fpr":
-        threshold = threshold_at_fpr(arrays[0][arrays[1] == schema.REAL], options["fpr"]).value
-    else:
-        threshold = best_threshold(arrays[1], arrays[0])
-    platt = fit_calibrator(arrays[1], arrays[0], "platt")
-    return Run(
-        detector, train_generator, seed, float(threshold), platt.scale, platt.offset,
-        val, arrays[1].tolist(), test, n_train, seconds, key, config,
-    )  # fmt: skip
-
-
-FUSIONS = ("mean", "max", "stack")
+    s, y = np.asarray(val), np.asarray(val_labels, int)
+    threshold, withheld = None, ""
+    if options["threshold"] == "best":
+        threshold = float(best_threshold(y, s))
+    elif not (withheld := lacking(options["fpr"], int((y == schema.REAL).sum()), schema.REAL) or ""):
+        threshold = float(threshold_at_fpr(s[y == schema.REAL], options["fpr"]).value)
+    platt = fit_calibrator(y, s, "platt")
+    chosen = (threshold, withheld, platt.scale, platt.offset)
+    return Run(detector, train_generator, seed, *chosen, val, y.tolist(), test, **about)
 
 
 def late_fusion(
-    val_scores: Sequence[np.ndarray], y_val: np.ndarray, scores: Sequence[np.ndarray], how: str = "mean"
+    val_scores: Sequence[np.ndarray], y_val: np.ndarray, scores: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Join the scores of several detectors; whatever is fitted is fitted on validation images.
-
-    Parameters
-    ----------
-    val_scores, y_val : one vector of scores per detector, and the labels of those images
-    scores : one vector per detector for the images to be judged
-    how : {"mean", "max", "stack"}
-        Mean of the calibrated log-odds (Platt), so that no detector speaks louder for its scale; their
-        maximum ("fake if anyone says so"); or logistic regression on them.
-
-    Returns
-    -------
-    float64 array, one joint log-odds per image.
-    """
-    if how not in FUSIONS:
-        raise InputError(f"how={how!r}: expected one of {', '.join(FUSIONS)}")
-    if len(val_scores) != len(scores) or len(scores) < 2:
-        raise InputError(
-            f"{len(val_scores)} validation and {len(scores)} test score vectors; expected two or more each"
-        )
-    maps = [fit_calibrator(y_val, s, "platt") for s in val_scores]
-    test = np.stack([m.logit(s) for m, s in zip(maps, scores, strict=True)], axis=1)
-    if how == "mean":
-        return test.mean(1)
-    if how == "max":
-        return test.max(1)
-    val = np.stack([m.logit(s) for m, s in zip(maps, val_scores, strict=True)], axis=1)
-    # few inputs that agree with each other: the usual strength of the penalty keeps both weights apart from
-    # zero
-    return LogisticRegression(class_weight="balanced").fit(val, y_val).decision_function(test)
-
-
-class LateFusion:
-    """Several scorers, each trained by itself, joined by `late_fusion` on the validation images.
-
-    Parameters
-    ----------
-    parts : Scorers
-        Untrained.
-    how : str
-        See `late_fusion`.
-    """
-
-    def __init__(self, parts: Sequence[Scorer], how: str = "mean") -> None:
-        self.parts, self.how = list(parts), how
-
-    def fit(self, train: Features, val: Features) -> LateFusion:
-        """Train each part, and remember their scores on the validation images."""
-        for part in self.parts:
-            part.fit(train, val)
-        self.val_scores_ = [part.decision_function(val) for part in self.parts]
-        self.y_val_ = val.labels
-        return self
-
-    def decision_function(self, features: Features) -> np.ndarray:
-        """Joint log-odds of fake."""
-        scores = [part.decision_function(features) for part in self.parts]
-        return late_fusion(self.val_scores_, self.y_val_, scores, self.how)
-
-
-def early_fusion(
-    representation: RepresentationConfig | str = "absolute", head: MisalignmentMLP | None = None
-) -> MisalignmentScorer:
-    """One head on the misalignment vector and the image embedding side by side."""
-    head = head if head is not None else MisalignmentMLP()
-    return MisalignmentScorer(representation, head, beside=lambda features: features.image_emb)
-
-
-def fusion_report(
-    study: Study, fused: Mapping[str, Sequence[str]], metric: str = "auroc"
-) -> tuple[pd.DataFrame, list[str]]:
-    """Is a fusion ever worse than the better of its parts? Judged by every unseen cell of the matrix.
-
-    Parameters
-    ----------
-    study : Study
-        Holds the fusions and their parts.
-    fused : dict
-        Fusion -> its parts.
-    metric : str
-
-    Returns
-    -------
-    tuple
-        ``Study.fusion_gain`` of every fusion over the unseen cells, with the column ``fusion``; and one
-        sentence per fusion that answers the question and compares worst cells.
-    """
-    tables, answers = [], []
-    for name, parts in fused.items():
-        gain = study.fusion_gain(name, parts, metric)
-        gain = gain[~gain["seen"]].assign(fusion=name)
-        if gain.empty:
-            continue
-        tables.append(gain)
-        # how much worse, whichever direction is better
-        sign = 1 if metric in SMALLER_IS_BETTER else -1
-        loss, surely = sign * gain["difference"], gain["low" if sign > 0 else "high"] * sign > 0
-        below = loss > 0
-        worst = study.summary([metric]).set_index("detector")
-        weakest = worst.loc[name]
-        means = [f"{value:.3f}" for value in worst.loc[list(parts), "unseen_mean"]]
-        kept = max(parts, key=lambda part: -sign * worst.loc[part, "worst"])
-        answer = (
-            f"{name}: worse than the better of its parts ({', '.join(parts)}) in {int(below.sum())} of "
-            f"{len(gain)} unseen cells, in {int(surely.sum())} of them beyond its "
-            f"{100 * study.options['level']:.0f} % interval"
-        )
-        if below.any():
-            cell = gain.loc[loss.idxmax()]
-            answer += (
-                f", at most by {loss.max():.3f} ({cell['train_generator']} → "
-                f"{cell['test_generator']}, better part {cell['best_part']})"
-            )
-        answers.append(
-            f"{answer}. Worst cell {weakest['worst']:.3f} ({weakest['worst_train']} → "
-            f"{weakest['worst_test']}); the part with the best worst cell, {kept}, has "
-            f"{worst.loc[kept, 'worst']:.3f}. Mean over unseen cells {weakest['unseen_mean']:.3f}, "
-            f"of its parts {', '.join(means)}."
-        )
-    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    return table, answers
-
-
-FORMAT = "itemkit study 1"
-POOLED = "pooled_unseen"
-STUDY_METRICS: tuple[str, ...] = ("ap", "auroc", "balanced_accuracy", "accuracy_real", "accuracy_fake")
-STUDY_METRICS += ("accuracy_oracle", "tpr_at_fpr01", "tpr_at_fpr05", "ece")
+    """Mean of several detectors' log-odds, calibrated on validation images so that none speaks louder."""
+    parts = zip(val_scores, scores, strict=True)
+    return np.mean([fit_calibrator(y_val, val, "platt").logit(s) for val, s in parts], axis=0)
 
 
 @dataclass
@@ -251,7 +145,7 @@ class Study:
         The test images: ``image_id, path, label, generator, source``.
     runs : list of Run
     options : dict
-        Everything that was asked for.
+        Everything that was asked for, and ``made_by``, `Features.provenance`.
     table : DataFrame
         One row per contender, train generator, test generator, seed and metric: ``detector, train_generator,
         test_generator, seen, seed, metric, value, low, high, n_real, n_fake``. Test generator "pooled_unseen"
@@ -267,6 +161,21 @@ class Study:
     def __post_init__(self) -> None:
         if self.table.empty:
             self._tabulate(self.runs)
+
+    @property
+    def detectors(self) -> list[str]:
+        """Names of the contenders, in the order they were run."""
+        return list(dict.fromkeys(run.detector for run in self.runs))
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Contenders that could not be run, with the reason."""
+        return self.options.get("failures", {})
+
+    @property
+    def notes(self) -> list[str]:
+        """What is left out or empty, and why."""
+        return self.options.get("notes", [])
 
     # ------------------------------------------------------------------------------------------- the table
 
@@ -295,7 +204,7 @@ class Study:
 
     def _weights(self) -> np.ndarray:
         """Bootstrap weights shared by all runs, so that contenders are compared on the same resamples."""
-        rng = np.random.default_rng(self.options["boot_seed"])
+        rng = np.random.default_rng(BOOT_SEED)
         pair_by = self.options["pair_by"]
         # reals that are judged apart are drawn apart: a resample without a real of some cell has no AUROC
         real = self.test[pair_by].astype(str).radd("real ") if pair_by else schema.REAL_GENERATOR
@@ -313,8 +222,10 @@ class Study:
         rows: list[dict] = []
         for run in runs:
             s, p = np.asarray(run.test_scores), run.probability()
+            # without a threshold its metrics stay empty; everything else does not need one
+            defined = [m for m in metrics if run.threshold is not None or m not in THRESHOLD_METRICS]
             for name, mask in self._groups(run.train_generator).items():
-                given = (metrics, run.threshold, p[mask], True)
+                given = (defined, run.threshold, p[mask], True)
                 point = replicate(y[mask], s[mask], ones[mask], *given)
                 drawn = replicate(y[mask], s[mask], weights[mask], *given) if weights.shape[1] else {}
                 cell = {
@@ -328,52 +239,61 @@ class Study:
                 for metric in metrics:
                     replicates = drawn.get(metric, np.zeros(0))
                     self._replicates[run.detector, run.train_generator, name, run.seed, metric] = replicates
-                    value = float(point[metric][0])
-                    low, high = metric_interval(metric, value, replicates, self.options["level"])
+                    value = float(point[metric][0]) if metric in point else float("nan")
+                    low, high = metric_interval(metric, value, replicates, LEVEL)
                     rows.append(cell | {"metric": metric, "value": value, "low": low, "high": high} | count)
         new = pd.DataFrame(rows)
         self.table = new if self.table.empty else pd.concat([self.table, new], ignore_index=True)
 
     # ------------------------------------------------------------------------------------------- summaries
 
-    @property
-    def detectors(self) -> list[str]:
-        """Names of the contenders, in the order they were run."""
-        return list(dict.fromkeys(run.detector for run in self.runs))
+    def cells(self, detector: str, metric: str, pooled: bool = False) -> pd.DataFrame:
+        """Rows of `table` of one contender and metric, one per pair of generators and seed (or the pooled ones)."""
+        for what, name, known in (
+            ("contender", detector, self.detectors), ("metric", metric, self.options["metrics"])
+        ):  # fmt: skip
+            if name not in known:
+                reason = (
+                    f" It failed, {self.failures[name]}"
+                    if name in self.failures
+                    else did_you_mean(name, known)
+                )
+                raise InputError(f"no {what} {name!r} in this study; there are {', '.join(known)}.{reason}")
+        rows = (self.table["detector"] == detector) & (self.table["metric"] == metric)
+        return self.table[rows & ((self.table["test_generator"] == POOLED) == pooled)]
 
-    def cells(self, detector: str, metric: str) -> pd.DataFrame:
-        """Rows of `table` of one contender and metric; an unknown name lists those there are."""
-        if detector not in self.detectors:
-            raise InputError(
-                f"no contender {detector!r} in this study; there are {', '.join(self.detectors)}"
-            )
-        if metric not in self.options["metrics"]:
-            raise InputError(
-                f"metric {metric!r} was not asked for; there are {', '.join(self.options['metrics'])}"
-            )
-        return self.table[(self.table["detector"] == detector) & (self.table["metric"] == metric)]
+    def drawn(self, cells: pd.DataFrame) -> np.ndarray:
+        """Bootstrap replicates of the mean over some rows of `table`; empty where there are none."""
+        parts = [self._replicates[key] for key in cells[list(KEY)].itertuples(index=False, name=None)]
+        whole = parts and all(len(part) == len(parts[0]) for part in parts)
+        return np.mean(parts, axis=0) if whole else np.zeros(0)
 
-    def drawn(self, detector: str, metric: str, cells: pd.DataFrame) -> np.ndarray:
-        """Bootstrap replicates of the mean over some cells; empty without bootstrap."""
-        keys = cells[["train_generator", "test_generator", "seed"]].itertuples(index=False)
-        parts = [self._replicates.get((detector, a, b, int(seed), metric)) for a, b, seed in keys]
-        given = [p for p in parts if p is not None]
-        return np.mean(given, axis=0) if given else np.zeros(0)
+    def mean(self, cells: pd.DataFrame) -> dict[str, float]:
+        """Mean over some rows of `table` of one contender and metric.
 
-    def interval(self, detector: str, metric: str, cells: pd.DataFrame) -> tuple[float, float]:
-        """Interval of the mean over some cells, by bootstrap over the test images."""
-        drawn = self.drawn(detector, metric, cells)
-        return metric_interval(metric, cells["value"].mean(), drawn, self.options["level"])
+        Returns
+        -------
+        dict
+            ``value``; ``low, high`` by bootstrap over the test images, all cells resampled together; ``seed_sd``,
+            standard deviation over seeds of the mean over cells; ``n_seeds``.
+        """
+        value = cells["value"].mean()
+        low, high = metric_interval(cells["metric"].iloc[0], value, self.drawn(cells), LEVEL)
+        by_seed = cells.groupby("seed")["value"].mean()
+        return {"value": value, "low": low, "high": high, "seed_sd": by_seed.std(), "n_seeds": len(by_seed)}
+
+    def worst(self, cells: pd.DataFrame) -> pd.DataFrame:
+        """Those of the rows that belong to the weakest pair of generators, by the mean over seeds."""
+        by_cell = cells.groupby(list(PAIR), sort=False)["value"].mean().dropna()
+        if by_cell.empty:
+            return cells[:0]
+        at = by_cell.idxmax() if cells["metric"].iloc[0] in SMALLER_IS_BETTER else by_cell.idxmin()
+        return cells[(cells[PAIR[0]] == at[0]) & (cells[PAIR[1]] == at[1])]
 
     def matrix(self, detector: str, metric: str = "auroc") -> pd.DataFrame:
         """Train generator × test generator, mean over seeds."""
-        cells = self.cells(detector, metric)
-        cells = cells[cells["test_generator"] != POOLED]
-        out = cells.pivot_table(
-            index="train_generator", columns="test_generator", values="value", aggfunc="mean"
-        )
-        trains = dict.fromkeys(cells["train_generator"])
-        return out.reindex(index=list(trains), columns=self.options["test_generators"])
+        mean = self.cells(detector, metric).groupby(list(PAIR))["value"].mean().unstack()
+        return mean.reindex(index=self.options["train_generators"], columns=self.options["test_generators"])
 
     def summary(self, metrics: Sequence[str] | None = None) -> pd.DataFrame:
         """One row per contender and metric.
@@ -381,33 +301,29 @@ class Study:
         Returns
         -------
         DataFrame
-            ``detector, metric``; ``unseen_mean`` over all cells of generators not trained on and all seeds,
-            with ``low, high`` by bootstrap over the test images (all cells resampled together) and
-            ``seed_sd``, the standard deviation of that mean over seeds; ``worst``, the weakest unseen cell
-            (mean over seeds) with its own interval and its ``worst_train, worst_test``; ``seen_mean``;
-            ``pooled_unseen`` (all unseen fakes together, reals once); ``n_cells, n_seeds``.
+            ``detector, metric``; ``unseen_mean`` over all cells of generators not trained on and all seeds, with
+            ``low, high, seed_sd`` as in `mean`; ``worst``, the weakest unseen cell, with ``worst_low, worst_high,
+            worst_train, worst_test``; ``seen_mean``; ``pooled_unseen`` (all unseen fakes together, reals once);
+            ``n_cells, n_seeds``.
         """
         rows = []
         for detector in self.detectors:
             for metric in metrics or self.options["metrics"]:
                 cells = self.cells(detector, metric)
-                pooled = cells[cells["test_generator"] == POOLED]["value"].mean()
-                cells = cells[cells["test_generator"] != POOLED]
                 unseen = cells[~cells["seen"]]
-                row: dict = {"detector": detector, "metric": metric, "unseen_mean": unseen["value"].mean()}
-                row["low"], row["high"] = self.interval(detector, metric, unseen)
-                row["seed_sd"] = unseen.groupby("seed")["value"].mean().std()
-                if len(unseen):
-                    by_cell = unseen.groupby(["train_generator", "test_generator"])["value"].mean()
-                    at = by_cell.idxmax() if metric in SMALLER_IS_BETTER else by_cell.idxmin()
-                    same = (unseen["train_generator"] == at[0]) & (unseen["test_generator"] == at[1])
-                    row["worst"] = by_cell[at]
-                    row["worst_low"], row["worst_high"] = self.interval(detector, metric, unseen[same])
-                    row["worst_train"], row["worst_test"] = at
+                mean = (
+                    self.mean(unseen) if len(unseen) else dict.fromkeys(("value", "low", "high", "seed_sd"))
+                )
+                row = {"detector": detector, "metric": metric, "unseen_mean": mean["value"]}
+                row |= {key: mean[key] for key in ("low", "high", "seed_sd")}
+                weakest = self.worst(unseen)
+                worst = self.mean(weakest) if len(weakest) else {}
+                row |= {name: worst.get(key) for name, key in
+                        (("worst", "value"), ("worst_low", "low"), ("worst_high", "high"))}  # fmt: skip
+                row["worst_train"], row["worst_test"] = (weakest[k].iloc[0] if worst else None for k in PAIR)
                 row["seen_mean"] = cells[cells["seen"]]["value"].mean()
-                row["pooled_unseen"] = pooled
-                row["n_cells"] = len(cells.drop_duplicates(["train_generator", "test_generator"]))
-                row["n_seeds"] = cells["seed"].nunique()
+                row["pooled_unseen"] = self.cells(detector, metric, pooled=True)["value"].mean()
+                row |= {"n_cells": len(cells.drop_duplicates(list(PAIR))), "n_seeds": cells["seed"].nunique()}
                 rows.append(row)
         return pd.DataFrame(rows)
 
@@ -421,64 +337,45 @@ class Study:
         DataFrame
             ``reference, other, metric, difference, low, high, p_value, seed_sd``; positive: the reference
             has the larger value. Interval and p-value by bootstrap over the test images, the same resamples
-            for both; ``seed_sd`` is the spread of the difference over seeds (empty for contenders without
-            seeds).
+            for both; ``seed_sd`` is the spread of the difference over seeds.
         """
-        mine = self._unseen(reference, metric)
-        drawn = self.drawn(reference, metric, mine)
+
+        def unseen(name: str) -> tuple[pd.Series, np.ndarray]:
+            cells = self.cells(name, metric)
+            cells = cells[~cells["seen"]]
+            return cells.groupby("seed")["value"].mean(), self.drawn(cells)
+
+        mine, drawn = unseen(reference)
         rows = []
         for other in others or [name for name in self.detectors if name != reference]:
-            theirs = self._unseen(other, metric)
-            gap = drawn - self.drawn(other, metric, theirs)
-            low, high = percentile_interval(gap, self.options["level"])
-            by_seed = mine.groupby("seed")["value"].mean() - theirs.groupby("seed")["value"].mean()
+            theirs, other_drawn = unseen(other)
+            gap, by_seed = drawn - other_drawn, mine - theirs
+            low, high = percentile_interval(gap, LEVEL)
             rows.append(
-                {"reference": reference, "other": other, "metric": metric,
-                 "difference": mine["value"].mean() - theirs["value"].mean(),
+                {"reference": reference, "other": other, "metric": metric, "difference": by_seed.mean(),
                  "low": low, "high": high, "p_value": two_sided_p(gap), "seed_sd": by_seed.std()}
             )  # fmt: skip
         return pd.DataFrame(rows)
 
-    def _unseen(self, detector: str, metric: str) -> pd.DataFrame:
-        cells = self.cells(detector, metric)
-        return cells[~cells["seen"] & (cells["test_generator"] != POOLED)]
-
     # --------------------------------------------------------------------------------------------- fusion
 
-    def fuse(self, name: str, parts: Sequence[str], how: str = "mean") -> Study:
-        """Add the late fusion of contenders that were run, from their stored scores.
-
-        Parameters
-        ----------
-        name : str
-            Of the new contender.
-        parts : names
-            Contenders to join, each run with the same train generators and seeds.
-        how : str
-            See `itemkit.results.late_fusion`.
-
-        Returns
-        -------
-        Study
-            Itself.
-        """
+    def fuse(self, name: str, parts: Sequence[str]) -> Study:
+        """Add the `late_fusion` of contenders that were run, from their stored scores; returns itself."""
         if name in self.detectors:
             raise InputError(f"the study has a contender {name!r} already")
-        found = {(r.detector, r.train_generator, r.seed): r for r in self.runs}
         for part in parts:
             self.cells(part, self.options["metrics"][0])  # complains about an unknown name
+        found = {(r.detector, r.train_generator, r.seed): r for r in self.runs}
         new = []
         for run in [r for r in self.runs if r.detector == parts[0]]:
             mine = [found[part, run.train_generator, run.seed] for part in parts]
-            labels = np.asarray(run.val_labels)
-            val = [np.asarray(r.val_scores) for r in mine]
-            test = [np.asarray(r.test_scores) for r in mine]
-            joint_val, joint_test = (late_fusion(val, labels, scores, how) for scores in (val, test))
-            about = {"fuse": [r.config for r in mine], "how": how}
-            chosen = finish_run(
-                name, run.train_generator, run.seed, joint_val, joint_test, labels, self.options, about
+            val, test = (
+                [np.asarray(getattr(r, which)) for r in mine] for which in ("val_scores", "test_scores")
             )
-            new.append(replace(chosen, n_train=run.n_train))
+            y = np.asarray(run.val_labels)
+            joint = (late_fusion(val, y, val), y, late_fusion(val, y, test))
+            about = {"n_train": run.n_train, "config": {"fuse": [r.config for r in mine]}}
+            new.append(finish_run(name, run.train_generator, run.seed, *joint, self.options, **about))
         self.runs += new
         self._tabulate(new)
         return self
@@ -492,18 +389,16 @@ class Study:
             ``train_generator, test_generator, seen, fused, best_part, best, difference, low, high``, means
             over seeds, the interval by bootstrap over the test images; sorted by difference.
         """
-        rows = []
         sign = -1 if metric in SMALLER_IS_BETTER else 1
-        cells = {name: self.cells(name, metric) for name in (fused, *parts)}
-        cells = {name: c[c["test_generator"] != POOLED] for name, c in cells.items()}
-        for (train, test), mine in cells[fused].groupby(["train_generator", "test_generator"], sort=False):
-            there = {
-                name: c[(c["train_generator"] == train) & (c["test_generator"] == test)]
-                for name, c in cells.items()
-            }
+        cells = {
+            name: dict(list(self.cells(name, metric).groupby(list(PAIR), sort=False)))
+            for name in (fused, *parts)
+        }
+        rows = []
+        for (train, test), mine in cells[fused].items():
+            there = {name: cells[name][train, test] for name in parts}
             best = max(parts, key=lambda name: sign * there[name]["value"].mean())
-            gap = self.drawn(fused, metric, mine) - self.drawn(best, metric, there[best])
-            low, high = percentile_interval(gap, self.options["level"])
+            low, high = percentile_interval(self.drawn(mine) - self.drawn(there[best]), LEVEL)
             value, other = mine["value"].mean(), there[best]["value"].mean()
             rows.append(
                 {"train_generator": train, "test_generator": test, "seen": bool(mine["seen"].iloc[0]),
@@ -524,33 +419,75 @@ class Study:
         # last, so that it never names a file that is not there
         about = {"format": FORMAT, "options": self.options, "runs": names}
         write_json(folder / "study.json", about | {"test": self.test.to_dict(orient="list")})
-        self.table.to_csv(folder / "table.csv", index=False)
-        self.summary().to_csv(folder / "summary.csv", index=False)
+        for name, table in (("table", self.table), ("summary", self.summary())):
+            write_csv(table.assign(**self.options["made_by"]), folder / f"{name}.csv")
         return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> Study:
         """Read a study written by `save`, and compute its table again from the scores."""
         folder = Path(folder)
+        if not (folder / "study.json").is_file():
+            raise InputError(f"{folder} holds no study.json; make one with train_on_test_on(..., out=...)")
         try:
-            about = json.loads((folder / "study.json").read_text())
-        except FileNotFoundError:
-            raise InputError(f"{folder} holds no study.json; make one with train_on_test_on") from None
-        if about.get("format") != FORMAT:
-            raise InputError(f"{folder}/study.json has format {about.get('format')!r}; expected {FORMAT!r}")
-        runs = [Run(**json.loads((folder / "runs" / name).read_text())) for name in about["runs"]]
-        return cls(pd.DataFrame(about["test"]), runs, about["options"])
+            about = json.loads((folder / "study.json").read_text("utf-8"))
+            runs = [Run(**json.loads((folder / "runs" / name).read_text("utf-8"))) for name in about["runs"]]
+            return cls(pd.DataFrame(about["test"]), runs, about["options"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"{folder} holds no study of this version ({one_line(error)}); run it again"
+            ) from error
 
+
+def fusion_report(study: Study, fused: Mapping[str, Sequence[str]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Is a fusion ever worse than the better of its parts? Judged by the AUROC of every unseen cell.
+
+    Parameters
+    ----------
+    study : Study
+        Holds the fusions and their parts.
+    fused : dict
+        Fusion -> its parts.
+
+    Returns
+    -------
+    tuple of DataFrame
+        `Study.fusion_gain` of every fusion over the unseen cells, with the column ``fusion``; and one line per
+        fusion to be printed.
+    """
+    tables, lines = [], []
+    worst = study.summary(["auroc"]).set_index("detector")
+    for name, parts in fused.items():
+        gain = study.fusion_gain(name, parts)
+        gain = gain[~gain["seen"]].assign(fusion=name)
+        if gain.empty:
+            continue
+        tables.append(gain)
+        below, surely, least = gain["difference"] < 0, gain["high"] < 0, gain.iloc[0]
+        lines.append(
+            {"fusion": f"{name} ({', '.join(parts)})",
+             "cells below the better part": f"{below.sum()} of {len(gain)}",
+             f"beyond the {LEVEL:.0%} interval": int(surely.sum()),
+             "largest loss": f"{-least['difference']:.3f} ({least[PAIR[0]]} → {least[PAIR[1]]})" if below.any() else "",
+             "worst cell": f"{worst.loc[name, 'worst']:.3f}",
+             "best worst cell of a part": f"{worst.loc[list(parts), 'worst'].max():.3f}",
+             "mean": f"{worst.loc[name, 'unseen_mean']:.3f}",
+             "means of the parts": ", ".join(f"{v:.3f}" for v in worst.loc[list(parts), "unseen_mean"])}
+        )  # fmt: skip
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), pd.DataFrame(lines)
+
+
+# ---------------------------------------------------------------------------- one table of several conditions
 
 MEAN, WORST = "mean of cells", "worst cell"
 OURS, THEIRS = "ours", "published, not ours"
-COLUMNS = ("kind", "condition", "detector", "title", "metric", "row", "value", "low", "high", "seed_sd",
-           "where", "n_seeds")  # fmt: skip
+COLUMNS = (
+    "kind", "condition", "detector", "title", "metric", "row", "seen", "value", "low", "high", "interval",
+    "seed_sd", "where", "n_seeds", "n_real", "n_fake", "preset", "models", "itemkit", "note",
+)  # fmt: skip
 
 
-def study_table(
-    studies: Mapping[str, Study], protocol: Protocol, titles: Mapping[str, str] | None = None
-) -> pd.DataFrame:
+def study_table(studies: Mapping[str, Study], protocol: Protocol, titles: Mapping[str, str]) -> pd.DataFrame:
     """Join the studies of several conditions and the published numbers into one long table.
 
     Parameters
@@ -560,134 +497,131 @@ def study_table(
     protocol : Protocol
         Where it names its training set, a cell is a test set and all of them count, the training generator's
         own as well, as the published means do. Where every generator trains in turn, a cell is a pair of
-        generators of different families.
-    titles : dict, optional
+        generators; mean and worst are over pairs of different families, or over all where there are none.
+    titles : dict
         Contender -> name to print.
 
     Returns
     -------
     DataFrame
         ``kind`` ("ours" or "published, not ours"), ``condition, detector, title, metric, row`` (a cell,
-        "mean of cells" or "worst cell"), ``value`` (mean over seeds), ``low, high`` (bootstrap over the test
-        images), ``seed_sd``, ``where`` (which cell is the worst), ``n_seeds``. All values are shares, also
-        the published ones, which are printed in per cent.
+        "mean of cells" or "worst cell"), ``seen`` (was one of the tested family trained on?), ``value`` (mean
+        over seeds), ``low, high`` and what they are an ``interval`` over, ``seed_sd``, ``where`` (which cell is
+        the worst), ``n_seeds``, ``n_real, n_fake`` (test images), and ``preset, models, itemkit, note``: what
+        made them. All values are shares, also the published ones, which are printed in per cent.
     """
     rows: list[dict] = []
     for condition, study in studies.items():
+        made = {"kind": OURS, "condition": condition, "interval": f"{LEVEL:.0%}, test images"}
+        made |= study.options["made_by"]
         for detector in study.detectors:
             for metric in study.options["metrics"]:
-                about = {"kind": OURS, "condition": condition, "detector": detector, "metric": metric}
-                about["title"] = (titles or {}).get(detector, detector)
-                rows += [about | row for row in _cells(study, detector, metric, protocol)]
+                about = made | {"detector": detector, "title": titles[detector], "metric": metric}
+                rows += [about | row for row in _lines(study, study.cells(detector, metric), protocol)]
     for published in protocol.published:
+        about = {"kind": THEIRS, "condition": published.condition, "metric": published.metric, "row": MEAN}
         for method, value in published.values:
-            rows.append(
-                {"kind": THEIRS, "condition": published.condition, "detector": method, "title": method,
-                 "metric": published.metric, "row": MEAN, "value": value / 100, "where": published.what}
-            )  # fmt: skip
+            named = {"detector": method, "title": method, "value": value / 100, "where": published.what}
+            rows.append(about | named)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _cells(study: Study, detector: str, metric: str, protocol: Protocol) -> list[dict]:
-    cells = study.cells(detector, metric)
-    cells = cells[cells["test_generator"] != POOLED]
+def _lines(study: Study, cells: pd.DataFrame, protocol: Protocol) -> list[dict]:
+    """Every cell, their mean and the worst of them."""
     names = protocol.titles()
-    if protocol.train:
-        cells = cells.assign(row=[names.get(name, name) for name in cells["test_generator"]])
-    else:
-        cells = cells[~cells["seen"]]
-        pairs = zip(cells["train_generator"], cells["test_generator"], strict=True)
-        cells = cells.assign(row=[f"{train} → {test}" for train, test in pairs])
 
-    def about(name: str, part: pd.DataFrame, where: str = "") -> dict:
-        low, high = study.interval(detector, metric, part)
-        by_seed = part.groupby("seed")["value"].mean()
-        return {"row": name, "value": part["value"].mean(), "low": low, "high": high,
-                "seed_sd": by_seed.std(), "where": where, "n_seeds": len(by_seed)}  # fmt: skip
+    def about(part: pd.DataFrame) -> dict:
+        first = part.iloc[0]
+        name = names.get(first["test_generator"], first["test_generator"])
+        row = name if protocol.train else f"{first['train_generator']} → {name}"
+        return {"row": row, "where": ""} | first[["seen", "n_real", "n_fake"]].to_dict() | study.mean(part)
 
-    rows = [about(name, part) for name, part in cells.groupby("row", sort=False)]
-    if not rows:
-        return []
-    pick = max if metric in SMALLER_IS_BETTER else min
-    worst = pick(rows, key=lambda row: row["value"])["row"]
-    return [*rows, about(MEAN, cells), about(WORST, cells[cells["row"] == worst], worst)]
+    counted = cells if protocol.train or cells["seen"].all() else cells[~cells["seen"]]
+    lines = [about(part) for _, part in cells.groupby(list(PAIR), sort=False)]
+    lines.append({"row": MEAN, "where": ""} | study.mean(counted))
+    if len(worst := study.worst(counted)):
+        line = about(worst)
+        lines.append(line | {"row": WORST, "where": line["row"]})
+    return lines
 
 
-def to_markdown(table: pd.DataFrame, protocol: Protocol, notes: Sequence[str] = ()) -> str:
+def to_markdown(
+    table: pd.DataFrame, studies: Mapping[str, Study], protocol: Protocol, notes: Sequence[str] = ()
+) -> str:
     """Print the table: means and worst cells of every contender, then cell by cell in the published order.
 
     Parameters
     ----------
-    table : DataFrame
-        Of `study_table`.
+    table, studies
+        Of `study_table`, and what it was made of.
     protocol : Protocol
-    notes : lines to print below the title
+    notes : sequence of str
+        Paragraphs below the title.
 
     Returns
     -------
     str
     """
-    ours = table[table["kind"] == OURS]
-    seeds = int(ours["n_seeds"].max())
-    lines = [f"# {protocol.title}", "", *(part for note in notes if note for part in (note, ""))]
-    lines += [
-        f"Values in per cent: mean over {seeds} seeds (95 % interval over test images; ± standard deviation "
-        "over seeds).",
-        "",
+    study = next(iter(studies.values()))
+    made, seeds, y = study.options["made_by"], study.options["seeds"], study.test[schema.LABEL]
+    paragraphs = [f"# {protocol.title}", *notes, f"**Note: {made['note']}**" if made["note"] else ""]
+    paragraphs += [
+        f"Made by itemkit {made['itemkit']} with preset {made['preset'] or 'none'}, models "
+        f"{made['models'] or 'unknown'}; {(y == schema.REAL).sum():,} real and {(y == schema.FAKE).sum():,} fake "
+        f"test images; seeds {', '.join(map(str, seeds))}.",
+        f"Values in per cent: mean over {len(seeds)} seeds ({100 * LEVEL:.0f} % interval over test images; ± "
+        "standard deviation over seeds).",
     ]
     shown = [protocol.metric, *(p.metric for p in protocol.published)]
     # beside an accuracy, what the best threshold for the test images would have given: never a result
-    shown += ["accuracy_oracle"] if protocol.train else ["auroc", "ap"]
+    shown += ["accuracy_oracle"] if protocol.train else ["auroc", "ap", "balanced_accuracy"]
     for metric in dict.fromkeys(shown):
         title = METRIC_TITLES[metric]
-        lines += [f"## {title[0].upper()}{title[1:]}", "", *_means(table, metric), ""]
-    lines += [f"## Cell by cell: {METRIC_TITLES[protocol.metric]}", ""]
-    return "\n".join([*lines, *_by_cell(ours, protocol), ""])
+        paragraphs += [
+            f"## {title[0].upper()}{title[1:]}",
+            "\n".join(_means(table[table["metric"] == metric])),
+        ]
+    paragraphs += [f"## Cell by cell: {METRIC_TITLES[protocol.metric]}", *_by_cell(table, protocol)]
+    return "\n\n".join(p for p in paragraphs if p) + "\n"
 
 
 def _percent(row: pd.Series, interval: bool = True) -> str:
+    if pd.isna(row["value"]):
+        return "-"
     text = f"{100 * row['value']:.1f}"
     if interval and pd.notna(row["low"]):
         text += f" ({100 * row['low']:.1f}-{100 * row['high']:.1f})"
     return text + (f" ± {100 * row['seed_sd']:.1f}" if interval and pd.notna(row["seed_sd"]) else "")
 
 
-def _means(table: pd.DataFrame, metric: str) -> list[str]:
-    part = table[table["metric"] == metric]
-    conditions = list(dict.fromkeys(part.loc[part["kind"] == OURS, "condition"]))
-    kinds = part.loc[part["kind"] == THEIRS, ["condition", "where"]].drop_duplicates()
-    references = [c for c in dict.fromkeys(kinds["condition"])]
-    header = ["detector", *(f"{c}: {what}" for c in conditions for what in ("mean", "worst cell"))]
-    header += [f"PUBLISHED, NOT OURS: mean, {c}" for c in references]
-    rows = []
-    for (kind, title), own in part.groupby(["kind", "title"], sort=False):
-        row = [str(title)]
-        for condition in conditions:
-            here = own[(own["condition"] == condition) & (kind == OURS)].set_index("row")
-            mean, worst = (here.loc[r] if r in here.index else None for r in (MEAN, WORST))
-            row.append("" if mean is None else _percent(mean))
-            row.append("" if worst is None else f"{_percent(worst, False)} ({worst['where']})")
-        for condition in references:
-            here = own[(own["condition"] == condition) & (kind == THEIRS)]
-            row.append("" if here.empty else _percent(here.iloc[0], False))
-        rows.append(row)
-    return _grid(header, rows)
+def _means(part: pd.DataFrame) -> list[str]:
+    rows: dict[tuple, dict[str, str]] = {}
+    for _, row in part[part["row"].isin([MEAN, WORST])].iterrows():
+        line = rows.setdefault((row["kind"], row["title"]), {"detector": row["title"]})
+        if row["kind"] == THEIRS:
+            line[f"PUBLISHED, NOT OURS: mean, {row['condition']}"] = _percent(row, False)
+        elif row["row"] == MEAN:
+            line[f"{row['condition']}: mean"] = _percent(row)
+        else:
+            line[f"{row['condition']}: worst cell"] = f"{_percent(row, False)} ({row['where']})"
+    return markdown_table(pd.DataFrame(list(rows.values())))
 
 
-def _by_cell(ours: pd.DataFrame, protocol: Protocol) -> list[str]:
-    part = ours[ours["metric"] == protocol.metric]
+def _by_cell(table: pd.DataFrame, protocol: Protocol) -> list[str]:
+    part = table[(table["metric"] == protocol.metric) & (table["kind"] == OURS)]
     conditions = list(dict.fromkeys(part["condition"]))
-    titles = list(dict.fromkeys(part["title"]))
-    value = part.set_index(["row", "title", "condition"])["value"].to_dict()
-    order = [test.title for test in protocol.test if test.title in set(part["row"])]
-    order = order or [r for r in dict.fromkeys(part["row"]) if r not in (MEAN, WORST)]
-    rows = []
-    for name in [*order, MEAN, WORST]:
-        shown = [[value.get((name, title, c)) for c in conditions] for title in titles]
-        rows.append([name, *(" / ".join("-" if v is None else f"{100 * v:.1f}" for v in vs) for vs in shown)])
-    return [f"Each entry: {' / '.join(conditions)}.", "", *_grid(["cell", *titles], rows)]
-
-
-def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [list(header), ["---"] * len(header), *map(list, rows)]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    rows: dict[str, dict[str, list[str]]] = {}
+    # unseen cells first, then mean and worst, then what the training generators' own families give
+    rank = {MEAN: 1, WORST: 2}
+    seen = part["seen"].eq(True) & (not protocol.train) & ~part["row"].isin(rank)
+    for (_, row), known in zip(part.iterrows(), seen, strict=True):
+        line = rows.setdefault(f"{row['row']} (seen)" if known else row["row"], {})
+        line.setdefault(row["title"], ["-"] * len(conditions))[conditions.index(row["condition"])] = _percent(
+            row, False
+        )
+    titles = {test.title: i - len(protocol.test) for i, test in enumerate(protocol.test)}
+    order = sorted(
+        rows, key=lambda name: rank.get(name, 3 if name.endswith(" (seen)") else titles.get(name, 0))
+    )
+    lines = [{"cell": name} | {title: " / ".join(v) for title, v in rows[name].items()} for name in order]
+    return [f"Each entry: {' / '.join(conditions)}.", "\n".join(markdown_table(pd.DataFrame(lines)))]

@@ -1,516 +1,381 @@
-"""The study: every contender trained on each generator, tested on all, with honest thresholds and intervals.
+"""The study: from images to one table of misalignment beside every control, raw and equalised.
 
-Scores are computed once per (contender, train generator, seed) and kept, one JSON file per run. Everything
-else (metrics, intervals, comparisons, fusion) is derived from those scores in seconds, see
-`itemkit.results`.
+Each contender is trained on each generator and tested on all (`itemkit.matrix`), once per condition. What the
+contenders are stands in `itemkit.recipes`, what follows from their scores in `itemkit.results`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.base import clone
-from sklearn.utils.parallel import Parallel, delayed
-from tqdm.auto import tqdm
+from PIL import Image
 
-import itemkit
-from itemkit import schema
-from itemkit._files import write_json
-from itemkit.calibrate import split_validation
-from itemkit.controls import CONTROLS, MisalignmentScorer, Scorer, get_control
+from itemkit import schema, workflow
+from itemkit._files import atomic_write
+from itemkit.calibrate import check_promises, promise_sentences
+from itemkit.controls import CONTROLS
+from itemkit.detector import Detector
 from itemkit.errors import InputError
 from itemkit.features import Features
 from itemkit.head import MisalignmentMLP
-from itemkit.metrics import METRICS
-from itemkit.misalignment import RepresentationConfig, get_representation
-from itemkit.results import FUSIONS, STUDY_METRICS, LateFusion, Run, Study, early_fusion, finish_run, run_name
+from itemkit.images import EqualiseConfig, equalise
+from itemkit.manifest import read_manifest
+from itemkit.matrix import train_on_test_on
+from itemkit.misalignment import KINDS, LEVELS, RepresentationConfig
+from itemkit.perturb import jpeg_random
+from itemkit.presets import Preset, get_preset
+from itemkit.protocols import Protocol, get_protocol
+from itemkit.recipes import Recipe, control, early, external, item, standard_detectors
+from itemkit.results import STUDY_METRICS, Study, fusion_report, study_table, to_markdown
+from itemkit.text import count, did_you_mean, one_line, write_csv
+
+__all__ = [
+    "Recipe", "Study", "StudyReport", "control", "early", "external", "item", "run_study",
+    "standard_detectors", "train_on_test_on",
+]  # fmt: skip
+
+PIXELS_MINI, PIXELS = 48, 128
+MAX_PIXEL_IMAGES = 40_000
+"""Above this the controls that look at pixels are left out: the images are held in memory (2 GB)."""
+GENERIC_CAPTION = "a photo"
+JPEG_QUALITIES = (50, 95)
+LATE = {
+    "item + caption likelihood": ("item", "caption_likelihood"),
+    "item + image": ("item", "image_mlp"),
+    "item + CNN": ("item", "cnn"),
+    "item + noise residual": ("item", "noise_residual"),
+    "item + spectrum": ("item", "spectrum"),
+    "item + image + CNN": ("item", "image_mlp", "cnn"),
+}
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to make one contender.
+class StudyReport:
+    """What `run_study` made and wrote.
 
     Attributes
     ----------
-    build : seed -> untrained Scorer
-    config : plain data that identifies it
-    title : for figures
-    features : features of the same images to use instead of the study's (another captioner, localiser,
-    encoder)
-    train_images : at most so many training images, both classes in proportion; None for all
+    path : Path
+        ``table.md``; ``table.csv``, ``manifest.csv`` and a folder per condition lie beside it.
+    table : DataFrame
+        See `itemkit.results.study_table`.
+    notes : list of str
+        What is left out, and why.
+    failures : list of str
+        Contenders and sections that failed, with the reason; empty when all is well.
     """
 
-    build: Callable[[int], Scorer]
-    config: dict
-    title: str = ""
-    features: Features | None = None
-    train_images: int | None = None
+    path: Path
+    table: pd.DataFrame
+    notes: list[str]
+    failures: list[str]
 
 
-def item(
-    representation: RepresentationConfig | str = "absolute",
-    head: MisalignmentMLP | None = None,
-    title: str | None = None,
-    features: Features | None = None,
-    train_images: int | None = None,
-) -> Recipe:
-    """Misalignment detector: a representation and a head."""
-    config, head = get_representation(representation), head if head is not None else MisalignmentMLP()
+@dataclass(frozen=True)
+class Equalised:
+    """A transform that brings every image to one size and codec."""
 
-    def build(seed: int) -> Scorer:
-        return MisalignmentScorer(config, clone(head).set_params(seed=seed))
+    config: EqualiseConfig
 
-    about = {"item": config.to_dict(), "head": _head_config(head)}
-    return Recipe(build, about, title or "misalignment", features=features, train_images=train_images)
+    def __call__(self, image: Image.Image, image_id: str | None = None) -> Image.Image:
+        """Equalise one image."""
+        return equalise(image, self.config)
+
+    def fingerprint(self) -> dict[str, object]:
+        """Everything that changes the pixels, for cache keys."""
+        return {"equalise": asdict(self.config)}
 
 
-def control(
-    name: str,
-    representation: RepresentationConfig | str = "absolute",
-    head: MisalignmentMLP | None = None,
-    generic_emb: np.ndarray | None = None,
-    features: Features | None = None,
-    train_images: int | None = None,
-) -> Recipe:
-    """Make a recipe of one of `itemkit.controls.CONTROLS`."""
-    chosen, config = get_control(name), get_representation(representation)
-    head = head if head is not None else MisalignmentMLP()
-    about: dict[str, Any] = {"control": name, "item": config.to_dict(), "head": _head_config(head)}
-    if "generic_emb" in chosen.needs:
-        about["generic_emb"] = _hash(np.asarray(generic_emb, np.float32))
-
-    def build(seed: int) -> Scorer:
-        return chosen.build(seed, config, head, generic_emb)
-
-    build(0)  # complain about missing inputs now, not after an hour
-    return Recipe(build, about, chosen.title, features=features, train_images=train_images)
-
-
-def early(
-    representation: RepresentationConfig | str = "absolute", head: MisalignmentMLP | None = None
-) -> Recipe:
-    """One head on misalignment and image embedding side by side."""
-    config, head = get_representation(representation), head if head is not None else MisalignmentMLP()
-    about = {"early_fusion": config.to_dict(), "head": _head_config(head)}
-    return Recipe(
-        lambda seed: early_fusion(config, clone(head).set_params(seed=seed)),
-        about,
-        "misalignment + image, early",
-    )
-
-
-def late(parts: Sequence[Recipe], how: str = "mean", title: str | None = None) -> Recipe:
-    """Several recipes trained apart, their scores joined; see `itemkit.results.late_fusion`.
-
-    Where the parts are in the study anyway, ``Study.fuse`` joins their stored scores without training them
-    again; it calibrates the parts on the half of the validation images that also sets the threshold, this on
-    the half that stops the training.
-    """
-    if how not in FUSIONS:
-        raise InputError(f"how={how!r}: expected one of {', '.join(FUSIONS)}")
-    if any(part.features is not None for part in parts):
-        raise InputError("late() joins recipes on the study's own features; use Study.fuse for the others")
-    about = {"late_fusion": [part.config for part in parts], "how": how}
-    name = title or " + ".join(part.title for part in parts) + f", late ({how})"
-    return Recipe(lambda seed: LateFusion([part.build(seed) for part in parts], how), about, name)
-
-
-class ExternalScores:
-    """Scores of a detector that ran elsewhere: a table with ``image_id`` or ``path``, and ``score``.
-
-    Parameters
-    ----------
-    path : CSV file
-        A higher score means more likely fake. Relative paths are taken from the folder of the file.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        try:
-            table = pd.read_csv(self.path)
-        except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-            raise InputError(f"cannot read scores from {self.path}: {error}") from error
-        key = next((name for name in (schema.IMAGE_ID, schema.PATH) if name in table.columns), None)
-        if key is None or "score" not in table.columns:
-            raise InputError(
-                f"{self.path} has the columns {', '.join(map(str, table.columns))}; expected image_id or "
-                f"path, and score"
-            )
-        self.key = key
-        score = pd.to_numeric(table["score"], errors="coerce")
-        if not np.isfinite(score).all():
-            bad = table.index[~np.isfinite(score)][0]
-            raise InputError(
-                f"{self.path}, row {bad + 2}: score {table['score'][bad]!r} is not a finite number"
-            )
-        names = table[key].astype(str)
-        if key == schema.PATH:
-            names = names.map(lambda name: str((self.path.parent / name).resolve()))
-        self.scores = pd.Series(score.to_numpy(float), index=names)
-        differing = self.scores.groupby(level=0).nunique() > 1
-        if differing.any():
-            raise InputError(f"{self.path} gives two different scores to {differing.idxmax()}; expected one")
-        self.scores = self.scores[~self.scores.index.duplicated()]
-
-    def fit(self, train: Features, val: Features) -> ExternalScores:
-        """Do nothing: it was trained elsewhere."""
-        return self
-
-    def decision_function(self, features: Features) -> np.ndarray:
-        """Look the score of each image up."""
-        names = features.table[self.key].astype(str)
-        if self.key == schema.PATH:
-            names = names.map(lambda name: str(Path(name).resolve()))
-        found = self.scores.reindex(names).to_numpy()
-        if (missing := np.isnan(found)).any():
-            raise InputError(
-                f"{self.path} has no score for {int(missing.sum())} of {len(found)} images, the first is "
-                f"{names.iloc[int(missing.argmax())]}; score the validation and the test images"
-            )
-        return found
-
-
-def external(path: str | Path, title: str | None = None) -> Recipe:
-    """Any other detector, by its scores; see `ExternalScores`.
-
-    Validation images need scores too: threshold and calibration are chosen on them as for every contender.
-    It was trained elsewhere and perhaps on anything, so "seen" says only whose validation images set its
-    threshold.
-    """
-    scores = ExternalScores(path)
-    about = {
-        "external": Path(path).name,
-        "scores": _hash(pd.util.hash_pandas_object(scores.scores).to_numpy()),
-    }
-    return Recipe(lambda seed: scores, about, title or Path(path).stem)
-
-
-def standard_detectors(
-    features: Features,
-    representation: RepresentationConfig | str = "absolute",
-    head: MisalignmentMLP | None = None,
-    generic_emb: np.ndarray | None = None,
-    skip: Sequence[str] = (),
-) -> tuple[dict[str, Recipe], dict[str, str]]:
-    """Make recipes of the misalignment detector and of every control that these features allow.
-
-    Returns
-    -------
-    tuple
-        Recipes by name ("item" first), and what each left-out control lacks.
-    """
-    chosen, lacking = {"item": item(representation, head)}, {}
-    for name, entry in CONTROLS.items():
-        if name in skip:
-            continue
-        reason = entry.missing(features, generic_emb)
-        if reason:
-            lacking[name] = reason
-        else:
-            chosen[name] = control(name, representation, head, generic_emb)
-    return chosen, lacking
-
-
-def _head_config(head: MisalignmentMLP) -> dict:
-    params = head.get_params()
-    for name in ("seed", "device"):  # the study sets the seed; the device is no part of the method
-        params.pop(name)
-    return params
-
-
-def _hash(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
-
-
-THRESHOLDS = ("fpr", "best")
-TEST_COLUMNS = (schema.IMAGE_ID, schema.PATH, schema.LABEL, schema.GENERATOR, schema.SOURCE)
-
-
-def train_on_test_on(
-    features: Features,
-    detectors: Mapping[str, Recipe | Callable[[int], Scorer]],
-    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+def run_study(
+    protocol: str | None = None,
+    data: str | Path | pd.DataFrame | None = None,
+    out: str | Path = "results",
+    preset: str | Preset = "mini",
+    device: str = "auto",
     *,
-    train_generators: Sequence[str] | None = None,
-    test_generators: Sequence[str] | None = None,
-    train_fraction: float = 0.8,
-    threshold: str = "fpr",
-    fpr: float = 0.05,
-    metrics: Sequence[str] = STUDY_METRICS,
-    families: Mapping[str, str] | None = None,
-    pair_by: str | None = None,
-    n_boot: int = 200,
-    level: float = 0.95,
-    boot_seed: int = 0,
-    out: str | Path | None = None,
+    captions: str = "generate",
+    seeds: int = 5,
+    scores: Sequence[str] = (),
+    skip_missing: bool = False,
+    per_set: int | None = None,
+    without: Sequence[str] = (),
     jobs: int = 1,
-    progress: bool = False,
-) -> Study:
-    """Train every contender on real images and one generator, test it on every generator.
-
-    For each train generator and seed: a random ``train_fraction`` of the training reals and fakes trains,
-    one half of the validation images (reals and fakes of the same generator) stops the training, the other
-    half sets threshold and calibration. Test images are scored once; nothing is chosen on them, and no image
-    of an unseen generator is looked at before.
+    n_boot: int = 200,
+    progress: bool = True,
+) -> StudyReport:
+    """Run a protocol, or train on each generator of one's own data and test on each; run it again to go on.
 
     Parameters
     ----------
-    features : Features
-        With the columns ``label``, ``generator`` and ``split`` (train, val, test).
-    detectors : dict
-        Name -> `Recipe` (see `item`, `control`, `early`, `late`, `external`), or a function from a seed to an
-        untrained Scorer.
-    seeds : ints
-        Each draws other training images, another division of the validation images and another start.
-    train_generators : names, optional
-        Those with training images by default. "a+b" trains on both.
-    test_generators : names, optional
-        Those with test images by default.
-    train_fraction : float
-        Share of the training images drawn per seed, without replacement.
-    threshold : {"fpr", "best"}
-        For accuracies: the validation threshold at the false-positive rate ``fpr``, or the one with the best
-        balanced accuracy on validation images.
-    metrics : names
-        Out of `itemkit.metrics.METRICS`.
-    families : dict, optional
-        Generator -> family. A test generator of a family trained on counts as seen: image-to-image with a
-        flow is not unseen to a detector trained on that flow.
-    pair_by : column, optional
-        Judge each generator's fakes against the test reals that share this column ("source") instead of all.
-    n_boot, level, boot_seed
-        Bootstrap over the test images; the same resamples for all contenders. 0 for none.
-    out : folder, optional
-        Keep one JSON per run there, and reuse those that fit.
+    protocol : str, optional
+        See `itemkit.protocols`. By default "own" where there is ``data``: each generator trains in turn, raw
+        and equalised; else "mini", the laboratory's images.
+    data : path or DataFrame, optional
+        Folder or table of the images, or a manifest of `read_manifest`, which has the options.
+    out : path
+        Features go to ``out/features``, all else to ``out/study-<protocol>``: ``table.csv``, ``table.md``,
+        ``manifest.csv`` (the images with the splits they have here), and per condition one JSON per run.
+    preset, device
+        Models and where they run.
+    captions : {"generate", "user"}
+        From the captioner, or those of the manifest.
+    seeds : int
+        Each draws its training images anew.
+    scores : "name=scores.csv", or "name@condition=scores.csv"
+        Detectors that ran elsewhere, on the images that ``manifest.csv`` lists as val and test; of the unchanged
+        images if no condition is named. See `itemkit.recipes.ExternalScores`.
+    skip_missing : bool
+        Leave test sets out that are not there, and say so in the table.
+    per_set : int, optional
+        At most so many images of each set, class and split.
+    without : names
+        Controls to leave out, e.g. "cnn", the one that takes longest.
     jobs : int
-        Processes that train side by side; the scores do not depend on it.
+        Processes that train side by side.
+    n_boot : int
+        Bootstrap resamples of the test images.
     progress : bool
-        Show a bar with the time left.
 
     Returns
     -------
-    Study
-        ``.table`` (long), ``.summary()``, ``.matrix()``, ``.compare()``, ``.fuse()``, ``.save()``.
+    StudyReport
+
+    Raises
+    ------
+    InputError
+        Before anything is computed where an option is wrong or a training or test set is missing.
     """
-    recipes = {
-        name: r if isinstance(r, Recipe) else Recipe(r, {"function": name}) for name, r in detectors.items()
-    }
-    if not recipes or not len(seeds):
-        raise InputError(f"{len(recipes)} contenders and {len(seeds)} seeds; expected at least one of each")
-    if threshold not in THRESHOLDS:
-        raise InputError(f"threshold={threshold!r}: expected one of {', '.join(THRESHOLDS)}")
-    if unknown := [name for name in metrics if name not in METRICS]:
-        raise InputError(f"unknown metric {unknown[0]!r}; expected one of {', '.join(METRICS)}")
-    if not 0 < train_fraction <= 1:
-        raise InputError(f"train_fraction={train_fraction}: expected more than 0 and at most 1")
-    rows = _Rows(features)
-    trains = list(train_generators or rows.generators("train"))
-    tests = list(test_generators or rows.generators("test"))
-    for name in trains:
-        rows.require(name.split("+"), ("train", "val"))
-    rows.require(tests, ("test",))
-    options: dict = {
-        "seeds": [int(seed) for seed in seeds], "detectors": list(recipes), "train_generators": trains,
-        "test_generators": tests, "train_fraction": train_fraction, "threshold": threshold, "fpr": fpr,
-        "metrics": list(metrics), "families": dict(families or {}), "pair_by": pair_by, "n_boot": n_boot,
-        "level": level, "boot_seed": boot_seed,
-    }  # fmt: skip
-    test_rows = rows.of(tests, "test")
-    folder = None if out is None else Path(out)
-    if folder:
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
-    # what all runs of a set of features share; threshold and metrics are derived later and not part of a run
-    base = {"train_fraction": train_fraction, "tests": tests, "version": itemkit.__version__}
-    hashes: dict[int, str] = {}
-    found: dict[tuple[str, str, int], Run] = {}
-    todo: list[tuple] = []
-    for name, recipe in recipes.items():
-        own = features if recipe.features is None else _aligned(features, recipe.features, name)
-        if id(recipe.features) not in hashes:  # not id(own): an aligned copy may be freed and its id reused
-            hashes[id(recipe.features)] = _hash_features(own)
-        data = hashes[id(recipe.features)]
-        about = base | {"data": data, "recipe": recipe.config, "limit": recipe.train_images}
-        for train in trains:
-            missing = []
-            for seed in options["seeds"]:
-                key = hashlib.sha256(
-                    json.dumps([about, name, train, seed], sort_keys=True).encode()
-                ).hexdigest()
-                path = folder / "runs" / run_name(name, train, seed) if folder else None
-                if run := _reuse(path, key, options):
-                    found[name, train, seed] = run
-                else:
-                    missing.append((seed, key, path))
-            if missing:
-                todo.append((name, recipe, own, test_rows, rows, train, missing, options))
-    reused = len(found)
-    # one task is a contender on a generator with all its seeds, so that the features travel seldom
-    work = Parallel(n_jobs=jobs, return_as="generator_unordered")(delayed(_runs)(*task) for task in todo)
-    total = len(recipes) * len(trains) * len(options["seeds"])
-    with tqdm(total=total, initial=reused, disable=not progress, unit="run", dynamic_ncols=True) as bar:
-        for done in work:
-            found |= {(run.detector, run.train_generator, run.seed): run for run in done}
-            bar.set_description(f"{done[0].detector} on {done[0].train_generator}")
-            bar.update(len(done))
-    runs = [found[name, train, seed] for name in recipes for train in trains for seed in options["seeds"]]
-    columns = [c for c in TEST_COLUMNS if c in features.table] + ([pair_by] if pair_by else [])
-    table = features.table.iloc[test_rows][list(dict.fromkeys(columns))].reset_index(drop=True)
-    study = Study(table.astype({schema.LABEL: int}), runs, options | {"runs_reused": reused})
-    if folder:
-        study.save(folder)
-    return study
-
-
-class _Rows:
-    """Positions of images by split and generator."""
-
-    def __init__(self, features: Features) -> None:
-        self.y = features.labels
-        table = features.table
-        if table[schema.SPLIT].isna().any():
-            raise InputError(
-                f"{int(table[schema.SPLIT].isna().sum())} of {len(table)} images have no split; "
-                "expected train, val or test (see assign_splits)"
-            )
-        self.split = table[schema.SPLIT].to_numpy()
-        self.generator = table[schema.GENERATOR].to_numpy()
-
-    def generators(self, split: str) -> list[str]:
-        found = dict.fromkeys(self.generator[(self.split == split) & (self.y == schema.FAKE)])
-        if not found:
-            raise InputError(
-                f"no fake image has the split {split!r}; expected some in each of train, val and test"
-            )
-        return list(found)
-
-    def of(self, generators: Sequence[str], split: str) -> np.ndarray:
-        fake = (self.y == schema.FAKE) & np.isin(self.generator, list(generators))
-        return np.flatnonzero((self.split == split) & (fake | (self.y == schema.REAL)))
-
-    def require(self, generators: Sequence[str], splits: Sequence[str]) -> None:
-        for split in splits:
-            here = self.split == split
-            if not (here & (self.y == schema.REAL)).any():
-                raise InputError(f"no real image has the split {split!r}")
-            for name in generators:
-                if not (here & (self.y == schema.FAKE) & (self.generator == name)).any():
-                    known = sorted(set(self.generator[self.y == schema.FAKE]))
-                    raise InputError(
-                        f"generator {name!r} has no fake image with the split {split!r}; "
-                        f"generators: {', '.join(map(str, known))}"
-                    )
-
-
-def _draw(rows: np.ndarray, y: np.ndarray, seed: int, fraction: float, limit: int | None) -> np.ndarray:
-    """Part of the training rows, without replacement; the same reals for every generator."""
-    if limit is not None:
-        fraction = min(fraction, limit / len(rows))
-    parts = []
-    for label in (schema.REAL, schema.FAKE):
-        own = rows[y[rows] == label]
-        take = max(2, round(fraction * len(own)))
-        parts.append(np.random.default_rng([seed, label]).permutation(own)[:take])
-    return np.sort(np.concatenate(parts))
-
-
-def _runs(
-    name: str,
-    recipe: Recipe,
-    features: Features,
-    test_rows: np.ndarray,
-    rows: _Rows,
-    train: str,
-    missing: Sequence[tuple[int, str, Path | None]],
-    options: dict,
-) -> list[Run]:
-    """One contender on one generator with several seeds; each run is on disk as soon as it is done."""
-    test, runs = features.select(test_rows), []
-    for seed, key, path in missing:
-        runs.append(_run(name, recipe, features, test, rows, train, seed, key, options))
-        if path:
-            write_json(path, asdict(runs[-1]))
-    return runs
-
-
-def _run(
-    name: str,
-    recipe: Recipe,
-    features: Features,
-    test: Features,
-    rows: _Rows,
-    train: str,
-    seed: int,
-    key: str,
-    options: dict,
-) -> Run:
-    start = time.perf_counter()
-    chosen = train.split("+")
-    train_rows = _draw(rows.of(chosen, "train"), rows.y, seed, options["train_fraction"], recipe.train_images)
-    val_rows = rows.of(chosen, "val")
-    select, rest = split_validation(rows.y[val_rows], seed=seed)
-    scorer = recipe.build(seed)
-    scorer.fit(features.select(train_rows), features.select(val_rows[select]))
-    val = scorer.decision_function(features.select(val_rows[rest]))
-    scores = scorer.decision_function(test)
-    labels = rows.y[val_rows[rest]]
-    seconds = round(time.perf_counter() - start, 3)
-    return finish_run(
-        name, train, seed, val, scores, labels, options, recipe.config, len(train_rows), seconds, key
-    )
-
-
-def _reuse(path: Path | None, key: str, options: dict) -> Run | None:
-    """Read the run kept in a file, if it is this very run; threshold and calibration are chosen anew."""
-    if path is None or not path.is_file():
-        return None
-    try:
-        old = Run(**json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        return None  # another version's file: done again and replaced
-    if old.key != key:
-        return None
-    scores = np.asarray(old.val_scores), np.asarray(old.test_scores), np.asarray(old.val_labels)
-    where = (old.detector, old.train_generator, old.seed)
-    return finish_run(*where, *scores, options, old.config, old.n_train, old.seconds, key)
-
-
-def _aligned(base: Features, other: Features, name: str) -> Features:
-    """Bring the other features into the row order of the study's."""
-    mine, theirs = base.table[schema.PATH].astype(str), other.table[schema.PATH].astype(str)
-    if mine.equals(theirs):
-        return other
-    where = dict(zip(theirs, range(len(theirs)), strict=True))
-    missing = [path for path in mine if path not in where]
-    if missing:
+    chosen = get_preset(preset) if isinstance(preset, str) else preset
+    plan = get_protocol(protocol or ("mini" if data is None else "own"))
+    if data is None and not plan.lab:
+        raise InputError(f"protocol {plan.name!r} needs images: give the folder of the data set with --data")
+    if seeds < 1:
+        raise InputError(f"seeds={seeds}: expected at least 1")
+    if unknown := sorted(set(without) - set(CONTROLS)):
+        hint = did_you_mean(unknown[0], CONTROLS)
+        raise InputError(f"no control {unknown[0]!r} to leave out; controls: {', '.join(CONTROLS)}.{hint}")
+    if not plan.train and (per_set or skip_missing):
         raise InputError(
-            f"the features of {name!r} lack {len(missing)} of the study's {len(mine)} images, the first is "
-            f"{missing[0]}"
+            f"--per-set and --skip-missing go with a data set's protocol, not with {plan.name!r}"
         )
-    return other.select(np.array([where[path] for path in mine]))
+    elsewhere = _elsewhere(scores, plan.conditions)
+    folder = Path(out) / f"study-{plan.name}"
+    notes, failures = [plan.note.replace("\n", " ")], []
+    if without:
+        notes.append(f"Left out on request: {', '.join(CONTROLS[name].title for name in without)}.")
+    manifest = workflow.lab_manifest(out) if data is None else data
+    if not isinstance(manifest, pd.DataFrame):
+        manifest = read_manifest(manifest, plan.layout)
+    if plan.train:
+        manifest, missing = plan.select(manifest, skip_missing, per_set)
+        if missing:
+            notes.append(
+                f"**Left out, because they are not in the folder: {', '.join(missing)}.** Means over fewer "
+                "sets than the published ones cannot be compared with them."
+            )
+        if per_set:
+            notes.append(f"At most {per_set} images of each set, class and split, not the whole data set.")
+    studies: dict[str, Study] = {}
+    titles: dict[str, str] = {}
+    first: Features | None = None
+    for condition in plan.conditions:
+        print(f"{plan.title}: {condition}", file=sys.stderr, flush=True)
+        transform = _transform(condition, plan)
+        features = workflow.features(
+            chosen, manifest, out, device, transform=transform, captions=captions, progress=progress
+        )
+        features, remarks = _playing(features, plan)
+        if first is None:
+            first = features
+            _write_manifest(features, manifest, folder)
+        features, remark = _with_pixels(features, plan, transform)
+        recipes, lacking = _contenders(features, chosen, device, without, plan)
+        if taken := sorted(elsewhere[condition].keys() & {*recipes, *LATE}):
+            raise InputError(f"--scores {taken[0]}=...: that name is a contender of ours; choose another")
+        recipes |= elsewhere[condition]
+        titles |= {name: recipe.title or name for name, recipe in recipes.items()}
+        kept = folder / condition.replace(" ", "_").lower()
+        study = train_on_test_on(
+            features, recipes, range(seeds), out=kept, jobs=jobs, n_boot=n_boot, progress=progress,
+            **_options(plan, features),
+        )  # fmt: skip
+        if not plan.train:
+            for fused, parts in _possible(LATE, study).items():
+                study.fuse(fused, parts)
+                titles[fused] = f"fusion, late: {fused}"
+            study.save(kept)  # with the fusions
+        studies[condition] = study
+        remarks += [remark, *(f"without {CONTROLS[k].title}, for want of {v}." for k, v in lacking.items())]
+        notes += [f"{condition}: {remark}" for remark in (*remarks, *study.notes) if remark]
+        failures += [f"{condition}: {titles[name]} failed, {why}" for name, why in study.failures.items()]
+    assert first is not None
+    notes += [f"**{failure}.**" for failure in failures]
+    table = study_table(studies, plan, titles)
+    write_csv(table, folder / "table.csv")
+    sections: list[str] = []
+    if not plan.train:
+        try:
+            sections += ["", *_fusions(studies, folder)]
+            sections += ["", *_promises(first, chosen, out, folder, device, data is None, captions, progress)]
+        except InputError as error:
+            failures.append(f"promises: {one_line(error)}")
+            sections += ["", f"Not made: {one_line(error)}."]
+    text = "\n".join([to_markdown(table, studies, plan, notes), *sections]).rstrip() + "\n"
+    path = folder / "table.md"
+    atomic_write(path, lambda file: file.write(text.encode("utf-8", "replace")))
+    return StudyReport(path, table, notes, failures)
 
 
-def _hash_features(features: Features) -> str:
-    digest = hashlib.sha256()
-    arrays = [
-        features.image_emb,
-        features.caption_emb,
-        features.region_emb,
-        features.phrase_emb,
-        features.owner,
-    ]
-    arrays += [features.objects["score"].to_numpy(float)] if len(features.objects) else []
-    arrays += [features.pixels] if features.pixels is not None else []
-    for array in arrays:
-        digest.update(str(array.shape).encode())
-        digest.update(np.ascontiguousarray(array).data)
-    columns = [schema.IMAGE_ID, schema.LABEL, schema.GENERATOR, schema.SPLIT, schema.CAPTION_LOGPROB]
-    digest.update(features.table[columns].to_csv().encode())
-    return digest.hexdigest()[:16]
+def _elsewhere(scores: Sequence[str], conditions: Sequence[str]) -> dict[str, dict[str, Recipe]]:
+    """Recipes of detectors that ran elsewhere, by condition."""
+    found: dict[str, dict[str, Recipe]] = {condition: {} for condition in conditions}
+    for entry in scores:
+        name, sign, path = entry.partition("=")
+        name, _, condition = name.partition("@")
+        condition = condition or conditions[0]
+        if not (sign and name and path) or condition not in found:
+            raise InputError(
+                f"--scores {entry}: expected name=scores.csv, or name@condition=scores.csv with a "
+                f"condition of {', '.join(conditions)}"
+            )
+        if name in found[condition]:
+            raise InputError(f"--scores {entry}: {name} was given twice for {condition}")
+        found[condition][name] = external(path, f"{name} (scores from elsewhere)")
+    return found
+
+
+def _transform(condition: str, plan: Protocol) -> Callable[..., Any] | None:
+    if condition == "equalised":
+        return Equalised(plan.equalise)
+    return jpeg_random(*JPEG_QUALITIES) if condition == "random JPEG" else None
+
+
+def _options(plan: Protocol, features: Features) -> dict[str, Any]:
+    if not plan.train:
+        return {"families": plan.families, "metrics": ("accuracy", *STUDY_METRICS)}
+    table = features.table
+    there = set(table.loc[table[schema.SPLIT] == "test", schema.GENERATOR])
+    return {
+        "train_generators": ["+".join(plan.train)],
+        "test_generators": [test.name for test in plan.test if test.name in there],
+        "threshold": "best",
+        "pair_by": schema.SOURCE,
+        "metrics": ("accuracy", *STUDY_METRICS),
+    }
+
+
+def _playing(features: Features, plan: Protocol) -> tuple[Features, list[str]]:
+    """Labelled images without those of which a copy is in a later split, and remarks on the rest."""
+    remarks = [features.run.get("splits") or ""]
+    table = features.table
+    labelled = table[schema.LABEL].notna()
+    if n := int((~labelled).sum()):
+        remarks.append(f"{count(n, 'image')} without a label left out.")
+    ids = {split: set(table.loc[table[schema.SPLIT] == split, schema.IMAGE_ID]) for split in ("val", "test")}
+    leak = (table[schema.SPLIT] != "test") & table[schema.IMAGE_ID].isin(ids["test"])
+    leak |= (table[schema.SPLIT] == "train") & table[schema.IMAGE_ID].isin(ids["val"])
+    leak = (leak & labelled).fillna(False).astype(bool)
+    if n := int(leak.sum()):
+        remarks.append(
+            f"{count(n, 'training or validation image')} left out, because a copy of each is among the test or "
+            "validation images."
+        )
+    names = sorted(set(table.loc[table[schema.LABEL] == schema.FAKE, schema.GENERATOR]))
+    if not plan.train and len({plan.families.get(name, name) for name in names}) == 1:
+        remarks.append(
+            f"the fakes are of one family ({', '.join(map(str, names))}), so nothing is unseen: all numbers are "
+            "about fakes like those trained on. Name a second generator in the column `generator` for more."
+        )
+    return features.select((labelled & ~leak).to_numpy(bool)), remarks
+
+
+def _write_manifest(features: Features, manifest: pd.DataFrame, folder: Path) -> None:
+    """List the images with the split they have here, and beside it the one that they came with."""
+    names = [schema.PATH, schema.IMAGE_ID, schema.LABEL, schema.GENERATOR, schema.SOURCE, schema.SPLIT]
+    table = features.table[names]
+    given = manifest.drop_duplicates(schema.PATH).set_index(schema.PATH)[schema.SPLIT]
+    given = table[schema.PATH].map(given)
+    write_csv(table.assign(split_given=given), folder / "manifest.csv")
+
+
+def _with_pixels(
+    features: Features, plan: Protocol, transform: Callable[..., Any] | None
+) -> tuple[Features, str]:
+    if len(features) > MAX_PIXEL_IMAGES:
+        return features, f"no controls on pixels above {MAX_PIXEL_IMAGES:,} images; choose fewer per set."
+    side = PIXELS_MINI if plan.lab else min(PIXELS, plan.equalise.size)
+    return workflow.add_pixels(features, side, transform, crop=not plan.lab), ""
+
+
+def _contenders(
+    features: Features, preset: Preset, device: str, without: Sequence[str], plan: Protocol
+) -> tuple[dict[str, Recipe], dict[str, str]]:
+    """The misalignment in its forms and every control that these features allow."""
+    head = MisalignmentMLP(device=device)
+    encoder = replace(preset, captioner=None, parser=None, localiser=None).build(device).encoder
+    generic = np.asarray(encoder.encode_texts([GENERIC_CAPTION])[0].cpu(), np.float32)
+    controls, lacking = standard_detectors(features, head=head, generic_emb=generic, skip=without)
+    default = RepresentationConfig()
+    chosen = {"item": replace(controls.pop("item"), title=f"ITEM: {default.level}, {default.kind}")}
+    for level in LEVELS if plan.all_forms else ("hierarchical",):
+        for kind in KINDS if plan.all_forms else ("cosine",):
+            if (level, kind) != (default.level, default.kind):
+                config = RepresentationConfig(level=level, kind=kind)
+                chosen[f"{level}_{kind}"] = item(config, head, f"misalignment: {level}, {kind}")
+    titled = {name: replace(recipe, title=f"control: {recipe.title}") for name, recipe in controls.items()}
+    last = replace(early(head=head), title="fusion, early: item + image")
+    return chosen | titled | {"early": last}, lacking
+
+
+def _possible(fusions: Mapping[str, Sequence[str]], study: Study) -> dict[str, Sequence[str]]:
+    """Fusions of which the study holds all parts."""
+    there = {*study.detectors}
+    return {name: parts for name, parts in fusions.items() if there.issuperset(parts)}
+
+
+def _fusions(studies: Mapping[str, Study], folder: Path) -> list[str]:
+    lines, tables = ["## Is a fusion ever worse than the better of its parts? (AUROC)", ""], []
+    for condition, study in studies.items():
+        asked = _possible(LATE | {"early": ("item", "image_mlp")}, study)
+        table, answers = fusion_report(study, asked)
+        tables.append(table.assign(condition=condition))
+        lines += [f"- {condition}, {answer}" for answer in answers]
+    write_csv(pd.concat(tables, ignore_index=True), folder / "fusion.csv")
+    return [*lines, ""]
+
+
+def _promises(
+    features: Features, preset: Preset, out: str | Path, folder: Path, device: str, lab: bool, captions: str,
+    progress: bool,
+) -> list[str]:  # fmt: skip
+    """What thresholds and verdicts promise, against what happens; the laboratory has new renders for it."""
+    detector = Detector(head=MisalignmentMLP(members=5, device=device)).fit(
+        features.split("train"), features.split("val")
+    )
+    test = features.split("test")
+    known, new = (detector.real_scores_, detector.fake_scores_), detector.decision_function(test)
+    reals, fakes = (new[test.labels == label] for label in (schema.REAL, schema.FAKE))
+    kinds = [("calibrated on the validation images, tried on the test images", *known, reals, fakes)]
+    if lab:
+        fresh = workflow.features(
+            preset, workflow.lab_manifest(out, "fresh"), out, device, captions=captions, progress=progress
+        )
+        score, split = detector.decision_function(fresh), fresh.table[schema.SPLIT].to_numpy()
+        val, tried = score[split == "val"], score[split == "test"]
+        kinds.append(
+            (f"calibrated on {len(val)} new renders and the validation fakes, tried on {len(tried)} "
+             "other new renders and the test fakes", val, known[1], tried, fakes)
+        )  # fmt: skip
+    lines, tables = ["## Are the promises kept? (detector trained on all generators)", ""], []
+    for what, *arrays in kinds:
+        table = check_promises(*arrays)
+        tables.append(table.assign(calibration=what))
+        lines += [f"{what[0].upper()}{what[1:]}:", "", *(f"- {line}" for line in promise_sentences(table)), ""]
+    write_csv(pd.concat(tables, ignore_index=True), folder / "promises.csv")
+    return lines
