@@ -6,19 +6,14 @@ import contextlib
 import errno
 import json
 import os
-import socket
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from itemkit.errors import StoreError
 
-try:
-    import fcntl
-except ImportError:  # Windows: the lock falls back to asking whether the writer of the lock file still lives
-    fcntl = None  # type: ignore[assignment]
-
+LOCK_FILE = ".lock"
 _TMP = ".tmp-"
 
 
@@ -56,14 +51,6 @@ def write_json(path: Path, value: object) -> None:
     atomic_write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
-def write_quickly(path: Path, text: str) -> None:
-    """Write a small note that may be lost in a power cut."""
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StoreError(explain_write_error(error, path)) from error
-
-
 def _sync_folder(folder: Path) -> None:
     # the rename itself is only on disk once the folder is; not every system lets a folder be opened
     with contextlib.suppress(OSError):
@@ -86,123 +73,41 @@ def explain_write_error(error: OSError, path: Path) -> str:
     return f"could not write {path}: {error.strerror or error}. Everything written before is intact"
 
 
-def remove_leftovers(folder: Path) -> int:
-    """Delete temporary files of runs that were killed while writing; return how many there were."""
-    leftovers = [path for path in folder.glob(f".*{_TMP}*") if path.is_file()]
-    for path in leftovers:
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files of runs that were killed while writing."""
+    for path in folder.glob(f".*{_TMP}*"):
         path.unlink(missing_ok=True)
-    return len(leftovers)
 
 
-class FolderLock:
-    """One writer per folder.
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """One writer per folder: a second one waits until the first has ended, and says so.
 
-    The operating system's file lock ends with the process that held it, however that process ended, so a
-    killed run leaves nothing to clean up. Where the system has no such lock, the process number and the boot
-    noted in the lock file decide whether its writer can still be alive.
+    Where the operating system locks files, the lock ends with the process that held it, however that ended.
+
+    Raises
+    ------
+    StoreError
+        Nothing can be written into the folder.
     """
+    from filelock import FileLock, Timeout  # only here: a store that is merely read takes no lock
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / ".lock"
-        self._file: BinaryIO | None = None
-
-    def __enter__(self) -> FolderLock:
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            file = open(self.path, "a+b", buffering=0)  # held open as long as the lock
-        except OSError as error:
-            raise StoreError(explain_write_error(error, self.path)) from error
-        holder = self._read(file)
-        if not self._free(file, holder):
-            file.close()
-            raise StoreError(self._message(holder))
-        self._file = file
-        # keep the text of the lock current; a full disk is met and explained at the first real write
-        with contextlib.suppress(OSError):
-            file.seek(0)
-            file.truncate()
-            file.write(json.dumps(_whoami()).encode())
-            file.flush()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._file is not None:
-            # emptied, not deleted: a run that opened it meanwhile must find the same file
-            with contextlib.suppress(OSError):
-                self._file.truncate(0)
-            self._file.close()
-            self._file = None
-
-    @staticmethod
-    def _read(file: BinaryIO) -> dict:
-        file.seek(0)
-        try:
-            holder = json.loads(file.read().decode() or "{}")
-        except ValueError:
-            return {}
-        return holder if isinstance(holder, dict) else {}
-
-    def _free(self, file: BinaryIO, holder: dict) -> bool:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except BlockingIOError:
-                return False
-            except OSError:
-                pass  # a file system without locks
-        return not may_be_alive(holder)
-
-    def _message(self, holder: dict) -> str:
-        who = "process {pid} on {host}, since {since}".format_map(
-            {"pid": "?", "host": "?", "since": "?"} | holder
-        )
-        return (
-            f"another run is writing to {self.path.parent} ({who}). Wait for it to end, or give another "
-            f"folder; if no such run exists any more, delete {self.path}"
-        )
-
-
-def may_be_alive(holder: dict) -> bool:
-    """Whether the process described in a lock file could still be running."""
-    if not holder.get("pid"):
-        return False
-    me = _whoami()
-    if holder.get("host") != me["host"]:
-        return True  # another machine on a shared disk: cannot be asked
-    if holder.get("boot") != me["boot"]:
-        return False
+            lock.acquire(timeout=0.2)
+        except Timeout:
+            print(
+                f"another run is writing to {folder}: waiting until it ends (Ctrl-C leaves). If there is no "
+                f"such run any more, delete {folder / LOCK_FILE}",
+                file=sys.stderr,
+                flush=True,
+            )
+            lock.acquire()
+    except OSError as error:
+        raise StoreError(explain_write_error(error, folder / LOCK_FILE)) from error
     try:
-        os.kill(int(holder["pid"]), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    started = _process_start(int(holder["pid"]))
-    return started is None or holder.get("started") in (None, started)
-
-
-def _whoami() -> dict:
-    pid = os.getpid()
-    return {
-        "pid": pid,
-        "host": socket.gethostname(),
-        "boot": _boot_id(),
-        "started": _process_start(pid),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _process_start(pid: int) -> str | None:
-    """Start of a process in clock ticks since boot: tells a living process from one with a reused number."""
-    try:
-        # the command's name may hold blanks and brackets, so count the fields after its closing bracket
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
+        yield
+    finally:
+        lock.release()

@@ -1,46 +1,38 @@
-"""From files to batches of decoded images: many at once, bounded memory, and a crash costs one image.
-
-Images are decoded by threads of this process (Pillow releases the interpreter while it decodes). An image
-that took the process down before, or every image with ``isolate=True``, is decoded in a process of its own.
-"""
+"""From files to batches of decoded images: many threads at once, in order, within a bound of memory."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
-import importlib
-import json
 import os
 import queue
-import subprocess
-import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+from itemkit.errors import ItemkitError
+from itemkit.images import load_image, open_image, read_bytes
+from itemkit.text import one_line
 
-from itemkit.errors import InputError
-from itemkit.images import read_bytes
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
     """How image files become pixels in memory."""
 
-    # module:function, gets (bytes, name=...) and returns an RGB image; "?option=number" is handed on to it.
-    # It is part of the fingerprint. `scaled_jpeg` names the one that decodes large JPEG files faster.
-    loader: str = "itemkit.images:load_image"
     threads: int | None = None  # None: one per processor this process may use
-    prefetch: int | None = None  # batches decoded ahead of the model; None: 0 on a CPU (shared), else 2
-    isolate: bool = False  # decode in processes of their own: slower, but a crash or a hang costs one image
-    timeout_s: float = 60.0  # per image, where isolated
-    max_batch_pixels: int = 100_000_000  # 300 MB: a batch of large photographs is cut shorter
+    prefetch: int | None = None  # batches decoded ahead of the models; None: 0 on a CPU (shared), else 2
+    # Pixels that are being decoded or wait for the models, in all threads together: with 3 to 7 bytes each,
+    # no folder of allowed images takes 2 GB. One larger image goes alone.
+    max_pixels: int = 150_000_000
+    # Decode a JPEG at 1/2, 1/4 or 1/8 while its shorter side keeps so many pixels: 2-4 times as fast for
+    # photographs of a camera's size, but other pixels, so another store. Twice the encoder's input is enough.
+    least_side: int | None = None
 
     def n_threads(self) -> int:
         """Number of decoding threads."""
@@ -50,55 +42,40 @@ class DecodeConfig:
         return max(1, min(32, own or 1))
 
 
-@dataclass
-class Decoded:
-    """One image on its way to the model: ``image``, or ``stage`` and ``reason`` why not, or neither."""
+@dataclass(frozen=True)
+class Task:
+    """One row of a manifest that has to be read."""
 
     row: int
+    path: str
+    name: str  # of the file, in messages and in the store
+    caption: str | None = None  # the user's
+
+
+@dataclass
+class Decoded:
+    """One image on its way to the models: ``image``, or ``stage`` and ``reason`` why not, or neither."""
+
+    task: Task
     digest: bytes = b""  # SHA-256 of the file
     file_size: int = -1
     mtime_ns: int = -1
     image: Image.Image | None = None
-    size: tuple[int, int] = (0, 0)  # of the file's image, before any transform
-    pixels: Any = None  # the encoder's input, if a preprocess was given
-    caption: str | None = None  # the user's
+    pixels: Any = None  # the encoder's input
     stage: str = ""
     reason: str = ""
     error: Exception | None = None
+    free: Callable[[], None] = lambda: None  # to be called when the models are done with it
 
 
-def scaled_jpeg(least_side: int = 448) -> str:
-    """Name the loader that decodes a JPEG at 1/2, 1/4 or 1/8 while its shorter side keeps ``least_side``.
-
-    Much faster for large photographs, but the pixels are not those of decoding and then resizing, so a store
-    made with it is another one. Twice the encoder's input (448 for 224) leaves the resizing its filter. Sizes
-    and boxes in the store are then those of the scaled image.
-
-    >>> DecodeConfig(loader=scaled_jpeg()).loader
-    'itemkit.images:load_image?least_side=448'
-    """
-    if least_side < 8:
-        raise InputError(f"got least_side={least_side} pixels; expected at least 8, e.g. 448")
-    return f"itemkit.images:load_image?least_side={least_side}"
-
-
-def resolve(loader: str) -> Callable[..., Image.Image]:
-    """The function named by ``module:function``, with the numbers of ``?option=number&...`` bound."""
-    target, _, query = loader.partition("?")
-    module, _, name = target.partition(":")
-    function = getattr(importlib.import_module(module), name)
-    options = {key: int(value) for key, _, value in (o.partition("=") for o in query.split("&") if o)}
-    return functools.partial(function, **options) if options else function
-
-
-class ImageReader:
+class Reader:
     """Reads, identifies and decodes single images; safe to call from many threads.
 
     Parameters
     ----------
     config : DecodeConfig
-    known : callable, optional
-        Gets a row and the file's digest; True where nothing needs to be decoded.
+    known : callable
+        Gets a task and the file's digest; True where nothing needs to be decoded.
     transform : callable, optional
         ``(image, image_id) -> image``, e.g. a perturbation; must depend on its arguments alone.
     preprocess : callable, optional
@@ -108,34 +85,38 @@ class ImageReader:
     def __init__(
         self,
         config: DecodeConfig,
-        known: Callable[[int, bytes], bool] | None = None,
+        known: Callable[[Task, bytes], bool],
         transform: Callable[[Image.Image, str], Image.Image] | None = None,
         preprocess: Callable[[Image.Image], Any] | None = None,
     ) -> None:
-        self._config = config
-        self._load = resolve(config.loader)
-        self._known, self._transform, self._preprocess = known, transform, preprocess
-        # all, and those without work; not one per thread, as threads come and go with each call of `batches`
-        self._workers: list[IsolatedDecoder] = []
-        self._idle: list[IsolatedDecoder] = []
+        self._config, self._known = config, known
+        self._transform, self._preprocess = transform, preprocess
 
-    def read(self, row: int, path: str, name: str | None = None, isolate: bool = False) -> Decoded:
-        """Read one file, called ``name`` in messages; what fails is told in the result, nothing is raised."""
-        out = Decoded(row, stage="read")
+    def __call__(self, task: Task, admit: Callable[[int], None] = lambda pixels: None) -> Decoded:
+        """Read one file; what fails is said in the result, nothing is raised.
+
+        Parameters
+        ----------
+        task : Task
+        admit : callable
+            Gets the number of pixels before any is decoded; returns when there is room for them.
+        """
+        out, shape = Decoded(task, stage="read"), ""
         try:
             # before the bytes: a file changed between the two is then noticed by the next run
-            with contextlib.suppress(OSError):  # read_bytes says it better
-                stat = os.stat(path)
+            with contextlib.suppress(OSError, ValueError):  # read_bytes says it better
+                stat = os.stat(task.path)
                 out.file_size, out.mtime_ns = stat.st_size, stat.st_mtime_ns
-            data = read_bytes(path)
+            data = read_bytes(task.path)
             out.digest = hashlib.sha256(data).digest()
-            if self._known is not None and self._known(row, out.digest):
+            if self._known(task, out.digest):
                 out.stage = ""
                 return out
             out.stage = "decode"
-            load = self._isolated if isolate or self._config.isolate else self._load
-            image = load(data, name=name or path)
-            out.size = image.size
+            width, height = open_image(data, task.name).size
+            shape = f" of {width:,} x {height:,} pixels"
+            admit(width * height)
+            image = load_image(data, name=task.name, least_side=self._config.least_side)
             if self._transform is not None:
                 out.stage = "transform"
                 image = self._transform(image, out.digest.hex())
@@ -143,111 +124,180 @@ class ImageReader:
                 out.stage = "preprocess"
                 out.pixels = self._preprocess(image)
             out.image, out.stage = image, ""
+        except MemoryError as error:
+            # the machine's trouble, not the file's: never remembered as what the file is like
+            out.stage, out.error = "memory", error
+            out.reason = (
+                f"{task.name}: memory ran out for this image{shape}; free some memory, or store the image "
+                "smaller, and run the same command again"
+            )
         except Exception as error:  # whatever a broken file makes a decoder raise is this file's problem
-            out.reason, out.error = one_line(error).replace(path, name or path), error
-            if isinstance(error, MemoryError) and out.stage == "decode":
-                # but this is not: what is found out by decoding is remembered, so it must not be told as that
-                out.stage = "read"
-                out.reason = f"{name or path}: memory ran out while it was decoded; run again with more of it"
+            out.reason, out.error = reason_of(error).replace(task.path, task.name), error
         return out
 
-    def _isolated(self, data: bytes, name: str) -> Image.Image:
-        try:
-            worker = self._idle.pop()
-        except IndexError:
-            worker = IsolatedDecoder(self._config.loader, self._config.timeout_s)
-            self._workers.append(worker)
-        try:
-            return worker.decode(data, name)
-        finally:
-            self._idle.append(worker)
+
+def reason_of(error: BaseException) -> str:
+    """Reason of an exception as one printable line for a table."""
+    expected = isinstance(error, (ItemkitError, OSError))
+    return one_line(error) if expected else f"{type(error).__name__}: {one_line(error)}"
+
+
+class _Closed(BaseException):
+    """Ends a decoding thread that waits for room when nobody needs its image any more."""
+
+
+class _Decoders:
+    """Threads that decode tasks; hands the results out in order.
+
+    Room is given in order, too: so what the consumer needs next never waits for what comes after it.
+    """
+
+    def __init__(
+        self, tasks: Iterable[Task], read: Callable[..., Decoded], threads: int, max_pixels: int
+    ) -> None:
+        self._tasks, self._read = enumerate(tasks), read
+        self._window, self._max_pixels = 2 * threads, max_pixels
+        self._change = threading.Condition()
+        self._done: dict[int, Decoded] = {}
+        self._asked: dict[int, int] = {}  # pixels for which a task waits
+        self._settled: set[int] = set()  # tasks after `_turn` that need no room (any more)
+        self._started = self._next = self._turn = self._used = 0
+        self._ended = self._closed = False
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(self._may_start)
+                number, task = (-1, None) if self._closed or self._ended else next(self._tasks, (-1, None))
+                if task is None:
+                    self._ended = True
+                    self._change.notify_all()
+                    return
+                self._started += 1
+            room: list[int] = []
+            try:
+                item = self._read(task, partial(self._admit, number, room))
+            except _Closed:
+                return
+            item.free = partial(self._free, item, room)
+            with self._change:
+                if item.image is None:
+                    self._used -= sum(room)
+                    room.clear()
+                self._settle(number)
+                self._done[number] = item
+
+    def _may_start(self) -> bool:
+        return self._closed or self._ended or self._started - self._next < self._window
+
+    def _fits(self, pixels: int) -> bool:
+        return not self._used or self._used + pixels <= self._max_pixels
+
+    def _admit(self, number: int, room: list[int], pixels: int) -> None:
+        with self._change:
+            self._asked[number] = pixels
+            self._change.notify_all()
+            self._change.wait_for(lambda: self._closed or (self._turn == number and self._fits(pixels)))
+            del self._asked[number]
+            if self._closed:
+                raise _Closed
+            self._used += pixels
+            room.append(pixels)
+            self._settle(number)
+
+    def _settle(self, number: int) -> None:
+        if number >= self._turn:
+            self._settled.add(number)
+        while self._turn in self._settled:
+            self._settled.remove(self._turn)
+            self._turn += 1
+        self._change.notify_all()
+
+    def _free(self, item: Decoded, room: list[int]) -> None:
+        item.image = item.pixels = None
+        with self._change:
+            self._used -= sum(room)
+            room.clear()
+            self._change.notify_all()
+
+    def take(self, wait: bool) -> Decoded | None:
+        """The next image; None at the end, and without ``wait`` also where room must be made for it first."""
+
+        def ready() -> bool:
+            blocked = self._turn == self._next and not self._fits(self._asked.get(self._next, 0))
+            return self._next in self._done or (self._ended and self._next >= self._started) or (
+                blocked and not wait
+            )  # fmt: skip
+
+        with self._change:
+            self._change.wait_for(ready)
+            item = self._done.pop(self._next, None)
+            if item is not None:
+                self._next += 1
+                self._change.notify_all()
+            return item
 
     def close(self) -> None:
-        """End the decoding processes, if any were started."""
-        for worker in self._workers:
-            worker.close()
-
-
-def one_line(error: BaseException) -> str:
-    """Reason of an exception as one line for a table."""
-    reason = getattr(error, "reason", None)
-    text = reason if isinstance(reason, str) else str(error) or type(error).__name__
-    if not isinstance(error, (InputError, OSError)) and not isinstance(reason, str):
-        text = f"{type(error).__name__}: {text}"
-    return " ".join(text.split())
+        """End the threads; one that hangs in a decoder is left behind."""
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+        deadline = time.monotonic() + 1
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def batches(
-    rows: Iterable[int],
-    read: Callable[[int], Decoded],
+    tasks: Iterable[Task],
+    read: Callable[..., Decoded],
     batch_size: Callable[[], int],
     config: DecodeConfig,
-    prefetch: int,
+    prefetch: int = 0,
 ) -> Generator[list[Decoded], None, None]:
-    """Decode rows in order and yield them as batches.
+    """Read tasks in order and yield them as batches; the consumer calls ``free`` of each item it is done with.
 
-    With ``prefetch=0`` a batch is decoded by all threads while the caller waits, and nothing is decoded while
-    the model runs: on a CPU, where both want the same cores, this was measured to be fastest.
+    Parameters
+    ----------
+    tasks : iterable of Task
+    read : callable
+        A `Reader`.
+    batch_size : callable
+        Asked before each batch: how many images it may hold. One of large images is cut shorter.
+    config : DecodeConfig
+    prefetch : int
+        Batches made ahead of the consumer, by a thread. With 0 a batch is decoded while the consumer waits: on
+        a CPU, where decoders and models want the same cores, this was measured to be fastest.
     """
-    batch_iterator = _in_order(rows, read, batch_size, config)
-    return _ahead(batch_iterator, prefetch) if prefetch else batch_iterator
+    source = _in_order(tasks, read, batch_size, config)
+    return _ahead(source, prefetch) if prefetch else source
 
 
 def _in_order(
-    rows: Iterable[int], read: Callable[[int], Decoded], batch_size: Callable[[], int], config: DecodeConfig
+    tasks: Iterable[Task], read: Callable[..., Decoded], batch_size: Callable[[], int], config: DecodeConfig
 ) -> Generator[list[Decoded], None, None]:
-    threads = config.n_threads()
-    window = 2 * threads  # bounds what is decoded and not yet counted against the batch's pixels
-    source = iter(rows)
-    running: deque[Future[Decoded]] = deque()
-    todo: queue.SimpleQueue[tuple[int, Future] | None] = queue.SimpleQueue()
-    # not a ThreadPoolExecutor: should a decoder hang for ever, its threads would not let the process end
-    pool = [threading.Thread(target=_work, args=(read, todo), daemon=True) for _ in range(threads)]
-    for thread in pool:
-        thread.start()
+    decoders = _Decoders(tasks, read, config.n_threads(), config.max_pixels)
     try:
-        exhausted = False
-        while not exhausted or running:
+        while True:
             batch: list[Decoded] = []
-            images = pixels = 0
-            size = batch_size()
-            while images < size and pixels < config.max_batch_pixels and len(batch) < 8 * size:
-                while not exhausted and len(running) < min(window, size - images):
-                    row = next(source, None)
-                    if row is None:
-                        exhausted = True
-                    else:
-                        running.append(Future())
-                        todo.put((row, running[-1]))
-                if not running:
+            images, size = 0, batch_size()
+            while images < size and len(batch) < 8 * size:
+                item = decoders.take(wait=not batch)
+                if item is None:
                     break
-                item = running.popleft().result()
                 batch.append(item)
-                if item.image is not None:
-                    images += 1
-                    pixels += max(item.size[0] * item.size[1], item.image.width * item.image.height)
-            if batch:
-                yield batch
-    except KeyboardInterrupt:
-        pool = []  # nobody waits for it: an image may hang, and be the reason why someone wants to leave
-        raise
+                images += item.image is not None
+            if not batch:
+                return
+            short = [item for item in batch if item.stage == "memory"]
+            if fine := [item for item in batch if item.stage != "memory"]:
+                yield fine
+            for item in short:  # once more, one by one: a neighbour may have taken what it needed
+                yield [read(item.task)]
     finally:
-        for future in running:
-            future.cancel()
-        for _ in range(threads):
-            todo.put(None)
-        for thread in pool:
-            thread.join()
-
-
-def _work(read: Callable[[int], Decoded], todo: queue.SimpleQueue[tuple[int, Future] | None]) -> None:
-    while task := todo.get():
-        row, future = task
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(read(row))
-            except BaseException as error:
-                future.set_exception(error)
+        decoders.close()
 
 
 def _ahead(source: Generator[list[Decoded], None, None], depth: int) -> Generator[list[Decoded], None, None]:
@@ -282,116 +332,6 @@ def _ahead(source: Generator[list[Decoded], None, None], depth: int) -> Generato
             if kind == "error":
                 raise value
             yield value
-    except BaseException as error:
+    finally:
         stop.set()
-        if not isinstance(error, KeyboardInterrupt):
-            thread.join()
-        raise
-
-
-class DecoderDied(InputError):
-    """The process that decoded an image crashed or was stopped because it took too long."""
-
-
-class IsolatedDecoder:
-    """Decodes images in another process, which may crash or hang without harm; restarted when needed.
-
-    A plain subprocess with pipes, not ``multiprocessing``: that would run the caller's main module again.
-    """
-
-    def __init__(self, loader: str, timeout_s: float) -> None:
-        self._command = [sys.executable, "-c", "from itemkit.decode import _serve; _serve()", loader]
-        self._timeout_s = timeout_s
-        self._process: subprocess.Popen[bytes] | None = None
-        self._closed = False
-
-    def decode(self, data: bytes, name: str = "image") -> Image.Image:
-        """Decode the bytes of a file; raises InputError or MemoryError as the loader does, or DecoderDied."""
-        for last in (False, True):
-            answer, raw, late = self._ask(data, name)
-            if "reason" in answer:
-                raise (MemoryError if answer["memory"] else InputError)(answer["reason"])
-            if "size" in answer and len(raw) == answer["bytes"]:
-                return Image.frombytes("RGB", tuple(answer["size"]), raw)
-            code = self._end()
-            # it may have been killed from outside: only an image that takes two of them down is to blame
-            if late or last or self._closed:
-                break
-        slow = f"took longer than {self._timeout_s:g} s to decode and was stopped"
-        problem = slow if late else f"crashed the decoder (exit status {code})"
-        raise DecoderDied(f"{name}: {problem}; drop the row or save the image anew with another program")
-
-    def _ask(self, data: bytes, name: str) -> tuple[dict[str, Any], bytes, bool]:
-        """What the process answers, if it does, and whether it was stopped for taking too long."""
-        process = self._process or self._start()
-        timer, started = threading.Timer(self._timeout_s, process.kill), time.monotonic()
-        timer.start()
-        answer, raw = dict[str, Any](), b""
-        try:
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(json.dumps({"name": name, "bytes": len(data)}).encode() + b"\n")
-            process.stdin.write(data)
-            process.stdin.flush()
-            answer = json.loads(process.stdout.readline())
-            raw = process.stdout.read(answer.get("bytes", 0))
-        except (OSError, ValueError):  # it is gone, or its pipes were closed at the end of the run
-            answer = {}
-        except BaseException:  # such as no memory for its answer: half of that is still in the pipe
-            self._end()
-            raise
-        finally:
-            timer.cancel()
-        return answer, raw, time.monotonic() - started >= self._timeout_s
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        path = os.pathsep.join([p or os.getcwd() for p in sys.path])
-        self._process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C is for the run, which then ends its decoders itself
-        )
-        assert self._process.stdout is not None
-        self._process.stdout.readline()  # it is ready: its start does not count as the image's time
-        return self._process
-
-    def close(self) -> None:
-        """End the process for good."""
-        self._closed = True
-        self._end()
-
-    def _end(self) -> int | None:
-        """End the process and tell its exit status."""
-        process, self._process = self._process, None
-        if process is None:
-            return None
-        process.kill()
-        code = process.wait()
-        for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError, AttributeError):
-                pipe.close()  # type: ignore[union-attr]
-        return code
-
-
-def _serve() -> None:
-    """Answer decoding requests on stdin/stdout; runs in the other process."""
-    load = resolve(sys.argv[1])
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints must not end up among the answers
-    requests = sys.stdin.buffer
-    answers.write(b"ready\n")
-    answers.flush()
-    while head := requests.readline():
-        request = json.loads(head)
-        data = requests.read(request["bytes"])
-        raw = b""
-        try:
-            image = load(data, name=request["name"]).convert("RGB")
-            raw = image.tobytes()
-            answer: dict[str, Any] = {"size": image.size, "bytes": len(raw)}
-        except Exception as error:
-            answer = {"reason": one_line(error), "memory": isinstance(error, MemoryError)}
-        answers.write(json.dumps(answer).encode() + b"\n" + raw)
-        answers.flush()
+        thread.join(2)  # not for ever: an image may hang, and be the reason why someone wants to leave

@@ -1,24 +1,29 @@
-"""The feature store: raw embeddings on disk as Parquet shards, one row per image content.
+"""The feature store: embeddings on disk as Parquet shards, one row per image content.
 
 Layout of the folder::
 
-    run.json            configuration, fingerprint of every model, versions, counts, schema version
+    run.json            configuration, fingerprint of every model, versions, counts, schema version, checksums
     manifest.parquet    one row per image file: label, generator, ... and the feature row it belongs to
     errors.parquet      one row per image file without features: stage and reason
     shards/part-*.parquet
 
 Features are keyed by content (``feature_id``: hash of the file, joined by the user's caption where one is
 used), labels by path. So a label can be corrected, and a copy of a file added, without computing anything.
-Nothing is ever rewritten in place: every file is whole or absent, and a killed run loses no finished shard.
+
+The shard is the unit of everything: a worker makes whole shards, a run that goes on lists them, stores are
+merged by putting their shards together. A shard is never changed. Its name ends in the SHA-256 of its bytes and
+its schema names the models, so whatever happens to it is found out. ``run.json`` holds the checksums of the two
+tables, and its own.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import re
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,43 +31,53 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from itemkit import schema
-from itemkit._files import FolderLock, atomic_write, explain_write_error, remove_leftovers, write_json
+from itemkit import schema, splits
+from itemkit._files import atomic_write, write_json
 from itemkit.errors import InputError, StoreError
-from itemkit.features import IMAGE_NORMS, OBJECT_NORMS, Features, norms_or_none
+from itemkit.features import BOX_COLUMNS, Features, unit_rows
+from itemkit.models import differences
+from itemkit.text import count, one_line, printable
 
+SCHEMA_VERSION = 2
 RUN_FILE, SHARD_FOLDER = "run.json", "shards"
 MANIFEST_FILE, ERRORS_FILE = "manifest.parquet", "errors.parquet"
 KIND = "itemkit feature store"
 
-FEATURE_ID, CAPTION_SOURCE = "feature_id", "caption_source"
-FILE_SIZE, MTIME_NS, WIDTH, HEIGHT = "file_size", "mtime_ns", "width", "height"
+FEATURE_ID = "feature_id"
+FILE_SIZE, MTIME_NS = "file_size", "mtime_ns"
+STAGE, REASON = "stage", "reason"
 
-# the scalar columns of a shard, in order
-SHARD_COLUMNS = {
+# the scalar columns of a shard that describe its images
+FEATURE_COLUMNS = {
     FEATURE_ID: pa.string(),
     schema.IMAGE_ID: pa.string(),
-    schema.PATH: pa.string(),
-    FILE_SIZE: pa.int64(),
-    MTIME_NS: pa.int64(),
-    WIDTH: pa.int32(),
-    HEIGHT: pa.int32(),
+    "width": pa.int32(),
+    "height": pa.int32(),
     schema.CAPTION: pa.string(),
-    CAPTION_SOURCE: pa.string(),
+    "caption_source": pa.string(),
     schema.CAPTION_LOGPROB: pa.float32(),
     schema.CAPTION_TOKENS: pa.int32(),
     schema.N_OBJECTS: pa.int32(),
 }
-BOX_COLUMNS = ("x0", "y0", "x1", "y1", "score")
-# of the objects, after the boxes; they and IMAGE_NORMS are missing in shards written before 0.2
-OBJECT_FIELDS = ("phrase", *BOX_COLUMNS, *OBJECT_NORMS)
-FILE = (schema.PATH, FILE_SIZE, MTIME_NS)  # tells one state of an image file
-# columns of Features.table that come from the shards
-FEATURE_COLUMNS = tuple(c for c in SHARD_COLUMNS if c not in FILE)
+# ... and where each was found, by which a run that was killed knows it again
+FILE_COLUMNS = {schema.PATH: pa.string(), FILE_SIZE: pa.int64(), MTIME_NS: pa.int64()}
 EMBEDDINGS = (schema.IMAGE_EMB, schema.CAPTION_EMB, schema.OBJECTS)
+_FINGERPRINT = b"itemkit_fingerprint"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-# ---------------------------------------------------------------------------------------------- reading
+class DamagedError(StoreError):
+    """A file of a store is not as it was written; ``path`` is which."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(
+            f"{path} is damaged ({problem}). Run the same extraction again: it sets the file aside, and only "
+            "what was lost with it is computed anew"
+        )
+        self.path = path
+
+
+# ---------------------------------------------------------------------------------------------- files
 
 
 def read_run(folder: str | Path) -> dict:
@@ -71,7 +86,7 @@ def read_run(folder: str | Path) -> dict:
     Raises
     ------
     StoreError
-        The folder is no feature store, or one of another schema version.
+        The folder is no feature store, one of another schema version, or the file is damaged.
     """
     path = Path(folder) / RUN_FILE
     try:
@@ -82,45 +97,161 @@ def read_run(folder: str | Path) -> dict:
             "or give the folder that was passed to it as output"
         ) from None
     except (OSError, ValueError) as error:
-        problem = f"{path} cannot be read ({error})"
-        raise StoreError(f"{problem}; restore it, or extract into another folder") from error
+        raise DamagedError(path, one_line(error)) from error
     found = run.get("schema_version") if isinstance(run, dict) and run.get("kind") == KIND else None
-    if found != schema.SCHEMA_VERSION:
-        newer = isinstance(found, int) and found > schema.SCHEMA_VERSION
+    if found == SCHEMA_VERSION and run.pop("checksum", None) != _checksum(run):
+        raise DamagedError(path, "its checksum does not fit")
+    if found != SCHEMA_VERSION:
+        newer = isinstance(found, int) and found > SCHEMA_VERSION
         again = "extract again into another folder (the old one is left as it is)"
-        advice = "update itemkit" if newer else again
         raise StoreError(
-            f"{folder} was written with store schema {found}, this itemkit reads schema "
-            f"{schema.SCHEMA_VERSION}: {advice}"
+            f"{folder} was written with store schema {found}, this itemkit reads schema {SCHEMA_VERSION}: "
+            f"{'update itemkit' if newer else again}"
         )
     return run
 
 
+def write_run(folder: Path, run: dict) -> None:
+    """Write ``run.json``, sealed by a checksum of its own."""
+    write_json(folder / RUN_FILE, {**run, "checksum": _checksum(run)})
+
+
+def _checksum(run: dict) -> str:
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_hash(fingerprint: dict) -> str:
+    """A fingerprint in 16 hex digits."""
+    return _checksum(fingerprint)[:16]
+
+
 def shard_files(folder: str | Path) -> list[Path]:
-    """All finished shards of a store, in the order in which they were written."""
+    """All shards of a store, in the order in which they were written."""
     return sorted((Path(folder) / SHARD_FOLDER).glob("part-*.parquet"))
 
 
-def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read (some columns of) one shard; a damaged file raises StoreError with what to do."""
+def read_shard(path: Path, columns: Sequence[str], run: dict) -> pa.Table:
+    """Read some columns of a shard, after a look at all of its bytes.
+
+    Raises
+    ------
+    DamagedError
+        Any bit of it changed since it was written.
+    StoreError
+        It was made by other models than those of ``run``.
+    """
     try:
-        if columns is not None and not set(IMAGE_NORMS).isdisjoint(columns):
-            there = pq.read_schema(path).names
-            columns = [name for name in columns if name in there or name not in IMAGE_NORMS]
-        return pq.read_table(path, columns=None if columns is None else list(columns))
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest()[:16] != path.stem.rpartition("-")[2]:
+            raise DamagedError(path, "its checksum does not fit")
+        table = pq.read_table(pa.BufferReader(data), columns=list(columns))
     except (OSError, pa.ArrowException) as error:
-        raise StoreError(
-            f"{path} is damaged ({str(error).splitlines()[0]}). Delete it and run the extraction again: "
-            "only its images are computed anew"
-        ) from error
+        raise DamagedError(path, one_line(error)) from error
+    if (table.schema.metadata or {}).get(_FINGERPRINT) != run["fingerprint_hash"].encode():
+        raise StoreError(f"{path} was made with other models or options than the store it lies in; remove it")
+    return table
+
+
+def write_shard(folder: Path, number: int, features: Features, models: str) -> Path:
+    """Write features as one shard; embeddings become float16.
+
+    Parameters
+    ----------
+    folder : Path
+        The store.
+    number : int
+        Says where the shard stands in the order; two of one number do not collide.
+    features : Features
+        The table has all scalar columns of a shard.
+    models : str
+        The fingerprint's hash.
+    """
+    columns = {
+        # NaN is a value of floats; in a column of texts it is how pandas writes that there is none
+        name: pa.array(_values(features.table[name]), kind, from_pandas=not pa.types.is_floating(kind))
+        for name, kind in (FEATURE_COLUMNS | FILE_COLUMNS).items()
+    }
+    counts = np.bincount(features.owner, minlength=len(features))
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+    fields = [pa.array(_values(features.objects["phrase"]), pa.string())]
+    fields += [pa.array(features.objects[name].to_numpy(np.float32)) for name in BOX_COLUMNS]
+    struct = pa.StructArray.from_arrays(fields, ["phrase", *BOX_COLUMNS])
+    columns[schema.IMAGE_EMB] = _fixed(features.image_emb)
+    columns[schema.CAPTION_EMB] = _fixed(features.caption_emb)
+    columns[schema.OBJECTS] = pa.ListArray.from_arrays(offsets, struct)
+    columns[schema.REGION_EMB] = pa.ListArray.from_arrays(offsets, _fixed(features.region_emb))
+    columns[schema.PHRASE_EMB] = pa.ListArray.from_arrays(offsets, _fixed(features.phrase_emb))
+    data = _parquet(pa.table(columns).replace_schema_metadata({_FINGERPRINT: models}))
+    digest = hashlib.sha256(data).hexdigest()
+    path = folder / SHARD_FOLDER / f"part-{number:06d}-{digest[:16]}.parquet"
+    atomic_write(path, lambda file: file.write(data))
+    return path
+
+
+def _values(column: pd.Series) -> np.ndarray:
+    # pandas keeps texts in more than one way, some of which pyarrow answers with a chunked array
+    return column.to_numpy() if pd.api.types.is_numeric_dtype(column) else column.to_numpy(dtype=object)
+
+
+def _fixed(x: np.ndarray) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(x.astype(np.float16).ravel()), x.shape[1])
+
+
+def _parquet(table: pa.Table) -> pa.Buffer:
+    texts = [f.name for f in table.schema if pa.types.is_string(f.type)]
+    out = pa.BufferOutputStream()
+    pq.write_table(table, out, compression="zstd", use_dictionary=texts)
+    return out.getvalue()
+
+
+def read_state(folder: Path, name: str, run: dict) -> pa.Table:
+    """Read manifest.parquet or errors.parquet.
+
+    Raises
+    ------
+    DamagedError
+        It is missing, or any bit of it changed since it was written.
+    """
+    path = folder / name
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() not in run["checksums"].get(name, ()):
+            raise DamagedError(path, "its checksum does not fit")
+        return pq.read_table(pa.BufferReader(data))
+    except (OSError, pa.ArrowException) as error:
+        raise DamagedError(path, one_line(error)) from error
+
+
+def write_state(folder: Path, run: dict, manifest: pa.Table, errors: pa.Table) -> None:
+    """Replace both tables and ``run.json`` together: cut short anywhere, the store is as before or unfinished.
+
+    Parameters
+    ----------
+    folder : Path
+    run : dict
+        To be written in the end; its ``checksums`` are updated.
+    manifest, errors : Table
+    """
+    data = {name: _parquet(table) for name, table in ((MANIFEST_FILE, manifest), (ERRORS_FILE, errors))}
+    new = {name: hashlib.sha256(content).hexdigest() for name, content in data.items()}
+    # meanwhile each table may be the old or the new one
+    both = {name: [*run["checksums"].get(name, []), new[name]] for name in data}
+    write_run(folder, {**run, "complete": False, "checksums": both})
+    for name, content in data.items():
+        atomic_write(folder / name, lambda file, content=content: file.write(content))
+    run["checksums"] = {name: [digest] for name, digest in new.items()}
+    write_run(folder, run)
+
+
+# ---------------------------------------------------------------------------------------------- reading
 
 
 def load_features(
     folder: str | Path,
     columns: Sequence[str] = EMBEDDINGS,
     *,
+    rows: pd.DataFrame | Sequence[str] | None = None,
     root: str | Path | None = None,
-    partial: bool = False,
 ) -> Features:
     """Read a feature store into memory.
 
@@ -130,101 +261,97 @@ def load_features(
         A folder written by :func:`itemkit.extraction.extract`.
     columns : sequence of {"image_emb", "caption_emb", "objects"}
         The embeddings to read; the others get width 0 (and no objects), and cost no memory.
+    rows : DataFrame or sequence of paths, optional
+        A manifest, or the paths of images: those only, in that order. Default: all that the store knows.
     root : path, optional
         Where the images lie now, if they were moved; by default the place noted in the store.
-    partial : bool
-        Read what there is of an unfinished extraction instead of raising.
 
     Returns
     -------
     Features
-        One row per image file of the last extraction's manifest, in its order, without those that ended
-        in ``errors.parquet``. Embeddings are float32 and L2-normalised anew after their float16 storage.
+        One row per image file, without those that ended in ``errors.parquet``. Embeddings are float32 and
+        L2-normalised anew after their float16 storage. Every labelled image has a split (see
+        `itemkit.splits.fill_splits`; ``run["splits"]`` says where those came from).
 
     Raises
     ------
     StoreError
-        No store, another schema, unfinished, or a shard is damaged or missing.
+        No store, another schema, unfinished, or a file is damaged or missing.
+    InputError
+        Unknown columns.
     """
     folder = Path(folder)
-    unknown = sorted(set(columns) - set(EMBEDDINGS))
-    if unknown:
+    if unknown := sorted(set(columns) - set(EMBEDDINGS)):
         raise InputError(f"unknown columns {unknown}; choose among {list(EMBEDDINGS)}")
-    run = read_run(folder)
-    if not run["complete"] and not partial:
-        raise StoreError(
-            f"the extraction into {folder} is not finished. Run the same `itemkit extract` again (it goes "
-            "on where it stopped), or read what there is with load_features(folder, partial=True)"
-        )
-    manifest = _read_table(folder / MANIFEST_FILE).to_pandas()
+    run, manifest, errors = _read_tables(folder)
+    there = manifest[FEATURE_ID].notna()
+    pending = set(manifest[schema.PATH][~there]) - set(errors[schema.PATH])
+    base, wanted = store_root(folder, run), None
+    if rows is not None:
+        paths = rows[schema.PATH] if isinstance(rows, pd.DataFrame) else rows
+        wanted = {stored_name(os.fspath(path), str(base)): i for i, path in enumerate(paths)}
+    if pending & wanted.keys() if wanted is not None else not run["complete"]:
+        raise _unfinished(folder)
+    # whose split is what does not depend on which rows are asked for
+    table, run["splits"] = splits.fill_splits(manifest[there].reset_index(drop=True))
+    if wanted is not None:
+        if missing := wanted.keys() - set(manifest[schema.PATH]):
+            raise StoreError(
+                f"{count(len(missing), 'image')} of {len(wanted):,} not in {folder}, first: "
+                f"{printable(min(missing))}; run the extraction with all of them again: it computes those only"
+            )
+        table = table[table[schema.PATH].isin(wanted)]
+        table = table.iloc[np.argsort(table[schema.PATH].map(wanted), kind="stable")].reset_index(drop=True)
     shards = shard_files(folder)
-    scalars, shard_of, row_of = _read_scalars(shards)
-    if not run["complete"]:
-        errors = folder / ERRORS_FILE
-        failed = _read_table(errors).to_pandas() if errors.exists() else manifest[:0]
-        manifest = _match_by_file(manifest, failed, scalars, run["fingerprint"]["captions"] == "user")
-    manifest = manifest[manifest[FEATURE_ID].notna()].reset_index(drop=True)
-    at = pd.Index(scalars[FEATURE_ID]).get_indexer(manifest[FEATURE_ID])
+    scalars, shard_of, row_of = _read_scalars(shards, run)
+    at = pd.Index(scalars[FEATURE_ID]).get_indexer(table[FEATURE_ID])
     if (at < 0).any():
         raise StoreError(
             f"{int((at < 0).sum())} of {len(at)} images of {folder} have lost their features (was a shard "
             "deleted?); run the extraction again: only those are computed"
         )
-    kept = [c for c in manifest.columns if c not in (*FEATURE_COLUMNS, FILE_SIZE, MTIME_NS)]
-    found = scalars.iloc[at][list(FEATURE_COLUMNS)].reset_index(drop=True)
-    table = pd.concat([manifest[kept], found], axis=1)
-    base = Path(root) if root is not None else store_root(folder, run)
-    table[schema.PATH] = [str(base / p) for p in table[schema.PATH]]
-    if schema.LABEL in table:
-        table[schema.LABEL] = table[schema.LABEL].astype("Int8")  # also where no label is missing
-    leading = [c for c in (schema.IMAGE_ID, *schema.MANIFEST_COLUMNS, schema.N_OBJECTS) if c in table]
+    own = [c for c in table.columns if c not in (*FEATURE_COLUMNS, FILE_SIZE, MTIME_NS)]
+    table = pd.concat([table[own], scalars.iloc[at].reset_index(drop=True)], axis=1)
+    base = Path(root) if root is not None else base
+    table[schema.PATH] = [str(base / name) for name in table[schema.PATH]]
+    for name in schema.MANIFEST_COLUMNS:
+        if name not in table:
+            table[name] = pd.Series(pd.NA, table.index, dtype="string")
+    table[schema.LABEL] = table[schema.LABEL].astype("Int8")  # also where no label is missing
+    leading = [schema.IMAGE_ID, *schema.MANIFEST_COLUMNS, schema.N_OBJECTS]
     table = table[leading + [c for c in table.columns if c not in leading]]
-    features = _fill(table, shards, shard_of[at], row_of[at], columns, run)
-    for name in IMAGE_NORMS:
-        setattr(features, name, norms_or_none(scalars[name].to_numpy(np.float32)[at]))
-    return features
+    return _fill(table, shards, shard_of[at], row_of[at], columns, run)
 
 
-def _read_table(path: Path) -> pa.Table:
+def _read_tables(folder: Path) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
+    run = read_run(folder)
+    if not run["checksums"]:
+        raise _unfinished(folder)
     try:
-        return pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        problem = f"{path} is missing or damaged"
-        raise StoreError(f"{problem}; run the extraction again, it computes nothing twice") from error
+        manifest, errors = (read_state(folder, name, run) for name in (MANIFEST_FILE, ERRORS_FILE))
+    except DamagedError:
+        if read_run(folder)["checksums"] == run["checksums"]:
+            raise
+        return _read_tables(folder)  # another run has just replaced them
+    return run, manifest.to_pandas(), errors.to_pandas()
 
 
-def _read_scalars(shards: list[Path]) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
-    names = (*FEATURE_COLUMNS, *FILE, *IMAGE_NORMS)
-    tables = [read_shard(path, names) for path in shards]
-    sizes = [len(table) for table in tables]
-    if not tables:
-        empty = pa.schema([(c, SHARD_COLUMNS.get(c, pa.float32())) for c in names]).empty_table()
-        return empty.to_pandas(), np.zeros(0, np.int64), np.zeros(0, np.int64)
-    scalars = pa.concat_tables(tables, promote_options="default").to_pandas().reindex(columns=list(names))
-    shard_of = np.repeat(np.arange(len(shards)), sizes)
-    row_of = np.concatenate([np.arange(n) for n in sizes])
-    # a merged or hand-copied store may hold a feature row twice: the first counts
+def _unfinished(folder: Path) -> StoreError:
+    return StoreError(
+        f"the extraction into {folder} is not finished. Run the same `itemkit extract` again: it goes on where "
+        "it stopped"
+    )
+
+
+def _read_scalars(shards: list[Path], run: dict) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+    empty = pa.schema(list(FEATURE_COLUMNS.items())).empty_table()
+    tables = [read_shard(path, list(FEATURE_COLUMNS), run) for path in shards]
+    scalars = pa.concat_tables([empty, *(t.replace_schema_metadata() for t in tables)]).to_pandas()
+    shard_of = np.repeat(np.arange(len(shards)), [len(table) for table in tables])
+    row_of = np.concatenate([np.zeros(0, np.int64), *(np.arange(len(table)) for table in tables)])
+    # two workers may have met copies of one image, and a merged store may hold a row twice: the first counts
     first = ~scalars[FEATURE_ID].duplicated().to_numpy()
     return scalars[first].reset_index(drop=True), shard_of[first], row_of[first]
-
-
-def _match_by_file(
-    manifest: pd.DataFrame, failed: pd.DataFrame, scalars: pd.DataFrame, user_captions: bool
-) -> pd.DataFrame:
-    # an unfinished run has noted what is to be done; what was done since is known from the shards alone
-    def keys(table: pd.DataFrame, from_user: pd.Series) -> pd.Index:
-        caption = table[schema.CAPTION] if user_captions else pd.Series(None, table.index, dtype=object)
-        # with size and time: under the same path there may lie another picture by now
-        parts = [table[name].astype(str) for name in FILE]
-        return pd.Index(parts[0].str.cat([*parts[1:], caption.where(from_user, "").fillna("")], sep="\n"))
-
-    done = scalars[FEATURE_ID].set_axis(keys(scalars, scalars[CAPTION_SOURCE] == "user"))
-    done = done[~done.index.duplicated(keep="last")]
-    wanted, unusable = (keys(table, table[schema.PATH].notna()) for table in (manifest, failed))
-    noted = manifest[FEATURE_ID].astype(object)
-    found = noted.where(noted.notna(), done.reindex(wanted).to_numpy(dtype=object))
-    # such as files of one content with two labels: they have features, and can not be used
-    return manifest.assign(**{FEATURE_ID: found.mask(wanted.isin(unusable), None)})
 
 
 def _fill(
@@ -235,8 +362,7 @@ def _fill(
     columns: Sequence[str],
     run: dict,
 ) -> Features:
-    n = len(table)
-    dim = int(run["dim"] or 0)
+    n, dim = len(table), int(run["dim"])
     dims = {name: dim if name in columns else 0 for name in EMBEDDINGS}
     image = np.zeros((n, dims[schema.IMAGE_EMB]), np.float32)
     caption = np.zeros((n, dims[schema.CAPTION_EMB]), np.float32)
@@ -246,7 +372,6 @@ def _fill(
     phrase = np.zeros_like(region)
     phrases = np.empty(start[-1], dtype=object)
     boxes = np.zeros((start[-1], len(BOX_COLUMNS)), np.float32)
-    norms = {name: np.full(start[-1], np.nan, np.float32) for name in OBJECT_NORMS}
     wanted = [c for c in (schema.IMAGE_EMB, schema.CAPTION_EMB) if c in columns]
     if schema.OBJECTS in columns:
         wanted += [schema.OBJECTS, schema.REGION_EMB, schema.PHRASE_EMB]
@@ -254,37 +379,28 @@ def _fill(
         rows = np.flatnonzero(shard_of == number)
         if not len(rows) or not wanted:
             continue
-        shard = read_shard(path, wanted)
-        local = row_of[rows]
+        shard, local = read_shard(path, wanted, run), row_of[rows]
         if schema.IMAGE_EMB in columns:
             image[rows] = _vectors(shard[schema.IMAGE_EMB], dim)[local]
         if schema.CAPTION_EMB in columns:
             caption[rows] = _vectors(shard[schema.CAPTION_EMB], dim)[local]
         if schema.OBJECTS in columns:
             objects = shard[schema.OBJECTS].combine_chunks()
-            offsets = objects.offsets.to_numpy()
+            offsets, fields = objects.offsets.to_numpy(), objects.values
             source = _ranges(offsets[local], counts[rows])
             target = _ranges(start[rows], counts[rows])
-            fields = objects.values
             region[target] = _vectors(shard[schema.REGION_EMB], dim)[source - offsets[0]]
             phrase[target] = _vectors(shard[schema.PHRASE_EMB], dim)[source - offsets[0]]
             phrases[target] = fields.field("phrase").to_numpy(zero_copy_only=False)[source]
             for i, name in enumerate(BOX_COLUMNS):
                 boxes[target, i] = fields.field(name).to_numpy(zero_copy_only=False)[source]
-            for name in set(OBJECT_NORMS) & {field.name for field in fields.type}:
-                norms[name][target] = fields.field(name).to_numpy(zero_copy_only=False)[source]
+    for x in (image, caption, region, phrase):
+        if not np.isfinite(x).all():
+            raise StoreError(f"{shards[0].parent} holds embeddings that are not finite; extract again")
+        unit_rows(x)
     objects = pd.DataFrame({"phrase": phrases, **{name: boxes[:, i] for i, name in enumerate(BOX_COLUMNS)}})
-    return Features(
-        table=table,
-        image_emb=unit_rows(image),
-        caption_emb=unit_rows(caption),
-        region_emb=unit_rows(region),
-        phrase_emb=unit_rows(phrase),
-        owner=np.repeat(np.arange(n), counts),
-        objects=objects,
-        run=run,
-        **{name: norms_or_none(lengths) for name, lengths in norms.items()},
-    )
+    owner = np.repeat(np.arange(n), counts)
+    return Features(table, image, caption, region, phrase, owner, objects, run)
 
 
 def _vectors(column: pa.ChunkedArray, dim: int) -> np.ndarray:
@@ -296,24 +412,14 @@ def _vectors(column: pa.ChunkedArray, dim: int) -> np.ndarray:
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The numbers start, start + 1, ... of each range, one range after the other."""
-    total = int(lengths.sum())
-    before = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if len(lengths) else np.zeros(0, np.int64)
-    return np.arange(total) - np.repeat(before, lengths) + np.repeat(starts, lengths)
-
-
-def unit_rows(x: np.ndarray) -> np.ndarray:
-    """Bring rows back to unit length in place (float16 storage is off by up to 1e-3)."""
-    step = 65536  # keeps the temporary square small for millions of rows
-    for i in range(0, len(x) if x.shape[1] else 0, step):
-        part = x[i : i + step]
-        part /= np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
-    return x
+    before = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) - np.repeat(before, lengths) + np.repeat(starts, lengths)
 
 
 # ---------------------------------------------------------------------------------------------- places
 
 
-def common_root(paths: Sequence[str]) -> Path:
+def common_root(paths: Iterable[str]) -> Path:
     """The deepest folder that holds all the given files."""
     folders = {os.path.dirname(path) for path in paths}
     try:
@@ -336,237 +442,133 @@ def store_root(folder: Path, run: dict) -> Path:
     return Path(os.path.abspath(Path(folder) / run["root"]))
 
 
-def relative_path(path: str, root: str) -> str:
-    """Path as noted in a store: relative and with forward slashes below the root, absolute elsewhere."""
-    prefix = root.rstrip(os.sep) + os.sep
-    return path[len(prefix) :].replace(os.sep, "/") if path.startswith(prefix) else path
+def stored_name(path: str, root: str) -> str:
+    """Path as noted in a store: with forward slashes below the root, absolute elsewhere, always UTF-8."""
+    path, prefix = os.path.abspath(path), root.rstrip(os.sep) + os.sep
+    name = path[len(prefix) :].replace(os.sep, "/") if path.startswith(prefix) else path
+    return utf8(name)
 
 
-def concat_features(parts: Sequence[Features]) -> Features:
-    """Put features of several sets of images, made the same way, one after the other."""
-    if not parts:
-        raise InputError("concat_features() was given no features")
-    starts = np.cumsum([0] + [len(part) for part in parts])
-    return Features(
-        table=pd.concat([part.table for part in parts], ignore_index=True),
-        image_emb=np.concatenate([part.image_emb for part in parts]),
-        caption_emb=np.concatenate([part.caption_emb for part in parts]),
-        region_emb=np.concatenate([part.region_emb for part in parts]),
-        phrase_emb=np.concatenate([part.phrase_emb for part in parts]),
-        owner=np.concatenate([part.owner + start for part, start in zip(parts, starts, strict=False)]),
-        objects=pd.concat([part.objects for part in parts], ignore_index=True),
-        run=parts[0].run,
-        **{name: _concat_norms(parts, name) for name in (*IMAGE_NORMS, *OBJECT_NORMS)},
-    )
+def utf8(text: str) -> str:
+    r"""Text that can be stored: what is not UTF-8 (a byte of a Latin-1 file name, half a character) is escaped.
+
+    >>> utf8(b"caf\xe9.jpg".decode("utf-8", "surrogateescape"))
+    'caf\\xe9.jpg'
+    """
+    return _SURROGATE.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", text)
 
 
-def _concat_norms(parts: Sequence[Features], name: str) -> np.ndarray | None:
-    lengths = []
-    for part in parts:
-        found = getattr(part, name)
-        n = len(part) if name in IMAGE_NORMS else len(part.owner)
-        lengths.append(np.full(n, np.nan, np.float32) if found is None else found)
-    return norms_or_none(np.concatenate(lengths))
+# ---------------------------------------------------------------------------------------------- several stores
 
 
-VECTORS = (schema.IMAGE_EMB, schema.CAPTION_EMB, schema.REGION_EMB, schema.PHRASE_EMB)
+def stack(tables: Sequence[pa.Table]) -> pa.Table:
+    """One table after the other; a column that one lacks is empty there, one of two kinds becomes text."""
+    kinds: dict[str, pa.DataType] = {}
+    for table in tables:
+        for field in table.schema:
+            known = kinds.setdefault(field.name, field.type)
+            try:
+                both = pa.unify_schemas(
+                    [pa.schema([("x", known)]), pa.schema([("x", field.type)])], promote_options="permissive"
+                )
+                kinds[field.name] = both.field("x").type
+            except (pa.ArrowInvalid, pa.ArrowTypeError):
+                kinds[field.name] = pa.string()
+    whole = [
+        pa.table({name: t[name].cast(kind) if name in t.column_names else pa.nulls(len(t), kind)
+                  for name, kind in kinds.items()})
+        for t in tables
+    ]  # fmt: skip
+    return pa.concat_tables(whole)
 
 
-def to_arrow(features: Features) -> pa.Table:
-    """Rows of a shard from features in memory; embeddings become float16."""
-    columns = {
-        name: pa.array(features.table[name].to_numpy(), type=kind, from_pandas=name != schema.CAPTION_LOGPROB)
-        for name, kind in SHARD_COLUMNS.items()
-    }
-    counts = np.bincount(features.owner, minlength=len(features))
-    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
-    fields = [pa.array(features.objects["phrase"], type=pa.string())]
-    fields += [pa.array(features.objects[name].to_numpy(np.float32)) for name in BOX_COLUMNS]
-    fields += [_lengths(getattr(features, name), len(features.owner)) for name in OBJECT_NORMS]
-    struct = pa.StructArray.from_arrays(fields, list(OBJECT_FIELDS))
-    for name in IMAGE_NORMS:
-        columns[name] = _lengths(getattr(features, name), len(features))
-    columns[schema.IMAGE_EMB] = _fixed(features.image_emb)
-    columns[schema.CAPTION_EMB] = _fixed(features.caption_emb)
-    columns[schema.OBJECTS] = pa.ListArray.from_arrays(offsets, struct)
-    columns[schema.REGION_EMB] = pa.ListArray.from_arrays(offsets, _fixed(features.region_emb))
-    columns[schema.PHRASE_EMB] = pa.ListArray.from_arrays(offsets, _fixed(features.phrase_emb))
-    return pa.table(columns)
-
-
-def _lengths(norms: np.ndarray | None, n: int) -> pa.Array:
-    return pa.array(np.full(n, np.nan, np.float32) if norms is None else norms.astype(np.float32))
-
-
-def _fixed(x: np.ndarray) -> pa.FixedSizeListArray:
-    return pa.FixedSizeListArray.from_arrays(pa.array(x.astype(np.float16).ravel()), x.shape[1])
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write a Parquet file atomically."""
-    text = [f.name for f in table.schema if pa.types.is_string(f.type)]
-    atomic_write(path, lambda file: pq.write_table(table, file, compression="zstd", use_dictionary=text))
-
-
-def as_stored(features: Features) -> Features:
-    """The same features with float16 embeddings: half the memory while they wait to be written."""
-    half = {name: getattr(features, name).astype(np.float16) for name in VECTORS}
-    return dataclasses.replace(features, **half)
-
-
-class StoreWriter:
-    """The one writer of a store: locks the folder, collects rows, writes whole shards in the background.
+def contradictions(table: pd.DataFrame) -> dict[int, str]:
+    """Files of one content that are labelled real here and fake there: row to reason, for none can be used.
 
     Parameters
     ----------
-    folder : path
-        A new or empty folder, or a store written with the same fingerprint.
-    run : dict
-        The head of ``run.json``; its ``fingerprint`` must equal that of the store on disk.
-    shard_size : int
-        Images per shard: a killed run loses at most this many.
+    table : DataFrame
+        With ``path, image_id`` (missing where not known) and ``label``.
+    """
+    known = table[table[schema.LABEL].notna() & table[schema.IMAGE_ID].notna()]
+    kinds = known.groupby(schema.IMAGE_ID)[schema.LABEL].transform("nunique")
+    found = {}
+    for _, group in known[kinds > 1].groupby(schema.IMAGE_ID):
+        for row in group.itertuples():
+            other = group[group[schema.LABEL] != row.label].iloc[0]
+            found[int(row.Index)] = (
+                f"{row.path}: labelled {schema.LABEL_NAMES[int(row.label)]}, but {other[schema.PATH]} has the "
+                f"same content and is labelled {schema.LABEL_NAMES[int(other[schema.LABEL])]}; correct one "
+                "label or drop both rows"
+            )
+    return found
+
+
+def merge_stores(parts: Sequence[str | Path], out: str | Path) -> Path:
+    """Put finished stores, made with the same models and options, into a new one.
+
+    Parameters
+    ----------
+    parts : sequence of paths
+        Stores of different parts of a data set; their images must lie where the stores say.
+    out : path
+        A new or empty folder. It can be continued with ``extract`` like any other store.
+
+    Returns
+    -------
+    Path
+        The new store: all shards, and the rows of all parts in their order. A file that several parts hold is
+        there once; where one part could not use it and another could, with its features.
 
     Raises
     ------
     StoreError
-        The folder holds something else, a store made otherwise, or another run is writing to it.
+        A part is no store, unfinished, damaged, or made otherwise than the first.
+    InputError
+        No parts, ``out`` is not empty, or two parts label the same content differently.
     """
-
-    def __init__(self, folder: str | Path, run: dict, shard_size: int = 4096) -> None:
-        self.folder = Path(folder)
-        self.shard_size = shard_size
-        self.rows_waiting = 0
-        self.shards_written = 0
-        self.moved = False  # whether the images lie elsewhere than the store has noted
-        self._run = run
-        self._waiting: list[Features] = []
-        self._pending: Future | None = None
-
-    def __enter__(self) -> StoreWriter:
-        try:
-            (self.folder / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(explain_write_error(error, self.folder / SHARD_FOLDER)) from error
-        self._lock = FolderLock(self.folder)
-        self._lock.__enter__()
-        try:
-            self._open()
-        except BaseException:
-            self._lock.__exit__()
-            raise
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="itemkit-write")
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        try:
-            self._thread.shutdown(wait=True)
-        finally:
-            self._lock.__exit__()
-
-    def _open(self) -> None:
-        remove_leftovers(self.folder)
-        remove_leftovers(self.folder / SHARD_FOLDER)
-        if (self.folder / RUN_FILE).exists():
-            stored = read_run(self.folder)
-            differences = list(_differences(stored["fingerprint"], self._run["fingerprint"]))
-            if differences:
-                shown = "; ".join(differences[:4]) + ("; ..." if len(differences) > 4 else "")
-                raise StoreError(
-                    f"{self.folder} was extracted otherwise ({shown}). Its features do not mix with these: "
-                    "give another folder, or delete that one first"
-                )
-            kept = ("created", "dim", "root", "complete", "counts", "last_run")
-            self.run = self._run | {key: stored[key] for key in kept if key in stored}
-            if not store_root(self.folder, self.run).is_dir():
-                self.run["root"] = self._run["root"]
-                self.moved = True
-        else:
-            own = {".lock", SHARD_FOLDER}
-            others = sorted(p.name for p in self.folder.iterdir() if p.name not in own)
-            if others or shard_files(self.folder):
-                raise StoreError(
-                    f"{self.folder} holds other files ({', '.join(others[:3] or ['shards'])}) and no "
-                    f"{RUN_FILE}: give a new or empty folder for the features"
-                )
-            self.run = dict(self._run)
-            write_json(self.folder / RUN_FILE, self.run)
-        numbers = [int(path.stem.rpartition("-")[2]) for path in shard_files(self.folder)]
-        self._next = max(numbers, default=-1) + 1
-
-    def records(self) -> Iterator[pd.DataFrame]:
-        """``feature_id, image_id, path, file_size, mtime_ns`` of all rows, shard by shard."""
-        names = [FEATURE_ID, schema.IMAGE_ID, schema.PATH, FILE_SIZE, MTIME_NS]
-        for path in shard_files(self.folder):
-            try:
-                yield read_shard(path, names).to_pandas()
-            except StoreError:
-                # set aside, not deleted: its images are simply computed again
-                os.replace(path, path.with_suffix(".damaged"))
-
-    def add(self, features: Features) -> None:
-        """Take the features of a batch; writes a shard when enough have come together."""
-        if not len(features):
-            return
-        self._waiting.append(as_stored(features))
-        self.rows_waiting += len(features)
-        if self.rows_waiting >= self.shard_size:
-            self.write_shard()
-
-    def write_shard(self) -> None:
-        """Start writing what is waiting as one shard; the previous one is finished first."""
-        self.wait()
-        if self._waiting:
-            parts, self._waiting, self.rows_waiting = self._waiting, [], 0
-            self._pending = self._thread.submit(self._write, parts, self._next)
-            self._next += 1
-
-    def _write(self, parts: list[Features], number: int) -> None:
-        table = to_arrow(concat_features(parts))
-        write_table(self.folder / SHARD_FOLDER / f"part-{number:06d}.parquet", table)
-        self.shards_written += 1
-
-    def wait(self) -> None:
-        """Wait until the shard being written is on disk; raises what went wrong with it."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def flush(self) -> None:
-        """Write everything that is waiting and wait for it."""
-        self.write_shard()
-        self.wait()
-
-    def write_tables(self, manifest: pa.Table, errors: pa.Table) -> bool:
-        """Write manifest and errors, each only if it changed; return whether any did."""
-        changed = False
-        for name, table in ((MANIFEST_FILE, manifest), (ERRORS_FILE, errors)):
-            path = self.folder / name
-            if not (path.exists() and _same_table(path, table)):
-                write_table(path, table)
-                changed = True
-        return changed
-
-    def write_run(self, **changes: object) -> None:
-        """Write run.json with these entries changed."""
-        self.run = {**self.run, **changes}
-        write_json(self.folder / RUN_FILE, self.run)
-
-
-def _same_table(path: Path, table: pa.Table) -> bool:
-    try:
-        return pq.read_table(path).equals(table)
-    except (OSError, pa.ArrowException):
-        return False
-
-
-def _differences(old: object, new: object, name: str = "") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}, key=str):
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
-    elif old != new:
-        yield f"{name}: {_short(old)} there, {_short(new)} here"
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    folders, out = [Path(part) for part in parts], Path(out)
+    if not folders:
+        raise InputError("merge_stores() was given no stores")
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty; give a new folder for the merged store")
+    runs = [read_run(folder) for folder in folders]
+    for folder, run in zip(folders, runs, strict=True):
+        if not run["complete"]:
+            raise StoreError(f"the extraction into {folder} is not finished; run it again, then merge")
+        if different := differences(runs[0]["fingerprint"], run["fingerprint"]):
+            raise StoreError(f"{folder} was made otherwise than {folders[0]} ({different[0]})")
+    bases = [str(store_root(folder, run)) for folder, run in zip(folders, runs, strict=True)]
+    root = common_root([os.path.join(base, "x") for base in bases])
+    tables = {name: [] for name in (MANIFEST_FILE, ERRORS_FILE)}
+    (out / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
+    seen: set[str] = set()
+    for folder, run, base in zip(folders, runs, bases, strict=True):
+        for name, found in tables.items():
+            table = read_state(folder, name, run)
+            names = [stored_name(os.path.join(base, p), str(root)) for p in table[schema.PATH].to_pylist()]
+            place = table.column_names.index(schema.PATH)
+            found.append(table.set_column(place, schema.PATH, pa.array(names, pa.string())))
+        for path in shard_files(folder):
+            read_shard(path, [FEATURE_ID], run)  # damage must not spread
+            content = path.name.rpartition("-")[2]
+            if content not in seen:
+                shutil.copyfile(path, out / SHARD_FOLDER / f"part-{len(seen):06d}-{content}")
+                seen.add(content)
+    manifest, errors = stack(tables[MANIFEST_FILE]), stack(tables[ERRORS_FILE])
+    frame = manifest.to_pandas()
+    if schema.LABEL in frame and (wrong := contradictions(frame[frame[FEATURE_ID].notna()])):
+        raise InputError(f"{next(iter(wrong.values()))} ({count(len(wrong), 'row')} like that), extract again "
+                         "(nothing is computed twice), then merge")  # fmt: skip
+    failed = errors.to_pandas()
+    # of each file and caption the first row with features, else the first
+    rank = np.argsort(frame[FEATURE_ID].isna().to_numpy(), kind="stable")
+    keys = frame[[c for c in (schema.PATH, schema.CAPTION) if c in frame]].iloc[rank]
+    rows = np.sort(rank[~keys.duplicated().to_numpy()])
+    used = frame.iloc[rows]
+    lost = failed[schema.PATH].isin(used[schema.PATH][used[FEATURE_ID].isna()])
+    lost &= ~failed[[c for c in (schema.PATH, schema.CAPTION) if c in failed]].duplicated()
+    run = {**runs[0], "root": portable_root(root, out), "checksums": {}, "captions": {}, "last_run": None}
+    run["counts"] = {"images": len(rows), "errors": int(lost.sum()), "shards": len(seen)}
+    write_state(out, run, manifest.take(pa.array(rows)), errors.filter(pa.array(lost.to_numpy(dtype=bool))))
+    return out
