@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from itemkit.errors import InputError
 from itemkit.features import Features
 from itemkit.head import MisalignmentMLP
 from itemkit.misalignment import RepresentationConfig, get_representation, represent
+from itemkit.text import did_you_mean
 
 CHUNK = 256  # images at a time
 RESIDUAL_LIMIT = 3  # residuals are clipped to -3..3
@@ -62,26 +63,15 @@ def spectrum(features: Features) -> np.ndarray:
     """
     x = pixels(features)
     h, w = x.shape[1:3]
-    size = min(h, w)
-    fy, fx = np.fft.fftfreq(h)[:, None], np.fft.rfftfreq(w)[None]
-    ring = np.rint(np.hypot(fy, fx) * size).astype(int)
-    n_rings = int(ring.max()) + 1
-    # the half plane of a real image: every column but the first (and the last of an even width) stands for
-    # two
-    double = np.full(ring.shape, 2.0)
-    double[:, 0] = 1
-    if w % 2 == 0:
-        double[:, -1] = 1
-    weight = np.zeros((ring.size, n_rings))
-    weight[np.arange(ring.size), ring.ravel()] = double.ravel()
-    weight /= np.maximum(weight.sum(0), 1e-12)
+    frequency = np.hypot(np.fft.fftfreq(h)[:, None], np.fft.fftfreq(w)[None])
+    ring = np.rint(frequency * min(h, w)).astype(int).ravel()
+    mean_of_ring = np.eye(ring.max() + 1)[ring] / np.maximum(np.bincount(ring), 1)
     window = np.hanning(h)[:, None] * np.hanning(w)[None]
-    grey = np.array([0.299, 0.587, 0.114])
-    out = np.empty((len(x), n_rings), np.float32)
+    out = np.empty((len(x), ring.max() + 1), np.float32)
     for i in range(0, len(x), CHUNK):
-        image = x[i : i + CHUNK] @ grey / 255
-        power = np.abs(np.fft.rfft2((image - image.mean((1, 2), keepdims=True)) * window)) ** 2
-        out[i : i + CHUNK] = np.log10(power.reshape(len(power), -1) @ weight + 1e-8)
+        grey = x[i : i + CHUNK] @ np.array([0.299, 0.587, 0.114]) / 255
+        power = np.abs(np.fft.fft2((grey - grey.mean((1, 2), keepdims=True)) * window)) ** 2
+        out[i : i + CHUNK] = np.log10(power.reshape(len(power), -1) @ mean_of_ring + 1e-8)
     return out
 
 
@@ -100,11 +90,8 @@ def noise_residual(features: Features) -> np.ndarray:
     for i in range(0, len(x), CHUNK):
         part = x[i : i + CHUNK].astype(np.int16)
         for image in (part, part.swapaxes(1, 2)):  # differences along rows, then along columns
-            r = image[:, :, 2:] - 2 * image[:, :, 1:-1] + image[:, :, :-2]
-            r = (
-                np.clip(np.rint(r / RESIDUAL_STEP), -RESIDUAL_LIMIT, RESIDUAL_LIMIT).astype(np.int64)
-                + RESIDUAL_LIMIT
-            )
+            r = np.rint((image[:, :, 2:] - 2 * image[:, :, 1:-1] + image[:, :, :-2]) / RESIDUAL_STEP)
+            r = np.clip(r, -RESIDUAL_LIMIT, RESIDUAL_LIMIT).astype(np.int64) + RESIDUAL_LIMIT
             pairs = (r[:, :, :-1] * levels + r[:, :, 1:], r[:, :-1] * levels + r[:, 1:])
             for k, pair in enumerate(pairs):
                 flat = pair.reshape(len(part), -1) + np.arange(len(part))[:, None] * levels**2
@@ -174,17 +161,14 @@ class PixelCNN(ClassifierMixin, BaseEstimator):
         layers: list[nn.Module] = []
         for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
             layers += [nn.Conv2d(a, b, 3, stride=1 if i == 0 else 2, padding=1, bias=False)]
-            # quick running statistics: small sets have few steps, and stale ones would stop the training
-            # early
+            # quick running statistics: few steps are made, and stale ones would stop the training early
             layers += [nn.BatchNorm2d(b, momentum=0.3), nn.ReLU()]
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 1))
 
-    def _tensor(self, images: np.ndarray) -> Tensor:
-        device = next(self.net_.parameters()).device
+    def _logits(self, images: np.ndarray) -> Tensor:
+        x = torch.from_numpy(np.ascontiguousarray(images)).to(next(self.net_.parameters()).device)
         # stays in channels-last order, in which the network is quicker
-        return (
-            torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        )
+        return self.net_(x.permute(0, 3, 1, 2).float() / 127.5 - 1)[:, 0]
 
     def _batch(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         side = self.crop
@@ -196,62 +180,43 @@ class PixelCNN(ClassifierMixin, BaseEstimator):
         ]
         return np.stack(out)
 
-    def fit(
-        self, X: np.ndarray, y: np.ndarray, X_val: np.ndarray | None = None, y_val: np.ndarray | None = None
-    ) -> PixelCNN:
-        """Train on uint8 images (n, h, w, 3); without validation images the last weights are kept."""
-        y = np.asarray(y)
-        self.classes_ = np.unique(y)
-        if len(self.classes_) != 2:
-            raise InputError(f"{len(self.classes_)} classes among {len(y)} images; expected real and fake")
+    def fit(self, X: np.ndarray, y: np.ndarray, X_val: np.ndarray, y_val: np.ndarray) -> PixelCNN:
+        """Train on uint8 images (n, h, w, 3), stop on others."""
+        self.classes_, codes = _two_classes(y)
         rng = np.random.default_rng(self.seed)
-        codes = (y == self.classes_[1]).astype(np.float32)
-        if len(y) > self.max_images:
-            share = self.max_images / len(y)
-            keep = [rng.permutation(np.flatnonzero(codes == c)) for c in (0, 1)]
-            rows = np.concatenate([part[: max(1, round(share * len(part)))] for part in keep])
+        if len(codes) > self.max_images:
+            share = self.max_images / len(codes)
+            by_class = [rng.permutation(np.flatnonzero(codes == c)) for c in (0, 1)]
+            rows = np.concatenate([part[: max(1, round(share * len(part)))] for part in by_class])
             X, codes = X[rows], codes[rows]
-        # torch's initialisers draw from the global state: keep it as it was
+        # torch's initialisers draw from the global state: leave it as it was
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.net_ = self._network().to(choose_device(self.device), memory_format=torch.channels_last)
-        weight = 0.5 / np.where(codes == 1, codes.mean(), 1 - codes.mean()).astype(np.float32)
+        truth = (np.asarray(y_val) == self.classes_[1]).astype(np.float32)
         optimiser = torch.optim.AdamW(self.net_.parameters(), lr=self.learning_rate, weight_decay=1e-3)
-        best, best_epoch, kept = float("inf"), 0, None
-        self.history_: dict[str, list[float]] = {"epoch": [], "train_loss": [], "val_loss": []}
+        best, best_epoch = float("inf"), 0
         for epoch in range(1, self.epochs + 1):
             self.net_.train()
-            total = 0.0
+            weight = _even(codes)
             for rows in np.array_split(rng.permutation(len(X)), max(1, round(len(X) / self.batch_size))):
-                loss = self._loss(
-                    self.net_(self._tensor(self._batch(X[rows], rng))), codes[rows], weight[rows]
-                )
+                logits = self._logits(self._batch(X[rows], rng))
+                target, scale = (torch.from_numpy(v[rows]).to(logits.device) for v in (codes, weight))
+                loss = F.binary_cross_entropy_with_logits(logits, target, weight=scale)
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
-                total += float(loss.detach()) * len(rows)
-            record = {"epoch": epoch, "train_loss": total / len(X), "val_loss": float("nan")}
-            if X_val is not None and y_val is not None:
-                truth = (np.asarray(y_val) == self.classes_[1]).astype(np.float32)
-                even = 0.5 / np.where(truth == 1, truth.mean(), 1 - truth.mean())
-                score = self.decision_function(np.asarray(X_val))
-                record["val_loss"] = float(np.mean(even * (np.logaddexp(0, score) - truth * score)))
-                if record["val_loss"] < best:
-                    best, best_epoch = record["val_loss"], epoch
-                    kept = {k: v.clone() for k, v in self.net_.state_dict().items()}
-            for name, values in self.history_.items():
-                values.append(record[name])
-            if X_val is not None and epoch - best_epoch >= self.patience:
+            score = self.decision_function(np.asarray(X_val))
+            loss_val = float(np.mean(_even(truth) * (np.logaddexp(0, score) - truth * score)))
+            if loss_val < best:
+                best, best_epoch = loss_val, epoch
+                weights = {k: v.clone() for k, v in self.net_.state_dict().items()}
+            if epoch - best_epoch >= self.patience:
                 break
-        if kept is not None:
-            self.net_.load_state_dict(kept)
+        if best_epoch:
+            self.net_.load_state_dict(weights)
         self.net_.eval()
         return self
-
-    @staticmethod
-    def _loss(logits: Tensor, codes: np.ndarray, weight: np.ndarray) -> Tensor:
-        target, scale = (torch.from_numpy(a).to(logits.device) for a in (codes, weight))
-        return F.binary_cross_entropy_with_logits(logits[:, 0], target, weight=scale)
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         """Log-odds of fake of each image."""
@@ -260,13 +225,26 @@ class PixelCNN(ClassifierMixin, BaseEstimator):
         top, left = (max(n - side, 0) // 2 for n in X.shape[1:3])
         X = X[:, top : top + side, left : left + side]
         with torch.no_grad():
-            parts = [self.net_(self._tensor(X[i : i + CHUNK]))[:, 0].cpu() for i in range(0, len(X), CHUNK)]
+            parts = [self._logits(X[i : i + CHUNK]).cpu() for i in range(0, len(X), CHUNK)]
         return torch.cat(parts).numpy().astype(np.float64)
 
     def predict(self, X: np.ndarray) -> Any:
         """More probable class of each image."""
-        positive = self.decision_function(X) > 0
-        return self.classes_[positive.astype(int)]
+        return self.classes_[(self.decision_function(X) > 0).astype(int)]
+
+
+def _two_classes(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both classes, and 0 or 1 for each row."""
+    classes = np.unique(y)
+    if len(classes) != 2:
+        raise InputError(f"{len(classes)} classes among {len(y)} images; expected real and fake")
+    return classes, (np.asarray(y) == classes[1]).astype(np.float32)
+
+
+def _even(codes: np.ndarray) -> np.ndarray:
+    """Weights that give both classes one half; one class alone has all."""
+    share = np.where(codes == 1, codes.mean(), 1 - codes.mean())
+    return (0.5 / share).astype(np.float32)
 
 
 class Scorer(Protocol):
@@ -349,12 +327,10 @@ class NearestNeighbour(ClassifierMixin, BaseEstimator):
 
     def fit(self, X: np.ndarray, y: np.ndarray) -> NearestNeighbour:
         """Remember the embeddings of both classes."""
-        X, y = np.asarray(X, np.float32), np.asarray(y)
-        self.classes_ = np.unique(y)
-        if len(self.classes_) != 2:
-            raise InputError(f"{len(self.classes_)} classes among {len(y)} images; expected real and fake")
+        X = np.asarray(X, np.float32)
+        self.classes_, codes = _two_classes(y)
         X = X / np.linalg.norm(X, axis=1, keepdims=True)
-        self.banks_ = tuple(X[y == c] for c in self.classes_)
+        self.banks_ = tuple(X[codes == c] for c in (0, 1))
         return self
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
@@ -458,13 +434,7 @@ def likelihood_and_confidence(features: Features, fill: float = float("nan")) ->
 
 
 class ConfidenceScorer(FeatureScorer):
-    """A classifier on `likelihood_and_confidence`.
-
-    Parameters
-    ----------
-    estimator : scikit-learn classifier
-        Untrained.
-    """
+    """A classifier on `likelihood_and_confidence`."""
 
     def __init__(self, estimator: Any) -> None:
         super().__init__(likelihood_and_confidence, estimator)
@@ -473,32 +443,9 @@ class ConfidenceScorer(FeatureScorer):
         """Train on ``train``, whose mean score stands for missing objects from here on; stop on ``val``."""
         # a mean over the images being scored would let them set each other's features
         score = train.objects["score"].to_numpy(np.float64)
-        fill = float(score.mean()) if len(score) else 0.0
-        self.vectors = partial(likelihood_and_confidence, fill=fill)
+        self.vectors = partial(likelihood_and_confidence, fill=float(score.mean()) if len(score) else 0.0)
         super().fit(train, val)
         return self
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the controls may be given besides features.
-
-    Attributes
-    ----------
-    representation : the misalignment that the caption controls repeat with other texts
-    head : untrained MLP for all controls that use one, the same as the detector's
-    generic_emb : embedding of one generic caption
-    seed : of head, shuffling and network
-    """
-
-    representation: RepresentationConfig = field(default_factory=RepresentationConfig)
-    head: MisalignmentMLP = field(default_factory=MisalignmentMLP)
-    generic_emb: np.ndarray | None = None
-    seed: int = 0
-
-    def seeded_head(self) -> MisalignmentMLP:
-        """The head with the seed of this run."""
-        return clone(self.head).set_params(seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -511,7 +458,7 @@ class Control:
     title : for figures
     question : what it answers
     source : where it comes from
-    make : Inputs -> untrained Scorer
+    make : (representation, untrained head, embedding of a generic caption or None) -> untrained Scorer
     needs : "pixels", "generic_emb" or "caption_logprob"
     """
 
@@ -519,7 +466,7 @@ class Control:
     title: str
     question: str
     source: str
-    make: Callable[[Inputs], Scorer]
+    make: Callable[[RepresentationConfig, MisalignmentMLP, np.ndarray | None], Scorer]
     needs: tuple[str, ...] = ()
 
     def build(
@@ -529,14 +476,26 @@ class Control:
         head: MisalignmentMLP | None = None,
         generic_emb: np.ndarray | None = None,
     ) -> Scorer:
-        """Untrained scorer of this control."""
+        """Untrained scorer of this control.
+
+        Parameters
+        ----------
+        seed : int
+            Of head, shuffling and network.
+        representation : RepresentationConfig or name
+            The misalignment that the caption controls repeat with other texts.
+        head : MisalignmentMLP, optional
+            Untrained, for all controls that use one: the same as the detector's.
+        generic_emb : vector, optional
+            Embedding of one caption for all.
+        """
         if "generic_emb" in self.needs and generic_emb is None:
             raise InputError(
                 f"{self.name} needs the embedding of one caption: generic_emb=encoder.encode_texts(['a "
                 f"photo'])[0]"
             )
-        head = head if head is not None else MisalignmentMLP()
-        return self.make(Inputs(get_representation(representation), head, generic_emb, seed))
+        head = clone(head if head is not None else MisalignmentMLP()).set_params(seed=seed)
+        return self.make(get_representation(representation), head, generic_emb)
 
     def missing(self, features: Features, generic_emb: np.ndarray | None = None) -> str | None:
         """What this control lacks on these features; None if it can be run."""
@@ -557,70 +516,58 @@ def _text(features: Features) -> np.ndarray:
     return features.caption_emb
 
 
-def _shuffled(inputs: Inputs) -> Scorer:
-    return MisalignmentScorer(
-        inputs.representation, inputs.seeded_head(), lambda f: shuffle_texts(f, inputs.seed)
-    )
-
-
-def _generic(inputs: Inputs) -> Scorer:
-    assert inputs.generic_emb is not None  # Control.build has asked for it
-    emb = inputs.generic_emb
-    return MisalignmentScorer(inputs.representation, inputs.seeded_head(), lambda f: generic_texts(f, emb))
-
-
 _UNIVFD = "UnivFD (Ojha et al. 2023, arXiv 2302.10174)"
 _OURS = "our control"
 _ALL = (
     Control(
         "image_mlp", "image only, MLP", "Is the caption needed at all, with the same head?", _OURS,
-        lambda i: FeatureScorer(_image, i.seeded_head()),
+        lambda item, head, generic: FeatureScorer(_image, head),
     ),
     Control(
         "image_linear", "image only, linear", "Does a linear probe on the image embedding do as well?",
-        _UNIVFD, lambda i: FeatureScorer(_image, logistic()),
+        _UNIVFD, lambda item, head, generic: FeatureScorer(_image, logistic()),
     ),
     Control(
         "image_nearest", "image only, nearest neighbour", "Does no training at all do as well?", _UNIVFD,
-        lambda i: FeatureScorer(_image, NearestNeighbour()),
+        lambda item, head, generic: FeatureScorer(_image, NearestNeighbour()),
     ),
     Control(
         "text_only", "caption only", "Does the caption's style or content give the class away?", _OURS,
-        lambda i: FeatureScorer(_text, i.seeded_head()),
+        lambda item, head, generic: FeatureScorer(_text, head),
     ),
     Control(
         "shuffled_captions", "another image's caption", "Must it be the image's own caption?", _OURS,
-        _shuffled,
+        lambda item, head, generic: MisalignmentScorer(item, head, lambda f: shuffle_texts(f, head.seed)),
     ),
     Control(
         "generic_caption", "one caption for all", "Is the text more than a fixed point to measure from?",
-        _OURS, _generic, ("generic_emb",),
+        _OURS,
+        lambda item, head, generic: MisalignmentScorer(item, head, lambda f: generic_texts(f, generic)),
+        ("generic_emb",),
     ),
     Control(
         "caption_likelihood", "caption likelihood", "Does the captioner's own doubt suffice?", _OURS,
-        lambda i: FeatureScorer(caption_likelihood, logistic()), ("caption_logprob",),
+        lambda item, head, generic: FeatureScorer(caption_likelihood, logistic()), ("caption_logprob",),
     ),
     Control(
         "likelihood_confidence", "caption likelihood and localiser score (grid, dense: the local cosine)",
         "What do the captioner's doubt and the localiser's score say together?", _OURS,
-        lambda i: ConfidenceScorer(i.seeded_head()), ("caption_logprob",),
+        lambda item, head, generic: ConfidenceScorer(head), ("caption_logprob",),
     ),
     Control(
         "spectrum", "power spectrum", "Do the frequencies give the generator away?",
         "azimuthal power spectrum, Durall et al. 2020 (arXiv 2003.01826)",
-        lambda i: FeatureScorer(spectrum, logistic()), ("pixels",),
+        lambda item, head, generic: FeatureScorer(spectrum, logistic()), ("pixels",),
     ),
     Control(
         "noise_residual", "noise residual", "Does the noise differ from a camera's?",
         "co-occurrences of residuals, after SPAM (Pevny et al. 2010) and Cozzolino et al. 2014",
-        lambda i: FeatureScorer(noise_residual, logistic()), ("pixels",),
+        lambda item, head, generic: FeatureScorer(noise_residual, logistic()), ("pixels",),
     ),
     Control(
         "cnn", "CNN on pixels", "What does a network find that sees every pixel?",
         "recipe of CNNDetection (Wang et al. 2020, arXiv 1912.11035) in a small network",
-        lambda i: FeatureScorer(
-            pixels, PixelCNN(seed=i.seed, device=i.head.device)
-        ),
+        lambda item, head, generic: FeatureScorer(pixels, PixelCNN(seed=head.seed, device=head.device)),
         ("pixels",),
     ),
 )  # fmt: skip
@@ -631,5 +578,6 @@ CONTROLS: dict[str, Control] = {control.name: control for control in _ALL}
 def get_control(name: str) -> Control:
     """Look a control up; an unknown name lists those there are."""
     if name not in CONTROLS:
-        raise InputError(f"unknown control {name!r}; expected one of {', '.join(CONTROLS)}")
+        known = ", ".join(CONTROLS)
+        raise InputError(f"unknown control {name!r}; expected one of {known}.{did_you_mean(name, CONTROLS)}")
     return CONTROLS[name]

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
+from scipy import stats
+from scipy.special import expit, logit
 
 from itemkit.errors import InputError
 
@@ -35,6 +36,8 @@ METRIC_TITLES = {
     "balanced_accuracy": "balanced accuracy",
     "ece": "expected calibration error",
     "brier": "Brier score",
+    "called_fake": "share of the images called fake",
+    "above_half": "share of the images with p(fake) above one half",
 }
 
 
@@ -187,78 +190,14 @@ def replicate(
     return {name: np.asarray(out[name], np.float64) for name in metrics}
 
 
-def _one(name: str, y: np.ndarray, s: np.ndarray, **options: object) -> float:
-    return float(replicate(y, s, np.ones((len(s), 1)), [name], **options)[name][0])  # type: ignore[arg-type]
-
-
 def average_precision(y: np.ndarray, s: np.ndarray) -> float:
     """Area under the precision-recall curve as a step function; equals scikit-learn's."""
-    return _one("ap", y, s)
+    return float(replicate(y, s, np.ones((len(s), 1)), ["ap"])["ap"][0])
 
 
 def auroc(y: np.ndarray, s: np.ndarray) -> float:
     """Chance that a random fake scores above a random real, ties counting one half."""
-    return _one("auroc", y, s)
-
-
-def tpr_at_fpr(y: np.ndarray, s: np.ndarray, fpr: float = 0.05) -> float:
-    """Share of fakes found when at most ``fpr`` of *these* reals are called fake.
-
-    The threshold is read off the images it is judged on, as the field does when it prints this number; a
-    threshold for use comes from validation images (`itemkit.calibrate.threshold_at_fpr`).
-    """
-    y, s = check_scores(y, s)
-    real = np.sort(s[y == 0])[::-1]
-    allowed = int(np.floor(fpr * len(real) + 1e-9))
-    # everything above the first real that may no longer be called fake
-    return float(np.mean(s[y == 1] > real[allowed])) if allowed < len(real) else 1.0
-
-
-def brier(y: np.ndarray, p: np.ndarray) -> float:
-    """Mean squared distance of the probability from the label."""
-    return _one("brier", y, p, probability=p)
-
-
-def expected_calibration_error(
-    y: np.ndarray, p: np.ndarray, n_bins: int = ECE_BINS, balanced: bool = False
-) -> float:
-    """Mean gap between p(fake) and the share of fakes, over equal-width bins weighted by their images."""
-    return _one("ece", y, p, probability=p, n_bins=n_bins, balanced=balanced)
-
-
-def usable_metrics(threshold: float | None, probability: np.ndarray | None) -> list[str]:
-    """Metrics that can be computed with what is at hand."""
-    names = list(RANK_METRICS)
-    names += THRESHOLD_METRICS if threshold is not None else ()
-    names += PROBABILITY_METRICS if probability is not None else ()
-    return names
-
-
-def evaluate_scores(
-    y: np.ndarray,
-    s: np.ndarray,
-    threshold: float | None = None,
-    probability: np.ndarray | None = None,
-    balanced: bool = False,
-) -> dict[str, float]:
-    """All metrics that the inputs allow, with the counts behind them.
-
-    Parameters
-    ----------
-    y, s, threshold, probability, balanced
-        See `replicate`.
-
-    Returns
-    -------
-    dict
-        Metric name -> value, plus ``n_real``, ``n_fake`` and ``threshold``.
-    """
-    y, s = check_scores(y, s)
-    names = usable_metrics(threshold, probability)
-    values = replicate(y, s, np.ones((len(s), 1)), names, threshold, probability, balanced)
-    row: dict[str, float] = {name: float(value[0]) for name, value in values.items()}
-    row |= {"n_real": int((y == 0).sum()), "n_fake": int((y == 1).sum())}
-    return row if threshold is None else row | {"threshold": float(threshold)}
+    return float(replicate(y, s, np.ones((len(s), 1)), ["auroc"])["auroc"][0])
 
 
 def draw_weights(n: int, n_boot: int, rng: np.random.Generator) -> np.ndarray:
@@ -339,7 +278,10 @@ def bootstrap(
         One row per metric: ``metric, value, low, high, n_real, n_fake``.
     """
     y, s = check_scores(y, s)
-    names = list(metrics) if metrics is not None else usable_metrics(threshold, probability)
+    names = list(metrics or RANK_METRICS)
+    if metrics is None:
+        names += THRESHOLD_METRICS if threshold is not None else ()
+        names += PROBABILITY_METRICS if probability is not None else ()
     rng = np.random.default_rng(seed)
     options = (names, threshold, probability, balanced)
     point = replicate(y, s, np.ones((len(s), 1)), *options)
@@ -352,89 +294,6 @@ def bootstrap(
         low, high = metric_interval(name, value, replicates, level)
         rows.append({"metric": name, "value": value, "low": low, "high": high})
     return pd.DataFrame(rows).assign(n_real=int((y == 0).sum()), n_fake=int((y == 1).sum()))
-
-
-def compare(
-    y: np.ndarray,
-    s_a: np.ndarray,
-    s_b: np.ndarray,
-    metrics: Sequence[str] = ("ap", "auroc"),
-    n_boot: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Difference of two detectors on the same images, by paired bootstrap.
-
-    Returns
-    -------
-    DataFrame
-        One row per metric: ``metric, a, b, difference, low, high, p_value``. The p-value is twice the smaller
-        share of resamples on one side of zero, never below 1 / (n_boot + 1).
-    """
-    y, s_a = check_scores(y, s_a)
-    _, s_b = check_scores(y, s_b)
-    rng = np.random.default_rng(seed)
-    ones = np.ones((len(y), 1))
-    point = [replicate(y, s, ones, metrics) for s in (s_a, s_b)]
-    gaps: dict[str, list[np.ndarray]] = {name: [] for name in metrics}
-    for b in bootstrap_chunks(len(y), n_boot):
-        weights = stratified_weights(y, b, rng)
-        first, second = (replicate(y, s, weights, metrics) for s in (s_a, s_b))
-        for name in metrics:
-            gaps[name].append(first[name] - second[name])
-    rows = []
-    for name in metrics:
-        gap = np.concatenate(gaps[name])
-        low, high = percentile_interval(gap, level)
-        a, b_ = float(point[0][name][0]), float(point[1][name][0])
-        rows.append(
-            {"metric": name, "a": a, "b": b_, "difference": a - b_, "low": low, "high": high,
-             "p_value": two_sided_p(gap)}
-        )  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def _midranks(x: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
-
-
-def _delong_parts(y: np.ndarray, scores: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC of each detector and the covariance matrix of the estimates."""
-    n_fake, n_real = int((y == 1).sum()), int((y == 0).sum())
-    over_fake, over_real = [], []
-    for s in scores:
-        fake, real = s[y == 1], s[y == 0]
-        ranks = _midranks(np.concatenate([fake, real]))
-        over_fake.append((ranks[:n_fake] - _midranks(fake)) / n_real)
-        over_real.append(1 - (ranks[n_fake:] - _midranks(real)) / n_fake)
-    value = np.array([v.mean() for v in over_fake])
-    spread = [
-        np.atleast_2d(np.cov(v)) if len(v[0]) > 1 else np.zeros((len(v),) * 2) for v in (over_fake, over_real)
-    ]
-    return value, spread[0] / n_fake + spread[1] / n_real
-
-
-def delong(y: np.ndarray, s_a: np.ndarray, s_b: np.ndarray, level: float = 0.95) -> dict[str, float]:
-    """Test of DeLong et al. (1988) for two AUROCs on the same images.
-
-    Returns
-    -------
-    dict
-        ``auroc_a, auroc_b, difference, low, high, z, p_value``. Equal score orders give z = 0 and p = 1.
-    """
-    y, s_a = check_scores(y, s_a)
-    _, s_b = check_scores(y, s_b)
-    value, cov = _delong_parts(y, [s_a, s_b])
-    gap = float(value[0] - value[1])
-    se = math.sqrt(max(float(cov[0, 0] + cov[1, 1] - 2 * cov[0, 1]), 0.0))
-    z = gap / se if se > 1e-12 else (0.0 if abs(gap) < 1e-12 else math.copysign(math.inf, gap))
-    half = NormalDist().inv_cdf((1 + level) / 2) * se
-    return {
-        "auroc_a": float(value[0]), "auroc_b": float(value[1]), "difference": gap,
-        "low": gap - half, "high": gap + half, "z": z, "p_value": math.erfc(abs(z) / math.sqrt(2)),
-    }  # fmt: skip
 
 
 def effect_size(real: np.ndarray, fake: np.ndarray, level: float = 0.95) -> dict[str, float]:
@@ -465,14 +324,16 @@ def effect_size(real: np.ndarray, fake: np.ndarray, level: float = 0.95) -> dict
     if not pooled > 0:
         raise InputError("all values of each class are equal; an effect size needs some spread")
     d = float(real.mean() - fake.mean()) / pooled
-    quantile = NormalDist().inv_cdf((1 + level) / 2)
+    quantile = float(stats.norm.ppf((1 + level) / 2))
     half = quantile * math.sqrt((n_r + n_f) / (n_r * n_f) + d * d / (2 * (n_r + n_f)))
-    larger = np.r_[np.ones(n_r, int), np.zeros(n_f, int)]
-    value, cov = _delong_parts(larger, [np.r_[real, fake]])
-    a = float(value[0])
-    if 0 < a < 1 and cov[0, 0] > 0:
-        middle, step = math.log(a / (1 - a)), quantile * math.sqrt(cov[0, 0]) / (a * (1 - a))
-        low, high = (1 / (1 + math.exp(-(middle + sign * step))) for sign in (-1, 1))
+    ranks = stats.rankdata(np.r_[real, fake])
+    # of each real the share of fakes below it, of each fake the share of reals above it (DeLong et al. 1988)
+    below = (ranks[:n_r] - stats.rankdata(real)) / n_f
+    above = 1 - (ranks[n_r:] - stats.rankdata(fake)) / n_r
+    a, variance = float(below.mean()), float(below.var(ddof=1) / n_r + above.var(ddof=1) / n_f)
+    if 0 < a < 1 and variance > 0:
+        step = quantile * math.sqrt(variance) / (a * (1 - a))
+        low, high = (float(expit(logit(a) + sign * step)) for sign in (-1, 1))
     else:
         bound = min(1.0, -math.log(1 - level) / min(n_r, n_f))
         low, high = (max(0.0, a - bound), min(1.0, a + bound))
@@ -527,11 +388,6 @@ def frechet_distance(
         distance(a[rng.integers(len(a), size=len(a))], b[rng.integers(len(b), size=len(b))])
         for _ in range(n_boot)
     ]
-    low, high = percentile_interval(np.array(drawn), level) if drawn else (math.nan, math.nan)
-    return {
-        "value": value,
-        "low": max(0.0, 2 * value - high),
-        "high": 2 * value - low,
-        "n_a": len(a),
-        "n_b": len(b),
-    }
+    low, high = percentile_interval(np.array(drawn), level)
+    about = {"value": value, "n_a": len(a), "n_b": len(b)}
+    return about | {"low": float(np.maximum(0, 2 * value - high)), "high": 2 * value - low}
