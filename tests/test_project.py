@@ -173,13 +173,21 @@ def test_import_is_quick_and_silent() -> None:
     assert (done.stdout, done.stderr) == ("True []\n", "")
 
 
-@pytest.mark.slow
-def test_an_installed_wheel_answers_without_its_checkout(tmp_path: Path) -> None:
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(REPO)]
-    subprocess.run(build, check=True)
-    site, wheel = tmp_path / "site", next(tmp_path.glob("*.whl"))
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the wheel holds, laid out as an installation has it: nothing of the checkout is beside it."""
+    wheel = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    folder = tmp_path_factory.mktemp("installed")
+    contents = {name: name for name in wheel["packages"]} | wheel["force-include"]
+    for source, target in contents.items():
+        if (REPO / source).is_dir():
+            shutil.copytree(REPO / source, folder / target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(REPO / source, folder / target)
+    return folder
+
+
+def test_an_installation_answers_without_the_checkout(site: Path, tmp_path: Path) -> None:
     picture = io.BytesIO(pd.read_parquet(REPO / "data" / "mini" / "reals.parquet").png[0])
     Image.open(picture).save(tmp_path / "picture.png")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ITEMKIT")}
