@@ -1,4 +1,4 @@
-"""First step of the method: one sentence per image, from a captioning model."""
+"""First step of the method: one sentence per image, from a captioning model or from the user."""
 
 from __future__ import annotations
 
@@ -11,33 +11,29 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from itemkit.devices import choose_device, choose_precision, dtype_name
-from itemkit.errors import InputError, ModelNotFound
-from itemkit.models import (
-    UNREADABLE,
-    Located,
-    find_folder,
-    first_line,
-    folder_hash,
-    from_disk_only,
-    load_transformer,
-    quiet,
-    tidy,
-)
+from itemkit.errors import InputError
+from itemkit.models import Located, find_folder, load_processor, load_transformer, quiet
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
+    from torch import Tensor
+
+# -- captions of the user's ----------------------------------------------------------------------------------
 
 # Belongs in the fingerprint of a run with users' captions: raise it when a rule below changes.
-CLEAN_VERSION = 2
+CLEAN_VERSION = 3
+MAX_CHARACTERS = 4000  # of a posted text; what is beyond is no caption, and no encoder reads it
+# Content that is no text, comments, tags: a "<" and then a letter, "/" or "!", so "a < b" and "<3" stay.
+_HIDDEN = re.compile(r"<(script|style|template|noscript)\b[^>]*>.*?(?:</\1\s*>|\Z)", re.I | re.S)
+_COMMENT = re.compile(r"<!--.*?(?:--!?>|\Z)", re.DOTALL)
+_TAG = re.compile(
+    r"""<[/!?]?[A-Za-z](?:"[^"<]*"|'[^'<]*'|[^<>"'])*>"""
+    r"""|</[A-Za-z][^<>]*\Z|<[A-Za-z][\w-]*\s[^<>]*=[^<>]*\Z"""  # cut off at the end of the text
+)
 _URL = re.compile(r"(?:https?://|www\.)\S+|\b(?:pic\.twitter|t\.co|bit\.ly|instagr\.am)\S*", re.IGNORECASE)
 _MENTION = re.compile(r"(?<![\w.])(?:RT\s+)?(?:@[\w.]+:?)+")  # not the middle of an e-mail address
-_HASHTAG = re.compile(
-    r"#(?=\w)([^\s#.,!?;:]+)"
-)  # not \w+: in many scripts vowel signs are no "word" characters
+_HASHTAG = re.compile(r"#(?=\w)([^\s#.,!?;:]+)")  # not \w+: vowel signs of many scripts are no \w
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=\d)")
 _JOINERS = "\u200c\u200d"  # needed inside words of Persian and Indic scripts; left over between removed emoji
 _LOOSE_JOINERS = re.compile(rf"(?:(?<=\s)|^)[{_JOINERS}]+|[{_JOINERS}]+(?=\s|$)")
@@ -48,15 +44,21 @@ _EMOJI_PARTS = "\ufe0e\ufe0f\u20e3"  # variation selectors and keycap: marks (Mn
 def clean_caption(text: str) -> str:
     """Turn a caption as people post it into one that a text encoder can read.
 
-    In this order: HTML entities decoded; Unicode compatibility forms unified (fancy letters become plain);
-    web addresses and @mentions removed; hashtags kept as words ("#GoldenHour_2024" becomes "Golden Hour
-    2024"); emoji, flags and other pictographs removed, since CLIP's tokenizers split them into bytes;
+    In this order: HTML entities decoded, control characters (NUL among them) taken for blanks; scripts,
+    styles, comments and tags of HTML removed; Unicode compatibility forms unified (fancy letters become
+    plain); web addresses and @mentions removed; hashtags kept as words ("#GoldenHour_2024" becomes "Golden
+    Hour 2024"); emoji, flags and other pictographs removed, since CLIP's tokenizers split them into bytes;
     repeated punctuation and white space reduced to one; quotation marks around the whole dropped. Other
     languages are left as they are: whether the encoder reads them is a property of the encoder (most CLIP
-    models read English only). All this is repeated until nothing changes ("&amp;amp;" is an "&"), so that
-    cleaning a clean caption changes nothing. The result may be empty; that counts as a missing caption.
+    models read English only). All this is repeated until nothing changes ("&amp;lt;b&amp;gt;" is a tag), so
+    that cleaning a clean caption changes nothing. Of very long texts the first 4,000 characters are read.
+    The result may be empty; that counts as a missing caption.
+
+    >>> clean_caption("&lt;b&gt;Tom &amp; Jerry&lt;/b&gt; @joe #GoldenHour")
+    'Tom & Jerry Golden Hour'
     """
-    # it ends: each round that changes something leaves fewer "&", or else fewer letters and signs, or spaces
+    text = text[: 8 * MAX_CHARACTERS]  # tags and entities are longer than what they say
+    # it ends: each round that changes something leaves fewer "&" or "<", or fewer letters, signs or spaces
     while (cleaner := _clean_once(text)) != text:
         text = cleaner
     return text
@@ -65,6 +67,9 @@ def clean_caption(text: str) -> str:
 def _clean_once(text: str) -> str:
     while (plain := html.unescape(text)) != text:  # by itself, as it may be nested very deep
         text = plain
+    text = "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)
+    for markup in (_HIDDEN, _COMMENT, _TAG):
+        text = markup.sub(" ", text)
     text = unicodedata.normalize("NFKC", text)
     text = _MENTION.sub(" ", _URL.sub(" ", text))
     text = _HASHTAG.sub(lambda match: " " + _CAMEL.sub(" ", match.group(1).replace("_", " ")) + " ", text)
@@ -72,6 +77,7 @@ def _clean_once(text: str) -> str:
     text = _LOOSE_JOINERS.sub("", text)
     text = re.sub(r"([!?.,;:*~_=-])\1+", r"\1", text)
     text = re.sub(r"\s+([,.!?;:])", r"\1", " ".join(text.split())).strip(" |·•-–—")
+    text = text[:MAX_CHARACTERS].rstrip()
     wrapped = len(text) > 1 and (text[0], text[-1]) in _QUOTES and not set(text[1:-1]) & {text[0], text[-1]}
     return text[1:-1].strip() if wrapped else text
 
@@ -84,6 +90,8 @@ def _readable(character: str) -> str:
         return character if character in _JOINERS else ""
     return " " if category in ("So", "Cs", "Co", "Cn", "Cc") else character
 
+
+# -- captions of a model -------------------------------------------------------------------------------------
 
 DEFAULT_MAX_NEW_TOKENS = 40
 # Each step of the decoder reads all its weights once for the whole batch: BLIP base, 20 tokens, took 396 ms
@@ -107,6 +115,24 @@ class Caption:
 
     text: str
     logprob: float = math.nan
+
+
+def as_captions(made: Any, n: int) -> list[Caption]:
+    """What a captioner returned for ``n`` images, checked; a plain string is a caption, its logprob unknown.
+
+    Raises
+    ------
+    InputError
+        Not one text for each image.
+    """
+    found = [Caption(item) if isinstance(item, str) else item for item in made or ()]
+    if isinstance(made, str) or len(found) != n:
+        got = "one text" if isinstance(made, str) else f"{len(found)} captions"
+        raise InputError(f"the captioner returned {got} for {n} images; expected a list of one for each")
+    for caption in found:
+        if not isinstance(getattr(caption, "text", None), str):
+            raise InputError(f"the captioner returned {caption!r:.60}; expected a text, or a Caption")
+    return found
 
 
 @dataclass(frozen=True)
@@ -157,10 +183,10 @@ class Captioner:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.batch_size = batch_size or (CPU_BATCH if self.device.type == "cpu" else GPU_BATCH)
-        self.room = _room(model)
-        if self.room is not None and decoding.max_new_tokens > self.room:
-            least = min(decoding.min_new_tokens, self.room)
-            decoding = replace(decoding, min_new_tokens=least, max_new_tokens=self.room)
+        room = _room(model)
+        if room is not None and decoding.max_new_tokens > room:
+            least = min(decoding.min_new_tokens, room)
+            decoding = replace(decoding, min_new_tokens=least, max_new_tokens=room)
         self.decoding = decoding
         self._record = dict(record or {})
         self._end_ids = _end_ids(model)
@@ -187,62 +213,17 @@ class Captioner:
             ]
         return captions
 
-    def score(self, images: Sequence[Image], texts: Sequence[str]) -> list[float]:
-        """Mean log-probability per token of given texts, the end token included.
-
-        The same decoding as `caption`, with each step forced to the given token, so it works for every model
-        that can caption, and gives a model's own greedy caption the value that `caption` gave it.
-
-        Returns
-        -------
-        list of float; NaN for an empty text.
-        """
-        if len(images) != len(texts):
-            raise InputError(
-                f"score() was given {len(images)} images and {len(texts)} texts; it needs one per image"
-            )
-        if not self._end_ids:
-            raise InputError(
-                "this captioner has no end token, so texts cannot be scored; use the captions' own logprob"
-            )
-        end = self._end_ids[0]
-        values: list[float] = []
-        for start in range(0, len(images), self.batch_size):
-            batch = texts[start : start + self.batch_size]
-            ids = [[*self.tokenizer(text, add_special_tokens=False).input_ids, end] for text in batch]
-            longest = max(map(len, ids))
-            if self.room is not None and longest > self.room:
-                raise InputError(
-                    f"a text of {longest} tokens cannot be scored: this captioner has room for {self.room}. "
-                    f"It begins: '{batch[[len(i) for i in ids].index(longest)][:40]}'"
-                )
-            forced = torch.full((len(ids), longest), end, device=self.device)
-            for row, tokens in enumerate(ids):
-                forced[row, : len(tokens)] = torch.tensor(tokens, device=self.device)
-            generated, logprobs = self._generate(images[start : start + self.batch_size], forced)
-            means = _mean_until_end(generated, logprobs, [end])
-            values += [m if len(t) > 1 else math.nan for m, t in zip(means.tolist(), ids, strict=True)]
-        return values
-
     def fingerprint(self) -> dict[str, Any]:
         """Everything that changes the captions, as JSON-ready values."""
-        return {
-            "kind": "transformers",
-            "class": type(self.model).__name__,
-            "precision": dtype_name(self.dtype),
-            "decoding": asdict(self.decoding),
-            **self._record,
-        }
+        return dict(self._record)
 
-    def _generate(self, images: Sequence[Image], forced: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _generate(self, images: Sequence[Image]) -> tuple[Tensor, Tensor]:
         """Generate; return the new tokens (n, steps) and the raw log-probability of each (n, steps)."""
+        import torch
+
         inputs = self._inputs(images)
         options: dict[str, Any] = asdict(self.decoding)
         del options["prompt"]
-        if forced is not None:
-            steps = forced.shape[1]
-            options = {"num_beams": 1, "min_new_tokens": steps, "max_new_tokens": steps}
-            options["logits_processor"] = [_Forced(forced)]
         with quiet(), torch.no_grad():
             out = self.model.generate(
                 **inputs,
@@ -266,27 +247,24 @@ class Captioner:
 
     def _inputs(self, images: Sequence[Image]) -> dict[str, Tensor]:
         rgb = [image.convert("RGB") for image in images]
-        if self.processor is not None:
-            kwargs: dict[str, Any] = {"images": rgb, "return_tensors": "pt"}
-            if self.decoding.prompt:
-                kwargs["text"] = [self.decoding.prompt] * len(rgb)
+        prompt, kind = self.decoding.prompt, type(self.model).__name__
+        if self.processor is None:
+            if prompt:
+                raise InputError(f"{kind} takes no prompt; leave the option prompt empty")
+            inputs = self.image_processor(rgb, return_tensors="pt")
+        else:
+            text = {"text": [prompt] * len(rgb)} if prompt else {}
             try:
-                inputs = dict(self.processor(**kwargs))
+                inputs = self.processor(images=rgb, return_tensors="pt", **text)
             except (ValueError, TypeError) as error:
                 raise InputError(
-                    f"{type(self.model).__name__} takes no images with the prompt '{self.decoding.prompt}' "
-                    f"({first_line(error)}). Set the captioner option prompt= as its model card describes"
+                    f"{kind} takes no images with the prompt '{prompt}' ({error}). Set the captioner option "
+                    "prompt= as its model card describes"
                 ) from error
-        else:
-            if self.decoding.prompt:
-                raise InputError(
-                    f"{type(self.model).__name__} takes no prompt; leave the option prompt empty"
-                )
-            inputs = dict(self.image_processor(rgb, return_tensors="pt"))
         return {
             k: v.to(self.device, self.dtype) if v.is_floating_point() else v.to(self.device)
-            for k, v in inputs.items()
-            if isinstance(v, Tensor)
+            for k, v in dict(inputs).items()
+            if hasattr(v, "is_floating_point")
         }
 
 
@@ -295,11 +273,8 @@ def load_captioner(
     device: str | torch.device = "auto",
     precision: str = "auto",
     *,
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
-    min_new_tokens: int = 0,
-    num_beams: int = 1,
-    prompt: str = "",
     batch_size: int | None = None,
+    **decoding: Any,
 ) -> Captioner:
     """Load a captioning model from this machine.
 
@@ -310,81 +285,51 @@ def load_captioner(
         model with a processor and `generate`.
     device, precision
         See `itemkit.devices`.
-    max_new_tokens, min_new_tokens, num_beams, prompt
-        See `Decoding`.
     batch_size : int, optional
         Images at a time; default 32 on a CPU and 128 on a GPU. Does not change the captions in float32.
+    **decoding
+        Fields of `Decoding`: num_beams, min_new_tokens, max_new_tokens, prompt.
 
     Raises
     ------
     ModelNotFound
-        Not on this machine. Nothing is downloaded and nothing is filled with random numbers.
+        Not on this machine, not whole, or not a captioner. Nothing is downloaded and nothing is filled with
+        random numbers.
     """
-    import transformers
+    from transformers import AutoModelForImageTextToText
+
+    from itemkit.devices import choose_device, choose_precision
 
     located = find_folder(model, "captioner")
-    decoding = Decoding(num_beams, min_new_tokens, max_new_tokens, prompt)
+    options = Decoding(**decoding)
     chosen = choose_device(device)
-    dtype = choose_precision(precision, chosen)
-    network = load_transformer(transformers.AutoModelForImageTextToText, located, dtype=dtype)
-    processor, image_processor, tokenizer = _load_processor(located)
+    network = load_transformer(
+        AutoModelForImageTextToText, located, dtype=choose_precision(precision, chosen)
+    )
+    room = getattr(network.config.get_text_config(decoder=True), "vocab_size", None)
+    processor, image_processor, tokenizer = load_processor(located, room, reads_text=False)
     return Captioner(
         network.to(chosen),
         image_processor,
         tokenizer,
         processor,
-        decoding=decoding,
+        decoding=options,
         batch_size=batch_size,
-        record={
-            "name": located.path.name if located.revision == "" else str(model),
-            "revision": located.revision,
-            "files_sha256": folder_hash(located.path),
-        },
+        record=captioner_fingerprint(located, precision, options),
     )
 
 
-def _load_processor(located: Located) -> tuple[Any | None, Any, Any]:
-    """Load what turns pictures into pixels and ids into text; as one processor where the folder has one."""
-    import transformers
-
-    options = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        with from_disk_only():
-            if (located.path / "processor_config.json").is_file() or _names_processor(located.path):
-                processor = transformers.AutoProcessor.from_pretrained(located.path, **options)
-                if hasattr(processor, "image_processor") and hasattr(processor, "tokenizer"):
-                    return processor, processor.image_processor, processor.tokenizer
-            image_processor = transformers.AutoImageProcessor.from_pretrained(located.path, **options)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(located.path, **options)
-    except UNREADABLE as error:
-        raise ModelNotFound(
-            f"{located.what}: the processor or tokenizer in {tidy(located.path)} cannot be loaded: "
-            f"{first_line(error)}. Copy the whole model folder, not only its weights."
-        ) from error
-    return None, image_processor, tokenizer
-
-
-def _names_processor(folder: Path) -> bool:
-    # Folders written before transformers 4.4x name their processor in preprocessor_config.json.
-    file = folder / "preprocessor_config.json"
-    return file.is_file() and '"processor_class"' in file.read_text(encoding="utf-8")
-
-
-class _Forced:
-    """Logits processor that leaves one token possible at each step."""
-
-    def __init__(self, tokens: Tensor) -> None:
-        self.tokens, self.step = tokens, 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        forced = torch.full_like(scores, -math.inf)
-        forced.scatter_(1, self.tokens[:, self.step : self.step + 1], 0.0)
-        self.step += 1
-        return forced
+def captioner_fingerprint(located: Located, precision: str, decoding: Decoding) -> dict[str, Any]:
+    """What `Captioner.fingerprint` will say once the model is loaded from there."""
+    return {
+        "kind": "transformers", **located.record(), "precision": precision, "decoding": asdict(decoding),
+    }  # fmt: skip
 
 
 def _mean_until_end(tokens: Tensor, logprobs: Tensor, end_ids: Sequence[int]) -> Tensor:
     """Mean of each row up to its first end token, that included; what follows is padding."""
+    import torch
+
     ended = torch.isin(tokens, torch.tensor(list(end_ids), device=tokens.device))
     before = ended.cumsum(dim=1) - ended.long()  # end tokens strictly before this position
     counted = (before == 0).float()

@@ -1,14 +1,13 @@
-"""Open-vocabulary detectors as localisers: Owlv2 and Grounding DINO, from transformers.
+"""Open-vocabulary object detectors as localisers: Owlv2 and Grounding DINO, from transformers.
 
 Both give, for every candidate box and every phrase, a confidence; the best box of each phrase is taken.
-Images go through one at a time: the detectors pad a batch to its largest image and its longest prompt, and
+Images go through one at a time: object detectors pad a batch to its largest image and its longest prompt, and
 padding changes the numbers.
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,96 +15,52 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from itemkit.devices import choose_device, choose_precision, dtype_name
-from itemkit.errors import InputError, ModelNotFound
+from itemkit.devices import choose_device, choose_precision
+from itemkit.errors import InputError
 from itemkit.models import (
-    UNREADABLE,
+    LOCALISERS,
     find_folder,
-    first_line,
-    folder_hash,
-    from_disk_only,
+    load_processor,
     load_transformer,
+    localiser_fingerprint,
     quiet,
-    tidy,
 )
-from itemkit.regions import Regions, embed_boxes
+from itemkit.regions import BoxLocaliser
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from itemkit.encoder import Encoder, ImageEmbedding
+    from itemkit.encoder import Encoder
 
 
-class ObjectDetector(ABC):
-    """A detector that scores boxes for phrases; the base of both localisers."""
+class ObjectDetector(BoxLocaliser):
+    """An object detector that scores boxes for phrases; the base of both."""
 
-    needs_patches, needs_phrases = False, True
     kind = ""
 
     def __init__(
-        self,
-        encoder: Encoder,
-        model: Any,
-        processor: Any,
-        threshold: float,
-        record: dict[str, Any] | None = None,
+        self, encoder: Encoder, model: Any, processor: Any, threshold: float, record: dict[str, Any]
     ) -> None:
-        self.encoder, self.model, self.processor, self.threshold = encoder, model, processor, threshold
+        super().__init__(encoder, self)
+        self.model, self.processor, self.threshold = model, processor, threshold
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self._record = dict(record or {})
+        self._record = dict(record)
 
     @abstractmethod
     def detect(self, image: Image, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Give every candidate box (q, 4) in pixels and its confidence for every phrase (q, len(phrases))."""
 
-    def locate(
-        self,
-        images: Sequence[Image],
-        embedding: ImageEmbedding,
-        phrase_emb: Tensor,
-        owner: Tensor,
-        phrases: Sequence[str] | None = None,
-    ) -> Regions:
-        """See `itemkit.regions.Localiser.locate`."""
-        if phrases is None or len(phrases) != len(owner):
-            got = "none" if phrases is None else str(len(phrases))
-            raise InputError(
-                f"{self.kind} reads the phrases: expected phrases= with {len(owner)} texts, got {got}"
-            )
-        device = embedding.pooled.device
-        boxes, scores = torch.zeros(len(owner), 4, device=device), torch.zeros(len(owner), device=device)
-        emb = embedding.pooled[owner].clone()  # the fallback: the whole image
-        norm = torch.full_like(scores, math.nan) if embedding.norm is None else embedding.norm[owner].clone()
-        found: list[int] = []
-        for index in owner.unique().tolist():
-            rows = (owner == index).nonzero().squeeze(1).tolist()
-            width, height = images[index].size
-            boxes[rows] = torch.tensor([0.0, 0.0, width, height], device=device)
-            if min(width, height) < 2:  # the image processors fail on a line of pixels
-                continue
-            candidates, confidence = self.detect(images[index], [phrases[row] for row in rows])
-            best_score, best = confidence.max(dim=0)
-            for row, score, box in zip(rows, best_score.tolist(), candidates[best], strict=True):
-                limit = box.new_tensor([width, height, width, height])
-                box = torch.minimum(box.clamp(min=0), limit)
-                if score >= self.threshold and bool(box[2] > box[0]) and bool(box[3] > box[1]):
-                    boxes[row], scores[row] = box.to(device), score
-                    found.append(row)
-        if found:
-            crops = [images[int(owner[row])] for row in found]
-            chosen = [tuple(boxes[row].tolist()) for row in found]
-            emb[found], norm[found] = embed_boxes(self.encoder, crops, chosen)
-        return Regions(boxes, scores, emb, norm)
+    def boxes(self, image: Image, phrases: Sequence[str]) -> list[tuple[float, ...] | None]:
+        """The best box of each phrase with its confidence; None below the threshold."""
+        candidates, confidence = self.detect(image, phrases)
+        best_score, best = confidence.max(dim=0)
+        answers = zip(candidates[best].tolist(), best_score.tolist(), strict=True)
+        return [(*box, score) if score >= self.threshold else None for box, score in answers]
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that changes the regions, as JSON-ready values."""
-        return {
-            "kind": self.kind,
-            "threshold": self.threshold,
-            "precision": dtype_name(self.dtype),
-            **self._record,
-        }
+        return dict(self._record)
 
     def _to_device(self, inputs: Any) -> dict[str, Tensor]:
         return {
@@ -207,22 +162,21 @@ def _corners(boxes: Tensor) -> Tensor:
 
 def load_owlv2(
     encoder: Encoder,
-    model: str | Path = "google/owlv2-base-patch16-ensemble",
-    threshold: float = 0.1,
+    model: str | Path = LOCALISERS["owlv2"]["model"],
+    threshold: float = LOCALISERS["owlv2"]["threshold"],
     device: str | torch.device = "auto",
-    precision: str = "auto",
+    precision: str = LOCALISERS["owlv2"]["precision"],
 ) -> Owlv2:
     """Load Owlv2 from this machine; parameters as in `load_grounding_dino`."""
-    network, processor, record = _load(model, device, precision, "owlv2")
-    return Owlv2(encoder, network, processor, threshold, record)
+    return _load(Owlv2, encoder, model, threshold, device, precision)
 
 
 def load_grounding_dino(
     encoder: Encoder,
-    model: str | Path = "IDEA-Research/grounding-dino-base",
-    threshold: float = 0.25,
+    model: str | Path = LOCALISERS["grounding_dino"]["model"],
+    threshold: float = LOCALISERS["grounding_dino"]["threshold"],
     device: str | torch.device = "auto",
-    precision: str = "float32",
+    precision: str = LOCALISERS["grounding_dino"]["precision"],
 ) -> GroundingDino:
     """Load Grounding DINO from this machine.
 
@@ -233,37 +187,33 @@ def load_grounding_dino(
     model : str or Path
         Transformers folder or hub name.
     threshold : float
-        Least confidence; below it the whole image is returned with score 0. Default: the detector's own.
+        Least confidence; below it the whole image is returned with score 0. Default: the model's own.
     device, precision
         See `itemkit.devices`. The default precision is float32: on a CPU bfloat16 gains this model nothing.
 
     Raises
     ------
     ModelNotFound
-        Not on this machine.
+        Not on this machine, or not whole.
+    InputError
+        The model is of another kind.
     """
-    network, processor, record = _load(model, device, precision, "grounding-dino")
-    return GroundingDino(encoder, network, processor, threshold, record)
+    return _load(GroundingDino, encoder, model, threshold, device, precision)
 
 
-def _load(model: str | Path, device: Any, precision: str, kind: str) -> tuple[Any, Any, dict[str, Any]]:
-    import transformers
+def _load(
+    kind: type[Any], encoder: Encoder, model: Any, threshold: float, device: Any, precision: str
+) -> Any:
+    from transformers import AutoModelForZeroShotObjectDetection
 
-    located = find_folder(model, "detector")
+    located = find_folder(model, "object detector")
     chosen = choose_device(device)
     dtype = choose_precision(precision, chosen)
-    options = {"local_files_only": True, "trust_remote_code": False}
-    network = load_transformer(transformers.AutoModelForZeroShotObjectDetection, located, dtype=dtype)
-    if network.config.model_type != kind:
-        raise InputError(f"{located.what} is of the kind '{network.config.model_type}', expected '{kind}'")
-    try:
-        with from_disk_only():
-            processor = transformers.AutoProcessor.from_pretrained(located.path, **options)
-    except UNREADABLE as error:
-        raise ModelNotFound(
-            f"{located.what}: the processor in {tidy(located.path)} cannot be loaded: {first_line(error)}. "
-            "Copy the whole model folder, not only its weights."
-        ) from error
-    name = located.path.name if located.revision == "" else str(model)
-    record = {"name": name, "revision": located.revision, "files_sha256": folder_hash(located.path)}
-    return network.to(chosen), processor, record
+    network = load_transformer(AutoModelForZeroShotObjectDetection, located, dtype=dtype)
+    if (found := network.config.model_type.replace("-", "_")) != kind.kind:
+        raise InputError(f"{located.what} is of the kind '{found}', expected '{kind.kind}'")
+    processor, _, _ = load_processor(located, network.config.text_config.vocab_size)
+    options = {"threshold": threshold, "precision": precision}
+    return kind(
+        encoder, network.to(chosen), processor, threshold, localiser_fingerprint(kind.kind, options, located)
+    )

@@ -65,8 +65,8 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
 def set_threads(n: int | None) -> None:
     """Bound the processor cores that this process computes on (torch); None leaves it as it is.
 
-    Two processes with two threads each on two cores slow each other down twentyfold: on a busy machine, and with
-    several processes, one thread each is the safe choice.
+    Two processes with two threads each on two cores slow each other down twentyfold: on a busy machine, and
+    with several processes, one thread each is the safe choice.
 
     Raises
     ------

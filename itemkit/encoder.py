@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from itemkit.devices import choose_device, choose_precision, dtype_name
-from itemkit.errors import InputError, ModelNotFound
+from itemkit.errors import InputError
 from itemkit.models import (
-    UNREADABLE,
     Located,
     cached_snapshot,
+    check_settings,
+    check_weights,
     file_hash,
-    first_line,
     folder_hash,
     from_disk_only,
     hub_cache,
     looks_like_path,
     not_found,
+    reading,
+    require_tokenizer,
+    require_vocabulary,
     tidy,
-    weight_files,
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
     from PIL.Image import Image
+    from torch import Tensor
+
+# -- pixels and patches --------------------------------------------------------------------------------------
 
 TO_TENSOR = ("ToTensor", "MaybeToTensor")  # of torchvision and of open_clip
 
@@ -44,6 +46,9 @@ def stack_pixels(preprocess: Callable[[Image], Tensor], images: Sequence[Image])
     Where the preprocessing is the usual chain (steps on the picture, to a tensor, steps on the tensor), only
     the first part runs image by image, in as many threads as torch uses; the rest runs once for all.
     """
+    import numpy as np
+    import torch
+
     steps: list[Any] = list(getattr(preprocess, "transforms", ()))
     names = [type(step).__name__ for step in steps]
     at = next((i for i, name in enumerate(names) if name in TO_TENSOR), None)
@@ -114,83 +119,186 @@ def patch_grid(visual: torch.nn.Module) -> tuple[int, int] | None:
     return None if grid is None else (int(grid[0]), int(grid[1]))
 
 
-def pooled_pass(visual: torch.nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """Return a function pixels -> pooled embeddings, or None where the tower is of another build."""
-    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
-
-    if type(visual) is not VisionTransformer or visual.attn_pool is not None or visual.pool_type != "tok":
-        return None
-    transformer = visual.transformer
-    *blocks, last = transformer.resblocks
-    if type(last) is not ResidualAttentionBlock or not transformer.batch_first or visual.output_tokens:
-        return None
-
-    def class_token_pass(pixels: Tensor) -> Tensor:
-        x = visual._embeds(pixels)
-        for block in blocks:
-            x = block(x)
-        token, normed = x[:, :1], last.ln_1(x)
-        token = token + last.ls_1(last.attention(normed[:, :1], normed, normed))
-        token = token + last.ls_2(last.mlp(last.ln_2(token)))
-        pooled = visual.ln_post(token[:, 0])
-        return pooled if visual.proj is None else pooled @ visual.proj
-
-    return class_token_pass
-
+# -- finding -------------------------------------------------------------------------------------------------
 
 CONFIG_FILE = "open_clip_config.json"
+# open_clip's own order among the weights of a folder, which it continues with safetensors, then the alphabet
+_WEIGHTS = (
+    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth", "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth",
+)  # fmt: skip
+# What open_clip's own tokenizers take; any other option of a folder would reach transformers' loader.
+_TOKENIZER_OPTIONS = frozenset({"clean", "strip_sep_token", "language", "additional_special_tokens"})
+_OPENAI = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
+# open_clip's defaults for what a folder's preprocess_cfg leaves open
+_PREPROCESS = {
+    "mode": "RGB",
+    **_OPENAI,
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+    "fill_color": 0,
+}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where an encoder's files are and how open_clip must be called to read them."""
+    """Where an encoder's files are and how open_clip must be called to read them.
+
+    Attributes
+    ----------
+    located : Located
+    open_clip_name : str
+        As open_clip takes it: a name, or "local-dir:folder".
+    pretrained : str
+        Tag that was asked for, for the record.
+    checkpoint : Path
+        The one file of weights that is loaded, and hashed.
+    config : dict
+        ``model_cfg``: the architecture.
+    preprocess : dict
+        All of the preprocessing, defaults included.
+    quick_gelu : bool
+        The weights of a tag were trained with another activation than the named architecture has.
+    others : tuple of Path
+        Folders outside of this one of which tokenizer or text tower are read.
+    """
 
     located: Located
     open_clip_name: str
-    pretrained: str | None  # tag that was asked for, for the record
+    pretrained: str
     checkpoint: Path
+    config: dict[str, Any]
+    preprocess: dict[str, Any]
     quick_gelu: bool = False
-    preprocess: dict[str, Any] | None = None
+    others: tuple[Path, ...] = ()
+
+    @property
+    def local(self) -> bool:
+        """Whether the encoder is a folder, with its own configuration and tokenizer."""
+        return self.open_clip_name.startswith("local-dir:")
+
+    def fingerprint(self, precision: str) -> dict[str, Any]:
+        """What `Encoder.fingerprint` will say once the model is loaded from there."""
+        size = self.preprocess["size"]
+        architecture = {**self.config, "force_quick_gelu": self.quick_gelu}
+        found = {
+            "kind": "open_clip",
+            "name": self.located.name,
+            "pretrained": self.pretrained,
+            "revision": self.located.revision,
+            "weights_sha256": file_hash(self.checkpoint),
+            "precision": precision,
+            "context_length": self.config["text_cfg"].get("context_length", 77),
+            "image_size": size,
+            "dim": self.config["embed_dim"],
+            "preprocess": self.preprocess,
+            "architecture_sha256": hashlib.sha256(
+                json.dumps(architecture, sort_keys=True).encode()
+            ).hexdigest(),
+        }
+        folders = (self.located.path,) * self.local + self.others  # for their settings and tokenizer
+        return found | {"files_sha256": " ".join(folder_hash(folder, ()) for folder in folders)}
 
 
 def find_encoder(model: str | Path, pretrained: str | None = None) -> Source:
-    """Find an encoder's files without loading them. Parameters and errors as in `load_encoder`."""
+    """Find an encoder's files and check them, without loading. Parameters and errors as in `load_encoder`."""
     if looks_like_path(model):
-        return _folder_source(Path(model).expanduser(), "", f"encoder '{tidy(model)}'")
+        folder = Path(model).expanduser()
+        return _folder_source(Located(f"encoder '{tidy(folder)}'", folder, "", folder.name))
     name = str(model)
     if name.startswith("hf-hub:"):
         folder = cached_snapshot(name.removeprefix("hf-hub:"), f"encoder '{name}'")
-        return _folder_source(folder, folder.name, f"encoder '{name}'")
+        return _folder_source(Located(f"encoder '{name}'", folder, folder.name, name))
     return _named_source(name, pretrained)
 
 
-def _folder_source(folder: Path, revision: str, what: str) -> Source:
+def _folder_source(located: Located) -> Source:
+    folder, what = located.path, located.what
     if not folder.is_dir():
         raise not_found(what, folder, "no such folder")
     if not (folder / CONFIG_FILE).is_file():
+        if (folder / "config.json").is_file():
+            raise located.refuse(
+                f"it is a transformers folder, which has no {CONFIG_FILE}", _TRANSFORMERS_REMEDY
+            )
         raise not_found(what, folder, f"no {CONFIG_FILE}, which open_clip's local-dir format has")
-    files = sorted(weight_files(folder), key=_preference)
+    check_settings(located)
+    try:
+        settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config, preprocess = settings["model_cfg"], settings.get("preprocess_cfg", {})
+        vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
+        size, _ = _size(vision.get("image_size", 224)), int(config["embed_dim"])
+        preprocess = {key: preprocess.get(key, value) for key, value in _PREPROCESS.items()} | {"size": size}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise located.refuse(
+            f"{CONFIG_FILE} is not as open_clip writes it ({type(error).__name__}: {error})"
+        ) from None
+    if unknown := set(text.get("tokenizer_kwargs") or ()) - _TOKENIZER_OPTIONS:
+        raise located.refuse(
+            f"{CONFIG_FILE} gives the tokenizer the option '{min(unknown)}'",
+            f"Remove it; tokenizer_kwargs may have {', '.join(sorted(_TOKENIZER_OPTIONS))}.",
+        )
+    if any(sign in str(vision.get("timm_model_name", "")) for sign in ":/\\"):
+        raise located.refuse(
+            f"{CONFIG_FILE} takes its image tower from '{vision['timm_model_name']}', outside of the folder",
+            "Name a model of timm itself in timm_model_name.",
+        )
+    others = (_outside(located, str(text["hf_model_name"])),) if text.get("hf_model_name") else ()
+    files = [
+        f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".bin", ".pth") and f.is_file()
+    ]
+    files.sort(
+        key=lambda f: (_WEIGHTS.index(f.name) if f.name in _WEIGHTS else 99, f.suffix != ".safetensors")
+    )
     if not files:
         raise not_found(what, folder, "no weights (open_clip_model.safetensors)")
-    located = Located(what, folder, revision)
-    return Source(located, f"local-dir:{folder}", None, files[0])
+    check_weights(files[0], located)
+    _refuse_transformers(files[0], located)
+    if text.get("hf_tokenizer_name"):
+        require_tokenizer(located)
+    return Source(located, f"local-dir:{folder}", "", files[0], config, preprocess, others=others)
 
 
-def _preference(file: Path) -> tuple[int, str]:
-    """Order weights as open_clip does, so that the hash is of the file that is loaded."""
-    first = ["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors"]
-    first += [name.replace(".safetensors", ".bin") for name in first[1:2]]
-    return (first.index(file.name) if file.name in first else len(first)), file.name
+_TRANSFORMERS_REMEDY = (
+    "The encoder is read in open_clip's format: name a model of open_clip instead (ViT-B-32:openai, "
+    "hf-hub:owner/name), or a folder that `itemkit download` wrote."
+)
+
+
+def _refuse_transformers(checkpoint: Path, located: Located) -> None:
+    """Refuse weights that transformers wrote: it has other names for the same tensors."""
+    with open(checkpoint, "rb") as file:
+        names = file.read(2**20)  # the names stand first in both formats
+    if b"vision_model.embeddings" in names or b"text_model.embeddings" in names:
+        raise located.refuse(f"{checkpoint.name} is in transformers' format", _TRANSFORMERS_REMEDY)
+
+
+def _size(size: int | Sequence[int]) -> list[int]:
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return [int(rows), int(columns)]
+
+
+def _outside(located: Located, name: str) -> Path:
+    """Folder, in the hub's cache alone, of a tokenizer or text tower that an encoder takes from elsewhere."""
+    if looks_like_path(name) or Path(name).exists():
+        raise located.refuse(
+            f"it takes its text tower from the folder '{name}'", "Name a model of a hub there."
+        )
+    folder = cached_snapshot(name, f"{located.what}, its text model '{name}'")
+    check_settings(located, folder)
+    return folder
 
 
 def _named_source(name: str, pretrained: str | None) -> Source:
     import open_clip
 
+    from itemkit.text import did_you_mean
+
     known = open_clip.list_models()
     clean = name.replace("/", "-")
     if clean not in known:
         raise InputError(
-            f"encoder '{name}' is neither a folder nor known to open_clip.{_did_you_mean(clean, known)} "
+            f"encoder '{name}' is neither a folder nor known to open_clip.{did_you_mean(clean, known)} "
             "For a model of the hub write 'hf-hub:owner/name', for a folder './folder'."
         )
     tags = open_clip.list_pretrained_tags_by_model(clean)
@@ -200,30 +308,35 @@ def _named_source(name: str, pretrained: str | None) -> Source:
             f"numbers. Known: {', '.join(tags) or 'none, pass a file'}."
         )
     what = f"encoder '{name}' ({pretrained if not looks_like_path(pretrained) else tidy(pretrained)})"
-    tag = open_clip.get_pretrained_cfg(clean, pretrained)
-    if not tag:
-        file = Path(pretrained).expanduser()
-        if file.is_file():
-            return Source(Located(what, file), clean, tidy(pretrained), file)
+    tag = open_clip.get_pretrained_cfg(clean, pretrained) or {}
+    revision, file = "", Path(pretrained).expanduser()
+    if tag:
+        file, revision = _cached_checkpoint(tag, what)
+    elif not file.is_file():
         if looks_like_path(pretrained) or file.suffix:
             raise not_found(what, file)
         raise InputError(
-            f"encoder '{name}' has no weights called '{pretrained}'.{_did_you_mean(pretrained, tags)} "
+            f"encoder '{name}' has no weights called '{pretrained}'.{did_you_mean(pretrained, tags)} "
             f"Known: {', '.join(tags)}."
         )
-    checkpoint, revision = _cached_checkpoint(tag, what)
+    located = Located(what, file, revision, name)
+    check_weights(file, located)
+    _refuse_transformers(file, located)
+    config = open_clip.get_model_config(clean)
+    text = config["text_cfg"]
+    words = text.get("hf_tokenizer_name")
+    outside = [other for other in dict.fromkeys((words, text.get("hf_model_name"))) if other]
+    others = tuple(_outside(located, other) for other in outside)
+    if words:
+        require_tokenizer(located, others[0])
+    settings = {k: v for k, v in tag.items() if k in ("mean", "std", "interpolation", "resize_mode")}
+    settings = json.loads(json.dumps(_PREPROCESS | settings)) | {
+        "size": _size(config["vision_cfg"]["image_size"])
+    }
     # open_clip only warns when a tag was trained with another activation than the named architecture has
     # (ViT-L-14 with "openai", "metaclip_400m", "dfn2b" ...) and then computes wrong embeddings.
-    return Source(
-        Located(what, checkpoint, revision),
-        clean,
-        pretrained,
-        checkpoint,
-        quick_gelu=bool(tag.get("quick_gelu")),
-        preprocess={
-            k: v for k, v in tag.items() if k in ("mean", "std", "interpolation", "resize_mode", "size")
-        },
-    )
+    gelu = bool(tag.get("quick_gelu"))
+    return Source(located, clean, tidy(pretrained), file, config, settings, gelu, others)
 
 
 def _cached_checkpoint(tag: dict[str, Any], what: str) -> tuple[Path, str]:
@@ -251,10 +364,7 @@ def _cached_checkpoint(tag: dict[str, Any], what: str) -> tuple[Path, str]:
     raise not_found(what, hub_cache())
 
 
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
-
+# -- the encoder ---------------------------------------------------------------------------------------------
 
 TEXT_BATCH = 256
 
@@ -269,16 +379,10 @@ class ImageEmbedding:
         L2-normalised embeddings of whole images.
     patches : float32 tensor, shape (n, h * w, d), or None
         L2-normalised embeddings of the patches in the same joint space, row by row from the top left.
-    norm : float32 tensor, shape (n,), or None
-        Lengths of the pooled embeddings before normalisation.
-    patch_norm : float32 tensor, shape (n, h * w), or None
-        Lengths of the patch embeddings before normalisation.
     """
 
     pooled: Tensor
     patches: Tensor | None = None
-    norm: Tensor | None = None
-    patch_norm: Tensor | None = None
 
 
 class Encoder:
@@ -286,7 +390,7 @@ class Encoder:
 
     Attributes
     ----------
-    name, pretrained, revision, weights_hash : str
+    name : str
         Which model this is.
     dim : int
         Width d of the joint space.
@@ -296,6 +400,8 @@ class Encoder:
         Tokens a text may have, start and end included; what is beyond is cut (see `count_tokens`).
     image_size : (int, int)
         Height and width of the image tower's input.
+    resize_mode : {"shortest", "longest", "squash"}
+        How an image is brought to that size; see `frame`.
     patch_grid : (int, int) or None
         Rows and columns of patches, or None where the tower has no patch embeddings in the joint space.
     logit_scale : float
@@ -311,29 +417,24 @@ class Encoder:
         tokenizer: Any,
         *,
         name: str,
-        pretrained: str = "",
-        revision: str = "",
-        weights_hash: str = "",
+        logit_scale: float = 100.0,
         record: dict[str, Any] | None = None,
     ) -> None:
+        import torch
+
         self.model = model.eval().requires_grad_(False)
-        self.preprocess = preprocess
-        self.tokenizer = tokenizer
-        self.name, self.pretrained = name, pretrained
-        self.revision, self.weights_hash = revision, weights_hash
-        self._record = dict(record or {})
+        self.preprocess, self.tokenizer = preprocess, tokenizer
+        self.name, self.logit_scale, self._record = name, logit_scale, dict(record or {})
+        self.resize_mode = self._record.get("preprocess", _PREPROCESS)["resize_mode"]
         parameter = next(model.visual.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        size = model.visual.image_size
-        rows, columns = (size, size) if isinstance(size, int) else size
-        self.image_size = (int(rows), int(columns))
+        rows, columns = _size(model.visual.image_size)
+        self.image_size = (rows, columns)
         # The tokenizer's own limit is what cuts a text; CoCa's model.context_length is of its decoder.
         self.context_length = int(getattr(tokenizer, "context_length", None) or model.context_length)
-        self.logit_scale = float(model.logit_scale.detach().float().exp().max())
-        self._patch_pass, self._pooled_pass = patch_pass(model.visual), pooled_pass(model.visual)
+        self.patch_grid, self._patch_pass = patch_grid(model.visual), patch_pass(model.visual)
         probe = self.encode_images(torch.zeros(1, 3, *self.image_size), patches=self._patch_pass is not None)
         self.dim = int(probe.pooled.shape[1])
-        self.patch_grid = patch_grid(model.visual)
 
     def embed_pixels(self, pixels: Tensor, patches: bool = False) -> ImageEmbedding:
         """Embed preprocessed images; differentiable with respect to `pixels` (used by attacks).
@@ -347,19 +448,19 @@ class Encoder:
         """
         pixels = pixels.to(device=self.device, dtype=self.dtype)
         if not patches:
-            unit, norm = _unit((self._pooled_pass or self.model.encode_image)(pixels))
-            return ImageEmbedding(unit, norm=norm)
+            return ImageEmbedding(_unit(self.model.encode_image(pixels)))
         if self._patch_pass is None:
             raise InputError(
                 f"encoder '{self.name}' has no patch embeddings in the joint space, so the localiser 'dense' "
                 "is not available with it. Use localiser 'grid' or 'whole', a detector ('owlv2', "
                 "'grounding_dino'), or a ViT encoder such as ViT-B-32, ViT-L-14, EVA02-B-16, ViT-B-16-SigLIP."
             )
-        (unit, norm), (patch_unit, patch_norm) = map(_unit, self._patch_pass(pixels))
-        return ImageEmbedding(unit, patch_unit, norm, patch_norm)
+        return ImageEmbedding(*map(_unit, self._patch_pass(pixels)))
 
     def encode_images(self, pixels: Tensor, patches: bool = False) -> ImageEmbedding:
         """Embed preprocessed images without gradients. See `embed_pixels`."""
+        import torch
+
         # no_grad, not inference_mode: moving weights inside the latter breaks them, and its results refuse
         # to take part in training later.
         with torch.no_grad():
@@ -373,23 +474,18 @@ class Encoder:
         float32 tensor, shape (n, d)
             L2-normalised; row i belongs to text i.
         """
-        return self.embed_texts(texts)[0]
+        import torch
 
-    def embed_texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Embed texts as `encode_texts` does, and give the lengths before normalisation, shape (n,)."""
         unique = list(dict.fromkeys(texts))
         if not unique:
-            return torch.zeros(0, self.dim, device=self.device), torch.zeros(0, device=self.device)
-        parts, lengths = [], []
+            return torch.zeros(0, self.dim, device=self.device)
+        parts = []
         with torch.no_grad():
             for start in range(0, len(unique), TEXT_BATCH):
                 tokens = self.tokenizer(unique[start : start + TEXT_BATCH]).to(self.device)
-                unit, norm = _unit(self.model.encode_text(tokens))
-                parts.append(unit)
-                lengths.append(norm)
+                parts.append(_unit(self.model.encode_text(tokens)))
         row = {text: i for i, text in enumerate(unique)}
-        index = torch.tensor([row[text] for text in texts], device=self.device)
-        return torch.cat(parts)[index], torch.cat(lengths)[index]
+        return torch.cat(parts)[[row[text] for text in texts]]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Count tokens, start and end included; more than `context_length` means that a text is cut."""
@@ -405,40 +501,29 @@ class Encoder:
         With CLIP's usual resizing ("shortest") the sides of a wide image are cut off; with "squash" the
         frame is the whole image; with "longest" it reaches beyond the image, into the padding.
         """
-        mode = self._record.get("preprocess", {}).get("resize_mode", "shortest")
-        if mode == "squash":
+        if self.resize_mode == "squash":
             return 0.0, 0.0, float(width), float(height)
         rows, columns = self.image_size
         scales = (columns / width, rows / height)
-        scale = max(scales) if mode == "shortest" else min(scales)
+        scale = max(scales) if self.resize_mode == "shortest" else min(scales)
         half_w, half_h = columns / scale / 2, rows / scale / 2
         return width / 2 - half_w, height / 2 - half_h, width / 2 + half_w, height / 2 + half_h
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything about this encoder that changes the numbers, as JSON-ready values."""
-        return {
-            "kind": "open_clip",
-            "name": self.name,
-            "pretrained": self.pretrained,
-            "revision": self.revision,
-            "weights_sha256": self.weights_hash,
-            "precision": dtype_name(self.dtype),
-            "context_length": self.context_length,
-            "image_size": list(self.image_size),
-            "dim": self.dim,
-            **self._record,
-        }
+        return dict(self._record)
 
     def __repr__(self) -> str:
-        tag = f" ({self.pretrained})" if self.pretrained else ""
-        return f"<Encoder {self.name}{tag}: {self.dim}-d, {dtype_name(self.dtype)} on {self.device}>"
+        return (
+            f"<Encoder {self.name}: {self.dim}-d, {str(self.dtype).removeprefix('torch.')} on {self.device}>"
+        )
 
 
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of unit length, as F.normalize gives them, and their lengths before."""
-    x = x.float()
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / norm.clamp_min(1e-12), norm.squeeze(-1)
+def _unit(x: Tensor) -> Tensor:
+    """Rows of unit length, in float32."""
+    import torch
+
+    return torch.nn.functional.normalize(x.float(), dim=-1)
 
 
 def load_encoder(
@@ -473,60 +558,38 @@ def load_encoder(
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
+    from itemkit.devices import choose_device, choose_precision
+
     source = find_encoder(model, pretrained)
+    located = source.located
     chosen = choose_device(device)
-    dtype = choose_precision(precision, chosen)
+    logging.disable(
+        logging.WARNING
+    )  # open_clip warns of the random numbers that are replaced two lines below
     try:
-        with from_disk_only():
+        with reading(located), from_disk_only():
+            # filled from the very file that was hashed: left to itself, open_clip chooses one
             network = open_clip.create_model(
                 source.open_clip_name,
-                pretrained=None if source.open_clip_name.startswith("local-dir:") else str(source.checkpoint),
-                require_pretrained=True,
+                load_weights=False,
+                pretrained_text=False,
                 force_quick_gelu=source.quick_gelu,
-                force_preprocess_cfg=source.preprocess,
-                weights_only=True,
             )
+            open_clip.load_checkpoint(network, str(source.checkpoint), weights_only=True)
             tokenizer = open_clip.get_tokenizer(source.open_clip_name)
-    except UNREADABLE as error:
-        raise ModelNotFound(
-            f"{source.located.what} was found in {tidy(source.located.path)} but cannot be loaded: "
-            f"{first_line(error)}. If a tokenizer or a text tower is missing, fetch the model again with "
-            "`itemkit download`; otherwise the weights do not fit the configuration."
-        ) from error
-    config = dict(network.visual.preprocess_cfg)
-    transform = image_transform_v2(PreprocessCfg(**config), is_train=False)
-    _refuse_foreign_tokens(source, network, tokenizer)
-    local = source.open_clip_name.startswith("local-dir:")
-    model_cfg = open_clip.get_model_config(source.open_clip_name)
+            preprocess = PreprocessCfg(**source.preprocess | {"size": tuple(source.preprocess["size"])})
+            transform = image_transform_v2(preprocess, is_train=False)
+    finally:
+        logging.disable(logging.NOTSET)
+    inner = getattr(tokenizer, "tokenizer", None)
+    size = getattr(tokenizer, "vocab_size", 0) if inner is None else len(inner)
+    require_vocabulary(located, size, getattr(getattr(network, "text", network), "vocab_size", None))
+    scale = float(network.logit_scale.detach().float().exp().max())  # before it is rounded to fewer bits
     return Encoder(
-        network.to(device=chosen, dtype=dtype),
+        network.to(device=chosen, dtype=choose_precision(precision, chosen)),
         transform,
         tokenizer,
-        name=Path(model).name if local else str(model),
-        pretrained=source.pretrained or "",
-        revision=source.located.revision,
-        weights_hash=file_hash(source.checkpoint),
-        record={
-            "preprocess": json.loads(json.dumps(config)),
-            "architecture_sha256": _json_hash({**model_cfg, "force_quick_gelu": source.quick_gelu}),
-            "tokenizer": folder_hash(source.located.path) if local else type(tokenizer).__name__,
-        },
+        name=located.name,
+        logit_scale=scale,
+        record=source.fingerprint(precision),
     )
-
-
-def _refuse_foreign_tokens(source: Source, network: torch.nn.Module, tokenizer: Any) -> None:
-    """Catch a folder whose config forgets `hf_tokenizer_name`: it gets CLIP's 49,408 tokens."""
-    size = getattr(tokenizer, "vocab_size", None)
-    inner = getattr(tokenizer, "tokenizer", None)
-    if inner is not None:
-        size = len(inner)
-    room = getattr(network, "vocab_size", None) or getattr(getattr(network, "text", None), "vocab_size", None)
-    if size and room and size > room:
-        raise InputError(
-            f"{source.located.what}: its tokenizer has {size} tokens, its text tower only {room}. In "
-            f"{CONFIG_FILE}, text_cfg needs a non-empty 'hf_tokenizer_name' for the folder's own tokenizer."
-        )
-
-
-def _json_hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

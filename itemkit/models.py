@@ -1,59 +1,71 @@
-"""Finding model files on this machine, hashing them, and loading them without network or surprises.
+"""The models of a run as one record with one fingerprint; and model folders: found, checked, hashed, loaded.
 
-Loaders never download: they look in a folder or in the model hub's local cache, so a machine without a
-network fails in seconds and a run never changes because somebody uploaded a newer file. `itemkit download`
-fetches.
+A model folder is data from anywhere. No code in it runs and nobody is asked; nothing is downloaded
+while loading (`itemkit download` fetches), and nothing that a folder lacks is replaced by a library's default
+or by random numbers. Whatever is wrong is said before the weights are read, in one line with one remedy.
+
+Nothing here, and nothing that a fingerprint needs, imports torch: knowing what would be loaded takes no loading.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import json
+import os
 import re
+import sys
+import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-from safetensors import SafetensorError
+from itemkit.errors import InputError, ItemkitError, ModelNotFound
 
-from itemkit.errors import InputError, ModelNotFound
+# -- the models of a run -------------------------------------------------------------------------------------
 
-ANY_PRESET = "NAME"  # stands for the preset's name in messages of loaders, which do not know it
-REMEDY = (
-    f" Fetch it once where a model hub can be reached with `itemkit download --preset {ANY_PRESET}`, name a "
-    "folder that holds it (--models, or ITEMKIT_MODELS), or use the models that come with itemkit: preset "
-    "'mini'."
-)
-# What the model libraries raise for damaged, cut off or foreign files.
-UNREADABLE = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    SafetensorError,
-    UnpicklingError,
-)
-_SHARD = re.compile(r"(.+)-\d+-of-\d+\.\w+")
-_MODEL_FILES = ("config.json", "open_clip_config.json", "config.cfg")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
-# What else in a model folder changes the numbers: configuration, tokenizer, preprocessing.
-_CONFIG_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-# Keys that checkpoints written by older versions lack and that are no weights.
-_HARMLESS_MISSING = re.compile(r"position_ids$|attn_mask$|\.attn\.(masked_)?bias$")
-
-
-PARTS = ("captioner", "parser", "encoder", "localiser")
+METHODS = {
+    "captioner": ("caption",),
+    "parser": ("objects",),
+    "encoder": ("preprocess", "encode_images", "encode_texts", "count_tokens"),
+    "localiser": ("locate",),
+}
+"""The parts, and what each must be able to do."""
+PARTS = tuple(METHODS)
+LOCALISERS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "grid": {"scales": (1.0, 0.7, 0.45), "overlap": 0.5},
+    "dense": {"temperature": None, "level": 0.5},
+    "owlv2": {"model": "google/owlv2-base-patch16-ensemble", "threshold": 0.1, "precision": "auto"},
+    "grounding_dino": {
+        "model": "IDEA-Research/grounding-dino-base", "threshold": 0.25, "precision": "float32",
+    },
+}  # fmt: skip
+"""Localisers by name, with the defaults of those options that change the regions; see `regions`."""
+GRID_MAX_STEPS = 12  # windows per axis and scale of "grid"; bounds the work on panoramas
 
 
 @dataclass(frozen=True)
 class Models:
     """The models of a run. `presets.Preset.build` makes them; anything with the same methods will do.
+
+    One's own captioner is a class with ``caption(images) -> list of str`` (or of `captions.Caption`); one's
+    own localiser has ``boxes(image, phrases) -> list of (x0, y0, x1, y1, score) or None``, or all of
+    `regions.Localiser`. Each says which answers it gives, so that features of different ones are never mixed
+    up: by a ``version`` that is raised whenever the answers change, or by ``fingerprint() -> dict``.
+
+    >>> class Captions:
+    ...     version = "1"
+    ...     def caption(self, images):
+    ...         return [f"a picture of {image.width} pixels" for image in images]
+    >>> from itemkit.presets import get_preset
+    >>> get_preset("mini", captioner=Captions()).captioner.version
+    '1'
+
+    On the command line such a class is named by module and name: ``--captioner my_module:Captions``.
 
     Attributes
     ----------
@@ -65,12 +77,32 @@ class Models:
         Captions to phrases; None, like no localiser, for global features only.
     localiser : Localiser or None
         Phrases to regions.
+
+    Raises
+    ------
+    InputError
+        A part lacks a method.
     """
 
     encoder: Any
     captioner: Any = None
     parser: Any = None
     localiser: Any = None
+
+    def __post_init__(self) -> None:
+        if hasattr(self.localiser, "boxes") and not hasattr(self.localiser, "locate"):
+            from itemkit.regions import BoxLocaliser
+
+            object.__setattr__(self, "localiser", BoxLocaliser(self.encoder, self.localiser))
+        for name, methods in METHODS.items():
+            part = getattr(self, name)
+            lacks = [method for method in methods if not callable(getattr(part, method, None))]
+            if part is not None and lacks:
+                kind = part.__name__ if isinstance(part, type) else type(part).__name__
+                raise InputError(
+                    f"the {name} {kind} has no method {lacks[0]}(); a {name} needs {', '.join(methods)}. "
+                    "itemkit.models.Models shows an example"
+                )
 
     def fingerprint(self, captions: str = "generate") -> dict[str, Any]:
         """Everything about the models that changes the numbers, JSON-ready.
@@ -84,23 +116,43 @@ class Models:
         -------
         dict
             A dict per part (None where it is left out), ``captions``, and with users' captions the version of
-            the rules that clean them.
+            the rules that clean them. The same on every device.
         """
         return run_fingerprint({name: getattr(self, name) for name in PARTS}, captions)
 
 
-def run_fingerprint(parts: dict[str, Any], captions: str) -> dict[str, Any]:
-    """Put together the fingerprints of the parts, given as objects or as fingerprints."""
+def run_fingerprint(parts: Mapping[str, Any], captions: str) -> dict[str, Any]:
+    """Put together the fingerprints of the parts, each given as a model or as its fingerprint."""
     from itemkit.captions import CLEAN_VERSION
 
-    found: dict[str, Any] = {}
-    for name in PARTS:
-        part = parts[name]
-        found[name] = part if part is None or isinstance(part, dict) else part.fingerprint()
+    found: dict[str, Any] = {name: part_fingerprint(name, parts[name]) for name in PARTS}
     found["captions"] = captions
     if captions == "user":
         found["caption_cleaning"] = CLEAN_VERSION
     return found
+
+
+def part_fingerprint(name: str, part: Any) -> dict[str, Any] | None:
+    """What a part says of itself, as it will be read back from JSON; its class and ``version`` if no more."""
+    if part is None or isinstance(part, dict):
+        found = part
+    elif callable(getattr(part, "fingerprint", None)):
+        found = part.fingerprint()
+    elif getattr(part, "version", None) is not None:
+        kind = type(part)
+        found = {"kind": "own", "class": f"{kind.__module__}.{kind.__qualname__}", "version": part.version}
+    else:
+        raise InputError(
+            f"the {name} {type(part).__name__} does not say which answers it gives, and features made with "
+            "different ones must not be mixed up: add `version = '1'` to it and raise that whenever its "
+            "answers change, or a method fingerprint() that returns a dict"
+        )
+    try:
+        return json.loads(json.dumps(found))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"the fingerprint of the {name} {type(part).__name__} is not JSON: {error}"
+        ) from None
 
 
 def differences(
@@ -112,8 +164,8 @@ def differences(
     ----------
     stored, wanted : nested mapping, or None for an unknown one
     ignore : names
-        Parts ("localiser"), dotted keys ("captioner.decoding") or keys at any depth ("precision"). Who ignores
-        "captions" ignores how they were cleaned, too.
+        Parts ("localiser"), dotted keys ("captioner.decoding") or keys at any depth ("precision"). Who
+        ignores "captions" ignores how they were cleaned, too.
 
     Returns
     -------
@@ -141,6 +193,62 @@ def _short(value: Any) -> str:
     return text if len(text) <= 48 else text[:45] + "..."
 
 
+def names_object(text: Any) -> bool:
+    """Whether a text is ``module:object``, for a part of the user's own."""
+    return isinstance(text, str) and bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text))
+
+
+@functools.cache
+def own_part(name: str, text: str) -> Any:
+    """The object that ``module:object`` names; a class is made an instance of. Looks in this folder, too.
+
+    Raises
+    ------
+    InputError
+        No such module or object.
+    """
+    module, _, attribute = text.partition(":")
+    sys.path.insert(0, os.getcwd())  # not there when the command line's script was started
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{name} '{text}': no module '{error.name}' in this folder or among the installed packages"
+        ) from None
+    finally:
+        sys.path.remove(os.getcwd())
+    if not hasattr(found, attribute):
+        from itemkit.text import did_you_mean
+
+        hint = did_you_mean(attribute, [key for key in vars(found) if not key.startswith("_")])
+        raise InputError(f"{name} '{text}': module '{module}' has no '{attribute}'.{hint}")
+    part = getattr(found, attribute)
+    return part() if isinstance(part, type) else part
+
+
+def localiser_fingerprint(
+    name: str, options: Mapping[str, Any], located: Located | None = None
+) -> dict[str, Any]:
+    """What changes the regions of a localiser given by name; ``located`` is an object detector's folder."""
+    known = LOCALISERS[name]
+    found = {"kind": name} | {key: options.get(key, value) for key, value in known.items() if key != "model"}
+    if name == "grid":
+        found["max_steps"] = GRID_MAX_STEPS
+    return found if located is None else found | located.record()
+
+
+# -- finding -------------------------------------------------------------------------------------------------
+
+_MODEL_FILES = ("config.json", "open_clip_config.json", "config.cfg")
+# transformers' own order: the first that is there is what it loads
+_TRANSFORMERS_WEIGHTS = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+# What else in a model folder changes the numbers: configuration, tokenizer, preprocessing.
+_CONFIG_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+COPY_WHOLE = "Copy the whole model folder, not only its weights, or fetch it again with `itemkit download`."
+
+
 @dataclass(frozen=True)
 class Located:
     """Where a model was found.
@@ -153,11 +261,41 @@ class Located:
         The folder, or the one weights file, that will be read.
     revision : str
         Commit of the model hub, or "" for a folder that is not from the hub.
+    name : str
+        Name of the model on the hub, or of the folder.
+    weights : tuple of Path
+        The very files of weights that will be loaded.
     """
 
     what: str
     path: Path
     revision: str = ""
+    name: str = ""
+    weights: tuple[Path, ...] = ()
+
+    def record(self) -> dict[str, str]:
+        """Which model this is: name, revision and hash of the files that are loaded."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "files_sha256": folder_hash(self.path, self.weights),
+        }
+
+    def refuse(self, reason: str, remedy: str = COPY_WHOLE) -> ModelNotFound:
+        """Build the error for a model that is here and cannot be used."""
+        return ModelNotFound(
+            self.what, reason=f"cannot be used: {reason}", looked=tidy(self.path), remedy=remedy
+        )
+
+
+def fetch_remedy(preset: str = "", several: bool = False) -> str:
+    """What to do about models that are not on this machine; names the preset where it is known."""
+    it, folder = ("them", "holds them") if several else ("it", "holds it")
+    command = f"itemkit download --preset {preset}" if preset else "itemkit download"
+    return (
+        f"Fetch {it} once where a model hub can be reached with `{command}`, name a folder that {folder} "
+        "(--models, or ITEMKIT_MODELS), or use the models that come with itemkit: preset 'mini'."
+    )
 
 
 def not_found(what: str, looked: str | Path, reason: str = "") -> ModelNotFound:
@@ -173,13 +311,15 @@ def not_found(what: str, looked: str | Path, reason: str = "") -> ModelNotFound:
         What exactly is missing there.
     """
     where = f"{tidy(looked)}: {reason}" if reason else tidy(looked)
-    return ModelNotFound(f"{what} is not on this machine (looked in {where}).{REMEDY}")
+    return ModelNotFound(what, looked=where, remedy=fetch_remedy())
 
 
 def tidy(path: str | Path) -> str:
     """Write the home folder as ``~``, so that no message carries somebody's user name."""
-    text, home = str(path), str(Path.home())
-    return "~" + text[len(home) :] if len(home) > 1 and text.startswith(home) else text
+    place, home = Path(path), Path.home()
+    if home == Path(home.anchor) or not place.is_relative_to(home):
+        return str(path)
+    return str(Path("~") / place.relative_to(home))
 
 
 def looks_like_path(model: str | Path) -> bool:
@@ -198,7 +338,7 @@ def hub_cache() -> Path:
 
 
 def find_folder(model: str | Path, what: str) -> Located:
-    """Find a transformers model: a local folder, or a hub name in the local cache.
+    """Find a transformers model, in a folder or under its hub name in the local cache, and check its files.
 
     Parameters
     ----------
@@ -210,23 +350,31 @@ def find_folder(model: str | Path, what: str) -> Located:
     Raises
     ------
     ModelNotFound
-        Neither a folder nor in the cache, or the folder holds no configuration or no weights.
+        Neither a folder nor in the cache, or the folder is not whole, damaged, or asks for code of its own.
     """
-    called = f"{what} '{tidy(Path(model).expanduser() if looks_like_path(model) else model)}'"
     if looks_like_path(model):
         folder, revision = Path(model).expanduser(), ""
+        called, name = f"{what} '{tidy(folder)}'", folder.name
         if not folder.is_dir():
             raise not_found(called, folder, "no such folder")
     else:
+        called, name = f"{what} '{model}'", str(model)
         folder = cached_snapshot(str(model), called)
         revision = folder.name
+    located = Located(called, folder, revision, name)
+    if (folder / "adapter_config.json").is_file():
+        raise located.refuse("it is an adapter of another model", "Merge both, and give the merged folder.")
     if not (folder / "config.json").is_file():
         raise not_found(called, folder, "no config.json")
-    if not weight_files(folder):
-        raise not_found(called, folder, "no weights (*.safetensors, *.bin)")
-    if lost := missing_shards(folder):
-        raise not_found(called, folder, f"the weights are not whole, e.g. {lost[0]} is missing")
-    return Located(called, folder, revision)
+    check_settings(located)
+    weights = tuple(_transformers_weights(located))
+    for file in weights:
+        check_weights(file, located)
+    require_tokenizer(located)
+    if not (folder / "preprocessor_config.json").is_file():
+        if "image_processor" not in _read_json(folder / "processor_config.json"):
+            raise located.refuse("preprocessor_config.json is missing, so its image size would be guessed")
+    return Located(called, folder, revision, name, weights)
 
 
 def cached_snapshot(repository: str, called: str) -> Path:
@@ -258,39 +406,201 @@ def cached_snapshot(repository: str, called: str) -> Path:
     return folder
 
 
-def missing_shards(folder: Path) -> list[str]:
-    """Files that weights in several parts need and that are not there, their index included."""
-    files = weight_files(folder)
-    if not files or (folder / "model.safetensors").is_file():
-        return []  # the one file is taken first
-    if files[0].suffix == ".bin" and (folder / "pytorch_model.bin").is_file():
-        return []
-    needed: set[str] = set()
-    for file in files:
-        if part := _SHARD.fullmatch(file.name):
-            needed.add(f"{part[1]}{file.suffix}.index.json")
-    for index in folder.glob(f"*{files[0].suffix}.index.json"):
-        with suppress(
-            OSError, ValueError, KeyError, AttributeError
-        ):  # transformers says what is wrong with it
-            needed |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return sorted(name for name in needed if not (folder / name).is_file())
+def _transformers_weights(located: Located) -> list[Path]:
+    """The files that transformers loads from a folder, an index of several included."""
+    folder = located.path
+    for name in _TRANSFORMERS_WEIGHTS:
+        file = folder / name
+        if not file.is_file():
+            continue
+        if file.suffix != ".json":
+            return [file]
+        parts = _read_json(file).get("weight_map")
+        names = sorted({str(part) for part in parts.values()}) if isinstance(parts, dict) else []
+        if not names or any(part != Path(part).name for part in names):
+            raise located.refuse(f"{name} does not list files of this folder")
+        if lost := [part for part in names if not (folder / part).is_file()]:
+            raise not_found(located.what, folder, f"the weights are not whole, e.g. {lost[0]} is missing")
+        return [file, *(folder / part for part in names)]
+    if parts := sorted(folder.glob("*-of-*.safetensors")) or sorted(folder.glob("*-of-*.bin")):
+        stem = re.sub(r"-\d+-of-\d+", "", parts[0].name)
+        raise not_found(located.what, folder, f"the weights are not whole, e.g. {stem}.index.json is missing")
+    raise not_found(located.what, folder, "no weights (model.safetensors or pytorch_model.bin)")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Weights in a folder; when there are safetensors, only those, because loaders prefer them."""
-    files = sorted(f for f in folder.iterdir() if f.suffix in WEIGHT_SUFFIXES and f.is_file())
-    safe = [f for f in files if f.suffix == ".safetensors"]
-    return safe or files
+def require_tokenizer(located: Located, folder: Path | None = None) -> None:
+    """Refuse a folder without a vocabulary: transformers would invent one of five words."""
+    folder = folder or located.path
+    alone = ("tokenizer.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+    pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    if not pair and not any((folder / name).is_file() for name in alone):
+        names = "tokenizer.json, or vocab.txt, or vocab.json and merges.txt"
+        raise located.refuse(f"its tokenizer is missing ({names})")
 
 
-def folder_hash(folder: Path, recursive: bool = False) -> str:
-    """SHA-256 over names and contents of everything in a model folder that changes its numbers."""
-    if recursive:  # spaCy: every file counts, except what Python or a reader leaves behind
+def require_vocabulary(located: Located, size: int, room: int | None, reads_text: bool = True) -> None:
+    """Refuse a tokenizer that cannot be this model's own.
+
+    Parameters
+    ----------
+    located : Located
+    size : int
+        Entries of the tokenizer.
+    room : int or None
+        Entries of the model's table of words. It is often rounded up, never by a tenth.
+    reads_text : bool
+        False for a model that only writes: a few entries too many then do no harm.
+    """
+    most = room and (room if reads_text else room * 1.01)
+    if room and most and not 0.9 * room <= size <= most:
+        raise located.refuse(
+            f"its tokenizer has {size:,} entries and its text model {room:,}: one is another's"
+        )
+
+
+# -- folders are not trusted ---------------------------------------------------------------------------------
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+# what makes a library run code of a folder or fetch it, whatever its value is
+_CODE_KEYS = frozenset({"auto_map", "trust_remote_code", "custom_pipelines", "custom_generate"})
+_CODE_KEYS |= {"use_kernels", "allow_all_kernels", "kernel_config"}
+_ATTENTION_KEYS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+_ATTENTION = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")  # others are fetched as kernels
+_OTHER_KEYS = {
+    "quantization_config": ("weights are quantised", "Use the model in full precision."),
+    "transformers_weights": ("weights have another name", "Name them model.safetensors; remove the key."),
+}
+
+
+def check_settings(located: Located, folder: Path | None = None) -> None:
+    """Refuse a folder whose settings are Git LFS pointers, or lead a library to code.
+
+    All JSON files are read, at any depth of nesting: which of them a library looks at is the library's affair.
+    Python files beside them do no harm as long as nothing names them.
+
+    Raises
+    ------
+    ModelNotFound
+    """
+    folder = folder or located.path
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in _CONFIG_SUFFIXES or not file.is_file():
+            continue
+        refuse_pointer(file, located)
+        if file.suffix != ".json" or file.name in ("tokenizer.json", "vocab.json"):
+            continue
+        for key, value in pairs(_read_json(file)):
+            if key in _CODE_KEYS and value:
+                raise located.refuse(
+                    f"{file.name} asks for code of the folder's own ('{key}'), which itemkit never runs",
+                    "Use a model that the installed libraries know; if they know this one, remove the key.",
+                )
+            if _ATTENTION_KEYS.fullmatch(key) and any(x not in _ATTENTION for x in _texts(value)):
+                raise located.refuse(
+                    f"{file.name} asks for code from a model hub ('{key}')", f"Remove '{key}' from it."
+                )
+            if key in _OTHER_KEYS and value:
+                reason, remedy = _OTHER_KEYS[key]
+                raise located.refuse(f"its {reason} ('{key}' in {file.name})", remedy)
+
+
+def pairs(value: Any) -> Iterator[tuple[str, Any]]:
+    """All keys of nested JSON with their values."""
+    waiting = [value]  # no recursion: how deep it is is the file's choice
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+        if isinstance(value, (dict, list)):
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+
+
+def _texts(value: Any) -> list[str]:
+    """All texts in a value of nested JSON."""
+    inner = [x for _, x in pairs(value)] if isinstance(value, (dict, list)) else [value]
+    return [x for x in inner if isinstance(x, str)]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none: the library that needs it says what is wrong."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def refuse_pointer(file: Path, located: Located) -> None:
+    """Refuse a file that git left as a pointer to its content."""
+    with open(file, "rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise located.refuse(
+                f"{file.name} is a Git LFS pointer, not the file itself",
+                "Run `git lfs pull` in that folder, or copy the file from where it is whole.",
+            )
+
+
+def check_weights(file: Path, located: Located) -> None:
+    """Refuse a weights file that is a pointer, cut off, an archive of code, or none at all.
+
+    Raises
+    ------
+    ModelNotFound
+        With a remedy for the case.
+    """
+    refuse_pointer(file, located)
+    if file.suffix == ".json":
+        return
+    if file.suffix == ".safetensors":
+        _check_safetensors(file, located)
+    elif zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if any(Path(name).name == "constants.pkl" or "/code/" in name for name in archive.namelist()):
+                raise located.refuse(f"{file.name} is a TorchScript archive, which holds code", _CONVERT)
+    elif file.suffix not in (".npz", ".npy"):
+        with open(file, "rb") as opened:
+            if opened.read(1) != b"\x80":  # the first byte of torch's older format
+                raise located.refuse(f"{file.name} holds no weights, or only their beginning", COPY_WHOLE)
+
+
+_CONVERT = (
+    "Convert it once, where you trust its source: load it with the program that wrote it and save its tensors "
+    "alone with safetensors.torch.save_file."
+)
+
+
+def _check_safetensors(file: Path, located: Located) -> None:
+    size = file.stat().st_size
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        try:
+            header = json.loads(opened.read(length)) if length <= min(size - 8, 2**27) else None
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+            whole = 8 + length + max(ends, default=0)
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
+            raise located.refuse(f"{file.name} is damaged: it does not begin as safetensors do") from None
+    if size != whole:
+        raise located.refuse(f"{file.name} is damaged: it has {size:,} bytes, and should have {whole:,}")
+
+
+# -- hashing -------------------------------------------------------------------------------------------------
+
+
+def folder_hash(folder: Path, weights: Sequence[Path] | None = None) -> str:
+    """SHA-256 over names and contents of everything in a model folder that changes its numbers.
+
+    Parameters
+    ----------
+    folder : Path
+    weights : sequence of Path, optional
+        The files of weights that are loaded; with them the settings beside them count. Without: every file at
+        any depth, except what Python or a reader leaves behind.
+    """
+    if weights is None:
         files = [f for f in folder.rglob("*") if f.is_file() and f.suffix not in (".pyc", ".py", ".md")]
     else:
         files = [f for f in folder.iterdir() if f.is_file() and f.suffix in _CONFIG_SUFFIXES]
-        files += weight_files(folder)
+        files += weights
     digest = hashlib.sha256()
     for file in sorted(set(files)):
         digest.update(f"{file.relative_to(folder).as_posix()}={file_hash(file)}\n".encode())
@@ -308,6 +618,55 @@ def file_hash(path: str | Path) -> str:
 def _file_hash(path: str, size: int, mtime_ns: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- loading -------------------------------------------------------------------------------------------------
+
+# Words of a library's error that advise what nobody should do here.
+_ADVICE = re.compile(
+    r"weights_only|trust_remote_code|allow_pickle|torch\.load|arbitrary code|custom code|ignore_mismatched|"
+    r"use_safetensors|from_tf|from_flax|unsafe|TORCH_|HF_|TRANSFORMERS_",
+    re.IGNORECASE,
+)
+# Keys that checkpoints written by older versions lack and that are no weights.
+_HARMLESS_MISSING = re.compile(r"position_ids$|attn_mask$|\.attn\.(masked_)?bias$")
+
+
+@contextmanager
+def reading(located: Located, remedy: str = COPY_WHOLE) -> Iterator[None]:
+    """Turn what a library raises while it reads a model's files into one line; our own mistakes pass through.
+
+    Stands around the library's call alone. The library's error is not chained: its text may advise to lower
+    the guard.
+    """
+    try:
+        yield
+    except ItemkitError:
+        raise
+    except Exception as error:
+        place = error.__traceback__
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        raised_in = place.tb_frame.f_globals.get("__name__", "") if place is not None else ""
+        if raised_in.partition(".")[0] == "itemkit" or _out_of_memory(error):
+            raise
+        if type(error).__name__ == "UnpicklingError":
+            raise located.refuse("its weights are a pickle that holds more than tensors", _CONVERT) from None
+        raise located.refuse(f"it cannot be loaded: {_cause(error)}", remedy) from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def _cause(error: Exception) -> str:
+    """What a library's error says, shortly, without its advice and without the home folder."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])[:300]
+    if not text or _ADVICE.search(text):
+        return f"{type(error).__name__} while its files were read"
+    home = str(Path.home())
+    return text.replace(home + os.sep, "~" + os.sep) if len(home) > 1 else text
 
 
 @contextmanager
@@ -336,20 +695,29 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def from_disk_only() -> Iterator[None]:
-    """Keep the model libraries off the network, and quiet, while a model loads.
+    """Keep the model libraries off the network, quiet, and from running code of a folder, while a model loads.
 
     Set in the process rather than by HF_HUB_OFFLINE, which is read only once, when the hub's library is
-    imported.
+    imported. `check_settings` refuses what asks for code; this is for the way that nobody thought of. With no
+    time for an answer transformers does not ask its question.
     """
     from huggingface_hub import constants
+    from transformers import dynamic_module_utils as dynamic
 
-    was_offline = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
+    def refuse(*args: object, **options: object) -> None:
+        raise ValueError("it asks for code of its own, which itemkit never runs")
+
+    settings = [(constants, "HF_HUB_OFFLINE", True), (dynamic, "TIME_OUT_REMOTE_CODE", 0)]
+    settings += [(dynamic, "get_class_in_module", refuse)]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
+    for owner, name, value in settings:
+        setattr(owner, name, value)
     try:
         with quiet():
             yield
     finally:
-        constants.HF_HUB_OFFLINE = was_offline
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 def load_transformer(auto_class: Any, located: Located, **options: Any) -> Any:
@@ -367,38 +735,54 @@ def load_transformer(auto_class: Any, located: Located, **options: Any) -> Any:
     **options
         Passed on.
     """
-    try:
-        with from_disk_only():
-            model, info = auto_class.from_pretrained(
-                located.path,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **options,
-            )
-    except UNREADABLE as error:
-        raise ModelNotFound(
-            f"{located.what} was found in {tidy(located.path)} but cannot be loaded: {first_line(error)}"
-        ) from error
+    fixed = {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
+    with reading(located), from_disk_only():
+        model, info = auto_class.from_pretrained(located.path, **fixed, **options)
     missing = [k for k in info["missing_keys"] if not _HARMLESS_MISSING.search(k)]
     wrong = [str(k[0] if isinstance(k, (tuple, list)) else k) for k in info["mismatched_keys"]]
-    refuse_partial(located, missing, wrong)
+    if missing or wrong:
+        kinds = ((missing, "missing"), (wrong, "of another shape"))
+        count = " and ".join(f"{len(keys)} {kind}" for keys, kind in kinds if keys)
+        raise located.refuse(
+            f"the weights do not fit the configuration beside them ({count}, e.g. "
+            f"'{min([*missing, *wrong])}'); random numbers would take their place"
+        )
     return model.eval()
 
 
-def refuse_partial(located: Located, missing: Sequence[str], wrong_shape: Sequence[str]) -> None:
-    """Raise if a checkpoint does not hold all weights of its model."""
-    if missing or wrong_shape:
-        kinds = [(len(missing), "missing"), (len(wrong_shape), "of another shape")]
-        count = " and ".join(f"{n} {kind}" for n, kind in kinds if n)
-        first = sorted([*missing, *wrong_shape])[0]
-        raise InputError(
-            f"{located.what}: the weights in {tidy(located.path)} do not fit the configuration beside them "
-            f"({count}, e.g. '{first}'); random numbers would take their place. Fetch the model again."
-        )
+def load_processor(
+    located: Located, room: int | None, reads_text: bool = True
+) -> tuple[Any | None, Any, Any]:
+    """Load what turns pictures and texts into numbers, and check that its vocabulary is the model's.
 
+    Parameters
+    ----------
+    located : Located
+    room, reads_text
+        See `require_vocabulary`.
 
-def first_line(error: BaseException) -> str:
-    """First non-empty line of an error's text, shortened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+    Returns
+    -------
+    processor or None, image processor, tokenizer
+        The first where the folder has both as one.
+    """
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    options = {"local_files_only": True, "trust_remote_code": False}
+    folder = located.path
+    # folders written before transformers 4.4x name their processor in preprocessor_config.json
+    named = (folder / "processor_config.json", folder / "preprocessor_config.json")
+    processor = None
+    with reading(located), from_disk_only():
+        if any("processor_class" in _read_json(file) for file in named):
+            processor = AutoProcessor.from_pretrained(folder, **options)
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        processor = None
+    with reading(located), from_disk_only():
+        if processor is not None:
+            images, tokenizer = processor.image_processor, processor.tokenizer
+        else:
+            images = AutoImageProcessor.from_pretrained(folder, **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    require_vocabulary(located, len(tokenizer), room, reads_text)
+    return processor, images, tokenizer

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from itemkit.errors import InputError, ModelNotFound
-from itemkit.models import UNREADABLE, Located, first_line, folder_hash, looks_like_path, not_found, tidy
+from itemkit.models import (
+    Located,
+    folder_hash,
+    looks_like_path,
+    not_found,
+    pairs,
+    reading,
+    refuse_pointer,
+    tidy,
+)
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -96,7 +108,7 @@ class Parser:
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that changes the objects, as JSON-ready values."""
-        return {"kind": "spacy", "rules": asdict(self.rules), "rules_version": RULES_VERSION, **self._record}
+        return self._record | {"rules": asdict(self.rules)}
 
 
 def phrases(doc: Doc, rules: ObjectRules) -> list[str]:
@@ -174,61 +186,98 @@ def load_parser(
     import spacy
 
     located = find_parser(model)
-    try:
-        # Named entities and lemmas are not used; without them parsing is faster.
-        nlp = spacy.load(located.path, exclude=["ner", "lemmatizer", "senter"])
-    except UNREADABLE as error:
-        raise ModelNotFound(
-            f"{located.what} was found in {tidy(located.path)} but spaCy {spacy.__version__} cannot load it: "
-            f"{first_line(error)}"
-        ) from error
     if options:
         rules = ObjectRules(**{**asdict(rules), **options})
+    with reading(located):
+        config = spacy.util.load_config(located.path / "config.cfg", interpolate=True)
+    _refuse_code(located, config)
+    with reading(located):
+        # Named entities and lemmas are not used; without them parsing is faster.
+        nlp = spacy.load(located.path, exclude=["ner", "lemmatizer", "senter"])
     _require_noun_chunks(nlp, located)
-    return Parser(
-        nlp,
-        rules,
-        {
-            "name": f"{nlp.meta.get('lang', '')}_{nlp.meta.get('name', '')}",
-            "version": str(nlp.meta.get("version", "")),
-            "files_sha256": folder_hash(located.path, recursive=True),
-        },
-    )
+    return Parser(nlp, rules, parser_fingerprint(located, rules))
+
+
+def parser_fingerprint(located: Located, rules: ObjectRules) -> dict[str, Any]:
+    """What `Parser.fingerprint` will say once the pipeline is loaded from there."""
+    try:
+        meta = dict(json.loads((located.path / "meta.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        meta = {}
+    return {
+        "kind": "spacy",
+        "name": f"{meta.get('lang', '')}_{meta.get('name', '')}",
+        "version": str(meta.get("version", "")),
+        "files_sha256": folder_hash(located.path),
+        "rules": asdict(rules),
+        "rules_version": RULES_VERSION,
+    }
 
 
 def find_parser(model: str | Path) -> Located:
     """Find a spaCy pipeline without loading it. Parameters and errors as in `load_parser`."""
-    if not looks_like_path(model):
-        from spacy.util import get_package_path, is_package
-
-        if is_package(str(model)):
-            return Located(f"parser '{model}'", _inner_folder(Path(get_package_path(str(model)))))
-        error = not_found(f"parser '{model}'", "the installed Python packages", f"no package '{model}'")
-        raise ModelNotFound(f"{error} spaCy's own way is `python -m spacy download {model}`.")
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        raise not_found(f"parser '{tidy(folder)}'", folder, "no such folder")
-    inner = _inner_folder(folder)
+    if looks_like_path(model):
+        folder = Path(model).expanduser()
+        what = f"parser '{tidy(folder)}'"
+        if not folder.is_dir():
+            raise not_found(what, folder, "no such folder")
+    else:
+        what = f"parser '{model}'"
+        # not spacy.util.get_package_path, which imports the package to find it
+        spec = importlib.util.find_spec(str(model)) if str(model).isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            own = f"no package '{model}'; `python -m spacy download {model}` is spaCy's own way"
+            raise not_found(what, "the installed Python packages", own)
+        folder = Path(next(iter(spec.submodule_search_locations)))
+    # an installed package keeps its pipeline in <name>-<version>
+    inner = folder
+    if not (folder / "config.cfg").is_file():
+        inner = next((file.parent for file in sorted(folder.glob("*/config.cfg"))), folder)
     if not (inner / "config.cfg").is_file():
-        raise not_found(f"parser '{tidy(folder)}'", folder, "no config.cfg, which a spaCy pipeline has")
-    return Located(f"parser '{tidy(folder)}'", inner)
+        raise not_found(what, folder, "no config.cfg, which a spaCy pipeline has")
+    located = Located(what, inner)
+    for file in inner.rglob("*"):
+        if file.is_file():
+            refuse_pointer(file, located)
+    return located
 
 
-def _inner_folder(folder: Path) -> Path:
-    """Step into <name>-<version>, where an installed package keeps its pipeline."""
-    if (folder / "config.cfg").is_file():
-        return folder
-    return next((file.parent for file in sorted(folder.glob("*/config.cfg"))), folder)
+# What a pipeline may be built from: spaCy's own functions and components, which read nothing but the folder.
+_OWN = re.compile(r"spacy(-legacy|-curated-transformers)?\.[\w.]+")
+_COMPONENTS = frozenset(
+    "tok2vec curated_transformer tagger morphologizer parser attribute_ruler lemmatizer senter sentencizer ner "
+    "trainable_lemmatizer merge_entities merge_noun_chunks merge_subtokens".split()
+)
+
+
+def _refuse_code(located: Located, config: dict[str, Any]) -> None:
+    """Refuse a pipeline whose configuration calls other functions than spaCy's, or loads another pipeline.
+
+    spaCy runs what the sections ``nlp`` and ``components`` name when it loads: functions registered by any
+    installed package, callbacks, and (``source``) other packages, which are imported. The other sections are
+    of its training.
+    """
+    found = ""
+    for key, value in pairs([config.get("nlp"), config.get("components")]):
+        own = _OWN.fullmatch(str(value)) if key.startswith("@") else key != "factory" or value in _COMPONENTS
+        if key in ("@callbacks", "source") or not own:
+            found = f"config.cfg runs '{value}' ({key}) when it is loaded"
+    if not re.fullmatch(r"[a-z]{2,3}", str(config.get("nlp", {}).get("lang"))):
+        found = "config.cfg names no language"
+    if found:
+        remedy = "Give a pipeline of spaCy's own components, saved with nlp.to_disk(folder)."
+        raise located.refuse(found, remedy)
 
 
 def _require_noun_chunks(nlp: Language, located: Located) -> None:
     """Try one sentence: a pipeline without parts of speech gives no chunks and no error."""
     try:
-        found = [chunk.text for chunk in nlp("A red ball is on the green grass.").noun_chunks]
-    except (ValueError, NotImplementedError) as error:
+        with reading(located):
+            found = [chunk.text for chunk in nlp("A red ball is on the green grass.").noun_chunks]
+    except ModelNotFound as error:
         raise InputError(
-            f"{located.what} gives no noun chunks ({first_line(error)}); use an English pipeline"
-        ) from error
+            f"{located.what} gives no noun chunks; use an English pipeline ({error.reason})"
+        ) from None
     if not found:
         raise InputError(
             f"{located.what} has {', '.join(nlp.pipe_names) or 'no components'}; noun chunks need a tagger, "

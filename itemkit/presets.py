@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from itemkit.errors import InputError, ModelNotFound
-from itemkit.models import ANY_PRESET, PARTS, REMEDY, Located, Models, looks_like_path, tidy
+from itemkit.models import (
+    LOCALISERS,
+    PARTS,
+    Located,
+    Models,
+    fetch_remedy,
+    localiser_fingerprint,
+    looks_like_path,
+    names_object,
+    own_part,
+    run_fingerprint,
+    tidy,
+)
 
 if TYPE_CHECKING:
     import torch
 
+    from itemkit.encoder import Source
 
-MINI_REMEDY = (
-    " The mini models come with the repository: `git checkout data/mini` brings them back, `make lab` trains "
-    "them anew, and ITEMKIT_DATA names another data folder."
+_CHECKOUT = Path(__file__).resolve().parents[1]
+MINI_REMEDY = "The mini models come with itemkit: " + (
+    "`git checkout data/mini` brings them back, or `git lfs pull` if they are pointers."
+    if (_CHECKOUT / "pyproject.toml").is_file()
+    else "`pip install --force-reinstall --no-deps itemkit` brings them back."
 )
+MINI_REMEDY += " If ITEMKIT_DATA is set, unset it, or let it name a folder that holds mini/models."
 MODELS_VARIABLE = "ITEMKIT_MODELS"
-DETECTORS = {
-    "owlv2": "google/owlv2-base-patch16-ensemble",
-    "grounding_dino": "IDEA-Research/grounding-dino-base",
-}
-"""Localisers that are models of their own; defaults as in `regions.grounding`, which is slow to import."""
-LOCALISERS = ("whole", "grid", "dense", *DETECTORS)
+DETECTORS = tuple(name for name, options in LOCALISERS.items() if "model" in options)
+"""Localisers that are models of their own."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +50,24 @@ class Preset:
     name, about : str
         How it is called, and what it is for, in one sentence.
     captioner : str, Path, object or None
-        Transformers folder or hub name, or anything with ``caption`` and ``fingerprint``; None leaves it out
+        Transformers folder or hub name, or a captioner of one's own (see `models.Models`); None leaves it out
         (all captions then come with the images).
     captioner_options : mapping
         Of `captions.load_captioner`.
     parser : str, Path, object or None
-        spaCy package or folder, or anything with ``objects`` and ``fingerprint``; None gives global features
-        only.
+        spaCy package or folder, or anything with ``objects``; None gives global features only.
     parser_options : mapping
         Fields of `objects.ObjectRules`.
     encoder, encoder_pretrained : str, Path or object
         open_clip name and tag, or a folder; or an `Encoder`.
     localiser : str, object or None
-        Name for `regions.make_localiser`, or anything with ``locate`` and ``fingerprint``.
+        Name for `regions.make_localiser`, or a localiser of one's own.
     localiser_options : mapping
-        Of the localiser, for a detector with ``model``.
+        Of the localiser, for an object detector with ``model``.
     precision : str
         Of captioner and encoder, see `devices.choose_precision`.
+
+    Captioner, parser and localiser may also be named as "module:object".
     """
 
     name: str
@@ -69,6 +81,11 @@ class Preset:
     parser_options: Mapping[str, Any] = field(default_factory=dict)
     localiser_options: Mapping[str, Any] = field(default_factory=dict)
     precision: str = "auto"
+
+    def part(self, name: str) -> Any:
+        """A part as it is given: a model's name or folder, an object, or None; "module:object" is looked up."""
+        value = getattr(self, name)
+        return own_part(name, value) if names_object(value) and name != "encoder" else value
 
     def build(self, device: str | torch.device = "auto") -> Models:
         """Load all models from this machine.
@@ -91,31 +108,61 @@ class Preset:
 
         chosen = choose_device(device)
         self.require()
-        try:
-            encoder, parser = self.encoder, self.parser
-            captioner, localiser = self.captioner, self.localiser
-            if _by_name(encoder):
-                encoder = load_encoder(encoder, self.encoder_pretrained, chosen, self.precision)
-            if _by_name(parser):
-                parser = load_parser(parser, **self.parser_options)
-            if _by_name(captioner):
-                captioner = load_captioner(captioner, chosen, self.precision, **self.captioner_options)
-            if _by_name(localiser):
-                options = dict(self.localiser_options)
-                if "model" in options:
-                    options.setdefault("device", chosen)
-                localiser = make_localiser(localiser, encoder, **options)
-        except ModelNotFound as error:
-            # from the cause: in a notebook the same message would be shown twice
-            raise ModelNotFound(str(error).replace(ANY_PRESET, self.name)) from error.__cause__
+        captioner, parser, encoder, localiser = (self.part(name) for name in PARTS)
+        if _by_name(encoder):
+            encoder = load_encoder(encoder, self.encoder_pretrained, chosen, self.precision)
+        if _by_name(parser):
+            parser = load_parser(parser, **self.parser_options)
+        if _by_name(captioner):
+            captioner = load_captioner(captioner, chosen, self.precision, **self.captioner_options)
+        if _by_name(localiser):
+            options = dict(self.localiser_options)
+            if "model" in options:
+                options.setdefault("device", chosen)
+            localiser = make_localiser(localiser, encoder, **options)
         return Models(encoder, captioner, parser, localiser)
 
     def fingerprint(self, captions: str = "generate", device: str | torch.device = "auto") -> dict[str, Any]:
-        """As ``build(device).fingerprint(captions)``."""
-        return self.build(device).fingerprint(captions)
+        """What ``build(device).fingerprint(captions)`` says, from the files alone: no model is loaded.
+
+        Parameters
+        ----------
+        captions : {"generate", "user"}
+            Where captions come from.
+        device : str or torch.device
+            Only checked, where it is not "auto" or "cpu": a fingerprint is the same on every device.
+
+        Raises
+        ------
+        ModelNotFound
+            As of `build`.
+        """
+        from itemkit.captions import Decoding, captioner_fingerprint
+        from itemkit.objects import ObjectRules, parser_fingerprint
+
+        if str(device) not in ("auto", "cpu"):
+            from itemkit.devices import choose_device
+
+            choose_device(device)
+        found: dict[str, Any] = self.require()
+        parts = {name: self.part(name) for name in PARTS}
+        if _by_name(parts["captioner"]):
+            options = {key: value for key, value in self.captioner_options.items() if key != "batch_size"}
+            parts["captioner"] = captioner_fingerprint(
+                found["captioner"], self.precision, Decoding(**options)
+            )
+        if _by_name(parts["parser"]):
+            parts["parser"] = parser_fingerprint(found["parser"], ObjectRules(**self.parser_options))
+        if _by_name(parts["encoder"]):
+            parts["encoder"] = found["encoder"].fingerprint(self.precision)
+        if _by_name(parts["localiser"]):
+            parts["localiser"] = localiser_fingerprint(
+                parts["localiser"], self.localiser_options, found.get("localiser")
+            )
+        return run_fingerprint(parts, captions)
 
     def find(self) -> dict[str, Located | ModelNotFound]:
-        """Look for the files of every part that is given by name, without loading them.
+        """Look for the files of every part that is given by name, and check them, without loading any.
 
         Returns
         -------
@@ -128,40 +175,51 @@ class Preset:
         InputError
             A name or tag that nobody knows.
         """
+        found = self._find()
+        return {part: getattr(where, "located", where) for part, where in found.items()}
+
+    def _find(self) -> dict[str, Located | Source | ModelNotFound]:
         from itemkit.encoder import find_encoder
         from itemkit.models import find_folder
         from itemkit.objects import find_parser
 
-        finders: dict[str, Callable[[], Located]] = {}
-        if _by_name(self.captioner):
-            finders["captioner"] = lambda: find_folder(self.captioner, "captioner")
-        if _by_name(self.parser):
-            finders["parser"] = lambda: find_parser(self.parser)
-        if _by_name(self.localiser) and "model" in self.localiser_options:
-            finders["localiser"] = lambda: find_folder(self.localiser_options["model"], "detector")
-        if _by_name(self.encoder):
-            finders["encoder"] = lambda: find_encoder(self.encoder, self.encoder_pretrained).located
-        found: dict[str, Located | ModelNotFound] = {}
+        finders: dict[str, Callable[[], Located | Source]] = {
+            "captioner": lambda: find_folder(self.captioner, "captioner"),
+            "parser": lambda: find_parser(self.parser),
+            "localiser": lambda: find_folder(self.localiser_options["model"], "object detector"),
+            "encoder": lambda: find_encoder(self.encoder, self.encoder_pretrained),
+        }
+        if "model" not in self.localiser_options:
+            del finders["localiser"]
+        found: dict[str, Located | Source | ModelNotFound] = {}
         for part, find in finders.items():
+            if not _by_name(self.part(part)):
+                continue
             try:
                 found[part] = find()
             except ModelNotFound as error:
                 found[part] = error
         return found
 
-    def require(self) -> None:
-        """Raise one `ModelNotFound` that names every model that is not on this machine, and what to do."""
-        missing = [str(error) for error in self.find().values() if isinstance(error, ModelNotFound)]
+    def require(self) -> dict[str, Located | Source]:
+        """Find all files, or raise one `ModelNotFound` that names every model that is missing, and what to do."""
+        found = self._find()
+        missing = [where for where in found.values() if isinstance(where, ModelNotFound)]
         if not missing:
-            return
-        facts = _told_once([message.partition(REMEDY)[0] for message in missing])
-        if self.name == "mini" and all(tidy(mini_folder()) in message for message in missing):
+            return found  # type: ignore[return-value]
+        absent = [error for error in missing if not error.reason]  # others are there and cannot be used
+        remedy = fetch_remedy(self.name, len(absent) > 1) if absent else ""
+        if absent and self.name == "mini" and all(tidy(mini_folder()) in error.looked for error in absent):
             remedy = MINI_REMEDY  # no hub has these
-        else:
-            remedy = REMEDY.replace(ANY_PRESET, self.name)
-        if len(missing) > 1:
-            remedy = remedy.replace("Fetch it", "Fetch them").replace("holds it", "holds them")
-        raise ModelNotFound(facts + remedy)
+        places: dict[str, list[str]] = {}  # models looked for in one place share a sentence
+        for error in absent:
+            places.setdefault(error.looked, []).append(error.what)
+        facts = [
+            f"{', '.join(names)} {'are' if len(names) > 1 else 'is'} not on this machine (looked in {looked})."
+            for looked, names in places.items()
+        ]
+        broken = [str(error) for error in missing if error.reason]
+        raise ModelNotFound(" ".join([*broken, *facts]), remedy=remedy)
 
     def record(self) -> dict[str, Any]:
         """The choices as JSON-ready values without anybody's home folder, to be kept beside results."""
@@ -202,7 +260,7 @@ PRESETS: dict[str, Preset] = {
         encoder_pretrained="openai",
         parser="en_core_web_sm",
         localiser="grounding_dino",
-        localiser_options={"model": "IDEA-Research/grounding-dino-base"},
+        localiser_options={"model": LOCALISERS["grounding_dino"]["model"]},
     ),
 }
 
@@ -225,8 +283,8 @@ def get_preset(
     **overrides
         Fields of `Preset`, e.g. ``localiser="whole"``, ``captioner=my_object``, ``encoder="./my-clip"``. A
         captioner, encoder, parser or localiser that is replaced starts from that part's default options. In
-        one text: ``encoder="ViT-B-16:openai"`` (name and tag), ``localiser="owlv2:./my-owl"`` (detector and
-        its model). A detector without a model gets the folder's, or else its default.
+        one text: ``encoder="ViT-B-16:openai"`` (name and tag), ``localiser="owlv2:./my-owl"`` (object
+        detector and its model). An object detector without a model gets the folder's, or else its default.
 
     Returns
     -------
@@ -241,17 +299,15 @@ def get_preset(
     'whole'
     """
     if name not in PRESETS:
-        raise InputError(f"preset '{name}' is unknown.{_hint(name, PRESETS)} Known: {', '.join(PRESETS)}.")
-    known = [f.name for f in dataclasses.fields(Preset) if f.name not in ("name", "about")]
+        raise _unknown(f"preset '{name}' is unknown", name, PRESETS)
+    known = [f.name for f in dataclasses.fields(Preset)]
     for key in overrides:
         if key not in known:
-            raise InputError(f"a preset has no field '{key}'.{_hint(key, known)} Fields: {', '.join(known)}.")
+            raise _unknown(f"a preset has no field '{key}'", key, known)
     preset = PRESETS[name]
     if name == "mini":
-        folders: dict[str, Any] = {
-            part: str(mini_folder() / "models" / str(getattr(preset, part))) for part in PARTS[:3]
-        }
-        preset = dataclasses.replace(preset, **folders)
+        folders = {part: str(mini_folder() / "models" / getattr(preset, part)) for part in PARTS[:3]}
+        preset = dataclasses.replace(preset, **folders)  # type: ignore[arg-type]
     elif folder is None and use_variable:
         folder = os.environ.get(MODELS_VARIABLE) or None
     folder = None if folder is None else Path(folder).expanduser()
@@ -268,29 +324,36 @@ def get_preset(
         if part in overrides and options not in overrides:
             overrides[options] = None if part == "encoder" else {}
     preset = dataclasses.replace(preset, **overrides)
-    if isinstance(preset.localiser, str) and preset.localiser not in LOCALISERS:
-        hint = _hint(preset.localiser, LOCALISERS)
-        raise InputError(f"localiser '{preset.localiser}' is unknown.{hint} Known: {', '.join(LOCALISERS)}.")
-    if isinstance(preset.localiser, str) and preset.localiser in DETECTORS:
-        model = str(folder / "detector") if folder is not None else DETECTORS[preset.localiser]
-        preset = dataclasses.replace(preset, localiser_options={"model": model, **preset.localiser_options})
+    localiser = preset.localiser
+    if isinstance(localiser, str) and not names_object(localiser):
+        if localiser not in LOCALISERS:
+            known = [*LOCALISERS, "your own as module:object"]
+            raise _unknown(f"localiser '{localiser}' is unknown", localiser, known)
+        if localiser in DETECTORS:
+            model = str(folder / "detector") if folder is not None else LOCALISERS[localiser]["model"]
+            options = {"model": model, **preset.localiser_options}
+            preset = dataclasses.replace(preset, localiser_options=options)
     return preset
 
 
 def mini_folder() -> Path:
-    """Folder of the mini laboratory's models and fakes: ``data/mini`` of the checkout, or under ITEMKIT_DATA.
+    """Folder of the mini laboratory's models and images.
 
     Returns
     -------
     Path
-        It need not exist: whoever reads from it says what is missing.
+        ``mini`` under ITEMKIT_DATA where that is set, else ``data/mini`` of the checkout, else the copy that an
+        installed package carries. It need not exist: whoever reads from it says what is missing.
     """
-    root = os.environ.get("ITEMKIT_DATA")
-    return Path(root).expanduser() / "mini" if root else Path(__file__).resolve().parents[1] / "data" / "mini"
+    if root := os.environ.get("ITEMKIT_DATA"):
+        return Path(root).expanduser() / "mini"
+    checkout = _CHECKOUT / "data" / "mini"
+    shipped = Path(__file__).resolve().parent / "data" / "mini"
+    return shipped if shipped.is_dir() and not checkout.is_dir() else checkout
 
 
 def _split_names(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Take NAME:TAG of an encoder and NAME:MODEL of a detector apart, as the command line gives them."""
+    """Take NAME:TAG of an encoder and NAME:MODEL of an object detector apart, as the command line gives them."""
     parts = dict(overrides)
     encoder, localiser = parts.get("encoder"), parts.get("localiser")
     if isinstance(encoder, str) and not encoder.startswith("hf-hub:") and not looks_like_path(encoder):
@@ -308,8 +371,9 @@ def _split_names(overrides: Mapping[str, Any]) -> dict[str, Any]:
 def _from_folder(preset: Preset, folder: Path) -> Preset:
     if not folder.is_dir():
         raise ModelNotFound(
-            f"there is no folder of models at {tidy(folder)}. Make one where a model hub can be reached: "
-            f"`itemkit download --preset {preset.name} --to FOLDER`, and copy it here"
+            f"there is no folder of models at {tidy(folder)}",
+            remedy="Make one where a model hub can be reached: "
+            f"`itemkit download --preset {preset.name} --to FOLDER`, and copy it here",
         )
     changes: dict[str, Any] = {
         "encoder": str(folder / "encoder"),
@@ -322,18 +386,10 @@ def _from_folder(preset: Preset, folder: Path) -> Preset:
     return dataclasses.replace(preset, **changes)
 
 
-def _told_once(facts: list[str]) -> str:
-    """Join what is missing; models that were looked for in one place share a sentence."""
-    places: dict[str, list[str]] = {}
-    for fact in facts:
-        what, _, place = fact.partition(" is not on this machine ")
-        places.setdefault(place, []).append(what)
-    return " ".join(
-        f"{', '.join(names)} {'are' if len(names) > 1 else 'is'} not on this machine {place}"
-        if place
-        else names[0]
-        for place, names in places.items()
-    )
+def _unknown(what: str, word: str, known: Iterable[str]) -> InputError:
+    from itemkit.text import did_you_mean
+
+    return InputError(f"{what}.{did_you_mean(word, known)} Known: {', '.join(known)}.")
 
 
 def _by_name(part: Any) -> bool:
@@ -344,12 +400,11 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _jsonable(v) for k, v in value.items()}
     if isinstance(value, (str, Path)):
-        return tidy(str(value).replace(str(mini_folder()), "data/mini"))
+        place = Path(value)
+        mini = mini_folder()
+        return (
+            f"data/mini/{place.relative_to(mini).as_posix()}" if place.is_relative_to(mini) else tidy(value)
+        )
     if value is None or isinstance(value, (int, float, bool)):
         return value
     return type(value).__name__
-
-
-def _hint(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" Did you mean '{close[0]}'?" if close else ""

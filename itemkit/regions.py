@@ -1,14 +1,13 @@
 """Third step of the method: where in the image each semantic object is, and the embedding of that region.
 
 Rule for an object that is not there: `whole`, `grid` and `dense` always return their best region, and the
-score (its cosine with the phrase) says how good it is. A detector that finds nothing above its threshold
+score (its cosine with the phrase) says how good it is. An object detector that finds nothing above its threshold
 falls back to the whole image with score 0. So every phrase has exactly one region; a caption without objects
 has none, and what that means is decided where features are pooled (`misalignment`).
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from itemkit.encoder import stack_pixels
 from itemkit.errors import InputError
+from itemkit.models import GRID_MAX_STEPS, LOCALISERS, localiser_fingerprint, part_fingerprint
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from itemkit.encoder import Encoder, ImageEmbedding
 
 Box = tuple[float, float, float, float]
-MAX_STEPS = 12  # windows per axis and scale; bounds the work on panoramas
 
 
 @dataclass(frozen=True)
@@ -41,17 +40,14 @@ class Regions:
     boxes : float32 tensor, shape (m, 4)
         x0, y0, x1, y1 in pixels of the original image.
     scores : float32 tensor, shape (m,)
-        Cosine with the phrase, or a detector's confidence; 0 for a detector's fallback.
+        Cosine with the phrase, or an object detector's confidence; 0 for its fallback.
     emb : float32 tensor, shape (m, d)
         L2-normalised embeddings of the regions in the joint space.
-    norm : float32 tensor, shape (m,), or None
-        Lengths of the regions' embeddings before normalisation.
     """
 
     boxes: Tensor
     scores: Tensor
     emb: Tensor
-    norm: Tensor | None = None
 
 
 class Localiser(Protocol):
@@ -115,34 +111,29 @@ def windows(width: int, height: int, scales: Sequence[float], overlap: float) ->
 
 def _starts(length: int, side: int, overlap: float) -> list[int]:
     step = max(1.0, side * (1 - overlap))
-    count = min(math.ceil((length - side) / step) + 1, MAX_STEPS)
+    count = min(math.ceil((length - side) / step) + 1, GRID_MAX_STEPS)
     return [round(i * (length - side) / max(1, count - 1)) for i in range(count)]
 
 
 def embed_boxes(
     encoder: Encoder, images: Sequence[Image], boxes: Sequence[Box], batch_size: int = 32
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Embed one crop per image and box; a box has at least one pixel.
 
     Returns
     -------
-    float tensors, shapes (len(boxes), d) and (len(boxes),)
-        Embeddings, and their lengths before normalisation (NaN if the encoder tells none).
+    float32 tensor, shape (len(boxes), d)
     """
     crops = []
     for image, (x0, y0, x1, y1) in zip(images, boxes, strict=True):
         left, top = min(int(x0), image.width - 1), min(int(y0), image.height - 1)
         right, bottom = max(left + 1, math.ceil(x1)), max(top + 1, math.ceil(y1))
         crops.append(image.crop((left, top, min(right, image.width), min(bottom, image.height))))
-    emb, norms = [], []
+    emb = [torch.zeros(0, encoder.dim, device=encoder.device)]
     for start in range(0, len(crops), batch_size):
         pixels = stack_pixels(encoder.preprocess, crops[start : start + batch_size])
-        found = encoder.encode_images(pixels)
-        emb.append(found.pooled)
-        norms.append(found.pooled.new_full((len(pixels),), math.nan) if found.norm is None else found.norm)
-    if not emb:
-        return torch.zeros(0, encoder.dim, device=encoder.device), torch.zeros(0, device=encoder.device)
-    return torch.cat(emb), torch.cat(norms)
+        emb.append(encoder.encode_images(pixels).pooled)
+    return torch.cat(emb)
 
 
 def peak_boxes(maps: Tensor, level: float) -> Tensor:
@@ -216,12 +207,11 @@ class Whole:
         emb = embedding.pooled[owner]
         size = torch.tensor([image.size for image in images], dtype=torch.float32, device=emb.device)
         boxes = torch.cat([torch.zeros_like(size), size], dim=1)[owner]
-        norm = None if embedding.norm is None else embedding.norm[owner]
-        return Regions(boxes, (emb * phrase_emb).sum(dim=1), emb, norm)
+        return Regions(boxes, (emb * phrase_emb).sum(dim=1), emb)
 
     def fingerprint(self) -> dict[str, Any]:
         """See `Localiser.fingerprint`."""
-        return {"kind": "whole"}
+        return localiser_fingerprint("whole", {})
 
 
 class Grid:
@@ -243,8 +233,8 @@ class Grid:
     def __init__(
         self,
         encoder: Encoder,
-        scales: Sequence[float] = (1.0, 0.7, 0.45),
-        overlap: float = 0.5,
+        scales: Sequence[float] = LOCALISERS["grid"]["scales"],
+        overlap: float = LOCALISERS["grid"]["overlap"],
         batch_size: int | None = None,
     ) -> None:
         if not scales or not all(0 < s <= 1 for s in scales) or not 0 <= overlap < 1:
@@ -266,26 +256,22 @@ class Grid:
         """See `Localiser.locate`."""
         device = embedding.pooled.device
         boxes, scores, emb = _empty(len(owner), phrase_emb.shape[1], device)
-        norm = torch.full_like(scores, math.nan)
         for group in self._groups(images, owner.unique().tolist()):
             found = [box for _, of_image in group for box in of_image]
             sources = [images[index] for index, of_image in group for _ in of_image]
-            crops, lengths = embed_boxes(self.encoder, sources, found, self.batch_size)
+            crops = embed_boxes(self.encoder, sources, found, self.batch_size)
             start = 0
             for index, of_image in group:
-                mine = slice(start, start + len(of_image))
+                emb_of = crops[start : start + len(of_image)]
                 start += len(of_image)
-                emb_of, norm_of = crops[mine], lengths[mine]
                 laid = torch.tensor(of_image, dtype=torch.float32, device=device).reshape(-1, 4)
                 if self._sees_whole(images[index]):  # this window is embedded already
                     emb_of = torch.cat([embedding.pooled[index : index + 1], emb_of])
-                    whole = norm.new_tensor([math.nan]) if embedding.norm is None else embedding.norm[[index]]
-                    norm_of = torch.cat([whole, norm_of])
                     laid = torch.cat([laid.new_tensor([[0, 0, *images[index].size]]), laid])
                 rows = (owner == index).nonzero().squeeze(1)
                 scores[rows], best = (phrase_emb[rows].float() @ emb_of.T).max(dim=1)
-                boxes[rows], emb[rows], norm[rows] = laid[best], emb_of[best], norm_of[best]
-        return Regions(boxes, scores, emb, norm)
+                boxes[rows], emb[rows] = laid[best], emb_of[best]
+        return Regions(boxes, scores, emb)
 
     def _sees_whole(self, image: Image) -> bool:
         """Whether the first window is the image itself."""
@@ -306,14 +292,14 @@ class Grid:
 
     def fingerprint(self) -> dict[str, Any]:
         """See `Localiser.fingerprint`."""
-        return {"kind": "grid", "scales": list(self.scales), "overlap": self.overlap, "max_steps": MAX_STEPS}
+        return localiser_fingerprint("grid", {"scales": self.scales, "overlap": self.overlap})
 
 
 class Dense:
     """The encoder's own patch map: one forward pass gives the image and all its regions.
 
     The region's embedding is the mean of the patch embeddings, weighted by the softmax of their cosines with
-    the phrase; its length is the same mean of theirs. The box is drawn around the connected part of the map
+    the phrase. The box is drawn around the connected part of the map
     that holds the best patch. A CLIP trained on captions alone has a weak patch map: look at `heatmap` before
     trusting the boxes.
 
@@ -330,7 +316,9 @@ class Dense:
 
     needs_patches, needs_phrases = True, False
 
-    def __init__(self, encoder: Encoder, temperature: float | None = None, level: float = 0.5) -> None:
+    def __init__(
+        self, encoder: Encoder, temperature: float | None = None, level: float = LOCALISERS["dense"]["level"]
+    ) -> None:
         if encoder.patch_grid is None:
             # Raises the error that names the ways out.
             encoder.embed_pixels(torch.zeros(1, 3, *encoder.image_size), patches=True)
@@ -338,7 +326,7 @@ class Dense:
             raise InputError(
                 f"dense: got temperature {temperature} and level {level}; expected > 0 and [0, 1)"
             )
-        self.encoder, self.level = encoder, level
+        self.encoder, self.level, self._temperature = encoder, level, temperature
         self.temperature = 1 / encoder.logit_scale if temperature is None else temperature
 
     def locate(
@@ -357,7 +345,6 @@ class Dense:
         grid = self.encoder.patch_grid or (1, 1)
         device = embedding.pooled.device
         boxes, scores, emb = _empty(len(owner), phrase_emb.shape[1], device)
-        norm = torch.full_like(scores, math.nan)
         for index in owner.unique().tolist():  # by image: patches repeated for each phrase would be large
             rows = (owner == index).nonzero().squeeze(1)
             width, height = images[index].size
@@ -367,16 +354,83 @@ class Dense:
             cosine = cosine.masked_fill(~inside(grid, frame, width, height).to(device), -math.inf)
             weight = (cosine / self.temperature).softmax(dim=1)
             emb[rows] = F.normalize(weight @ patches, dim=1)
-            if embedding.patch_norm is not None:
-                norm[rows] = weight @ embedding.patch_norm[index]
             scores[rows] = (emb[rows] * phrase_emb[rows]).sum(dim=1)
             cells = peak_boxes(cosine.reshape(-1, *grid), self.level)
             boxes[rows] = cells_to_pixels(cells, grid, frame, width, height)
-        return Regions(boxes, scores, emb, norm)
+        return Regions(boxes, scores, emb)
 
     def fingerprint(self) -> dict[str, Any]:
         """See `Localiser.fingerprint`."""
-        return {"kind": "dense", "temperature": self.temperature, "level": self.level}
+        # as it was given: the encoder's own temperature goes with the encoder's fingerprint
+        return localiser_fingerprint("dense", {"temperature": self._temperature, "level": self.level})
+
+
+class BoxLocaliser:
+    """Localiser from boxes: the base of the object detectors, and of what a user writes.
+
+    Parameters
+    ----------
+    encoder : Encoder
+        Embeds what is in the boxes.
+    finder : object
+        With ``boxes(image, phrases)``, which returns for each phrase ``(x0, y0, x1, y1, score)`` in pixels of the
+        image, or None where it is not found: then the whole image stands for it with score 0. And with a
+        ``version`` or ``fingerprint()``, see `itemkit.models.Models`.
+    """
+
+    needs_patches, needs_phrases = False, True
+
+    def __init__(self, encoder: Encoder, finder: Any) -> None:
+        self.encoder, self.finder = encoder, finder
+
+    def locate(
+        self,
+        images: Sequence[Image],
+        embedding: ImageEmbedding,
+        phrase_emb: Tensor,
+        owner: Tensor,
+        phrases: Sequence[str] | None = None,
+    ) -> Regions:
+        """See `Localiser.locate`."""
+        kind = type(self.finder).__name__
+        if phrases is None or len(phrases) != len(owner):
+            got = "none" if phrases is None else str(len(phrases))
+            raise InputError(
+                f"{kind} reads the phrases: expected phrases= with {len(owner)} texts, got {got}"
+            )
+        boxes, scores, _ = _empty(len(owner), 0, embedding.pooled.device)
+        emb = embedding.pooled[owner].clone()  # the fallback: the whole image
+        found: list[int] = []
+        for index in owner.unique().tolist():
+            rows = (owner == index).nonzero().squeeze(1).tolist()
+            image = images[index]
+            boxes[rows] = boxes.new_tensor([0, 0, *image.size])
+            if min(image.size) < 2:  # image processors fail on a line of pixels
+                continue
+            answers = list(self.finder.boxes(image, [phrases[row] for row in rows]))
+            if len(answers) != len(rows):
+                raise InputError(
+                    f"{kind}.boxes() was given {len(rows)} phrases and returned {len(answers)} boxes"
+                )
+            for row, answer in zip(rows, answers, strict=True):
+                if answer is None:
+                    continue
+                *corners, score = (float(value) for value in answer)
+                limits = (*image.size, *image.size)
+                x0, y0, x1, y1 = (
+                    min(max(value, 0.0), limit) for value, limit in zip(corners, limits, strict=True)
+                )
+                if x1 > x0 and y1 > y0:
+                    boxes[row], scores[row] = boxes.new_tensor([x0, y0, x1, y1]), score
+                    found.append(row)
+        if found:
+            crops = [images[int(owner[row])] for row in found]
+            emb[found] = embed_boxes(self.encoder, crops, [tuple(boxes[row].tolist()) for row in found])
+        return Regions(boxes, scores, emb)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """See `Localiser.fingerprint`."""
+        return part_fingerprint("localiser", self.finder) or {}
 
 
 def _empty(m: int, d: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -419,7 +473,7 @@ def make_localiser(name: str, encoder: Encoder, **options: Any) -> Localiser:
     Parameters
     ----------
     name : {"whole", "grid", "dense", "owlv2", "grounding_dino"}
-        The last two are detectors of transformers: pass ``model=`` a folder or hub name.
+        The last two are object detectors of transformers: pass ``model=`` a folder or hub name.
     encoder : Encoder
         Embeds the regions.
     **options
@@ -430,17 +484,17 @@ def make_localiser(name: str, encoder: Encoder, **options: Any) -> Localiser:
     InputError
         Unknown name or option, or the encoder has no patches for "dense".
     """
-    classes: dict[str, Any] = {"whole": Whole, "grid": Grid, "dense": Dense}
-    detectors = ("owlv2", "grounding_dino")
-    if name in detectors:
-        from itemkit import detection as grounding
+    from itemkit.text import did_you_mean
 
-        classes = {"owlv2": grounding.load_owlv2, "grounding_dino": grounding.load_grounding_dino}
-    elif name not in classes:
-        known = [*classes, *detectors]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise InputError(f"localiser '{name}' is unknown.{hint} Known: {', '.join(known)}.")
+    classes: dict[str, Any] = {"whole": Whole, "grid": Grid, "dense": Dense}
+    if name not in LOCALISERS:
+        raise InputError(
+            f"localiser '{name}' is unknown.{did_you_mean(name, LOCALISERS)} Known: {', '.join(LOCALISERS)}."
+        )
+    if name not in classes:
+        from itemkit import detection
+
+        classes |= {"owlv2": detection.load_owlv2, "grounding_dino": detection.load_grounding_dino}
     taken = list(inspect.signature(classes[name]).parameters)[1:]
     unknown = sorted(set(options) - set(taken))
     if unknown:
