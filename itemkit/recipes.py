@@ -21,21 +21,11 @@ from itemkit.misalignment import RepresentationConfig, get_representation
 
 DEFAULT = RepresentationConfig()
 # what tables of scores call their columns; the first that is there counts
-KEY_COLUMNS = {
-    schema.IMAGE_ID: (schema.IMAGE_ID, "sha256"),
-    schema.PATH: ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img_path"),
+COLUMNS = {
+    schema.IMAGE_ID: ("image_id", "sha256"),
+    schema.PATH: ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path"),
+    "score": ("score", "p_fake", "fake_score", "prob_fake", "probability", "prob", "logit", "prediction"),
 }  # fmt: skip
-SCORE_COLUMNS = (
-    "score",
-    "p_fake",
-    "fake_score",
-    "prob_fake",
-    "probability",
-    "prob",
-    "logit",
-    "prediction",
-    "pred",
-)
 
 
 @dataclass(frozen=True)
@@ -47,8 +37,8 @@ class Recipe:
     build : callable
         Seed -> untrained Scorer.
     config : dict
-        Plain data with every number that changes its scores: the key under which runs are kept. Runs of a recipe
-        without it are not reused.
+        Plain data with every number that changes its scores: the key under which runs are kept. Runs of a
+        recipe without it are not reused.
     title : str
         For figures and tables.
     features : Features, optional
@@ -72,26 +62,31 @@ def item(
     train_images: int | None = None,
 ) -> Recipe:
     """Misalignment detector: a representation and a head."""
-    config, head = get_representation(representation), head or MisalignmentMLP()
-    about = {"item": config.to_dict(), "head": _numbers(head)}
-
-    def build(seed: int) -> Scorer:
-        return MisalignmentScorer(config, clone(head).set_params(seed=seed))
-
-    return Recipe(build, about, title, features, train_images)
+    return _with_head("item", title, representation, head, None, features, train_images)
 
 
 def early(
     representation: RepresentationConfig | str = DEFAULT, head: MisalignmentMLP | None = None
 ) -> Recipe:
     """Early fusion: one head on the misalignment vector and the image embedding side by side."""
+    return _with_head("early_fusion", "misalignment + image, early", representation, head, _image_emb)
+
+
+def _with_head(
+    kind: str,
+    title: str,
+    representation: RepresentationConfig | str,
+    head: MisalignmentMLP | None,
+    beside: Callable[[Features], np.ndarray] | None,
+    features: Features | None = None,
+    train_images: int | None = None,
+) -> Recipe:
     config, head = get_representation(representation), head or MisalignmentMLP()
-    about = {"early_fusion": config.to_dict(), "head": _numbers(head)}
 
     def build(seed: int) -> Scorer:
-        return MisalignmentScorer(config, clone(head).set_params(seed=seed), beside=_image_emb)
+        return MisalignmentScorer(config, clone(head).set_params(seed=seed), beside=beside)
 
-    return Recipe(build, about, "misalignment + image, early")
+    return Recipe(build, {kind: config.to_dict(), "head": _numbers(head)}, title, features, train_images)
 
 
 def _image_emb(features: Features) -> np.ndarray:
@@ -103,21 +98,22 @@ def control(
     representation: RepresentationConfig | str = DEFAULT,
     head: MisalignmentMLP | None = None,
     generic_emb: np.ndarray | None = None,
-    features: Features | None = None,
-    train_images: int | None = None,
 ) -> Recipe:
-    """Make a recipe of one of `itemkit.controls.CONTROLS`."""
+    """One of `itemkit.controls.CONTROLS`, with the representation and head that it shares with the detector."""
     chosen, config, head = get_control(name), get_representation(representation), head or MisalignmentMLP()
 
     def build(seed: int) -> Scorer:
         return chosen.build(seed, config, head, generic_emb)
 
     scorer = build(0)  # complains about missing inputs now, not after an hour
-    about: dict[str, Any] = {"control": name, "item": config.to_dict()}
-    about["estimator"] = _numbers(getattr(scorer, "estimator", scorer))
+    about = {
+        "control": name,
+        "item": config.to_dict(),
+        "estimator": _numbers(getattr(scorer, "estimator", None)),
+    }
     if "generic_emb" in chosen.needs:
         about["generic_emb"] = array_hash(np.asarray(generic_emb, np.float32))
-    return Recipe(build, about, chosen.title, features, train_images)
+    return Recipe(build, about, chosen.title)
 
 
 def standard_detectors(
@@ -134,22 +130,17 @@ def standard_detectors(
     tuple
         Recipes by name ("item" first), and what each left-out control lacks.
     """
-    chosen, lacking = {"item": item(representation, head)}, {}
-    for name, entry in CONTROLS.items():
-        if name in skip:
-            continue
-        if reason := entry.missing(features, generic_emb):
-            lacking[name] = reason
-        else:
-            chosen[name] = control(name, representation, head, generic_emb)
-    return chosen, lacking
+    reasons = {name: c.missing(features, generic_emb) for name, c in CONTROLS.items() if name not in skip}
+    able = [name for name, reason in reasons.items() if not reason]
+    recipes = {name: control(name, representation, head, generic_emb) for name in able}
+    return {"item": item(representation, head)} | recipes, {n: r for n, r in reasons.items() if r}
 
 
 def external(path: str | Path, title: str | None = None) -> Recipe:
-    """Make a recipe of a detector that ran elsewhere; see `ExternalScores`.
+    """A detector that ran elsewhere; see `ExternalScores`.
 
     Threshold and calibration are chosen on its scores of the validation images as for every contender. It was
-    trained elsewhere and perhaps on anything, so "seen" says only whose validation images set its threshold.
+    trained on whatever it was, so "seen" says only whose validation images set its threshold.
     """
     scores = ExternalScores(path)
     about = {"external": array_hash(pd.util.hash_pandas_object(scores.scores).to_numpy())}
@@ -174,35 +165,33 @@ class ExternalScores:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            text = self.path.read_text("utf-8-sig")
-            separator = max(",;\t", key=text.partition("\n")[0].count)
+            with open(self.path, encoding="utf-8-sig") as file:
+                separator = max(",;\t", key=file.readline().count)
             table = pd.read_csv(self.path, sep=separator, encoding="utf-8-sig", dtype=str, index_col=False)
         except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
             raise InputError(f"cannot read scores from {self.path}: {error}") from error
-        known = {str(name).strip().casefold(): name for name in table.columns}
-        found = {
-            key: next((known[n] for n in names if n in known), None) for key, names in KEY_COLUMNS.items()
-        }
-        self.key = next((key for key, name in found.items() if name is not None), "")
-        column = next((known[name] for name in SCORE_COLUMNS if name in known), None)
-        if not self.key or column is None:
+        there = {str(name).strip().casefold(): name for name in table.columns}
+        column = {what: there[n] for what, names in COLUMNS.items() for n in reversed(names) if n in there}
+        self.key = next((key for key in (schema.IMAGE_ID, schema.PATH) if key in column), "")
+        if not self.key or "score" not in column:
             raise InputError(
                 f"{self.path} has the columns {', '.join(map(str, table.columns))}; expected image_id or "
                 "path, and score (higher: more likely fake)"
             )
-        score = pd.to_numeric(table[column], errors="coerce")
-        if (wrong := ~np.isfinite(score)).any():
-            row = int(wrong.to_numpy().argmax())
-            raise InputError(
-                f"{self.path}, row {row + 2}: score {table[column][row]!r} is not a finite number"
-            )
-        names = table[found[self.key]].fillna("")
-        if self.key == schema.PATH:
-            names = names.map(lambda name: str((self.path.parent / name).resolve()))
-        self.scores = pd.Series(score.to_numpy(float), index=names)
+        score = pd.to_numeric(table[column["score"]], errors="coerce").to_numpy(float)
+        if not np.isfinite(score).all():
+            row = int(np.flatnonzero(~np.isfinite(score))[0])
+            value = table[column["score"]][row]
+            raise InputError(f"{self.path}, row {row + 2}: score {value!r} is not a finite number")
+        names = self._names(table[column[self.key]], self.path.parent)
+        self.scores = pd.Series(score, index=names)
         if (differing := self.scores.groupby(level=0).nunique() > 1).any():
             raise InputError(f"{self.path} gives two different scores to {differing.idxmax()}; expected one")
         self.scores = self.scores[~self.scores.index.duplicated()]
+
+    def _names(self, column: pd.Series, base: Path = Path()) -> pd.Series:
+        names = column.astype(str)
+        return names if self.key == schema.IMAGE_ID else names.map(lambda name: str((base / name).resolve()))
 
     def fit(self, train: Features, val: Features) -> ExternalScores:
         """Do nothing: it was trained elsewhere."""
@@ -210,15 +199,13 @@ class ExternalScores:
 
     def decision_function(self, features: Features) -> np.ndarray:
         """Look the score of each image up."""
-        names = features.table[self.key].astype(str)
-        if self.key == schema.PATH:
-            names = names.map(lambda name: str(Path(name).resolve()))
+        names = self._names(features.table[self.key])
         found = self.scores.reindex(names).to_numpy()
         if (missing := np.isnan(found)).any():
             raise InputError(
                 f"{self.path} has no score for {int(missing.sum())} of {len(found)} images, the first is "
-                f"{names.iloc[int(missing.argmax())]} (its own first: {self.scores.index[0]}); score all images "
-                "with the split val or test in manifest.csv of the study's folder"
+                f"{names.iloc[int(missing.argmax())]} (the file's own first: {self.scores.index[0]}); score all "
+                "images that manifest.csv in the study's folder lists as val or test"
             )
         return found
 
@@ -234,6 +221,5 @@ def _numbers(estimator: Any) -> dict:
     for name in ("seed", "device"):  # the study sets the seed; the device is no part of the method
         params.pop(name, None)
     if isinstance(estimator, MisalignmentMLP):
-        params["architecture"] = asdict(estimator.resolved_architecture())
-        return params
+        return params | {"architecture": asdict(estimator.resolved_architecture())}
     return {"class": type(estimator).__name__} | {name: repr(value) for name, value in params.items()}
