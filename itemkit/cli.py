@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
     from itemkit.presets import Preset
 
 PARTS = {
-    "captioner": "a name on the hub, or a folder",
-    "parser": "a spaCy pipeline, or a folder",
+    "captioner": "a name on the hub, a folder, or MODULE:OBJECT of your own",
+    "parser": "a spaCy pipeline, a folder, or MODULE:OBJECT of your own",
     "encoder": "open_clip's NAME:TAG, e.g. ViT-B-16:openai; hf-hub:OWNER/NAME; or a folder",
-    "localiser": "whole, grid, dense, owlv2 or grounding_dino; the last two also as NAME:FOLDER",
+    "localiser": "whole, grid, dense, owlv2, grounding_dino (the last two also as NAME:FOLDER), or MODULE:OBJECT",
 }
-METRICS = ("auroc", "ap", "accuracy_real", "accuracy_fake", "tpr_at_fpr05")
+METRICS = ("auroc", "ap", "accuracy_real", "accuracy_fake", "tpr_at_fpr05", "called_fake", "above_half")
 """Columns of the table that `evaluate` prints; --csv has all."""
 STATUS = (
     "Exit status: 0 done; 1 done, but something was left out or failed in part (an image, a notebook); "
@@ -386,7 +387,6 @@ def extract(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Train a detector on stored features."""
-    from itemkit.calibrate import check_fnr
     from itemkit.workflow import train_detector
 
     features = _features(args.features)
@@ -394,50 +394,52 @@ def train(args: argparse.Namespace) -> int:
     detector = train_detector(features, args.representation, args.train_on, **options)
     detector.save(args.out)
     _print(f"detector written to {args.out}")
-    at = f"at {100 * args.fpr:g} % false positives"
-    try:
+    with contextlib.suppress(
+        InputError
+    ):  # too few real images to promise this rate: the lines below say how many
+        at = f"at {100 * args.fpr:g} % false positives"
         _print(f"its threshold {at}: {detector.threshold(args.fpr).statement}")
-    except InputError as reason:  # too few real images to promise this rate; the scores are as good as ever
-        _say(f"itemkit: warning: no threshold yet: {reason}; ask for less with --fpr")
-    try:
-        check_fnr(args.fnr, len(detector.fake_scores_))
-    except InputError as reason:
-        _say(f"itemkit: warning: no verdict 'real' yet: {reason}; ask for less with --fnr")
+    for reason in detector.lacking(args.fpr, args.fnr):
+        _say(f"itemkit: warning: {reason}; until then verdicts are withheld, all else comes")
     return 0
 
 
 def evaluate(args: argparse.Namespace) -> int:
     """Print a detector's metrics, and whether its promises are kept."""
     from itemkit import schema
-    from itemkit.calibrate import told
+    from itemkit.calibrate import promise_sentences
     from itemkit.detector import Detector
     from itemkit.text import count, write_csv
-    from itemkit.workflow import promises
 
     features = _features(args.features)
     detector = Detector.load(args.detector, args.device)
-    test, which = _to_evaluate(features, detector, args.split)
-    table = detector.evaluate(test, args.fpr)
-    made = features.provenance
+    test, which = _to_evaluate(features, args.features, detector, args.split)
+    table, made = detector.evaluate(test, args.fpr), features.provenance
     at = f"threshold at {100 * args.fpr:g} % false positives"
     _print(f"{count(len(test), 'image')} ({which}); 95 % intervals over images; {at}")
-    _print(f"features made with {_made_with(made)}\n")
+    _print(
+        f"features made with itemkit {made['itemkit']}, preset {made['preset']}, models {made['models']}\n"
+    )
     _print(_compact(table))
+    for note in table.loc[table["metric"].isin(METRICS), "note"].unique():
+        _print(f"  - {note}" if note else "")
     verdicts = detector.verdict(test, args.fpr, args.fnr)["verdict"]
-    names = test.table[schema.LABEL].map(schema.LABEL_NAMES).to_numpy()
     _print(f"\nVerdicts at --fpr {args.fpr:g} and --fnr {args.fnr:g}:")
-    for name, answers in verdicts.groupby(names):
+    for label, answers in verdicts.groupby(test.labels):
         shares = ", ".join(f"{n:,} {answer}" for answer, n in answers.value_counts().items())
-        _print(f"  {count(len(answers), f'{name} image')}: {shares}")
+        _print(f"  {count(len(answers), f'{schema.LABEL_NAMES[label]} image')}: {shares}")
     _print("\nWhat was promised, and what happened:")
     try:
-        lines = told(promises(detector, test))
+        lines = promise_sentences(detector.promises(test))
     except InputError as reason:  # the detector knows all of these images; their metrics stand all the same
         lines = [f"not checked: {reason}"]
     for line in lines:
         _print(f"  {line}")
     if args.csv:
-        write_csv(table.assign(interval="95 % over images", **made), args.csv)
+        write_csv(
+            table.assign(**{"about" if key == "note" else key: value for key, value in made.items()}),
+            args.csv,
+        )
     return 0
 
 
@@ -449,7 +451,7 @@ def _print(text: str) -> None:
 
 
 def _features(store: Path) -> Features:
-    """Read a store, and say what was done about its splits and what its models know nothing of."""
+    """Read a store, and say how its images were split and what its models know nothing of."""
     from itemkit.store import load_features
 
     features = load_features(store)
@@ -459,32 +461,30 @@ def _features(store: Path) -> Features:
     return features
 
 
-def _to_evaluate(features: Features, detector: Any, split: str | None) -> tuple[Features, str]:
+def _to_evaluate(features: Features, store: Path, detector: Any, split: str | None) -> tuple[Features, str]:
     """Take a split; of images that came without any, and that the detector has not seen, take all."""
-    from itemkit import schema
+    import pandas as pd
 
+    from itemkit import schema
+    from itemkit.store import MANIFEST_FILE
+
+    given = pd.read_parquet(store / MANIFEST_FILE, columns=[schema.SPLIT])[schema.SPLIT]
     labelled = features.table[schema.LABEL].notna().to_numpy()
-    if split is None and labelled.any() and features.run.get("splits") and not any(detector.seen(features)):
-        why = "all: they came without splits, and the detector has seen none of them"
-        return features.select(labelled), why
+    if split is None and labelled.any() and given.isna().all() and not any(detector.seen(features)):
+        return features.select(
+            labelled
+        ), "all: they came without splits, and the detector has seen none of them"
     return features.split(split or "test"), f"split '{split or 'test'}'"
 
 
-def _made_with(made: dict[str, Any]) -> str:
-    """What the numbers were made with, in one line."""
-    parts = [f"itemkit {made['itemkit']}", f"preset {made['preset']}", f"models {made['models']}"]
-    return ", ".join(parts) + (f"; {made['note']}" if made["note"] else "")
-
-
 def _compact(table: pd.DataFrame) -> str:
-    """One row per generator, for a terminal; metrics that are not defined are shown as a dash."""
+    """One row per generator, for a terminal; a dash where a metric is not defined."""
+
+    def cell(value: float, low: float, high: float) -> str:
+        return "-" if math.isnan(value) else f"{value:.2f} ({low:.2f}-{high:.2f})"
+
     shown = table[table["metric"].isin(METRICS)]
-    cells = [
-        f"{value:.2f}" + ("" if math.isnan(low) else f" ({low:.2f}-{high:.2f})")
-        if not math.isnan(value)
-        else "-"
-        for value, low, high in zip(shown["value"], shown["low"], shown["high"], strict=True)
-    ]
+    cells = [cell(*row) for row in shown[["value", "low", "high"]].itertuples(index=False)]
     wide = shown.assign(cell=cells).pivot(index="generator", columns="metric", values="cell")
     counts = table.drop_duplicates("generator").set_index("generator")[["n_real", "n_fake"]]
     return counts.join(wide[[name for name in METRICS if name in wide]]).reset_index().to_string(index=False)
