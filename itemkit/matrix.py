@@ -195,17 +195,14 @@ def _generators(
     notes = []
     if trains is None:
         trains = [name for name in known if name not in unfit]
-        notes = [
-            f"Nothing is trained on {name}: {why}." for name, why in unfit.items() if ("train", name) in n
-        ]
+        notes = [f"Nothing is trained on {name}: {why}." for name, why in unfit.items()]
     tests = [name for name in known if not lacks(name, "test")] if tests is None else tests
     if not trains or not tests:
-        reasons = [*(unfit if not trains else {}).values(), *(lacks(name, "test") for name in known)]
-        raise InputError(f"nothing to {'test' if trains else 'train'} on: {[*reasons, 'no image is fake'][0]}")
-    for name, *splits in [(g, "train", "val") for t in trains for g in t.split("+")] + [
-        (g, "test") for g in tests
-    ]:
-        if reason := lacks(name, *splits):
+        why = [*unfit.values()] if not trains else [lacks(name, "test") for name in known]
+        raise InputError(f"nothing to {'test' if trains else 'train'} on: {[*why, 'no image is fake'][0]}")
+    asked = {name: ("train", "val") for train in trains for name in train.split("+")}
+    for name in {**asked, **dict.fromkeys(tests)}:
+        if reason := lacks(name, *asked.get(name, ()), *(("test",) if name in tests else ())):
             hint = did_you_mean(name, known)
             raise InputError(f"{reason}; generators: {', '.join(map(str, known)) or 'none'}.{hint}")
     return list(trains), list(tests), notes

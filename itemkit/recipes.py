@@ -99,7 +99,7 @@ def control(
     head: MisalignmentMLP | None = None,
     generic_emb: np.ndarray | None = None,
 ) -> Recipe:
-    """One of `itemkit.controls.CONTROLS`, with the representation and head that it shares with the detector."""
+    """One of `itemkit.controls.CONTROLS`, with the representation and head of the detector beside it."""
     chosen, config, head = get_control(name), get_representation(representation), head or MisalignmentMLP()
 
     def build(seed: int) -> Scorer:
@@ -204,8 +204,8 @@ class ExternalScores:
         if (missing := np.isnan(found)).any():
             raise InputError(
                 f"{self.path} has no score for {int(missing.sum())} of {len(found)} images, the first is "
-                f"{names.iloc[int(missing.argmax())]} (the file's own first: {self.scores.index[0]}); score all "
-                "images that manifest.csv in the study's folder lists as val or test"
+                f"{names.iloc[int(missing.argmax())]} (the file's own first: {self.scores.index[0]}); score "
+                "all images that manifest.csv in the study's folder lists as val or test"
             )
         return found
 

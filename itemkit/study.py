@@ -25,7 +25,7 @@ from itemkit.errors import InputError
 from itemkit.features import Features
 from itemkit.head import MisalignmentMLP
 from itemkit.images import EqualiseConfig, equalise
-from itemkit.manifest import read_manifest
+from itemkit.manifest import describe_manifest, read_manifest, require_two_classes
 from itemkit.matrix import train_on_test_on
 from itemkit.misalignment import KINDS, LEVELS, RepresentationConfig
 from itemkit.perturb import jpeg_random
@@ -33,7 +33,7 @@ from itemkit.presets import Preset, get_preset
 from itemkit.protocols import Protocol, get_protocol
 from itemkit.recipes import Recipe, control, early, external, item, standard_detectors
 from itemkit.results import STUDY_METRICS, Study, fusion_report, study_table, to_markdown
-from itemkit.text import count, did_you_mean, one_line, write_csv
+from itemkit.text import count, did_you_mean, markdown_table, one_line, write_csv
 
 __all__ = [
     "Recipe", "Study", "StudyReport", "control", "early", "external", "item", "run_study",
@@ -120,7 +120,8 @@ def run_study(
         Folder or table of the images, or a manifest of `read_manifest`, which has the options.
     out : path
         Features go to ``out/features``, all else to ``out/study-<protocol>``: ``table.csv``, ``table.md``,
-        ``manifest.csv`` (the images with the splits they have here), and per condition one JSON per run.
+        ``manifest.csv`` (the images with the splits they have here; ``split_given`` is the one they came
+        with), and per condition one JSON per run.
     preset, device
         Models and where they run.
     captions : {"generate", "user"}
@@ -128,8 +129,8 @@ def run_study(
     seeds : int
         Each draws its training images anew.
     scores : "name=scores.csv", or "name@condition=scores.csv"
-        Detectors that ran elsewhere, on the images that ``manifest.csv`` lists as val and test; of the unchanged
-        images if no condition is named. See `itemkit.recipes.ExternalScores`.
+        Detectors that ran elsewhere, on the images that ``manifest.csv`` lists as val and test; of the
+        unchanged images if no condition is named. See `itemkit.recipes.ExternalScores`.
     skip_missing : bool
         Leave test sets out that are not there, and say so in the table.
     per_set : int, optional
@@ -161,9 +162,7 @@ def run_study(
         hint = did_you_mean(unknown[0], CONTROLS)
         raise InputError(f"no control {unknown[0]!r} to leave out; controls: {', '.join(CONTROLS)}.{hint}")
     if not plan.train and (per_set or skip_missing):
-        raise InputError(
-            f"--per-set and --skip-missing go with a data set's protocol, not with {plan.name!r}"
-        )
+        raise InputError(f"--per-set and --skip-missing are for a data set's protocol, not for {plan.name!r}")
     elsewhere = _elsewhere(scores, plan.conditions)
     folder = Path(out) / f"study-{plan.name}"
     notes, failures = [plan.note.replace("\n", " ")], []
@@ -172,6 +171,7 @@ def run_study(
     manifest = workflow.lab_manifest(out) if data is None else data
     if not isinstance(manifest, pd.DataFrame):
         manifest = read_manifest(manifest, plan.layout)
+        print(*describe_manifest(manifest), sep="\n", file=sys.stderr)
     if plan.train:
         manifest, missing = plan.select(manifest, skip_missing, per_set)
         if missing:
@@ -181,52 +181,52 @@ def run_study(
             )
         if per_set:
             notes.append(f"At most {per_set} images of each set, class and split, not the whole data set.")
+    require_two_classes(manifest, "A study")
     studies: dict[str, Study] = {}
     titles: dict[str, str] = {}
-    first: Features | None = None
+    unchanged: Features | None = None
     for condition in plan.conditions:
         print(f"{plan.title}: {condition}", file=sys.stderr, flush=True)
-        transform = _transform(condition, plan)
+        transform, remarks = _transform(condition, plan, unchanged)
         features = workflow.features(
-            chosen, manifest, out, device, transform=transform, captions=captions, progress=progress
-        )
-        features, remarks = _playing(features, plan)
-        if first is None:
-            first = features
+            chosen, manifest, out, device, name=plan.name if plan.train else "", transform=transform,
+            captions=captions, progress=progress,
+        )  # fmt: skip
+        features = _playing(features, plan, remarks)
+        if unchanged is None:
+            unchanged = features
             _write_manifest(features, manifest, folder)
-        features, remark = _with_pixels(features, plan, transform)
-        recipes, lacking = _contenders(features, chosen, device, without, plan)
+        features = _with_pixels(features, plan, transform, remarks)
+        recipes = _contenders(features, chosen, device, without, plan, remarks)
         if taken := sorted(elsewhere[condition].keys() & {*recipes, *LATE}):
             raise InputError(f"--scores {taken[0]}=...: that name is a contender of ours; choose another")
         recipes |= elsewhere[condition]
         titles |= {name: recipe.title or name for name, recipe in recipes.items()}
-        kept = folder / condition.replace(" ", "_").lower()
+        runs = folder / condition.replace(" ", "_").lower()
         study = train_on_test_on(
-            features, recipes, range(seeds), out=kept, jobs=jobs, n_boot=n_boot, progress=progress,
+            features, recipes, range(seeds), out=runs, jobs=jobs, n_boot=n_boot, progress=progress,
             **_options(plan, features),
         )  # fmt: skip
         if not plan.train:
             for fused, parts in _possible(LATE, study).items():
                 study.fuse(fused, parts)
                 titles[fused] = f"fusion, late: {fused}"
-            study.save(kept)  # with the fusions
+            study.save(runs)  # with the fusions
         studies[condition] = study
-        remarks += [remark, *(f"without {CONTROLS[k].title}, for want of {v}." for k, v in lacking.items())]
-        notes += [f"{condition}: {remark}" for remark in (*remarks, *study.notes) if remark]
+        notes += [f"{condition}: {remark}" for remark in (*remarks, *study.notes)]
         failures += [f"{condition}: {titles[name]} failed, {why}" for name, why in study.failures.items()]
-    assert first is not None
-    notes += [f"**{failure}.**" for failure in failures]
+    assert unchanged is not None
     table = study_table(studies, plan, titles)
     write_csv(table, folder / "table.csv")
-    sections: list[str] = []
+    sections = []
     if not plan.train:
+        fresh = workflow.lab_manifest(out, "fresh") if data is None else None
         try:
-            sections += ["", *_fusions(studies, folder)]
-            sections += ["", *_promises(first, chosen, out, folder, device, data is None, captions, progress)]
+            sections = [*_fusions(studies, folder), *_promises(unchanged, chosen, out, folder, device, fresh)]
         except InputError as error:
-            failures.append(f"promises: {one_line(error)}")
-            sections += ["", f"Not made: {one_line(error)}."]
-    text = "\n".join([to_markdown(table, studies, plan, notes), *sections]).rstrip() + "\n"
+            failures.append(f"fusions and promises: {one_line(error)}")
+    notes += [f"**{failure}**" for failure in failures]
+    text = "\n".join([to_markdown(table, studies, plan, notes), *sections])
     path = folder / "table.md"
     atomic_write(path, lambda file: file.write(text.encode("utf-8", "replace")))
     return StudyReport(path, table, notes, failures)
@@ -250,15 +250,26 @@ def _elsewhere(scores: Sequence[str], conditions: Sequence[str]) -> dict[str, di
     return found
 
 
-def _transform(condition: str, plan: Protocol) -> Callable[..., Any] | None:
-    if condition == "equalised":
-        return Equalised(plan.equalise)
-    return jpeg_random(*JPEG_QUALITIES) if condition == "random JPEG" else None
+def _transform(
+    condition: str, plan: Protocol, unchanged: Features | None
+) -> tuple[Callable[..., Any] | None, list[str]]:
+    """What is done to every image in a condition, with a remark on it."""
+    if condition == "random JPEG":
+        return jpeg_random(*JPEG_QUALITIES), []
+    if condition != "equalised":
+        return None, []
+    config = plan.equalise
+    if plan.name == "own" and unchanged is not None:  # enlarging would leave traces that tell sizes apart
+        side = int(unchanged.table[["width", "height"]].min(axis=1).quantile(0.05))
+        config = replace(config, size=max(32, min(config.size, side)))
+    remark = f"every image cropped and scaled to {config.size} px, then {config.codec} {config.quality}."
+    return Equalised(config), [remark]
 
 
 def _options(plan: Protocol, features: Features) -> dict[str, Any]:
+    metrics = ("accuracy", *STUDY_METRICS)
     if not plan.train:
-        return {"families": plan.families, "metrics": ("accuracy", *STUDY_METRICS)}
+        return {"families": plan.families, "metrics": metrics}
     table = features.table
     there = set(table.loc[table[schema.SPLIT] == "test", schema.GENERATOR])
     return {
@@ -266,94 +277,109 @@ def _options(plan: Protocol, features: Features) -> dict[str, Any]:
         "test_generators": [test.name for test in plan.test if test.name in there],
         "threshold": "best",
         "pair_by": schema.SOURCE,
-        "metrics": ("accuracy", *STUDY_METRICS),
+        "metrics": metrics,
     }
 
 
-def _playing(features: Features, plan: Protocol) -> tuple[Features, list[str]]:
-    """Labelled images without those of which a copy is in a later split, and remarks on the rest."""
-    remarks = [features.run.get("splits") or ""]
+def _playing(features: Features, plan: Protocol, remarks: list[str]) -> Features:
+    """Labelled images, without those of which a copy is in a later split."""
     table = features.table
-    labelled = table[schema.LABEL].notna()
-    if n := int((~labelled).sum()):
-        remarks.append(f"{count(n, 'image')} without a label left out.")
-    ids = {split: set(table.loc[table[schema.SPLIT] == split, schema.IMAGE_ID]) for split in ("val", "test")}
-    leak = (table[schema.SPLIT] != "test") & table[schema.IMAGE_ID].isin(ids["test"])
-    leak |= (table[schema.SPLIT] == "train") & table[schema.IMAGE_ID].isin(ids["val"])
-    leak = (leak & labelled).fillna(False).astype(bool)
-    if n := int(leak.sum()):
-        remarks.append(
-            f"{count(n, 'training or validation image')} left out, because a copy of each is among the test or "
-            "validation images."
+    split, label = (
+        table[name].astype(object).where(table[name].notna()) for name in (schema.SPLIT, schema.LABEL)
+    )
+    plays = label.notna() & split.isin(schema.SPLITS)
+    copied = pd.Series(False, index=table.index)
+    for later, earlier in (("test", ("train", "val")), ("val", ("train",))):
+        copied |= split.isin(earlier) & table[schema.IMAGE_ID].isin(
+            table.loc[split == later, schema.IMAGE_ID]
         )
-    names = sorted(set(table.loc[table[schema.LABEL] == schema.FAKE, schema.GENERATOR]))
+    if features.run.get("splits"):
+        remarks.append(str(features.run["splits"]))
+    if n := int((~plays).sum()):
+        remarks.append(f"{count(n, 'image')} without label or split left out.")
+    if n := int((plays & copied).sum()):
+        remarks.append(
+            f"{count(n, 'training or validation image')} left out, because a copy of each is among the "
+            "validation or test images."
+        )
+    names = sorted({str(name) for name in table.loc[plays & (label == schema.FAKE), schema.GENERATOR]})
     if not plan.train and len({plan.families.get(name, name) for name in names}) == 1:
         remarks.append(
-            f"the fakes are of one family ({', '.join(map(str, names))}), so nothing is unseen: all numbers are "
-            "about fakes like those trained on. Name a second generator in the column `generator` for more."
+            f"the fakes are of one family ({', '.join(names)}), so nothing is unseen: all numbers are about "
+            "fakes like those trained on. Name a second generator in the column `generator` for more."
         )
-    return features.select((labelled & ~leak).to_numpy(bool)), remarks
+    return features.select((plays & ~copied).to_numpy(bool))
 
 
 def _write_manifest(features: Features, manifest: pd.DataFrame, folder: Path) -> None:
     """List the images with the split they have here, and beside it the one that they came with."""
     names = [schema.PATH, schema.IMAGE_ID, schema.LABEL, schema.GENERATOR, schema.SOURCE, schema.SPLIT]
     table = features.table[names]
-    given = manifest.drop_duplicates(schema.PATH).set_index(schema.PATH)[schema.SPLIT]
-    given = table[schema.PATH].map(given)
-    write_csv(table.assign(split_given=given), folder / "manifest.csv")
+    came_with = manifest.drop_duplicates(schema.PATH).set_index(schema.PATH)[schema.SPLIT]
+    write_csv(table.assign(split_given=table[schema.PATH].map(came_with)), folder / "manifest.csv")
 
 
 def _with_pixels(
-    features: Features, plan: Protocol, transform: Callable[..., Any] | None
-) -> tuple[Features, str]:
+    features: Features, plan: Protocol, transform: Callable[..., Any] | None, remarks: list[str]
+) -> Features:
     if len(features) > MAX_PIXEL_IMAGES:
-        return features, f"no controls on pixels above {MAX_PIXEL_IMAGES:,} images; choose fewer per set."
+        remarks.append(f"no controls on pixels above {MAX_PIXEL_IMAGES:,} images; choose fewer per set.")
+        return features
     side = PIXELS_MINI if plan.lab else min(PIXELS, plan.equalise.size)
-    return workflow.add_pixels(features, side, transform, crop=not plan.lab), ""
+    return workflow.add_pixels(features, side, transform, crop=not plan.lab)
 
 
 def _contenders(
-    features: Features, preset: Preset, device: str, without: Sequence[str], plan: Protocol
-) -> tuple[dict[str, Recipe], dict[str, str]]:
+    features: Features,
+    preset: Preset,
+    device: str,
+    without: Sequence[str],
+    plan: Protocol,
+    remarks: list[str],
+) -> dict[str, Recipe]:
     """The misalignment in its forms and every control that these features allow."""
-    head = MisalignmentMLP(device=device)
+    head, default = MisalignmentMLP(device=device), RepresentationConfig()
     encoder = replace(preset, captioner=None, parser=None, localiser=None).build(device).encoder
     generic = np.asarray(encoder.encode_texts([GENERIC_CAPTION])[0].cpu(), np.float32)
     controls, lacking = standard_detectors(features, head=head, generic_emb=generic, skip=without)
-    default = RepresentationConfig()
+    remarks += [f"without {CONTROLS[name].title}, for want of {what}." for name, what in lacking.items()]
     chosen = {"item": replace(controls.pop("item"), title=f"ITEM: {default.level}, {default.kind}")}
-    for level in LEVELS if plan.all_forms else ("hierarchical",):
-        for kind in KINDS if plan.all_forms else ("cosine",):
-            if (level, kind) != (default.level, default.kind):
-                config = RepresentationConfig(level=level, kind=kind)
-                chosen[f"{level}_{kind}"] = item(config, head, f"misalignment: {level}, {kind}")
+    forms = (
+        [(level, kind) for level in LEVELS for kind in KINDS]
+        if plan.all_forms
+        else [(default.level, "cosine")]
+    )
+    for level, kind in forms:
+        if (level, kind) != (default.level, default.kind):
+            config = RepresentationConfig(level=level, kind=kind)
+            chosen[f"{level}_{kind}"] = item(config, head, f"misalignment: {level}, {kind}")
     titled = {name: replace(recipe, title=f"control: {recipe.title}") for name, recipe in controls.items()}
-    last = replace(early(head=head), title="fusion, early: item + image")
-    return chosen | titled | {"early": last}, lacking
+    return chosen | titled | {"early": replace(early(head=head), title="fusion, early: item + image")}
 
 
 def _possible(fusions: Mapping[str, Sequence[str]], study: Study) -> dict[str, Sequence[str]]:
     """Fusions of which the study holds all parts."""
-    there = {*study.detectors}
-    return {name: parts for name, parts in fusions.items() if there.issuperset(parts)}
+    return {name: parts for name, parts in fusions.items() if {*parts} <= {*study.detectors}}
 
 
 def _fusions(studies: Mapping[str, Study], folder: Path) -> list[str]:
-    lines, tables = ["## Is a fusion ever worse than the better of its parts? (AUROC)", ""], []
+    tables, lines = [], []
     for condition, study in studies.items():
-        asked = _possible(LATE | {"early": ("item", "image_mlp")}, study)
-        table, answers = fusion_report(study, asked)
+        there = _possible(LATE | {"early": ("early", "item", "image_mlp")}, study)
+        fused = {name: [part for part in parts if part != name] for name, parts in there.items()}
+        table, printed = fusion_report(study, fused)
         tables.append(table.assign(condition=condition))
-        lines += [f"- {condition}, {answer}" for answer in answers]
-    write_csv(pd.concat(tables, ignore_index=True), folder / "fusion.csv")
-    return [*lines, ""]
+        if len(printed):
+            lines += [f"{condition}:", "", *markdown_table(printed), ""]
+    if lines:
+        write_csv(pd.concat(tables, ignore_index=True), folder / "fusion.csv")
+        lines = ["## Is a fusion ever worse than the better of its parts? (AUROC, unseen cells)", "", *lines]
+    return lines
 
 
 def _promises(
-    features: Features, preset: Preset, out: str | Path, folder: Path, device: str, lab: bool, captions: str,
-    progress: bool,
-) -> list[str]:  # fmt: skip
+    features: Features, preset: Preset, out: str | Path, folder: Path, device: str, fresh: pd.DataFrame | None
+) -> list[str]:
     """What thresholds and verdicts promise, against what happens; the laboratory has new renders for it."""
     detector = Detector(head=MisalignmentMLP(members=5, device=device)).fit(
         features.split("train"), features.split("val")
@@ -362,12 +388,9 @@ def _promises(
     known, new = (detector.real_scores_, detector.fake_scores_), detector.decision_function(test)
     reals, fakes = (new[test.labels == label] for label in (schema.REAL, schema.FAKE))
     kinds = [("calibrated on the validation images, tried on the test images", *known, reals, fakes)]
-    if lab:
-        fresh = workflow.features(
-            preset, workflow.lab_manifest(out, "fresh"), out, device, captions=captions, progress=progress
-        )
-        score, split = detector.decision_function(fresh), fresh.table[schema.SPLIT].to_numpy()
-        val, tried = score[split == "val"], score[split == "test"]
+    if fresh is not None:
+        renders = workflow.features(preset, fresh, out, device, name="fresh", progress=False)
+        val, tried = (detector.decision_function(renders.split(name)) for name in ("val", "test"))
         kinds.append(
             (f"calibrated on {len(val)} new renders and the validation fakes, tried on {len(tried)} "
              "other new renders and the test fakes", val, known[1], tried, fakes)
@@ -376,6 +399,11 @@ def _promises(
     for what, *arrays in kinds:
         table = check_promises(*arrays)
         tables.append(table.assign(calibration=what))
-        lines += [f"{what[0].upper()}{what[1:]}:", "", *(f"- {line}" for line in promise_sentences(table)), ""]
+        lines += [
+            f"{what[0].upper()}{what[1:]}:",
+            "",
+            *(f"- {line}" for line in promise_sentences(table)),
+            "",
+        ]
     write_csv(pd.concat(tables, ignore_index=True), folder / "promises.csv")
     return lines
