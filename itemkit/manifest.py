@@ -1,179 +1,50 @@
-"""The manifest: every image as one row of one table, whatever form the data set came in."""
+"""The manifest: every image as one row of one table, whatever form the data set came in.
+
+What is used of a data set, and what is not, stands in ``manifest.attrs["report"]``; `describe_manifest` says it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
+import io
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from itemkit import _files, layouts, schema
 from itemkit.errors import InputError
-from itemkit.images import ImageError, content_id, open_image, read_bytes
+from itemkit.images import EXTENSIONS, ImageError, content_id, open_image
+from itemkit.layouts import normalise, read_name
+from itemkit.splits import plan_splits
+from itemkit.text import count, did_you_mean, printable
 
-_IMAGE_COLUMNS = ("image", "img", "image_data", "image_bytes", "jpg", "png", "webp")
-_EXTENSIONS = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}
-
-Row = dict[str, Any]
-# rows, names of the integer classes per column, name of the column that holds encoded images
-Part = tuple[Iterable[Row], dict[str, list[str]], str | None]
-
-
-def arrow_files(path: Path) -> list[Path]:
-    """Parquet or Arrow files behind a path; none if it is another file, or a folder of images."""
-    if path.is_file():
-        return [path] if path.suffix.lower() == ".parquet" else []
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # Dataset.save_to_disk
-        folders = sorted({p.parent for name in ("state.json", "*.arrow") for p in path.rglob(name)})
-        return [file for folder in folders for file in _saved_files(folder)]
-    return sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
-
-
-def _saved_files(folder: Path) -> list[Path]:
-    """Files of one saved data set, in its own order; what ``map`` and ``filter`` left there is none."""
-    state = folder / "state.json"
-    try:
-        stored = json.loads(state.read_text()) if state.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{state} cannot be read ({error}); save the data set again") from None
-    named = [folder / file["filename"] for file in stored.get("_data_files") or ()]
-    return named or sorted(p for p in folder.glob("*.arrow") if not p.name.startswith("cache-"))
-
-
-def arrow_rows(path: Path) -> Part:
-    """Open a Parquet file, or an Arrow file written by ``datasets``; rows are read as they are asked for."""
-    import pyarrow as pa
-    import pyarrow.ipc
-    import pyarrow.parquet as pq
-
-    try:
-        if path.suffix.lower() == ".parquet":
-            file = pq.ParquetFile(path)
-            columns, batches = file.schema_arrow, file.iter_batches(batch_size=64)
-        else:
-            batches = pyarrow.ipc.open_stream(pa.memory_map(str(path)))
-            columns = batches.schema
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}); fetch it again") from None
-
-    def holds_bytes(name: str) -> bool:
-        kind = columns.field(name).type
-        if pa.types.is_struct(kind):
-            return any(field.name == "bytes" for field in kind)
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-    stored = json.loads((columns.metadata or {}).get(b"huggingface", b"{}"))
-    features = stored.get("info", {}).get("features", {})
-    names = {c: f["names"] for c, f in features.items() if isinstance(f, dict) and "names" in f}
-    rows = (row for batch in batches for row in batch.to_pylist())
-    return rows, names, _image_column(columns.names, holds_bytes)
-
-
-def dataset_parts(dataset: Any) -> Iterator[tuple[Part, str | None]]:
-    """Read a ``Dataset`` or ``DatasetDict`` object without needing the library, each part with its split."""
-    if hasattr(dataset, "items"):
-        for split, part in dataset.items():
-            yield _dataset_rows(part), str(split)
-    elif hasattr(dataset, "__iter__"):
-        split = getattr(dataset, "split", None)
-        yield _dataset_rows(dataset), str(split) if split is not None else None
-    else:
-        raise InputError(
-            f"cannot read a {type(dataset).__name__}; give a path, a DataFrame or a datasets object"
-        )
-
-
-def _dataset_rows(dataset: Any) -> Part:
-    features = getattr(dataset, "features", None) or {}
-    first: Row = next(iter(dataset), {})
-    column = _image_column(first, lambda name: not isinstance(first[name], str))
-    kind = type(features[column]) if column in features else None
-    if kind is not None and hasattr(dataset, "cast_column"):
-        dataset = dataset.cast_column(column, kind(decode=False))  # the file's own bytes, not decoded pixels
-    names = {c: f.names for c, f in features.items() if getattr(f, "names", None)}
-    return dataset, names, column
-
-
-def _image_column(columns: Iterable[str], holds_bytes: Callable[[str], bool]) -> str | None:
-    return next((c for c in columns if c.lower() in _IMAGE_COLUMNS and holds_bytes(c)), None)
-
-
-def unpack_images(
-    rows: Iterable[Row], column: str, folder: Path, base: Path, seen: Counter[str]
-) -> Iterator[Row]:
-    """Write the images of a table as files named by their content; give the rows with paths instead.
-
-    Parameters
-    ----------
-    rows : iterable of dict
-    column : str
-        Holds bytes, or ``{"bytes": ..., "path": ...}``.
-    folder : Path
-        Where to. Files that are there already are kept, so that a second run writes nothing.
-    base : Path
-        Folder against which a path without bytes is read.
-    seen : Counter
-        Names used so far; an equal image gets a number behind its name, so that no row is lost.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for row in rows:
-        row = dict(row)
-        value = row.pop(column)
-        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-        if data is None and path and (base / path).is_file():
-            data = read_bytes(base / path)
-        if data is not None and not isinstance(data, bytes):
-            raise InputError(
-                f"column {column!r} holds {type(value).__name__}; expected the bytes of image files. "
-                "Cast the column of a datasets object to Image(decode=False)"
-            )
-        # a row without an image becomes a missing file, so an error row later on: nothing is dropped quietly
-        name = content_id(data)[:32] if data else "no-image-in-row"
-        seen[name] += 1
-        number = f"-{seen[name]}" if seen[name] > 1 else ""
-        target = folder / f"{name}{number}{_extension(data) if data else ''}"
-        if data and not target.exists():
-            part = target.with_name(target.name + ".part")
-            part.write_bytes(data)
-            part.replace(target)
-        yield {**row, schema.PATH: str(target)}
-
-
-def _extension(data: bytes) -> str:
-    with contextlib.suppress(ImageError):
-        kind = open_image(data).format or ""
-        return _EXTENSIONS.get(kind, f".{kind.lower()}")
-    return ".img"  # unreadable: extraction will say why
-
-
-# Names under which data sets of the field keep each column; the first one found is taken.
+# Names under which data sets of the field keep each column, in the order in which they are tried.
 ALIASES: dict[str, tuple[str, ...]] = {
     schema.PATH: ("path", "filename", "file_name", "file", "filepath", "file_path", "image_path", "img_path",
-                  "image", "img", "image_name"),
-    schema.LABEL: ("label", "typ", "is_fake", "target"),
+                  "image", "img", "image_name", "image_file", "name", "filenames", "files", "images", "paths"),
     schema.GENERATOR: ("generator", "model", "model_name"),
     schema.SOURCE: ("source", "real_source", "dataset"),
-    schema.SPLIT: ("split", "subset", "partition"),
-    schema.CAPTION: ("caption", "text", "prompt", "sentence"),
+    schema.SPLIT: ("split", "subset", "partition", "set", "phase", "usage", "fold", "data_split"),
+    schema.CAPTION: ("caption", "text", "prompt", "sentence", "captions", "description"),
     schema.IMAGE_ID: ("image_id",),
 }  # fmt: skip
-LABEL_VALUES = {
-    **{word: label for words in layouts.LABEL_FAMILIES.values() for word, label in words.items()},
-    **{"0": 0, "0.0": 0, "natural": 0, "1": 1, "1.0": 1},
-}
-_TRUTH = {"true": 1, "yes": 1, "false": 0, "no": 0}
+# Columns that hold what this table calls a label, if their values are words for real and fake.
+_LABEL_NAMES = re.compile(r"(.*_)?(label|labels|class|classes|class_name|category|target|truth|gt|typ|type|kind|y"
+                          r"|verdict|annotation|answer|real_or_fake|source_type)(_.*)?")  # fmt: skip
+_FLAGS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "f": 0, "t": 1}
+_IMAGE_COLUMNS = ("image", "img", "image_data", "image_bytes", "jpg", "png", "webp")
+_ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}
 TABLE_LAYOUTS = ("csv", "grip", "parquet", "openfake", "communityforensics", "datasets")
 LAYOUTS = ("auto", *TABLE_LAYOUTS, *layouts.FOLDER_LAYOUTS)
-_SEPARATORS = {".csv": None, ".tsv": "\t"}
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _SHARD = re.compile(r"(\w+?)-\d{5}-of-\d{5}")  # how hub data sets name their files: train-00000-of-00002
 
 
@@ -190,10 +61,11 @@ def read_manifest(
     Parameters
     ----------
     source : path, DataFrame, or an object of the ``datasets`` library
-        A CSV, TSV or Parquet table; a folder tree in a layout of the field; a folder of Parquet files or one
-        written by ``Dataset.save_to_disk``.
+        A CSV, TSV, JSON-lines or Parquet table; a folder tree in a layout of the field; a folder of Parquet
+        files or one written by ``Dataset.save_to_disk``.
     layout : str
-        One of `LAYOUTS`. ``auto`` decides from what it finds; more than one answer is an error that lists it.
+        One of `LAYOUTS`. ``auto`` decides from what it finds: folders named after real and fake go before a
+        table that lies beside them; more than one other answer is an error that lists them.
     root : path, optional
         Folder against which the table's relative paths are read; default is the table's own folder.
     real_root : path, optional
@@ -208,50 +80,105 @@ def read_manifest(
         ``source``, ``split``, ``caption``, and ``image_id`` if the source had it. A table keeps its order,
         a folder is sorted by path. Paths are not opened: a missing file becomes an error row at extraction.
         Where a table has several captions for an image (a list, as in Flickr30k and COCO), the first is
-        taken.
+        taken. ``attrs["report"]`` says what was found, used and left out; splits are filled in later, by
+        `splits.fill_splits`, since they follow from the content of the files.
 
     Raises
     ------
     InputError
-        Nothing to read, several possible layouts, columns missing, unknown label values, a path twice,
-        values that are no text.
+        Nothing to read, several possible layouts, columns missing, unknown or contradicting labels, a path
+        twice, values that are no text.
     """
     if layout not in LAYOUTS:
-        near = difflib.get_close_matches(layout, LAYOUTS, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"no layout {layout!r};{hint} Known: {', '.join(LAYOUTS)}")
+        raise InputError(f"no layout {layout!r};{did_you_mean(layout, LAYOUTS)} Known: {', '.join(LAYOUTS)}")
     if not isinstance(source, (str, os.PathLike)):
+        base = Path(root or os.curdir)
         if isinstance(source, pd.DataFrame):
-            return _finish(source, "the table", Path(root or os.curdir), "table")
-        raw = _unpack(dataset_parts(source), "the data set", images_to, Path(root or os.curdir))
-        return _finish(raw, "the data set", Path(root or os.curdir), "dataset")
+            return _finish(source, "the table", base, "table")
+        notes: list[str] = []
+        raw = _unpack(_dataset_parts(source), "the data set", images_to, base, notes)
+        return _finish(raw, "the data set", base, "dataset", notes=notes)
 
-    path = Path(os.path.abspath(os.path.expanduser(source)))
+    path = _absolute(source)
     if not path.exists():
         raise InputError(
             f"{path}: no such file or folder; give a CSV, TSV or Parquet table, or a folder of images"
         )
-    parts = arrow_files(path)
-    if path.is_dir() and not (parts and layout in ("auto", *TABLE_LAYOUTS)):
-        if layout in TABLE_LAYOUTS:
-            raise InputError(
-                f"layout {layout!r} reads a table, but {path} is a folder without Parquet or Arrow files"
-            )
-        reals = Path(os.path.abspath(os.path.expanduser(real_root))) if real_root is not None else None
-        if reals is not None and not reals.is_dir():
-            raise InputError(f"real_root {reals} is not a folder")
-        raw = layouts.read_folder(path, layout, reals)
-        return _finish(raw, str(path), path, path.name)
+    if not path.is_dir():
+        if layout in layouts.FOLDER_LAYOUTS or real_root is not None:
+            raise InputError(f"{path} is a table; layout={layout!r} and real_root= are for folders of images")
+        return _read_table([path], path, root, images_to)
+    stored = _arrow_files(path)
+    if layout in TABLE_LAYOUTS:
+        tables = stored or [p for p in sorted(path.iterdir()) if p.suffix.lower() in layouts.TABLES]
+        if not stored and len(tables) != 1:
+            there = ", ".join(p.name for p in tables) or "none"
+            raise InputError(f"layout {layout!r} reads a table, but {path} holds {there}: name the table itself")
+        return _read_table(tables, path, root, images_to)
+    reals = None if real_root is None else _absolute(real_root)
+    if reals is not None and not reals.is_dir():
+        raise InputError(f"real_root {reals} is not a folder")
+    return _read_folder(path, layout, reals, stored, root, images_to)
 
-    if layout in layouts.FOLDER_LAYOUTS or real_root is not None:
-        raise InputError(f"{path} is a table; layout={layout!r} and real_root= are for folders of images")
-    base = Path(root).absolute() if root is not None else path if path.is_dir() else path.parent
-    if parts:
-        tables = ((arrow_rows(p), _split_of_file(p, path)) for p in parts)
-        raw = _unpack(tables, path.name, images_to, base)
-    else:
-        raw = _read_csv(path)
-    return _finish(raw, path.name, base, path.stem)
+
+def _read_folder(
+    path: Path, layout: str, real_root: Path | None, stored: list[Path], root: Any, images_to: Any
+) -> pd.DataFrame:
+    """Folder tree, or the table in it where no folder names a label."""
+    found = layouts.scan(path)
+    listing = found.metadata if not stored else []
+    tables = [*stored, *(t for t in found.tables if t not in stored)]
+    notes = []
+    if layout == "auto":
+        labelled = bool(found.folders) and bool(layouts.Tree(found).labels)
+        if not labelled and real_root is None and stored and (not found.folders or _holds_images(stored)):
+            n = len(found)
+            notes = [f"{count(n, 'image file')} beside the table {stored[0].name}: not read"] if n else []
+            return _read_table(stored, path, root, images_to, notes)
+        if not found.folders and len(tables) == 1:
+            return _read_table(tables, path, root, images_to)
+        if not labelled and listing:
+            layout = "unlabelled"
+    raw, about = layouts.read_folder(found, layout, real_root)
+    if tables:
+        names = ", ".join(t.name for t in tables[:3]) + (" ..." if len(tables) > 3 else "")
+        notes.append(f"tables beside the images are not read: {names} (give the table itself to use it)")
+    extra = {"left_out": found.counts(), "layout": about["layout"], "labels": about["labels"]}
+    raw, known = _add_metadata(raw, listing, path, notes)
+    return _finish(raw, str(path), path, path.name, known or extra["labels"], [*about["notes"], *notes], extra)
+
+
+def _add_metadata(
+    raw: pd.DataFrame, files: list[Path], top: Path, notes: list[str]
+) -> tuple[pd.DataFrame, str | None]:
+    """Captions, and labels where the folders have none, from the ``metadata`` files of an ImageFolder."""
+    parts = []
+    for file in files:
+        table = _read_text_table(file) if file.suffix != ".parquet" else next(_arrow_parts(file)).table
+        table = _finish(table, file.name, file.parent, top.name, notes=[])
+        parts.append(table)
+        notes += [f"{file.name}: {line}" for line in table.attrs["report"]["notes"]]
+    if not parts:
+        return raw, None
+    known = pd.concat(parts).drop_duplicates(schema.PATH).set_index(schema.PATH)
+    rows = known.reindex(raw[schema.PATH]).reset_index(drop=True)
+    notes.append(f"{count(len(files), 'metadata file')} found: {rows.notna().any(axis=1).sum():,} of the images")
+    for column in (schema.CAPTION, schema.SPLIT):
+        raw[column] = raw[column].where(raw[column].notna(), rows[column])
+    if not rows[schema.LABEL].notna().any():
+        return raw, None
+    if raw[schema.LABEL].notna().any():
+        differ = (raw[schema.LABEL].astype("Int8") != rows[schema.LABEL]).fillna(False)
+        if differ.any():
+            raise InputError(
+                f"{top}: the folders and {files[0].name} give {count(int(differ.sum()), 'image')} different labels; "
+                f"first: {raw[schema.PATH][int(differ.to_numpy().argmax())]}. Mend one of them or remove it"
+            )
+        return raw, None
+    raw[schema.LABEL] = rows[schema.LABEL]
+    for column in (schema.GENERATOR, schema.SOURCE):
+        raw[column] = rows[column].where(rows[column].notna(), raw[column])
+    return raw, f"{files[0].name}, {parts[0].attrs['report']['labels']}"
 
 
 def write_manifest(df: pd.DataFrame, path: str | Path) -> None:
@@ -264,17 +191,21 @@ def write_manifest(df: pd.DataFrame, path: str | Path) -> None:
     path : path
         A folder made of this file and the images beside it can be moved as a whole.
     """
-    path = Path(os.path.abspath(path))
+    path = _absolute(path)
     if path.suffix.lower() not in (*_SEPARATORS, ".parquet"):
         raise InputError(f"cannot write a manifest as {path.name!r}; end the name in .csv, .tsv or .parquet")
     prefix = str(path.parent) + os.sep
     df = df.assign(**{schema.PATH: [p.removeprefix(prefix).replace(os.sep, "/") for p in df[schema.PATH]]})
+    df.attrs = {}
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".parquet":
-        _files.atomic_write(path, lambda file: df.to_parquet(file, index=False))
+        try:
+            _files.atomic_write(path, lambda file: df.to_parquet(file, index=False))
+        except UnicodeEncodeError:
+            raise InputError(f"{path.name}: a file name is not UTF-8, which Parquet cannot hold; use .csv") from None
     else:
-        text = df.to_csv(index=False, sep=_SEPARATORS[path.suffix.lower()] or ",")
-        _files.atomic_write(path, lambda file: file.write(text.encode()))
+        data = df.to_csv(index=False, sep=_SEPARATORS[path.suffix.lower()]).encode("utf-8", "surrogateescape")
+        _files.atomic_write(path, lambda file: file.write(data))
 
 
 def require_two_classes(df: pd.DataFrame, purpose: str = "This step") -> None:
@@ -288,197 +219,643 @@ def require_two_classes(df: pd.DataFrame, purpose: str = "This step") -> None:
         )
 
 
-def assign_splits(
-    df: pd.DataFrame,
-    fractions: Mapping[str, float] | None = None,
-    seed: int = 0,
-    group: str | None = None,
-) -> pd.DataFrame:
-    """Give a split to the rows that have none; rows that have one keep it.
+# ---- what was found, in words
+
+
+def describe_manifest(manifest: pd.DataFrame) -> list[str]:
+    """Say what a manifest holds and what was left out, before anything slow begins.
 
     Parameters
     ----------
-    df : DataFrame
-        A manifest.
-    fractions : mapping, optional
-        Share of each split; default 0.7 train, 0.15 val, 0.15 test. Each generator, and the reals, are split
-        in these shares. The result depends on the seed and on the paths below their common folder, not on
-        the order of rows or the machine.
-    seed : int
-    group : column name, optional
-        Rows with the same value stay in one split across all generators, e.g. ``"caption"`` where several
-        fakes were made from one prompt. The shares then hold on average only.
+    manifest : DataFrame
+        Of `read_manifest`, whole or in part.
 
     Returns
     -------
-    DataFrame
-        A copy with ``split`` filled.
+    list of str
+        Lines: images, labels, generators, splits, captions, what was left out, notes.
     """
-    fractions = dict(fractions or {"train": 0.7, "val": 0.15, "test": 0.15})
-    if (
-        set(fractions) - set(schema.SPLITS)
-        or min(fractions.values()) < 0
-        or abs(sum(fractions.values()) - 1) > 1e-6
-    ):
-        raise InputError(
-            f"fractions are {fractions}; give shares of {', '.join(schema.SPLITS)} that add up to 1"
-        )
-    if group is not None and group not in df:
-        raise InputError(f"no column {group!r} to group by; the manifest has {', '.join(df.columns)}")
-    df = df.copy()
-    folder = os.path.commonpath([os.path.dirname(p) for p in df[schema.PATH]]) if len(df) else ""
-    keys = pd.Series([os.path.relpath(p, folder) for p in df[schema.PATH]], index=df.index)
-    if group is not None:
-        keys = df[group].where(df[group].notna(), keys).astype(str)
-    place = keys.map(lambda key: int(hashlib.sha256(f"{seed}\0{key}".encode()).hexdigest()[:13], 16) / 16**13)
-    todo = df[schema.SPLIT].isna()
-    if group is None:  # exact shares: the place in the generator's own order, instead of the number itself
-        place = place[todo].groupby(df.loc[todo, schema.GENERATOR]).rank(method="first", pct=True)
-        place -= 0.5 / df.loc[todo].groupby(schema.GENERATOR)[schema.PATH].transform("size")
-    bins = [0.0, *pd.Series(fractions).cumsum()]
-    bins[-1] = 2.0
-    chosen = pd.cut(place[todo], bins, right=False, labels=list(fractions), ordered=False).astype(object)
-    df.loc[todo, schema.SPLIT] = chosen
-    return df
+    report = manifest.attrs.get("report", {})
+    label = manifest[schema.LABEL]
+    real, fake = (int((label == value).sum()) for value in (schema.REAL, schema.FAKE))
+    none = len(manifest) - real - fake
+    where = f" in {report['source']}" if report.get("source") else ""
+    lines = [f"{count(len(manifest), 'image')}{where}: {real:,} real, {fake:,} fake, {none:,} without a label"]
+    lines.append(f"labels: {report.get('labels') or ('column' if real + fake else 'none')}")
+    for name, why in report.get("not_used_as_labels", {}).items():
+        lines.append(f"  column {name!r} is not used as label: {why}")
+    generators = manifest.loc[(label == schema.FAKE).fillna(False), schema.GENERATOR].value_counts()
+    if len(generators):
+        listed = ", ".join(f"{name} ({n:,})" for name, n in generators.head(8).items())
+        more = f" and {len(generators) - 8} more" if len(generators) > 8 else ""
+        lines.append(f"generators: {listed}{more}")
+    splits = manifest[schema.SPLIT].value_counts()
+    there = [", ".join(f"{n:,} {name}" for name, n in splits.items())] if len(splits) else []
+    lines.append(f"splits: {'; '.join([*there, *plan_splits(label, manifest[schema.SPLIT]).notes])}")
+    lines.append(f"captions: {int(manifest[schema.CAPTION].notna().sum()):,} of {len(manifest):,} images have one")
+    if unused := report.get("unused_columns"):
+        lines.append(f"columns not used: {', '.join(unused)}")
+    found = report.get("left_out", {})
+    for key, words in (("left_out", "left out, no image by ending or content"),
+                       ("by_content", "taken by their content, whatever the ending says")):  # fmt: skip
+        if found.get(key):
+            listed = ", ".join(f"{n:,} {ending}" for ending, n in found[key].items())
+            lines.append(f"{words}: {listed}")
+    if found.get("unreadable"):
+        shut = found["unreadable"]
+        lines.append(f"could not be read: {count(len(shut), 'folder or file')}: {', '.join(shut[:5])}")
+    for key, words in (("hidden", "hidden and skipped"), ("links_back", "links that lead back, skipped")):
+        if found.get(key):
+            lines.append(f"{words}: {found[key]:,}")
+    return [printable(line) for line in [*lines, *(f"note: {note}" for note in report.get("notes", []))]]
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    suffix = path.suffix.lower()
-    if suffix not in _SEPARATORS:
-        known = ", ".join((*_SEPARATORS, ".parquet"))
-        raise InputError(f"{path.name} is no table known here: expected {known}, or a folder of images")
+# ---- tables with images inside, and tables on disk
+
+
+class _Part(NamedTuple):
+    """Some rows of a table: its columns less the images, the images, the split that its file name says."""
+
+    table: pd.DataFrame
+    images: list[Any] | None
+    split: str | None
+    column: str | None = None
+
+
+def _absolute(path: Any) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _arrow_files(path: Path) -> list[Path]:
+    """Parquet or Arrow files of a folder as the hub and ``datasets`` lay them out; none elsewhere."""
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # Dataset.save_to_disk
+        folders = sorted({p.parent for name in ("state.json", "*.arrow") for p in path.rglob(name)})
+        return [file for folder in folders for file in _saved_files(folder)]
+    found = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet")) or sorted(path.glob("*.arrow"))
+    # img2dataset keeps its own table 00000.parquet beside the folder 00000
+    return [file for file in found if not file.with_suffix("").is_dir()]
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """Files of one saved data set, in its own order; what ``map`` and ``filter`` left there is none."""
+    state = folder / "state.json"
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            head = file.readline()
-        separator = _SEPARATORS[suffix] or max(",;\t", key=head.count)
-        # text as it stands: a caption "None" or "NA" is a caption, not a missing one
-        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path.name} is not UTF-8 text ({error}); save it as UTF-8") from None
-    except pd.errors.EmptyDataError:
-        raise InputError(f"{path.name} is empty; expected a header line with at least 'path'") from None
-    except pd.errors.ParserError as error:
-        problem = str(error).strip()
-        raise InputError(f"{path.name} cannot be read as a table: {problem}; mend that line") from None
-    if not isinstance(table.index, pd.RangeIndex):  # pandas took the surplus field for row names
+        stored = json.loads(state.read_text()) if state.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{state} cannot be read ({error}); save the data set again") from None
+    named = [folder / file["filename"] for file in stored.get("_data_files") or ()]
+    return named or sorted(p for p in folder.glob("*.arrow") if not p.name.startswith("cache-"))
+
+
+def _open_arrow(path: Path) -> tuple[Any, Iterator[Any]]:
+    """Schema and record batches of a Parquet file, or of an Arrow file (stream as ``datasets``, or file)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if path.suffix.lower() == ".parquet":
+            file = pq.ParquetFile(path)
+            return file.schema_arrow, file.iter_batches(batch_size=256)
+        try:
+            stream = pa.ipc.open_stream(pa.memory_map(str(path)))
+            return stream.schema, iter(stream)
+        except pa.ArrowInvalid:
+            whole = pa.ipc.open_file(pa.memory_map(str(path)))
+            return whole.schema, (whole.get_batch(i) for i in range(whole.num_record_batches))
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error}); fetch it again") from None
+
+
+def _image_column(columns: Iterable[str], holds_bytes: Callable[[str], bool]) -> str | None:
+    return next((c for c in columns if normalise(c) in _IMAGE_COLUMNS and holds_bytes(c)), None)
+
+
+def _arrow_image_column(columns: Any) -> str | None:
+    import pyarrow as pa
+
+    def holds_bytes(name: str) -> bool:
+        kind = columns.field(name).type
+        if pa.types.is_struct(kind):
+            return any(field.name == "bytes" for field in kind)
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    return _image_column(columns.names, holds_bytes)
+
+
+def _holds_images(files: list[Path]) -> bool:
+    return _arrow_image_column(_open_arrow(files[0])[0]) is not None
+
+
+def _arrow_parts(path: Path, top: Path | None = None) -> Iterator[_Part]:
+    columns, batches = _open_arrow(path)
+    column = _arrow_image_column(columns)
+    features = json.loads((columns.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    names = {c: f["names"] for c, f in features.items() if isinstance(f, dict) and "names" in f}
+    try:
+        for batch in batches:
+            images = batch.column(column).to_pylist() if column else None
+            kept = batch.drop_columns([column]) if column else batch
+            yield _Part(_name_classes(kept.to_pandas(), names), images, _split_of_file(path, top or path), column)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error}); fetch it again") from None
+
+
+def _dataset_parts(dataset: Any) -> Iterator[_Part]:
+    """Read a ``Dataset`` or ``DatasetDict`` object without needing the library, each part with its split."""
+    if hasattr(dataset, "items"):
+        parts = [(part, str(split)) for split, part in dataset.items()]
+    elif hasattr(dataset, "__iter__"):
+        split = getattr(dataset, "split", None)
+        parts = [(dataset, str(split) if split is not None else None)]
+    else:
         raise InputError(
-            f"{path.name}: its rows have more fields than the header; quote the texts that hold {separator!r}"
+            f"cannot read a {type(dataset).__name__}; give a path, a DataFrame or a datasets object"
         )
+    for part, split in parts:
+        features = getattr(part, "features", None) or {}
+        first: dict[str, Any] = next(iter(part), {})
+        column = _image_column(first, lambda name, row=first: not isinstance(row[name], str))
+        kind = type(features[column]) if column in features else None
+        if kind is not None and hasattr(part, "cast_column"):
+            part = part.cast_column(column, kind(decode=False))  # the file's own bytes, not decoded pixels
+        rows = [dict(row) for row in part]
+        images = [row.pop(column) for row in rows] if column else None
+        names = {c: f.names for c, f in features.items() if getattr(f, "names", None)}
+        yield _Part(_name_classes(pd.DataFrame(rows), names), images, split, column)
+
+
+def _name_classes(table: pd.DataFrame, names: dict[str, list[str]]) -> pd.DataFrame:
+    """Numbers of classes to their names: class 0 may well be called 'fake'."""
+    for column, words in names.items():
+        if column in table:
+            known = dict(enumerate(words))
+            table[column] = [known.get(value, value) for value in table[column]]
     return table
 
 
-def _unpack(tables: Iterable, what: str, images_to: str | Path | None, base: Path) -> pd.DataFrame:
+def _unpack(
+    parts: Iterable[_Part], what: str, images_to: Any, base: Path, notes: list[str]
+) -> pd.DataFrame:
     """Rows of tables that may hold images inside; these are written to `images_to`."""
-    rows: list[dict] = []
-    seen: Counter[str] = Counter()
-    for (found, class_names, column), split in tables:
-        if column is not None:
-            if images_to is None:
-                raise InputError(
-                    f"{what} holds the images inside (column {column!r}); name a folder to write them to: "
-                    "images_to='images' (each is written once, byte for byte)"
-                )
-            found = unpack_images(found, column, Path(os.path.abspath(images_to)), base, seen)
-        for row in found:
-            row = dict(row)
-            for name, names in class_names.items():  # class 0 may well be called 'fake': go by the name
-                if row.get(name) is not None and 0 <= int(row[name]) < len(names):
-                    row[name] = names[int(row[name])]
-            if split is not None:
-                row.setdefault(schema.SPLIT, split)
-            rows.append(row)
-    return pd.DataFrame(rows)
+    tables, seen, without = [], Counter[str](), 0
+    for table, images, split, column in parts:
+        if images is not None:
+            paths = []
+            for value in images:
+                data, path = value, None
+                if isinstance(value, dict):
+                    data, path = value.get("bytes"), value.get("path")
+                if data is not None and not isinstance(data, bytes):
+                    raise InputError(
+                        f"column {column!r} holds {type(data).__name__}; expected the bytes of image files. "
+                        "Cast the column of a datasets object to Image(decode=False)"
+                    )
+                if data is not None and images_to is None:
+                    raise InputError(
+                        f"{what} holds the images inside (column {column!r}); name a folder to write them to: "
+                        "images_to='images' (each is written once, byte for byte)"
+                    )
+                without += data is None and path is not None
+                paths.append(str(path) if data is None and path else _write_image(data, images_to or base, seen))
+            table = table.drop(columns=[c for c in table if normalise(c) in ALIASES[schema.PATH]])
+            table[schema.PATH] = paths
+        if split is not None and not {normalise(c) for c in table} & set(ALIASES[schema.SPLIT]):
+            table[schema.SPLIT] = split
+        tables.append(table)
+    if without:
+        notes.append(
+            f"{count(without, 'row')} of {what} hold no image but only its path on the machine where the table was "
+            "made: if those files are not here, export it again with the images inside (embedded)"
+        )
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _write_image(data: bytes | None, folder: Any, seen: Counter[str]) -> str:
+    """Write an image as a file named by its content, once; an equal image gets a number, so no row is lost."""
+    folder = _absolute(folder)
+    # a row without an image becomes a missing file, so an error row later on: nothing is dropped quietly
+    name = content_id(data)[:32] if data else "no-image-in-row"
+    seen[name] += 1
+    number = f"-{seen[name]}" if seen[name] > 1 else ""
+    if not data:
+        return str(folder / f"{name}{number}")
+    ending = ".img"  # unreadable: extraction will say why
+    with contextlib.suppress(ImageError):
+        kind = open_image(data).format or ""
+        ending = _ENDINGS.get(kind, f".{kind.lower()}")
+    target = folder / f"{name}{number}{ending}"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _files.atomic_write(target, lambda file: file.write(data))
+    return str(target)
 
 
 def _split_of_file(file: Path, top: Path) -> str | None:
     match = _SHARD.match(file.stem)
     names = [match[1] if match else file.stem, *(file.parent.relative_to(top).parts if top.is_dir() else ())]
-    return next((layouts.SPLIT_WORDS[n.lower()] for n in names if n.lower() in layouts.SPLIT_WORDS), None)
+    return next((split for name in names if (split := read_name(name).split)), None)
 
 
-def _finish(raw: pd.DataFrame, what: str, base: Path, source: str) -> pd.DataFrame:
-    """Raw columns of any name to the manifest's columns, checked."""
+def _read_table(
+    files: list[Path], top: Path, root: Any, images_to: Any, notes: list[str] | None = None
+) -> pd.DataFrame:
+    """One table in one or several files."""
+    base = Path(root).absolute() if root is not None else top if top.is_dir() else top.parent
+    notes = list(notes or [])
+    if files[0].suffix.lower() in (".parquet", ".arrow"):
+        raw = _unpack((p for file in files for p in _arrow_parts(file, top)), top.name, images_to, base, notes)
+    else:
+        raw = _read_text_table(files[0], notes)
+    return _finish(raw, top.name, base, top.stem if not top.is_dir() else top.name, notes=notes)
+
+
+def _read_text_table(path: Path, notes: list[str] | None = None) -> pd.DataFrame:
+    """CSV, TSV or JSON lines; values are text as it stands: a caption "None" or "NA" is a caption."""
+    suffix = path.suffix.lower()
+    if suffix not in (*_SEPARATORS, ".jsonl", ".ndjson"):
+        known = ", ".join((*_SEPARATORS, ".parquet"))
+        raise InputError(f"{path.name} is no table known here: expected {known}, .jsonl, or a folder of images")
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        text = data.decode("utf-8-sig", "surrogateescape")
+        # names of files may be of any encoding; a table whose texts are of another one is a mistake
+        if not _only_names_are_odd(text, suffix, path.parent):
+            raise InputError(f"{path.name} is not UTF-8 text ({error}); save it as UTF-8") from None
+    if suffix not in _SEPARATORS:
+        return _read_json_lines(text, path.name)
+    head = text.lstrip("\r\n").split("\n", 1)[0]
+    separator = "\t" if suffix == ".tsv" else max(",;\t|", key=head.count)
+    try:
+        options = {"sep": separator, "dtype": str, "keep_default_na": False}
+        table = pd.read_csv(io.StringIO(text), header=None, **options)
+    except pd.errors.EmptyDataError:
+        raise InputError(f"{path.name} is empty; expected a header line with at least 'path'") from None
+    except pd.errors.ParserError as error:
+        match = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error))
+        if match and match[2] == "2":
+            raise InputError(
+                f"{path.name}: its rows have more fields than the header; quote the texts that hold {separator!r}"
+            ) from None
+        raise InputError(f"{path.name} cannot be read as a table: {str(error).strip()}; mend that line") from None
+    first = [str(value) for value in table.iloc[0].fillna("")]
+    files = [i for i, name in enumerate(first) if name.lower().endswith(EXTENSIONS)]
+    if files:  # the first line is an image already
+        if notes is not None:
+            notes.append(f"{path.name} has no header line: its column {files[0] + 1} is read as the path")
+        table.columns = [schema.PATH if i == files[0] else f"column {i + 1}" for i in range(len(first))]
+        return table.fillna("")
+    table = table.iloc[1:].reset_index(drop=True).fillna("")
+    table.columns = [name.strip() for name in first]
+    return table
+
+
+def _only_names_are_odd(text: str, suffix: str, base: Path) -> bool:
+    """Whether what is not UTF-8 in a table are names of files that exist."""
+    if suffix not in _SEPARATORS:
+        return False
+    odd = re.compile(r"[\udc80-\udcff]")
+    fields = [f.strip('" \r') for line in text.split("\n") if odd.search(line) for f in re.split(r"[,;\t|]", line)]
+    return all(os.path.lexists(os.path.join(base, f)) for f in fields if odd.search(f))
+
+
+def _read_json_lines(text: str, what: str) -> pd.DataFrame:
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{what}: line {number} is not JSON ({error}); mend that line") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{what}: line {number} holds {type(row).__name__}; expected an object per line")
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+# ---- raw columns of any name to the manifest's columns
+
+
+def _finish(
+    raw: pd.DataFrame,
+    what: str,
+    base: Path,
+    source: str,
+    labels: Any = None,
+    notes: list[str] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> pd.DataFrame:
+    """Columns of any name to the manifest's, checked; `labels` says where those of a folder tree come from."""
     if not len(raw):
         raise InputError(f"{what} has no rows; expected one per image")
-    found = _match_columns(raw, what)
-    text = {column: _texts(raw[name], column, what) for column, name in found.items()}
-    index = raw.index
+    notes = list(notes or [])
+    raw = raw.reset_index(drop=True)
+    raw.columns = [str(c) for c in raw.columns]
+    found = _match_columns(raw, what, base, notes)
+    text = {column: _texts(raw, name, column, what) for column, name in found.items()}
     paths = text[schema.PATH]
     if (paths == "").any():
-        raise InputError(
-            f"{what}: row {int((paths == '').argmax()) + 1} has no {found[schema.PATH]!r}; fill or drop it"
-        )
-    empty = pd.Series("", index=index)
+        row = int((paths == "").argmax()) + 1
+        raise InputError(f"{what}: row {row} has no {found[schema.PATH]!r}; fill or drop it")
+    paths = _resolve(paths, base, notes)
+    empty = pd.Series("", index=raw.index)
     generator = text.get(schema.GENERATOR, empty)
-    if schema.LABEL in text:
-        label, named = _labels(text[schema.LABEL], found[schema.LABEL], what)
+    unused: dict[str, str] = {}
+    if labels is None:
+        chosen = _find_labels(raw, found, what, unused)
+        label, named = chosen.values, chosen.generator
         generator = generator.where(generator != "", named)
+        labels = chosen.where
+        _check_contradictions(raw, found, chosen, paths, base, what)
     else:
-        label = pd.Series(pd.NA, index=index, dtype="Int8")
-    is_real = (label == schema.REAL).fillna(False)
+        label = raw[schema.LABEL].astype("Int8")
+        chosen = None
+    is_real = (label == schema.REAL).fillna(False).astype(bool)
     origin = text.get(schema.SOURCE, empty)
     # "camera" or "LAION" in the generator column of a photograph is where it comes from, not what made it
-    kept = generator.where(is_real & (generator.str.casefold() != schema.REAL_GENERATOR), "")
+    kept = generator.where(is_real & ~generator.map(_is_real_word), "")
     origin = origin.where(origin != "", kept)
-    split = text.get(schema.SPLIT, empty).str.casefold()
     df = pd.DataFrame(
         {
-            schema.PATH: [os.path.abspath(os.path.join(base, p)) for p in paths],
+            schema.PATH: paths,
             schema.LABEL: label,
             schema.GENERATOR: generator.mask(generator == "", "unknown").mask(is_real, schema.REAL_GENERATOR),
             schema.SOURCE: origin.mask(origin == "", source),
-            schema.SPLIT: split.map(lambda s: layouts.SPLIT_WORDS.get(s, s or None)),
+            schema.SPLIT: text.get(schema.SPLIT, empty).map(_split),
             schema.CAPTION: text.get(schema.CAPTION, empty).map(lambda s: s or None),
         }
     ).astype({schema.SPLIT: object, schema.CAPTION: object})
     if schema.IMAGE_ID in text:
         df[schema.IMAGE_ID] = text[schema.IMAGE_ID].map(lambda s: s or None)
-    df = df.reset_index(drop=True)
-    _check_paths(df, what, base)
+    _check_paths(df, what, base, notes)
+    used = {*found.values(), *(chosen.used if chosen else ()), schema.LABEL}
+    df.attrs["report"] = {
+        "source": printable(what),
+        "images": len(df),
+        "real": int((df[schema.LABEL] == schema.REAL).sum()),
+        "fake": int((df[schema.LABEL] == schema.FAKE).sum()),
+        "labels": labels,
+        "not_used_as_labels": unused,
+        "splits": {str(name): int(n) for name, n in df[schema.SPLIT].value_counts().items()},
+        "splits_then": plan_splits(df[schema.LABEL], df[schema.SPLIT]).notes,
+        "captions": int(df[schema.CAPTION].notna().sum()),
+        "unused_columns": [printable(c) for c in dict.fromkeys(raw.columns) if c not in used and c not in unused],
+        "notes": [printable(note) for note in notes],
+        **(extra or {}),
+    }
     return df
 
 
-def _match_columns(raw: pd.DataFrame, what: str) -> dict[str, str]:
-    names = {_column(c): c for c in reversed(list(raw.columns))}
-    found = {
-        column: next((names[a] for a in aliases if a in names), None) for column, aliases in ALIASES.items()
-    }
-    for column in (schema.PATH, schema.LABEL):
-        if found[column] is not None:
-            continue
-        unused = [n for n, original in names.items() if original not in found.values()]
-        near = sorted({m for a in ALIASES[column] for m in difflib.get_close_matches(a, unused, 1, 0.75)})
-        if (
-            near or column == schema.PATH
-        ):  # without labels a manifest is still good for extraction and detection
-            hint = f" Is {names[near[0]]!r} meant? Rename it to {column!r}." if near else ""
-            raise InputError(
-                f"{what} has no column {column!r} (also read: {', '.join(ALIASES[column][1:])}); "
-                f"found {', '.join(map(str, raw.columns))}.{hint}"
-            )
-    return {column: name for column, name in found.items() if name is not None}
+def _is_real_word(value: str) -> bool:
+    name = read_name(value)
+    return name.label == schema.REAL and name.sure == 2
 
 
-def _labels(values: pd.Series, name: str, what: str) -> tuple[pd.Series, pd.Series]:
-    """Labels as 0, 1 or missing; and the generator, where the label column names it (GRIP's `typ`)."""
-    known = LABEL_VALUES | (_TRUTH if _column(name) == "is_fake" else {})
-    words = values.map(_column)
-    label = words.map(lambda w: known.get(w, pd.NA)).astype("Int8")
-    unknown = (words != "") & label.isna()
-    named = pd.Series("", index=values.index)
-    if _column(name) == "typ":
-        return label.mask(unknown, schema.FAKE), values.where(unknown, "")
-    if unknown.any():
-        counts = values[unknown].value_counts()
-        listed = ", ".join(f"{value!r} ({n} rows)" for value, n in counts.head(8).items())
+def _split(value: str) -> str | None:
+    return read_name(value).split or value.casefold() or None
+
+
+def _match_columns(raw: pd.DataFrame, what: str, base: Path, notes: list[str]) -> dict[str, str]:
+    """Manifest column -> the raw column that holds it."""
+    names: dict[str, list[int]] = {}
+    for i, name in enumerate(raw.columns):
+        names.setdefault(normalise(name), []).append(i)
+    wanted = {*(a for aliases in ALIASES.values() for a in aliases), schema.LABEL}
+    for name, places in names.items():
+        if len(places) > 1 and name in wanted:
+            first, *others = (raw.iloc[:, i].astype(str).to_numpy() for i in places)
+            if not all((first == other).all() for other in others):
+                twice = " and ".join(repr(raw.columns[i]) for i in places)
+                raise InputError(f"{what} has the columns {twice} with different values; rename or drop one")
+    original = {name: raw.columns[places[0]] for name, places in names.items()}
+    found = {}
+    for column, aliases in ALIASES.items():
+        there = [original[a] for a in aliases if a in original]
+        if column == schema.PATH and len(there) > 1:
+            there = _best_paths(raw, there, base, notes)
+        if column == schema.SPLIT:  # "set" or "fold" may hold anything
+            there = [c for c in there if normalise(c) in aliases[:3] or _all_splits(_column(raw, c))]
+        if there:
+            found[column] = there[0]
+    if schema.PATH not in found:
+        near = next((m for a in ALIASES[schema.PATH] for m in difflib.get_close_matches(a, original, 1, 0.75)), None)
+        hint = f" Is {original[near]!r} meant? Rename it to 'path'." if near else ""
         raise InputError(
-            f"{what}: {len(counts)} unknown values in column {name!r}: {listed}. "
-            "Expected 0 or real or nature, 1 or fake or ai, or empty where unknown"
+            f"{what} has no column 'path' (also read: {', '.join(ALIASES[schema.PATH][1:])}); "
+            f"found {', '.join(map(printable, raw.columns))}.{hint}"
         )
-    return label, named
+    return found
 
 
-def _check_paths(df: pd.DataFrame, what: str, base: Path) -> None:
+def _column(raw: pd.DataFrame, name: str) -> pd.Series:
+    column = raw[name]
+    return column.iloc[:, 0] if isinstance(column, pd.DataFrame) else column
+
+
+def _all_splits(values: pd.Series) -> bool:
+    words = {str(v) for v in values.dropna().unique() if str(v)}
+    return bool(words) and all(read_name(word).split for word in words)
+
+
+def _best_paths(raw: pd.DataFrame, columns: list[str], base: Path, notes: list[str]) -> list[str]:
+    """Put first, of several columns that may hold paths, one whose files exist, or else whose texts end so."""
+
+    def there(name: str) -> tuple[bool, bool]:
+        some = [str(v) for v in _column(raw, name).head(20)]
+        exist = any(v and os.path.isfile(os.path.join(base, v.replace("\\", "/"))) for v in some)
+        return exist, any(v.lower().endswith(EXTENSIONS) for v in some)
+
+    best = max(columns, key=there)  # of equals the first
+    notes.append(f"of the columns {', '.join(columns)}, {best!r} is read as the path")
+    return [best]
+
+
+def _resolve(paths: pd.Series, base: Path, notes: list[str]) -> pd.Series:
+    """Make paths absolute; backslashes of Windows, and its drives, are read as they were meant."""
+    if os.sep == "/" and paths.str.contains("\\", regex=False).any():
+        odd = paths.str.contains("\\", regex=False)
+        odd &= ~paths.map(lambda p: os.path.lexists(os.path.join(base, p)))
+        meant = paths[odd].str.replace("\\", "/", regex=False)
+        drive = meant.str.match(r"[A-Za-z]:/")
+        if drive.any():  # C:/somebody/data/fake/a.png: what of it lies here?
+            parts = meant[drive].iloc[0].split("/")
+            cut = next((i for i in range(1, len(parts)) if os.path.lexists(os.path.join(base, *parts[i:]))), 1)
+            meant = meant.mask(drive, meant.map(lambda p: "/".join(p.split("/")[cut:])))
+            notes.append(f"paths of another machine are read without {'/'.join(parts[:cut])}/")
+        if odd.any():
+            notes.append(f"backslashes in {count(int(odd.sum()), 'path')} are read as slashes")
+            paths = paths.mask(odd, meant)
+    return paths.map(lambda p: os.path.abspath(os.path.join(base, p)))
+
+
+# ---- labels of a table
+
+
+class _Labels(NamedTuple):
+    """Labels, the generators that the same column names, where they come from, and the columns used."""
+
+    values: pd.Series
+    generator: pd.Series
+    where: str
+    used: tuple[str, ...] = ()
+
+
+class _Reading(NamedTuple):
+    """What a column says about each row (float: 0, 1, nan) and how: words, flags, names (of generators)."""
+
+    values: pd.Series
+    how: str
+    both: bool
+
+
+def _read_label_column(raw: pd.DataFrame, name: str, what: str) -> _Reading | None:
+    """Read a column as labels, as far as its name and its values say so without doubt."""
+    values = _column(raw, name)
+    if pd.api.types.is_float_dtype(values) and values.nunique() > 2:
+        return None
+    try:
+        text = _texts(raw, name, name, what)
+    except InputError:  # lists, bytes
+        return None
+    words = [w for w in text.unique() if w]
+    if not words:
+        return None
+    plain, key = normalise(name), {w: w.casefold() for w in words}
+    if all(key[w] in _FLAGS for w in words):
+        means = read_name(re.sub(r"^(is|was|isa|has)_", "", plain))
+        direct = plain in ("label", "labels") or (means.label == schema.FAKE and means.sure)
+        inverse = means.label == schema.REAL and bool(means.sure) and "label" not in plain
+        if not (direct or inverse):
+            return _Reading(pd.Series(np.nan, raw.index), "flags of unknown direction", False)
+        flag = text.map(lambda w: _FLAGS.get(w.casefold(), np.nan)).astype(float)
+        return _Reading(1 - flag if inverse else flag, "flags", flag.nunique() > 1)
+    names = {w: read_name(w) for w in words}
+    known = {w: n.label for w, n in names.items() if n.label is not None and n.sure}
+    known |= {w: _FLAGS[key[w]] for w in words if plain in ("label", "labels") and key[w] in _FLAGS}
+    reading = text.map(known).astype(float)
+    if len(known) == len(words):
+        return _Reading(reading, "words", len(set(known.values())) > 1)
+    reals = [w for w, value in known.items() if value == schema.REAL]
+    if plain == "typ" or (plain in ALIASES[schema.GENERATOR] and reals):
+        return _Reading(reading.mask((text != "") & reading.isna(), schema.FAKE), "names", bool(reals))
+    return None
+
+
+def _find_labels(
+    raw: pd.DataFrame, found: dict[str, str], what: str, unused: dict[str, str]
+) -> _Labels:
+    """Labels from the column that says them without doubt; what may be some but is not used goes to `unused`."""
+    taken = {found.get(c) for c in (schema.PATH, schema.SPLIT, schema.CAPTION, schema.IMAGE_ID, schema.SOURCE)}
+    readings = {}
+    for name in dict.fromkeys(raw.columns):
+        plain = normalise(name)
+        if name in taken:
+            continue
+        reading = _read_label_column(raw, name, what)
+        like = bool(_LABEL_NAMES.fullmatch(plain)) or read_name(name).label is not None or plain == "generator"
+        if reading is None:
+            continue
+        if reading.how == "flags of unknown direction":
+            if like or plain in ("fake", "real"):
+                unused[printable(name)] = (
+                    "it holds 0 and 1 without saying which is fake; rename it to 'is_fake' or 'is_real'"
+                )
+        elif reading.how == "words" and not like and not reading.both:
+            continue
+        elif reading.how == "words" and not like:
+            unused[printable(name)] = "its values look like labels; rename it to 'label' to use them"
+        else:
+            readings[name] = reading
+    exact = next((c for c in raw.columns if normalise(c) in ("label", "labels")), None)
+    order = sorted(readings, key=lambda c: (c != exact, ["flags", "words", "names"].index(readings[c].how)))
+    if exact is not None and exact not in readings:
+        if not order:
+            _refuse_values(_texts(raw, exact, schema.LABEL, what), exact, what)
+        unused[printable(exact)] = "its values are no words for real and fake"
+    if order:
+        name = order[0]
+        reading = readings[name]
+        text = _texts(raw, name, name, what)
+        words = text.map(lambda w: read_name(w).label is None) & (reading.how == "names")
+        both = f", as does {printable(order[1])!r}" if len(order) > 1 else ""
+        where = f"column {printable(name)!r} ({reading.how}){both}"
+        return _Labels(reading.values.astype("Int8"), text.where(words, ""), where, tuple(order))
+    near = [c for c in raw.columns if c not in found.values() and normalise(c) not in map(normalise, unused)
+            and difflib.get_close_matches(normalise(c), [schema.LABEL], 1, 0.75)]  # fmt: skip
+    if near and not unused:
+        raise InputError(f"{what} has no column 'label'; found {', '.join(map(printable, raw.columns))}. Is "
+                         f"{near[0]!r} meant? Rename it to 'label'.")  # fmt: skip
+    missing = pd.Series(pd.NA, index=raw.index, dtype="Int8")
+    return _Labels(missing, pd.Series("", index=raw.index), "none found")
+
+
+def _refuse_values(values: pd.Series, name: str, what: str) -> None:
+    bad = values[values.map(lambda w: bool(w) and w.casefold() not in _FLAGS and read_name(w).label is None)]
+    if bad.empty:
+        return
+    counts = bad.value_counts()
+    listed = ", ".join(f"{value!r} ({n} rows)" for value, n in counts.head(8).items())
+    raise InputError(
+        f"{what}: {len(counts)} unknown values in column {name!r}: {listed}. "
+        "Expected 0 or real or nature, 1 or fake or ai, or empty where unknown"
+    )
+
+
+def _check_contradictions(
+    raw: pd.DataFrame, found: dict[str, str], chosen: _Labels, paths: pd.Series, base: Path, what: str
+) -> None:
+    """Refuse labels that another column, or the folders of the images, contradict."""
+    label = chosen.values.astype(float)
+    if not chosen.used:
+        return
+    name = chosen.used[0]
+    others: dict[str, pd.Series] = {}
+    for column in dict.fromkeys(raw.columns):
+        if column == name or column in (found[schema.PATH], found.get(schema.CAPTION), found.get(schema.SPLIT)):
+            continue
+        reading = _read_label_column(raw, column, what)
+        if reading is not None and (reading.both or reading.how == "flags"):
+            others[f"column {printable(column)!r}"] = reading.values
+    generator = found.get(schema.GENERATOR)
+    if generator is not None and generator != name:
+        text = _texts(raw, generator, generator, what)
+        says = text.map(lambda w: 1.0 if layouts.GENERATOR_NAMES.match(normalise(w)) else np.nan)
+        says = says.mask(text.map(lambda w: read_name(w).label == schema.REAL and read_name(w).sure > 0), 0.0)
+        if not (text[label == schema.FAKE] != "").any() and text[label == schema.REAL].nunique() > 1:
+            says = says.mask(text != "", 1.0)  # only "reals" name one
+        others[f"column {printable(generator)!r}"] = says
+    for other, says in others.items():
+        wrong = label.notna() & says.notna() & (label != says)
+        if wrong.any():
+            _contradict(raw, name, other, wrong, label, says, what)
+    folders = paths.map(lambda p: os.path.dirname(os.path.relpath(p, base)))
+    words = {f: {n.label for n in map(read_name, Path(f).parts) if n.sure == 2 and n.label is not None}
+             for f in folders.unique()}  # fmt: skip
+    says = folders.map(lambda f: float(next(iter(words[f]))) if len(words[f]) == 1 else np.nan)
+    if says.nunique() == 2 and says.notna().all() and (label != says)[label.notna()].all():
+        _contradict(raw, name, "the folders of the images", label.notna(), label, says, what)
+
+
+def _contradict(
+    raw: pd.DataFrame, name: str, other: str, wrong: pd.Series, label: pd.Series, says: pd.Series, what: str
+) -> None:
+    row = int(wrong.to_numpy().argmax())
+    words = schema.LABEL_NAMES
+    every = "all" if bool(wrong[says.notna() & label.notna()].all()) else f"{int(wrong.sum()):,}"
+    shown = _column(raw, name).iloc[row]
+    column = other.removeprefix("column ").strip("'\"")
+    beside = f"{other} has {_column(raw, column).iloc[row]!r}" if column in raw else f"{other} say"
+    raise InputError(
+        f"{what}: column {name!r} and {other} contradict each other in {every} rows; first: row {row + 1} has {name} "
+        f"{shown!r}, read as {words[int(label.iloc[row])]}, but {beside}, that is {words[int(says.iloc[row])]}. Are the "
+        "labels the other way round (here 0 is real and 1 is fake)? Rename the column to 'is_real' if 1 means real; "
+        "drop the other column if it is wrong"
+    )
+
+
+def _check_paths(df: pd.DataFrame, what: str, base: Path, notes: list[str]) -> None:
     twice = df[df[schema.PATH].duplicated(keep=False)]
     if len(twice):
         labels = twice.groupby(schema.PATH)[schema.LABEL].nunique(dropna=False)
@@ -487,28 +864,32 @@ def _check_paths(df: pd.DataFrame, what: str, base: Path) -> None:
         rows = ", ".join(str(i + 1) for i in df.index[df[schema.PATH] == first][:5])
         problem = "with labels that contradict each other" if len(clash) else "more than once"
         raise InputError(
-            f"{what} lists {n} paths {problem}; first: {first} (rows {rows}). Keep one row per image"
+            f"{what} lists {n} paths {problem}; first: {printable(first)} (rows {rows}). Keep one row per image"
         )
     if not any(os.path.lexists(p) for p in df[schema.PATH]):
+        hint = " ".join(f"{note}." for note in notes if "hold no image" in note)
         raise InputError(
-            f"none of the {len(df):,} images of {what} exists; first looked for: {df[schema.PATH].iloc[0]}. "
-            f"Relative paths are read against {base.absolute()}: pass root= if they lie elsewhere"
+            f"none of the {len(df):,} images of {what} exists; first looked for: {printable(df[schema.PATH].iloc[0])}. "
+            f"{hint or f'Relative paths are read against {base.absolute()}: pass root= if they lie elsewhere'}"
         )
 
 
-def _texts(values: pd.Series, column: str, what: str) -> pd.Series:
+def _texts(raw: pd.DataFrame, name: str, column: str, what: str) -> pd.Series:
     """Values of one column as text, empty where missing; of several captions the first that is not empty."""
-    several = column == schema.CAPTION
+    values, several = _column(raw, name), column == schema.CAPTION
     texts = []
     for number, value in enumerate(map(_first, values) if several else values, 1):
+        if isinstance(value, str):
+            texts.append(value.strip())
+            continue
         if pd.api.types.is_list_like(value) or isinstance(value, bytes):
             more = ", or a list of texts" if several else ""
             raise InputError(
-                f"{what}: row {number} of column {values.name!r} holds {type(value).__name__}; expected one "
+                f"{what}: row {number} of column {name!r} holds {type(value).__name__}; expected one "
                 f"text for each image{more}. Convert the column first"
             )
         texts.append("" if value is None or pd.isna(value) else str(value).strip())
-    return pd.Series(texts, index=values.index)
+    return pd.Series(texts, index=raw.index, dtype=object)
 
 
 def _first(captions: object) -> object:
@@ -519,12 +900,3 @@ def _first(captions: object) -> object:
         if caption is not None and not (isinstance(caption, str) and not caption.strip()):
             return caption
     return None
-
-
-def _column(name: object) -> str:
-    return str(name).strip().casefold().replace(" ", "_").replace("-", "_")
-
-
-def describe_manifest(manifest: pd.DataFrame) -> list[str]:
-    """Lines that say what was found before anything slow begins."""
-    return [f"{len(manifest):,} images"]

@@ -11,7 +11,7 @@ import pytest
 
 from itemkit import schema
 from itemkit.errors import InputError
-from itemkit.manifest import assign_splits, read_manifest, require_two_classes, write_manifest
+from itemkit.manifest import read_manifest, require_two_classes, write_manifest
 
 
 @pytest.fixture
@@ -204,57 +204,6 @@ def test_written_manifests_read_back(csv, tmp_path, name):
 def test_write_manifest_wants_a_known_extension(tmp_path):
     with pytest.raises(InputError, match=r"end the name in \.csv, \.tsv or \.parquet"):
         write_manifest(pd.DataFrame({"path": []}), tmp_path / "m.xlsx")
-
-
-# ---- splits
-
-
-def many(n=400, generators=("real", "a", "b"), root="/data") -> pd.DataFrame:
-    rows = [(f"{root}/{g}/{i}.png", int(g != "real"), g) for g in generators for i in range(n)]
-    df = pd.DataFrame(rows, columns=["path", "label", "generator"])
-    return df.assign(source="s", split=None, caption=[f"caption {i % 50}" for i in range(len(df))])
-
-
-def test_splits_hold_their_shares_in_every_generator():
-    counts = (
-        assign_splits(many(), {"train": 0.5, "val": 0.25, "test": 0.25})
-        .groupby("generator")["split"]
-        .value_counts()
-    )
-    for generator in ("real", "a", "b"):
-        assert dict(counts[generator]) == {"train": 200, "val": 100, "test": 100}
-    assert assign_splits(many(3), {"train": 0.5, "test": 0.5})["split"].notna().all()
-
-
-def test_splits_do_not_depend_on_row_order_or_machine_but_on_the_seed():
-    df = many(50)
-    split = assign_splits(df).set_index("path")["split"]
-    assert split.equals(
-        assign_splits(df.sample(frac=1, random_state=1)).set_index("path")["split"].loc[split.index]
-    )
-    assert split.tolist() == assign_splits(many(50, root="/home/else"))["split"].tolist()
-    assert split.tolist() != assign_splits(df, seed=1)["split"].tolist()
-
-
-def test_given_splits_are_kept():
-    df = many(20)
-    df.loc[:9, "split"] = "test"
-    assert assign_splits(df, {"train": 1.0})["split"].tolist() == ["test"] * 10 + ["train"] * 50
-    assert df["split"].isna().sum() == 50, "the input was changed"
-
-
-def test_groups_stay_together():
-    df = assign_splits(many(), group="caption")
-    assert (df.groupby("caption")["split"].nunique() == 1).all() and df["split"].nunique() == 3
-
-
-def test_split_options_are_checked():
-    with pytest.raises(InputError, match="add up to 1"):
-        assign_splits(many(2), {"train": 0.5})
-    with pytest.raises(InputError, match="add up to 1"):
-        assign_splits(many(2), {"learn": 1.0})
-    with pytest.raises(InputError, match="no column 'prompt' to group by"):
-        assign_splits(many(2), group="prompt")
 
 
 @pytest.mark.real
