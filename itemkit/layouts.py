@@ -489,7 +489,8 @@ def read_folder(found: Scan, layout: str, real_root: Path | None) -> tuple[pd.Da
             "too; leave real_root out, or pass layout='two_roots'"
         )
     tables = [_rows(tree, facts)]
-    labels = "none" if layout == "unlabelled" else "the folders of the layout"
+    none = "none: no folder is named after real or fake, so the images are read without labels"
+    labels = none if layout == "unlabelled" else f"the folders, as layout {layout!r} has them"
     if used := tree.used() if FOLDER_LAYOUTS[layout] not in (_two_roots, _unlabelled) else {}:
         labels = "folders " + ", ".join(f"{printable(name)} ({n:,})" for name, n in list(used.items())[:8])
         if set(used) == {"0", "1"}:

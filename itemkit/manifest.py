@@ -143,9 +143,9 @@ def _read_folder(
     if tables:
         names = ", ".join(t.name for t in tables[:3]) + (" ..." if len(tables) > 3 else "")
         notes.append(f"tables beside the images are not read: {names} (give the table itself to use it)")
-    extra = {"left_out": found.counts(), "layout": about["layout"], "labels": about["labels"]}
     raw, known = _add_metadata(raw, listing, path, notes)
-    return _finish(raw, str(path), path, path.name, known or extra["labels"], [*about["notes"], *notes], extra)
+    extra = {"left_out": found.counts(), "layout": about["layout"]}
+    return _finish(raw, str(path), path, path.name, known or about["labels"], [*about["notes"], *notes], extra)
 
 
 def _add_metadata(
@@ -424,8 +424,8 @@ def _unpack(
         tables.append(table)
     if without:
         notes.append(
-            f"{count(without, 'row')} of {what} hold no image but only its path on the machine where the table was "
-            "made: if those files are not here, export it again with the images inside (embedded)"
+            f"{what} holds no bytes in {count(without, 'row')}, only paths on the machine where it was made: if "
+            "those files are not here, export the table again with the images inside (embedded)"
         )
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
@@ -475,11 +475,11 @@ def _read_text_table(path: Path, notes: list[str] | None = None) -> pd.DataFrame
     if suffix not in (*_SEPARATORS, ".jsonl", ".ndjson"):
         known = ", ".join((*_SEPARATORS, ".parquet"))
         raise InputError(f"{path.name} is no table known here: expected {known}, .jsonl, or a folder of images")
-    data = path.read_bytes()
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode()
     except UnicodeDecodeError as error:
-        text = data.decode("utf-8-sig", "surrogateescape")
+        text = data.decode("utf-8", "surrogateescape")
         # names of files may be of any encoding; a table whose texts are of another one is a mistake
         if not _only_names_are_odd(text, suffix, path.parent):
             raise InputError(f"{path.name} is not UTF-8 text ({error}); save it as UTF-8") from None
@@ -488,8 +488,8 @@ def _read_text_table(path: Path, notes: list[str] | None = None) -> pd.DataFrame
     head = text.lstrip("\r\n").split("\n", 1)[0]
     separator = "\t" if suffix == ".tsv" else max(",;\t|", key=head.count)
     try:
-        options = {"sep": separator, "dtype": str, "keep_default_na": False}
-        table = pd.read_csv(io.StringIO(text), header=None, **options)
+        table = pd.read_csv(io.BytesIO(data), sep=separator, header=None, dtype=str, keep_default_na=False,
+                            encoding_errors="surrogateescape")  # fmt: skip
     except pd.errors.EmptyDataError:
         raise InputError(f"{path.name} is empty; expected a header line with at least 'path'") from None
     except pd.errors.ParserError as error:
@@ -502,10 +502,14 @@ def _read_text_table(path: Path, notes: list[str] | None = None) -> pd.DataFrame
     first = [str(value) for value in table.iloc[0].fillna("")]
     files = [i for i, name in enumerate(first) if name.lower().endswith(EXTENSIONS)]
     if files:  # the first line is an image already
+        table = table.fillna("")
+        words = [i for i in table if all(read_name(w).sure and read_name(w).label is not None for w in set(table[i]))]
+        names = {files[0]: schema.PATH} | {i: schema.LABEL for i in words[:1]}
+        table.columns = [names.get(i, f"column {i + 1}") for i in table]
         if notes is not None:
-            notes.append(f"{path.name} has no header line: its column {files[0] + 1} is read as the path")
-        table.columns = [schema.PATH if i == files[0] else f"column {i + 1}" for i in range(len(first))]
-        return table.fillna("")
+            what = f"its column {files[0] + 1} is read as the path"
+            notes.append(f"{path.name} has no header line: {what}; add one (path,label,...) to name the others")
+        return table
     table = table.iloc[1:].reset_index(drop=True).fillna("")
     table.columns = [name.strip() for name in first]
     return table
@@ -564,14 +568,10 @@ def _finish(
     generator = text.get(schema.GENERATOR, empty)
     unused: dict[str, str] = {}
     if labels is None:
-        chosen = _find_labels(raw, found, what, unused)
-        label, named = chosen.values, chosen.generator
+        label, named, labels, used = _find_labels(raw, found, paths, base, what, unused)
         generator = generator.where(generator != "", named)
-        labels = chosen.where
-        _check_contradictions(raw, found, chosen, paths, base, what)
     else:
-        label = raw[schema.LABEL].astype("Int8")
-        chosen = None
+        label, used = raw[schema.LABEL].astype("Int8"), (schema.LABEL,)
     is_real = (label == schema.REAL).fillna(False).astype(bool)
     origin = text.get(schema.SOURCE, empty)
     # "camera" or "LAION" in the generator column of a photograph is where it comes from, not what made it
@@ -590,7 +590,7 @@ def _finish(
     if schema.IMAGE_ID in text:
         df[schema.IMAGE_ID] = text[schema.IMAGE_ID].map(lambda s: s or None)
     _check_paths(df, what, base, notes)
-    used = {*found.values(), *(chosen.used if chosen else ()), schema.LABEL}
+    used = {*found.values(), *used}
     df.attrs["report"] = {
         "source": printable(what),
         "images": len(df),
@@ -703,155 +703,139 @@ class _Labels(NamedTuple):
 
 
 class _Reading(NamedTuple):
-    """What a column says about each row (float: 0, 1, nan) and how: words, flags, names (of generators)."""
+    """What a column says about each row (0, 1, nan), how (a key of `_HOW`), and whether of both classes."""
 
     values: pd.Series
     how: str
     both: bool
+    text: pd.Series
 
 
-def _read_label_column(raw: pd.DataFrame, name: str, what: str) -> _Reading | None:
+# How a column may say labels, the surest first.
+_HOW = ("flags", "words", "names", "unclear flags", "unnamed words")
+_UNUSED = {
+    "unclear flags": "it holds 0 and 1 without saying which is fake; rename it to 'is_fake' or 'is_real'",
+    "unnamed words": "its values look like labels; rename it to 'label' to use them",
+}
+
+
+def _read_label_column(name: str, text: pd.Series) -> _Reading | None:
     """Read a column as labels, as far as its name and its values say so without doubt."""
-    values = _column(raw, name)
-    if pd.api.types.is_float_dtype(values) and values.nunique() > 2:
-        return None
-    try:
-        text = _texts(raw, name, name, what)
-    except InputError:  # lists, bytes
-        return None
     words = [w for w in text.unique() if w]
-    if not words:
+    if not words or len(words) > 2000:
         return None
     plain, key = normalise(name), {w: w.casefold() for w in words}
+    exact = plain in ("label", "labels")
+    means = read_name(re.sub(r"^(is|was|isa)_", "", plain))
     if all(key[w] in _FLAGS for w in words):
-        means = read_name(re.sub(r"^(is|was|isa|has)_", "", plain))
-        direct = plain in ("label", "labels") or (means.label == schema.FAKE and means.sure)
-        inverse = means.label == schema.REAL and bool(means.sure) and "label" not in plain
-        if not (direct or inverse):
-            return _Reading(pd.Series(np.nan, raw.index), "flags of unknown direction", False)
         flag = text.map(lambda w: _FLAGS.get(w.casefold(), np.nan)).astype(float)
-        return _Reading(1 - flag if inverse else flag, "flags", flag.nunique() > 1)
-    names = {w: read_name(w) for w in words}
-    known = {w: n.label for w, n in names.items() if n.label is not None and n.sure}
-    known |= {w: _FLAGS[key[w]] for w in words if plain in ("label", "labels") and key[w] in _FLAGS}
-    reading = text.map(known).astype(float)
+        if exact or (means.label is not None and means.sure and "label" not in plain):
+            flag = 1 - flag if means.label == schema.REAL else flag
+            return _Reading(flag, "flags", flag.nunique() > 1, text)
+        like = _LABEL_NAMES.fullmatch(plain) or means.label is not None
+        return _Reading(flag * np.nan, "unclear flags", False, text) if like else None
+    known = {w: n.label for w in words if (n := read_name(w)).label is not None and n.sure}
+    known |= {w: _FLAGS[key[w]] for w in words if exact and key[w] in _FLAGS}
+    values, both = text.map(known).astype(float), len(set(known.values())) > 1
     if len(known) == len(words):
-        return _Reading(reading, "words", len(set(known.values())) > 1)
-    reals = [w for w, value in known.items() if value == schema.REAL]
-    if plain == "typ" or (plain in ALIASES[schema.GENERATOR] and reals):
-        return _Reading(reading.mask((text != "") & reading.isna(), schema.FAKE), "names", bool(reals))
+        like = exact or _LABEL_NAMES.fullmatch(plain) or "real" in plain or "fake" in plain
+        named = "words" if like else "unnamed words"
+        return _Reading(values, named, both, text) if like or both else None
+    if plain == "typ" or (plain in ALIASES[schema.GENERATOR] and schema.REAL in known.values()):
+        return _Reading(values.mask((text != "") & values.isna(), schema.FAKE), "names", True, text)
     return None
 
 
 def _find_labels(
-    raw: pd.DataFrame, found: dict[str, str], what: str, unused: dict[str, str]
+    raw: pd.DataFrame, found: dict[str, str], paths: pd.Series, base: Path, what: str, unused: dict[str, str]
 ) -> _Labels:
-    """Labels from the column that says them without doubt; what may be some but is not used goes to `unused`."""
-    taken = {found.get(c) for c in (schema.PATH, schema.SPLIT, schema.CAPTION, schema.IMAGE_ID, schema.SOURCE)}
+    """Labels from the column that says them without doubt; what may be some but is not used goes to `unused`.
+
+    Raises an `InputError` where another column, or the folders of the images, say the contrary.
+    """
+    taken = {found.get(c) for c in (schema.PATH, schema.SPLIT, schema.CAPTION, schema.IMAGE_ID)}
     readings = {}
     for name in dict.fromkeys(raw.columns):
-        plain = normalise(name)
-        if name in taken:
-            continue
-        reading = _read_label_column(raw, name, what)
-        like = bool(_LABEL_NAMES.fullmatch(plain)) or read_name(name).label is not None or plain == "generator"
-        if reading is None:
-            continue
-        if reading.how == "flags of unknown direction":
-            if like or plain in ("fake", "real"):
-                unused[printable(name)] = (
-                    "it holds 0 and 1 without saying which is fake; rename it to 'is_fake' or 'is_real'"
-                )
-        elif reading.how == "words" and not like and not reading.both:
-            continue
-        elif reading.how == "words" and not like:
-            unused[printable(name)] = "its values look like labels; rename it to 'label' to use them"
-        else:
-            readings[name] = reading
+        with contextlib.suppress(InputError):  # lists, bytes
+            reading = _read_label_column(name, _texts(raw, name, name, what)) if name not in taken else None
+            if reading is not None:
+                readings[name] = reading
     exact = next((c for c in raw.columns if normalise(c) in ("label", "labels")), None)
-    order = sorted(readings, key=lambda c: (c != exact, ["flags", "words", "names"].index(readings[c].how)))
+    order = sorted(readings, key=lambda c: (c != exact, _HOW.index(readings[c].how)))
+    usable = [c for c in order if readings[c].how not in _UNUSED]
+    unused |= {printable(c): _UNUSED[readings[c].how] for c in order if c not in usable and c != found.get("source")}
     if exact is not None and exact not in readings:
-        if not order:
+        if not usable:
             _refuse_values(_texts(raw, exact, schema.LABEL, what), exact, what)
         unused[printable(exact)] = "its values are no words for real and fake"
-    if order:
-        name = order[0]
-        reading = readings[name]
-        text = _texts(raw, name, name, what)
-        words = text.map(lambda w: read_name(w).label is None) & (reading.how == "names")
-        both = f", as does {printable(order[1])!r}" if len(order) > 1 else ""
-        where = f"column {printable(name)!r} ({reading.how}){both}"
-        return _Labels(reading.values.astype("Int8"), text.where(words, ""), where, tuple(order))
-    near = [c for c in raw.columns if c not in found.values() and normalise(c) not in map(normalise, unused)
-            and difflib.get_close_matches(normalise(c), [schema.LABEL], 1, 0.75)]  # fmt: skip
-    if near and not unused:
-        raise InputError(f"{what} has no column 'label'; found {', '.join(map(printable, raw.columns))}. Is "
-                         f"{near[0]!r} meant? Rename it to 'label'.")  # fmt: skip
-    missing = pd.Series(pd.NA, index=raw.index, dtype="Int8")
-    return _Labels(missing, pd.Series("", index=raw.index), "none found")
-
-
-def _refuse_values(values: pd.Series, name: str, what: str) -> None:
-    bad = values[values.map(lambda w: bool(w) and w.casefold() not in _FLAGS and read_name(w).label is None)]
-    if bad.empty:
-        return
-    counts = bad.value_counts()
-    listed = ", ".join(f"{value!r} ({n} rows)" for value, n in counts.head(8).items())
-    raise InputError(
-        f"{what}: {len(counts)} unknown values in column {name!r}: {listed}. "
-        "Expected 0 or real or nature, 1 or fake or ai, or empty where unknown"
-    )
-
-
-def _check_contradictions(
-    raw: pd.DataFrame, found: dict[str, str], chosen: _Labels, paths: pd.Series, base: Path, what: str
-) -> None:
-    """Refuse labels that another column, or the folders of the images, contradict."""
-    label = chosen.values.astype(float)
-    if not chosen.used:
-        return
-    name = chosen.used[0]
-    others: dict[str, pd.Series] = {}
-    for column in dict.fromkeys(raw.columns):
-        if column == name or column in (found[schema.PATH], found.get(schema.CAPTION), found.get(schema.SPLIT)):
-            continue
-        reading = _read_label_column(raw, column, what)
-        if reading is not None and (reading.both or reading.how == "flags"):
-            others[f"column {printable(column)!r}"] = reading.values
+    if not usable:
+        near = [c for c in raw.columns if c not in found.values() and c not in unused
+                and difflib.get_close_matches(normalise(c), [schema.LABEL], 1, 0.75)]  # fmt: skip
+        if near and not unused:
+            raise InputError(f"{what} has no column 'label'; found {', '.join(map(printable, raw.columns))}. Is "
+                             f"{near[0]!r} meant? Rename it to 'label'.")  # fmt: skip
+        missing = pd.Series(pd.NA, index=raw.index, dtype="Int8")
+        return _Labels(missing, pd.Series("", index=raw.index), "none found")
+    name, *others = usable
+    reading = readings[name]
+    label = reading.values
+    says = {f"column {printable(c)!r}": r.values for c, r in readings.items() if c != name and r.how in _HOW[:3]}
+    says |= {f"column {printable(c)!r}": r.values for c, r in readings.items() if r.how == "unnamed words"}
     generator = found.get(schema.GENERATOR)
-    if generator is not None and generator != name:
-        text = _texts(raw, generator, generator, what)
-        says = text.map(lambda w: 1.0 if layouts.GENERATOR_NAMES.match(normalise(w)) else np.nan)
-        says = says.mask(text.map(lambda w: read_name(w).label == schema.REAL and read_name(w).sure > 0), 0.0)
-        if not (text[label == schema.FAKE] != "").any() and text[label == schema.REAL].nunique() > 1:
-            says = says.mask(text != "", 1.0)  # only "reals" name one
-        others[f"column {printable(generator)!r}"] = says
-    for other, says in others.items():
-        wrong = label.notna() & says.notna() & (label != says)
+    if generator not in (None, name):
+        says[f"column {printable(generator)!r}"] = _said_by_generators(_texts(raw, generator, generator, what), label)
+    for other, values in says.items():
+        wrong = label.notna() & values.notna() & (label != values)
         if wrong.any():
-            _contradict(raw, name, other, wrong, label, says, what)
+            _contradict(raw, name, other, wrong, label, what)
+    by_folder = _said_by_folders(paths, base)
+    if by_folder.notna().all() and by_folder.nunique() == 2 and (label != by_folder)[label.notna()].all():
+        _contradict(raw, name, "the folders of the images", label.notna(), label, what)
+    named = reading.text.where(reading.text.map(lambda w: read_name(w).label is None) & (reading.how == "names"), "")
+    where = f"column {printable(name)!r} ({reading.how})" + "".join(f", as does {printable(c)!r}" for c in others[:1])
+    return _Labels(label.astype("Int8"), named, where, tuple(usable))
+
+
+def _said_by_generators(text: pd.Series, label: pd.Series) -> pd.Series:
+    """What the names of generators say: `real` real, a known one fake; all are if only "reals" have one."""
+    says = text.map(lambda w: 1.0 if layouts.GENERATOR_NAMES.match(normalise(w)) else np.nan)
+    says = says.mask(text.map(lambda w: read_name(w).label == schema.REAL and read_name(w).sure > 0), 0.0)
+    if not (text[label == schema.FAKE] != "").any() and text[label == schema.REAL].nunique() > 1:
+        return says.mask(text != "", 1.0)
+    return says
+
+
+def _said_by_folders(paths: pd.Series, base: Path) -> pd.Series:
     folders = paths.map(lambda p: os.path.dirname(os.path.relpath(p, base)))
     words = {f: {n.label for n in map(read_name, Path(f).parts) if n.sure == 2 and n.label is not None}
              for f in folders.unique()}  # fmt: skip
-    says = folders.map(lambda f: float(next(iter(words[f]))) if len(words[f]) == 1 else np.nan)
-    if says.nunique() == 2 and says.notna().all() and (label != says)[label.notna()].all():
-        _contradict(raw, name, "the folders of the images", label.notna(), label, says, what)
+    return folders.map(lambda f: float(next(iter(words[f]))) if len(words[f]) == 1 else np.nan)
+
+
+def _refuse_values(values: pd.Series, name: str, what: str) -> None:
+    counts = values[values != ""].value_counts()
+    bad = {v: n for v, n in counts.items() if v.casefold() not in _FLAGS and read_name(v).label is None}
+    if bad:
+        listed = ", ".join(f"{value!r} ({n} rows)" for value, n in list(bad.items())[:8])
+        raise InputError(
+            f"{what}: {len(bad)} unknown values in column {name!r}: {listed}. "
+            "Expected 0 or real or nature, 1 or fake or ai, or empty where unknown"
+        )
 
 
 def _contradict(
-    raw: pd.DataFrame, name: str, other: str, wrong: pd.Series, label: pd.Series, says: pd.Series, what: str
+    raw: pd.DataFrame, name: str, other: str, wrong: pd.Series, label: pd.Series, what: str
 ) -> None:
     row = int(wrong.to_numpy().argmax())
-    words = schema.LABEL_NAMES
-    every = "all" if bool(wrong[says.notna() & label.notna()].all()) else f"{int(wrong.sum()):,}"
-    shown = _column(raw, name).iloc[row]
+    read = schema.LABEL_NAMES[int(label.iloc[row])]
+    contrary = schema.LABEL_NAMES[1 - int(label.iloc[row])]
     column = other.removeprefix("column ").strip("'\"")
-    beside = f"{other} has {_column(raw, column).iloc[row]!r}" if column in raw else f"{other} say"
+    beside = f"{other} has {_column(raw, column).iloc[row]!r}" if column in raw else f"{other} say {contrary}"
     raise InputError(
-        f"{what}: column {name!r} and {other} contradict each other in {every} rows; first: row {row + 1} has {name} "
-        f"{shown!r}, read as {words[int(label.iloc[row])]}, but {beside}, that is {words[int(says.iloc[row])]}. Are the "
-        "labels the other way round (here 0 is real and 1 is fake)? Rename the column to 'is_real' if 1 means real; "
-        "drop the other column if it is wrong"
+        f"{what}: column {name!r} and {other} contradict each other in {count(int(wrong.sum()), 'row')} of "
+        f"{len(raw):,}; first: row {row + 1} has {name} {_column(raw, name).iloc[row]!r}, read as {read}, but "
+        f"{beside}. Are the labels the other way round (here 0 is real and 1 is fake)? Rename the column to "
+        "'is_real' if 1 means real; drop the other column if that one is wrong"
     )
 
 
@@ -867,7 +851,7 @@ def _check_paths(df: pd.DataFrame, what: str, base: Path, notes: list[str]) -> N
             f"{what} lists {n} paths {problem}; first: {printable(first)} (rows {rows}). Keep one row per image"
         )
     if not any(os.path.lexists(p) for p in df[schema.PATH]):
-        hint = " ".join(f"{note}." for note in notes if "hold no image" in note)
+        hint = " ".join(f"{note}." for note in notes if "holds no bytes" in note)
         raise InputError(
             f"none of the {len(df):,} images of {what} exists; first looked for: {printable(df[schema.PATH].iloc[0])}. "
             f"{hint or f'Relative paths are read against {base.absolute()}: pass root= if they lie elsewhere'}"
