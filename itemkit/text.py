@@ -89,7 +89,10 @@ def write_csv(table: pd.DataFrame, path: str | Path) -> Path:
     """
 
     def inert(cell: object) -> object:
-        return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
+        if not isinstance(cell, str):
+            return cell
+        # pandas puts no quotes around a carriage return, so it would begin a row
+        return ("'" if cell.startswith(_FORMULA) else "") + cell.replace("\r", "\\r")
 
     texts = [name for name in table.columns if not pd.api.types.is_numeric_dtype(table[name])]
     safe = table.assign(**{name: table[name].map(inert) for name in texts}).rename(columns=inert)

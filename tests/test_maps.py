@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from itemkit.maps import separation, umap_2d
+from itemkit.maps import ready_numba_cache, separation, umap_2d
 
 
 def two_classes(
@@ -32,6 +37,38 @@ def test_one_seed_gives_one_map() -> None:
     distance = np.linalg.norm(first[:, None] - first[None], axis=-1) + 1e9 * np.eye(80)
     nearest = distance.argmin(1)
     assert ((nearest >= 40) == (np.arange(80) >= 40)).all()
+
+
+@pytest.mark.parametrize("home", ["/proc/nowhere", "file"])
+def test_a_map_needs_no_folder_that_can_be_written(home: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")  # as a home, this cannot be written by anybody
+    script = (  # the environment is read-only, too; a whole map would compile for a minute
+        "from itemkit import maps; real = maps._can_be_written\n"
+        "maps._can_be_written = lambda p: 'site-packages' not in str(p) and real(p)\n"
+        "print(maps.ready_numba_cache())\n"
+        "import numba; print(numba.config.CACHE_DIR)"
+    )
+    unwritable = str(tmp_path / home) if home == "file" else home
+    environment = os.environ | {"HOME": unwritable, "XDG_CACHE_HOME": unwritable, "TMPDIR": str(tmp_path)}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    made, used = run.stdout.split("\n")[:2]
+    assert made == used and Path(made).parent == tmp_path and not Path(made).exists(), run.stderr
+
+
+def test_numba_finds_its_own_place_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    assert ready_numba_cache() is None and "NUMBA_CACHE_DIR" not in os.environ
+
+
+def test_a_twin_is_a_neighbour() -> None:
+    # every point has a twin of the other class: of its one nearest neighbour none is of its own class
+    x = np.repeat(np.random.default_rng(0).normal(size=(40, 6)), 2, axis=0)
+    got = measured(x, np.array(["real", "gan"] * 40), k=1)
+    assert got["neighbours of the same class"]["value"] == 0
 
 
 def test_too_few_points_are_an_error() -> None:

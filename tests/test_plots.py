@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from itemkit import plots
+from itemkit import _files, plots, schema
+from itemkit.errors import StoreError
+
+from synthetic import make_features
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (12, 16, 3), dtype=np.uint8)
@@ -145,6 +150,58 @@ def test_a_box_goes_around_its_pixels(ax: Axes) -> None:
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a red ball"]
 
 
+# a formula that cannot be set, one that can, a legend's hidden entry, an escape
+WILD = ["$x_$", "a$b^c$", "_hidden", "\x1b[2J"]
+
+
+@pytest.mark.parametrize(
+    "name", ["distributions", "intervals", "matrix", "lines", "scatter", "boxes", "options"]
+)
+def test_names_from_data_are_shown_as_they_stand(name: str, tmp_path: Path) -> None:
+    table = pd.DataFrame({"generator": WILD, "hue": WILD, "value": 0.7, "low": 0.6, "high": 0.8})
+    cloud = pd.DataFrame({"generator": WILD * 9, "value": RNG.normal(size=36)})
+    fig, ax = plt.subplots()
+    match name:
+        case "distributions":
+            plots.distributions(ax, cloud, "value", WILD[0])
+        case "intervals":
+            plots.intervals(ax, table, y="generator", hue="hue", xlabel=WILD[0])
+        case "matrix":
+            plots.matrix(ax, table, rows="generator", columns="hue", label=WILD[0])
+        case "lines":
+            plots.lines(ax, table, x="generator", hue="hue", xlabel=WILD[0], ylabel=WILD[0])
+        case "scatter":
+            plots.scatter(ax, RNG.normal(size=(36, 2)), list(cloud["generator"]), WILD[0])
+            ax.legend()
+        case "boxes":
+            boxes = pd.DataFrame({"phrase": WILD, "x0": 1.0, "y0": 1.0, "x1": 5.0, "y1": 5.0})
+            plots.label_row(plots.boxes(plots.show_image(ax, PICTURE, "\n".join(WILD)), boxes), WILD[0])
+        case "options":
+            differ = {
+                "difference_low": -1.0,
+                "difference_high": 1.0,
+                "reference": [True, False, False, False],
+            }
+            plots.options(ax, table.assign(option=WILD, question=WILD[0], **differ), WILD[0])
+    plots.save(fig, "wild", table, tmp_path, WILD[0])  # a formula that cannot be set would raise here
+    legend = ax.get_legend()
+    texts = [*ax.get_xticklabels(), *ax.get_yticklabels(), ax.title, ax.xaxis.label, ax.yaxis.label]
+    texts += [ax._left_title, *(legend.get_texts() if legend else [])]
+    drawn = [text._preprocess_math(text.get_text()) for text in texts if text.get_text()]
+    assert not any(is_formula for _, is_formula in drawn)
+    shown = {text.strip() for text, _ in drawn}
+    shown |= {line for text in shown for line in text.split("\n")} | {
+        text.partition(" (n=")[0] for text in shown
+    }
+    assert {"$x_$", "a$b^c$", "_hidden", "\\x1b[2J"} <= shown
+
+
+def test_large_pictures_are_thinned_and_keep_their_coordinates(ax: Axes) -> None:
+    plots.show_image(ax, np.zeros((3000, 2000, 3), np.uint8))
+    assert ax.images[0].get_array().shape[0] <= 1500
+    assert ax.images[0].get_extent() == [-0.5, 1999.5, 2999.5, -0.5]
+
+
 # -------------------------------------------------------------------------------------------------- colours
 
 
@@ -191,9 +248,43 @@ def test_saving_writes_three_files_with_the_numbers(ax: Axes, tmp_path: Path) ->
     assert [p.name for p in paths] == ["03_curves.pdf", "03_curves.png", "03_curves.csv"]
     assert paths[0].read_bytes().startswith(b"%PDF") and b"CreationDate" not in paths[0].read_bytes()
     with Image.open(paths[1]) as image:
-        assert image.format == "PNG" and min(image.size) > 300
+        assert image.format == "PNG" and image.size == (3 * 220, 2 * 220)
     pd.testing.assert_frame_equal(pd.read_csv(paths[2]), CURVES)
     assert ax.figure.texts[-1].get_text() == "made in the mini lab"
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_a_file_has_the_size_asked_for(name: str, tmp_path: Path) -> None:
+    fig, ax = plt.subplots(figsize=(3.35, 2.2))
+    DRAW[name](ax)
+    note = "95 % over test images; n = 300; mini laboratory: rendered scenes and small generators"
+    pdf, png, _ = plots.save(fig, "size", CURVES, tmp_path, note)
+    with Image.open(png) as image:
+        assert image.size == (737, 484)
+    box = re.search(rb"/MediaBox \[ ?0 0 ([\d.]+) ([\d.]+) ?\]", pdf.read_bytes())
+    assert box and [float(side) / 72 for side in box.groups()] == pytest.approx([3.35, 2.2])
+    drawn = fig.get_tightbbox()  # with the note under it, nothing is cut off
+    assert drawn.x0 >= -0.02 and drawn.y0 >= -0.02 and drawn.x1 <= 3.37 and drawn.y1 <= 2.22
+
+
+def test_a_full_disk_is_called_that(ax: Axes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(_files.os, "fsync", full)
+    with pytest.raises(StoreError, match="the disk is full"):
+        plots.save(ax.figure, "figure", CURVES, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_made_the_numbers_stands_below_them() -> None:
+    features = make_features(20, 10)
+    features.run |= {"config": {"name": "mini"}, "fingerprint_hash": "0123456789abcdef"}
+    said = plots.small_print(features, "95 % over images")
+    assert said.startswith("95 % over images; n = 40; preset mini, models 0123456789abcdef, itemkit ")
+    assert said.endswith(schema.MINI_WARNING)
+    features.table["source"] = schema.LAB_SOURCE
+    assert plots.small_print(features).endswith(schema.LAB_NOTE)
 
 
 def test_the_same_figure_gives_the_same_files(tmp_path: Path) -> None:
