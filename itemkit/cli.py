@@ -28,7 +28,7 @@ PARTS = {
     "captioner": "a name on the hub, a folder, or MODULE:OBJECT of your own",
     "parser": "a spaCy pipeline, a folder, or MODULE:OBJECT of your own",
     "encoder": "open_clip's NAME:TAG, e.g. ViT-B-16:openai; hf-hub:OWNER/NAME; or a folder",
-    "localiser": "whole, grid, dense, owlv2, grounding_dino (the last two also as NAME:FOLDER), or MODULE:OBJECT",
+    "localiser": "whole, grid, dense, owlv2, grounding_dino (these two also as NAME:FOLDER) or MODULE:OBJECT",
 }
 METRICS = ("auroc", "ap", "accuracy_real", "accuracy_fake", "tpr_at_fpr05", "called_fake", "above_half")
 """Columns of the table that `evaluate` prints; --csv has all."""
@@ -530,8 +530,8 @@ def detect(args: argparse.Namespace) -> int:
     """Judge single images."""
     from itemkit.workflow import detect
 
-    if args.caption is not None and len(args.images) > 1:
-        raise InputError(f"--caption goes with one image, got {len(args.images)}; run detect once for each")
+    if args.caption is not None and (len(args.images) > 1 or os.path.isdir(args.images[0])):
+        raise InputError("--caption goes with one image, got several; run detect once for each")
     rates = {"fpr": args.fpr, "fnr": args.fnr}
     failed = 0
     for answer in detect(args.images, _preset(args), args.detector, args.device, args.caption, **rates):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itemkit  # noqa: F401  (first: it repairs the torchvision import)
+
+# isort: split
+
+import io
 import json
+import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,33 +22,28 @@ import pytest
 from PIL import Image
 
 from itemkit import cli, presets
-from itemkit.export import import_clip_retrieval, import_numpy
 from itemkit.presets import Preset
 from itemkit.store import load_features
 
 import fakes
 
-REPO = Path(__file__).resolve().parents[1]
-COMMANDS = "doctor run audit extract train evaluate export study detect download lab".split()
+COMMANDS = "doctor run audit extract train evaluate detect export study download".split()
+STUB = ["--preset", "stub", "--device", "cpu"]
+CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @pytest.fixture(autouse=True)
 def no_mini_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests must not depend on whether the laboratory has been built."""
+    """Tests must not depend on the mini models."""
     monkeypatch.setenv("ITEMKIT_DATA", str(tmp_path / "nothing"))
 
 
 @pytest.fixture(autouse=True)
 def stub(monkeypatch: pytest.MonkeyPatch) -> Preset:
     """A preset whose models are cheap stand-ins."""
-    preset = Preset(
-        name="stub",
-        about="For these tests.",
-        captioner=fakes.FakeCaptioner(),
-        encoder=fakes.FakeEncoder(),
-        parser=fakes.FakeParser(),
-        localiser=fakes.FakeLocaliser(),
-    )
+    models = fakes.fake_models()
+    parts = {name: getattr(models, name) for name in ("captioner", "encoder", "parser", "localiser")}
+    preset = Preset(name="stub", about="For these tests.", **parts)
     monkeypatch.setitem(presets.PRESETS, "stub", preset)
     return preset
 
@@ -49,27 +51,37 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Preset:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """160 pictures in a CSV: enough of each class in val for a rate of 5 %."""
-    table = fakes.make_images(tmp_path / "images", 160)
-    table["split"] = (["train"] * 2 + ["val"] * 2 + ["val"] * 2 + ["test"] * 2) * 20
+    return write_data(tmp_path, 160)
+
+
+def write_data(folder: Path, n: int, **columns: object) -> Path:
+    """Write pictures, half of them fake, with splits, and their CSV."""
+    table = fakes.make_images(folder / "images", n)
+    table["split"] = ((["train"] * 2 + ["val"] * 4 + ["test"] * 2) * n)[:n]
     table["path"] = [f"images/{Path(p).name}" for p in table["path"]]
-    table.to_csv(tmp_path / "manifest.csv", index=False)
-    return tmp_path / "manifest.csv"
+    table = table.assign(**columns).drop(columns="caption")
+    table.to_csv(folder / "manifest.csv", index=False)
+    return folder / "manifest.csv"
 
 
-Fails = Callable[..., str]
+Run = Callable[..., str]
 
 
 @pytest.fixture
-def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
-    """Run a command that must end with status 2 and one line; return the line."""
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command that must end with this status; return stdout, or a failure's last line."""
 
-    def run(*words: str | Path) -> str:
-        assert cli.main([str(w) for w in words]) == 2
+    def run(*words: object, status: int = 0) -> str:
+        capsys.readouterr()
+        got = cli.main([str(word) for word in words])
         shown = capsys.readouterr()
+        assert got == status, shown.err
         assert "Traceback" not in shown.err
-        lines = shown.err.strip().splitlines()
-        assert len(lines) == 1 and lines[0].startswith("itemkit: "), shown.err
-        return lines[0].removeprefix("itemkit: ")
+        if status != 2:
+            return shown.out
+        last = shown.err.strip().splitlines()[-1]
+        assert last.startswith("itemkit: "), shown.err
+        return last.removeprefix("itemkit: ")
 
     return run
 
@@ -89,258 +101,385 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         cli.main([command, "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    assert text.startswith(f"usage: itemkit {command} ")
-    # each option says what it is for
+    assert text.startswith(f"usage: itemkit {command} ") and "Exit status: 0 done; 1 done, but" in text
     options = cli._parser()._subparsers._group_actions[0].choices[command]._actions  # type: ignore[union-attr]
-    silent = [a.dest for a in options if not a.help and a.dest not in ("detector", "action", "device")]
-    assert silent == []
+    assert [action.dest for action in options if not action.help] == []
 
 
-@pytest.mark.parametrize("words", [[], ["unknown"], ["extract"], ["detect"], ["download"], ["lab", "paint"]])
+def test_data_and_model_options_are_the_same_everywhere() -> None:
+    commands = cli._parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
+    names = {name: {action.dest for action in commands[name]._actions} for name in COMMANDS}
+    models = {"preset", "models", "device", "threads", *cli.PARTS}
+    assert all(models <= names[name] for name in ("doctor", "run", "extract", "detect", "study"))
+    images = {"layout", "root", "real_root", "images_to"}
+    assert all(images <= names[name] for name in ("run", "audit", "extract", "study"))
+    assert all({"fpr", "fnr"} <= names[name] for name in ("run", "train", "evaluate", "detect"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [], ["unknown"], ["extract"], ["detect"], ["download"],
+        ["train", "x", "--out", "y", "--members", "0"], ["train", "x", "--out", "y", "--members", "-3"],
+        ["train", "x", "--out", "y", "--seeds", "3"], ["detect", "x.png", "--threads", "0"],
+        ["detect", "x.png", "--fpr", "5"], ["train", "x", "--out", "y", "--fnr", "0"],
+        ["run", "--fpr", "nan"], ["study", "--seeds", "1.5"], ["study", "--per-set", "²"],
+    ],
+)  # fmt: skip
 def test_wrong_words_end_with_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(words)
     assert end.value.code == 2 and capsys.readouterr().err.startswith("usage: itemkit")
 
 
-def test_help_is_quick_and_loads_no_model_library() -> None:
+def test_help_is_quick_and_loads_no_library() -> None:
     code = (
         "import sys\nfrom itemkit import cli\n"
         "try:\n    cli.main(['--help'])\nexcept SystemExit:\n    pass\n"
-        "print([m for m in ('torch', 'spacy', 'open_clip', 'matplotlib') if m in sys.modules])"
+        "print([m for m in ('torch', 'numpy', 'pandas', 'spacy', 'matplotlib') if m in sys.modules])"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[-1] == "[]" and run.stderr == ""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]" and done.stderr == ""
+
+
+def test_it_is_a_module_too(tmp_path: Path) -> None:
+    for module in ("itemkit", "itemkit.cli"):
+        words = [sys.executable, "-m", module, "--version"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
+        assert done.stdout == f"itemkit {itemkit.__version__}\n"
 
 
 # -------------------------------------------------------------------------------------------- one-line errors
 
 
 @pytest.mark.parametrize(
-    "command", [["extract", "x", "--out", "y"], ["detect", "x.png"], ["run"], ["doctor"]]
+    "command", [["extract", "x", "--out", "y"], ["detect", "x.png"], ["run"], ["doctor"], ["study"]]
 )
-def test_an_unknown_preset(command: list[str], fails: Fails) -> None:
-    line = fails(*command, "--preset", "papre")
-    assert line == "preset 'papre' is unknown. Did you mean 'paper'? Known: mini, fast, paper, stub."
+def test_an_unknown_preset(command: list[str], run: Run) -> None:
+    line = run(*command, "--preset", "papre", status=2)
+    assert line.startswith("preset 'papre' is unknown. Did you mean 'paper'?")
 
 
-def test_an_empty_folder(fails: Fails, tmp_path: Path) -> None:
+def test_an_empty_folder(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for words in (["audit"], ["extract", "--preset", "stub", "--out", tmp_path / "out"]):
-        line = fails(*words[:1], tmp_path / "empty", *words[1:])
+        line = run(words[0], tmp_path / "empty", *words[1:], status=2)
         assert "empty" in line and "image" in line
     assert not (tmp_path / "out").exists()
-    assert "no such file or folder" in fails("audit", tmp_path / "absent")
+    assert "no such file or folder" in run("audit", tmp_path / "absent", status=2)
 
 
-def test_missing_mini_models(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["extract", str(data), "--out", str(tmp_path / "out")]) == 2
-    note, line = capsys.readouterr().err.strip().splitlines()
-    assert note.startswith("note: the mini models know rendered scenes only.")
-    assert "is not on this machine" in line and "`git checkout data/mini`" in line
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_missing_folder_of_models(data: Path, tmp_path: Path, fails: Fails) -> None:
-    line = fails(
-        "extract", data, "--out", tmp_path / "out", "--preset", "fast", "--models", tmp_path / "none"
-    )
+def test_missing_models(data: Path, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert "mini models" in run("extract", data, "--out", out, status=2)
+    line = run("extract", data, "--out", out, "--preset", "fast", "--models", tmp_path / "none", status=2)
     assert (
         "there is no folder of models at" in line and "`itemkit download --preset fast --to FOLDER`" in line
     )
+    assert not out.exists()
 
 
-def test_a_missing_detector(data: Path, tmp_path: Path, fails: Fails) -> None:
-    line = fails("detect", data.parent / "images" / "00000.png", "--preset", "stub")
+def test_a_missing_detector(data: Path, tmp_path: Path, run: Run) -> None:
+    image = data.parent / "images" / "00000.png"
+    line = run("detect", image, *STUB, status=2)
     assert line.startswith("there is no detector for preset 'stub' yet: train one with `itemkit extract`")
-    line = fails(
-        "detect", data.parent / "images" / "00000.png", "--preset", "stub", "--detector", tmp_path / "none"
-    )
+    line = run("detect", image, *STUB, "--detector", tmp_path / "none", status=2)
     assert str(tmp_path / "none") in line
-    assert str(tmp_path / "store") in fails("train", tmp_path / "store", "--out", tmp_path / "d")
-    assert "store" in fails("evaluate", tmp_path / "store", "--detector", tmp_path / "d")
+    assert str(tmp_path / "store") in run("train", tmp_path / "store", "--out", tmp_path / "d", status=2)
+    assert "store" in run("evaluate", tmp_path / "store", "--detector", tmp_path / "d", status=2)
 
 
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("file_nam,label\na.png,0\n", "has no column 'path'"),
-        (
-            "path,label\nimages/00000.png,0\nimages/00001.png,maybe\n",
-            "unknown values in column 'label': 'maybe'",
-        ),
-        ("path,label\nimages/00000.png,0\nimages/00000.png,1\n", "labels that contradict each other"),
-        ("path,label\nnowhere.png,0\n", "none of the 1 images of bad.csv exists"),
-        ("", "bad.csv is empty"),
+        ("file_nam,label\na.png,0\n", "path"),
+        ("path,label\nimages/00000.png,0\nimages/00001.png,maybe\n", "maybe"),
+        ("path,label\nimages/00000.png,0\nimages/00000.png,1\n", "contradict"),
+        ("", "empty"),
     ],
 )
-def test_a_bad_manifest(table: str, message: str, data: Path, tmp_path: Path, fails: Fails) -> None:
+def test_a_bad_manifest(table: str, message: str, data: Path, tmp_path: Path, run: Run) -> None:
     bad = tmp_path / "bad.csv"
     bad.write_text(table)
-    assert message in fails("extract", bad, "--out", tmp_path / "out", "--preset", "stub")
-    assert message in fails("audit", bad)
+    assert message in run("extract", bad, "--out", tmp_path / "out", *STUB, status=2)
+    assert message in run("audit", bad, status=2)
 
 
-def test_one_class_only(data: Path, tmp_path: Path, fails: Fails) -> None:
-    table = pd.read_csv(data)
-    table[table["label"] == 0].to_csv(tmp_path / "reals.csv", index=False)
-    assert "The audit needs real and fake images; the manifest has 80 real, 0 fake" in fails(
-        "audit", tmp_path / "reals.csv"
+def test_options_that_need_another(data: Path, tmp_path: Path, run: Run) -> None:
+    assert run("audit", data, "--size", "64", status=2).startswith("--size goes with --equalise FOLDER")
+    assert "JPEG quality is 300" in run(
+        "audit", data, "--equalise", tmp_path / "e", "--quality", "300", status=2
     )
+    for images in (["a.png", "b.png"], [data.parent / "images"]):
+        line = run("detect", *images, *STUB, "--caption", "a red ball", status=2)
+        assert line.startswith("--caption goes with one image")
+    assert "nothing to download" in run("download", "--preset", "mini", status=2)
 
 
-def test_options_that_need_another(data: Path, tmp_path: Path, fails: Fails) -> None:
-    assert fails("audit", data, "--size", "64").startswith("--size goes with --equalise FOLDER")
-    assert "JPEG quality is 300" in fails("audit", data, "--equalise", tmp_path / "e", "--quality", "300")
-    line = fails("detect", "a.png", "b.png", "--preset", "stub", "--caption", "a red ball")
-    assert line == "--caption goes with one image, got 2; run detect once for each"
-    assert "real_root" in fails("audit", data, "--real-root", tmp_path)
-    assert "no part paint; parts: parser, clip" in fails("lab", "build", "paint")
-
-
-def test_a_laboratory_that_is_not_there(tmp_path: Path, fails: Fails) -> None:
-    assert "no laboratory in" in fails("lab", "check")
-    assert "fakes.parquet" in fails("lab", "images", "--out", tmp_path / "out")
-    assert "nothing to download" in fails("download", "--preset", "mini")
-
-
-def test_a_folder_that_cannot_be_written(data: Path, tmp_path: Path, fails: Fails) -> None:
+def test_a_folder_that_cannot_be_written(data: Path, tmp_path: Path, run: Run) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert "file" in fails("extract", data, "--out", tmp_path / "file" / "store", "--preset", "stub")
+    assert "file" in run("extract", data, "--out", tmp_path / "file" / "store", *STUB, status=2)
 
 
-def test_ctrl_c_ends_quietly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (KeyboardInterrupt, 130, ""),
+        (MemoryError("Unable to allocate 8 GiB"), 2, "itemkit: the memory is full"),
+    ],
+)
+def test_what_ends_a_command(
+    raised: BaseException, status: int, said: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     def stopped(args: object) -> int:
-        raise KeyboardInterrupt
+        raise raised
 
-    monkeypatch.setattr(cli.do, "train", stopped)
-    assert cli.main(["train", "x", "--out", "y"]) == 130 and capsys.readouterr().err == ""
+    stopped.__name__ = "train"
+    monkeypatch.setattr(cli, "train", stopped)
+    assert cli.main(["train", "x", "--out", "y"]) == status
+    err = capsys.readouterr().err
+    assert err.startswith(said) and err.count("\n") == bool(said)
 
 
 def test_warnings_are_sentences(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def warning(args: object) -> int:
-        warnings.warn("the classes differ in size; choose a smaller one", stacklevel=2)
+    def train(args: object) -> int:
+        warnings.warn("the classes differ in size; choose \x1b[31ma smaller one", stacklevel=2)
         return 0
 
     shown = warnings.showwarning
-    monkeypatch.setattr(cli.do, "train", warning)
+    monkeypatch.setattr(cli, "train", train)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert cli.main(["train", "x", "--out", "y"]) == 0
-    assert capsys.readouterr().err == "itemkit: warning: the classes differ in size; choose a smaller one\n"
-    assert warnings.showwarning is shown
+    said = "itemkit: warning: the classes differ in size; choose \\x1b[31ma smaller one\n"
+    assert capsys.readouterr().err == said and warnings.showwarning is shown
 
 
 # ------------------------------------------------------------------------------------------- the way through
 
 
 def test_extract_train_evaluate_detect(
-    data: Path, tmp_path: Path, stub: Preset, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, run: Run, stub: Preset, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(*words: str | Path) -> str:
-        status = cli.main([str(w) for w in words])
-        shown = capsys.readouterr()
-        assert status == 0, shown.err
-        return shown.out
-
-    store, detector = tmp_path / "store", tmp_path / "detector"
-    run("extract", data, "--out", store, "--preset", "stub", "--device", "cpu", "--batch-size", "16")
-    assert stub.encoder.images_encoded == 160
-    run("extract", data, "--out", store, "--preset", "stub", "--device", "cpu")
-    assert stub.encoder.images_encoded == 160
-    out = run("train", store, "--out", detector, "--seeds", "1", "--representation", "absolute")
+    store, detector, csv = tmp_path / "store", tmp_path / "detector", tmp_path / "new" / "table.csv"
+    run("extract", data, "--out", store, *STUB)
+    encoded = stub.encoder.images_encoded
+    run("extract", data, "--out", store, *STUB)
+    assert stub.encoder.images_encoded == encoded == 160
+    out = run("train", store, "--out", detector, "--members", "1", "--device", "cpu", "--threads", "1")
     assert f"detector written to {detector}" in out and "its threshold at 5 % false positives: " in out
-    out = run("evaluate", store, "--detector", detector, "--csv", tmp_path / "new" / "table.csv")
-    table = pd.read_csv(tmp_path / "new" / "table.csv")
-    assert {"generator", "metric", "value", "low", "high"} <= set(table.columns)
-    assert "auroc" in out and set(table["generator"]) == {"all"}  # of one generator
-    assert (
-        "false positives at a requested 1%: not promised: a false-positive rate of 0.01 needs at least" in out
-    )
-    assert "real images covered at a requested 95%: " in out
-    for split, use in (("train", "40 trained this detector"), ("val", "80 stopped its training")):
-        words = ["evaluate", str(store), "--detector", str(detector), "--split", split]
-        assert cli.main(words) == 0
+    head = json.loads((detector / "head.json").read_text())
+    assert "cuda" not in json.dumps(head)
+
+    out = run("evaluate", store, "--detector", detector, "--csv", csv)
+    lines = out.splitlines()
+    assert lines[0].startswith("40 images (split 'test'); 95 % intervals")
+    table = pd.read_csv(csv)
+    digest = load_features(store).provenance["models"]
+    assert {"generator", "metric", "value", "low", "high", "n_real", "n_fake", "over"} <= set(table.columns)
+    assert set(table["preset"]) == {"stub"} and set(table["models"]) == {digest} and digest in out
+    row = next(line for line in lines if line.split()[:3] == ["all", "20", "20"])  # one row per generator
+    assert len(re.findall(r"\d\.\d\d \(\d\.\d\d-\d\.\d\d\)", row)) >= 4
+    assert "false positives at a requested 1%: not promised" in out
+    assert "  20 real images: " in out and "  20 fake images: " in out
+    for split, n in (("train", 40), ("val", 80)):
+        assert cli.main(["evaluate", str(store), "--detector", str(detector), "--split", split]) == 0
         shown = capsys.readouterr()
-        n = use.split()[0]
-        assert shown.err.startswith(f"itemkit: warning: of the {n} images evaluated here, {use}")
-        assert shown.err.count("\n") == 1 and "auroc" in shown.out
+        assert f"itemkit: warning: of the {n} images evaluated here, {n} " in shown.err
         tail = shown.out.partition("What was promised, and what happened:")[2]
         assert tail.strip().startswith(f"not checked: all {n} images trained or calibrated this detector")
-        assert "covered" not in tail
-    first, broken = data.parent / "images" / "00000.png", tmp_path / "broken.png"
-    text = run("detect", first, "--detector", detector, "--preset", "stub", "--device", "cpu")
+
+    first, broken = data.parent / "images" / "00006.png", tmp_path / "broken.png"
+    text = run("detect", first, "--detector", detector, *STUB)
     lines = text.splitlines()
     assert lines[0] == str(first)
     assert [line.split()[0] for line in lines[1:4]] == ["verdict", "caption", "global"]
-    assert {line.split()[0] for line in lines[4:]} == {"local"}
     broken.write_bytes(b"\x89PNG\r\n\x1a\n")
-    words = ["detect", first, broken, "--json", "--detector", detector, "--preset", "stub", "--device", "cpu"]
-    assert cli.main([str(w) for w in words]) == 1  # done, but something was wrong with an image
-    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert answers[0]["path"] == str(first) and answers[0]["verdict"] in ("real", "fake", "unsure")
-    assert set(answers[1]) == {"path", "error"} and "broken.png" in answers[1]["error"]
-    assert f"p(fake) = {answers[0]['p_fake']:.2f}" in text
+    out = run("detect", broken, first, "--json", "--detector", detector, *STUB, status=1)
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert set(answers[0]) == {"path", "error"} and answers[0]["path"] == str(broken)
+    assert answers[1]["path"] == str(first) and answers[1]["verdict"] in ("real", "fake", "unsure")
+    assert len(answers[1]["models"]) == 16 and f"p(fake) = {answers[1]['p_fake']:.2f}" in text
+    assert "not judged: " in run("detect", broken, "--detector", detector, *STUB, status=1)
+    (data.parent / "images" / "notes.txt").write_text("x")
+    assert (
+        len(run("detect", data.parent / "images", "--json", "--detector", detector, *STUB).splitlines())
+        == 160
+    )
+
+
+def test_few_images_give_an_answer_without_a_promise(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, store, detector = write_data(tmp_path, 24), tmp_path / "store", tmp_path / "detector"
+    run("extract", data, "--out", store, *STUB)
+    assert cli.main(["train", str(store), "--out", str(detector), "--members", "1"]) == 0
+    err = capsys.readouterr().err
+    assert "--fpr" in err and "--fnr" in err and "19" in err and (detector / "detector.json").is_file()
+    out = run("evaluate", store, "--detector", detector)
+    assert "withheld" in out and re.search(r"all +3 +3 +\d\.\d\d \(", out)
+    image = data.parent / "images" / "00000.png"
+    out = run("detect", image, "--detector", detector, *STUB)
+    assert "verdict  withheld, p(fake) = 0." in out and "--fpr" in out
+    out = run("detect", image, "--detector", detector, *STUB, "--fpr", "0.4", "--fnr", "0.4")
+    assert "withheld" not in out
+
+
+def test_one_class_without_splits_is_taken_whole(data: Path, tmp_path: Path, run: Run) -> None:
+    run("extract", data, "--out", tmp_path / "store", *STUB)
+    run("train", tmp_path / "store", "--out", tmp_path / "detector", "--members", "1")
+    fakes.make_images(tmp_path / "new", 7, start=500)
+    (tmp_path / "photos" / "real").mkdir(parents=True)
+    for file in (tmp_path / "new").iterdir():
+        file.rename(tmp_path / "photos" / "real" / file.name)
+    run("extract", tmp_path / "photos", "--out", tmp_path / "own", *STUB)
+    out = run("evaluate", tmp_path / "own", "--detector", tmp_path / "detector")
+    assert out.startswith("7 images (all: they came without splits") and "called_fake" in out
+    assert re.search(r"all +7 +0 ", out) and "  7 real images: " in out and "nan" not in out.lower()
 
 
 def test_extract_ends_with_1_when_an_image_is_unusable(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (data.parent / "images" / "00003.png").write_bytes(b"")
-    words = ["extract", data, "--out", tmp_path / "store", "--preset", "stub", "--limit", "8"]
+    words = ["extract", data, "--out", tmp_path / "store", *STUB, "--limit", "8"]
     assert cli.main([str(w) for w in words]) == 1
-    assert "8 images: 0 reused, 7 computed, 1 errors" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "8 images: 0 reused, 7 computed, 1 error" in err and "160 images" in err
     assert (tmp_path / "store" / "errors.parquet").is_file()
 
 
-def test_export_for_other_tools(
-    data: Path, tmp_path: Path, fails: Fails, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_for_other_tools(data: Path, tmp_path: Path, run: Run) -> None:
+    from itemkit.export import import_clip_retrieval, import_numpy
+
     store = tmp_path / "store"
-    assert cli.main(["extract", str(data), "--out", str(store), "--preset", "stub", "--limit", "6"]) == 0
+    run("extract", data, "--out", store, *STUB, "--limit", "6")
     features = load_features(store)
     for layout, back in (("clip-retrieval", import_clip_retrieval), ("numpy", import_numpy)):
         to = tmp_path / layout
-        capsys.readouterr()
-        assert cli.main(["export", str(store), "--to", str(to), "--format", layout]) == 0
-        assert capsys.readouterr().out == f"6 images written to {to}\n"
+        assert run("export", store, "--to", to, "--format", layout) == f"6 images written to {to}\n"
         read = back(to)
         np.testing.assert_allclose(read.image_emb, features.image_emb, atol=1e-3)
-        np.testing.assert_allclose(read.caption_emb, features.caption_emb, atol=1e-3)
         assert list(read.table["path"]) == list(features.table["path"])
         assert len(read.objects) == (len(features.objects) if layout == "numpy" else 0)
-        assert "is not empty; give a new folder" in fails("export", store, "--to", to, "--format", layout)
-    assert "is no feature store" in fails("export", tmp_path, "--to", tmp_path / "x", "--format", "numpy")
-    assert not (tmp_path / "x").exists()
+        assert "is not empty" in run("export", store, "--to", to, "--format", layout, status=2)
+    assert "is no feature store" in run(
+        "export", tmp_path, "--to", tmp_path / "x", "--format", "numpy", status=2
+    )
+    run("extract", data, "--out", tmp_path / "one", *STUB, "--limit", "1")
+    assert run("export", tmp_path / "one", "--to", tmp_path / "y", "--format", "numpy").startswith(
+        "1 image written"
+    )
 
 
-def test_options_of_the_data_reach_the_reader(data: Path, tmp_path: Path, stub: Preset) -> None:
+def test_options_of_the_data_reach_the_reader(data: Path, tmp_path: Path, run: Run, stub: Preset) -> None:
     moved = tmp_path / "elsewhere" / "manifest.csv"
     moved.parent.mkdir()
-    table = pd.read_csv(data).iloc[:6].drop(columns="split")
-    table.to_csv(moved, index=False)
-    common = ["--preset", "stub", "--device", "cpu"]
-    words = ["extract", moved, "--root", tmp_path, "--out", tmp_path / "a", "--perturb", "jpeg_q50", *common]
-    assert cli.main([str(w) for w in words]) == 0
+    pd.read_csv(data).iloc[:6].drop(columns="split").to_csv(moved, index=False)
+    run("extract", moved, "--root", tmp_path, "--out", tmp_path / "a", "--perturb", "jpeg_q50", *STUB)
     assert json.loads((tmp_path / "a" / "run.json").read_text())["fingerprint"]["transform"]
     inside = [{"image": {"bytes": fakes.png(i), "path": f"{i}.png"}, "label": i % 2} for i in range(4)]
     pd.DataFrame(inside).to_parquet(tmp_path / "inside.parquet")
-    words = ["extract", tmp_path / "inside.parquet", "--images-to", tmp_path / "out", "--out", tmp_path / "b"]
-    assert cli.main([str(w) for w in (*words, *common)]) == 0
+    run(
+        "extract",
+        tmp_path / "inside.parquet",
+        "--images-to",
+        tmp_path / "out",
+        "--out",
+        tmp_path / "b",
+        *STUB,
+    )
     assert len(list((tmp_path / "out").rglob("*.png"))) == 4
     assert stub.encoder.images_encoded == 10
 
 
-def test_user_captions_and_what_to_do_without(data: Path, tmp_path: Path, fails: Fails, stub: Preset) -> None:
-    words = ["extract", data, "--out", tmp_path / "s", "--preset", "stub", "--captions", "user"]
-    assert "160 of 160 images have no caption" in fails(*words)
-    assert cli.main([str(w) for w in (*words, "--missing", "generate", "--limit", "3")]) == 0
+def test_user_captions_and_what_to_do_without(data: Path, tmp_path: Path, run: Run, stub: Preset) -> None:
+    words = ["extract", data, "--out", tmp_path / "s", *STUB, "--captions", "user"]
+    assert "160 of 160 images have no caption" in run(*words, status=2)
+    run(*words, "--missing", "generate", "--limit", "3")
     assert stub.captioner.batches == [3]
 
 
-def test_a_part_given_by_name_replaces_the_preset_s(data: Path, tmp_path: Path, fails: Fails) -> None:
-    line = fails("extract", data, "--out", tmp_path / "s", "--preset", "stub", "--parser", tmp_path / "none")
+def test_a_part_given_by_name_replaces_the_preset_s(data: Path, tmp_path: Path, run: Run) -> None:
+    line = run("extract", data, "--out", tmp_path / "s", *STUB, "--parser", tmp_path / "none", status=2)
     assert "parser" in line and "none" in line
+
+
+# --------------------------------------------------------------------------------------- text from elsewhere
+
+
+NASTY = "evil\x1b]0;owned\x07\u202egnp\u200b"
+
+
+def test_no_text_of_data_acts_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_data(tmp_path, 160, generator=["real", NASTY] * 80)
+    table = pd.read_csv(data)
+    table.loc[table.index[7::16], "generator"] = "=cmd|'/C calc'!A0"
+    table.to_csv(data, index=False)
+    nasty = tmp_path / f"{NASTY}.png"
+    nasty.write_bytes(fakes.png(999))
+    (tmp_path / f"broken {NASTY}.png").write_bytes(b"\x89PNG")
+    store, detector, csv = tmp_path / "store", tmp_path / "detector", tmp_path / "e.csv"
+    for status, *words in (
+        (0, "extract", data, "--out", store, *STUB),
+        (0, "train", store, "--out", detector, "--members", "1"),
+        (0, "evaluate", store, "--detector", detector, "--csv", csv),
+        (1, "detect", nasty, tmp_path / f"broken {NASTY}.png", "--detector", detector, *STUB),
+        (1, "detect", nasty, tmp_path / f"broken {NASTY}.png", "--detector", detector, *STUB, "--json"),
+        (2, "detect", nasty, "--detector", tmp_path / NASTY, *STUB),
+        (2, "train", store, "--out", detector, "--train-on", NASTY + "x"),
+        (2, "evaluate", store, "--detector", detector, "--split", NASTY),
+        (2, "extract", tmp_path / NASTY, "--out", store, *STUB),
+        (2, "study", "--protocol", NASTY, *STUB),
+        (0, "audit", data, "--csv", tmp_path / "a.csv"),
+        (0, "export", store, "--to", tmp_path / f"to{NASTY}", "--format", "numpy"),
+    ):
+        assert cli.main([str(word) for word in words]) == status, (words, capsys.readouterr().err)
+        shown = capsys.readouterr()
+        assert CONTROL.findall(shown.out) == [] and CONTROL.findall(shown.err.replace("\r", "")) == [], words
+    with pytest.raises(SystemExit):
+        cli.main(["detect", "x.png", f"--{NASTY}"])
+    assert CONTROL.findall(capsys.readouterr().err) == []
+    assert "=cmd" not in {cell[:4] for cell in pd.read_csv(csv)["generator"]}
+    assert "'=cmd|'/C calc'!A0" in set(pd.read_csv(csv)["generator"])
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_any_script_on_any_terminal(
+    encoding: str, data: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pd.read_csv(data).replace({"generator": {"toy": "生成器"}})
+    table.to_csv(data, index=False)
+    run("extract", data, "--out", tmp_path / "store", *STUB)
+    run("train", tmp_path / "store", "--out", tmp_path / "d", "--members", "1")
+    image = tmp_path / "真实.png"
+    image.write_bytes(fakes.png(999))
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    detect = ["detect", image, "--detector", tmp_path / "d", *STUB]
+    for status, *words in (
+        (0, *detect, "--caption", "قطة على العشب"),
+        (0, *detect),
+        (1, "detect", tmp_path / "ない.png", "--detector", tmp_path / "d", *STUB),
+        (0, "evaluate", tmp_path / "store", "--detector", tmp_path / "d"),
+        (0, "audit", data),
+        (2, "audit", tmp_path / "없음"),
+    ):
+        assert cli.main([str(word) for word in words]) == status
+    shown = b"".join((stream.flush(), stream.buffer.getvalue())[1] for stream in (out, err))
+    for text in ("真实", "ない", "生成器", "없음", "قطة"):
+        assert text.encode(encoding, "backslashreplace") in shown
+
+
+def test_json_has_null_where_there_is_no_number(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    answer = {"path": "a.png", "p_fake": float("nan"), "objects": [{"box": [1.0, float("inf")]}]}
+    monkeypatch.setattr("itemkit.workflow.detect", lambda *given, **more: iter([answer]))
+    assert json.loads(run("detect", "a.png", "--json", *STUB))["objects"] == [{"box": [1.0, None]}]
+
+
+# ------------------------------------------------------------------------------------------ audit, run, study
 
 
 @pytest.fixture
@@ -356,69 +495,71 @@ def uneven(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def test_audit_and_equalise(uneven: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    to = tmp_path / "equal"
-    words = [
-        "audit",
-        uneven,
-        "--csv",
-        tmp_path / "audit.csv",
-        "--equalise",
-        to,
-        "--size",
-        "24",
-        "--codec",
-        "png",
-        "--figure",
-        tmp_path / "figure",
-    ]
-    assert cli.main([str(w) for w in words]) == 0
-    before, after = capsys.readouterr().out.split(f"After equalising into {to}:")
+def test_audit_and_equalise(uneven: Path, tmp_path: Path, run: Run) -> None:
+    to, figure = tmp_path / "equal", tmp_path / "figure"
+    words = ["audit", uneven, "--csv", tmp_path / "audit.csv", "--equalise", to, "--size", "24"]
+    words += ["--codec", "png", "--figure", figure]
+    before, after = run(*words).split(f"After equalising into {to}:")
     assert "Audit of 48 images: 24 real, 24 fake" in before and "What to do" in before
-    worst = pd.read_csv(tmp_path / "audit.csv").iloc[0]
-    assert worst["auroc"] > 0.99
-    assert "'JPEG'" in before and "'JPEG'" not in after
-    assert "before" in after and {p.name for p in (tmp_path / "figure").iterdir()} == {
-        "audit.pdf",
-        "audit.png",
-        "audit.csv",
-    }
+    assert pd.read_csv(tmp_path / "audit.csv").iloc[0]["auroc"] > 0.99
+    assert "'JPEG'" in before and "'JPEG'" not in after and "before" in after
+    assert {"audit.pdf", "audit.png", "audit.csv"} <= {p.name for p in figure.iterdir()}
     with Image.open(next((to / "images").iterdir())) as image:
         assert image.size == (24, 24) and image.format == "PNG"
-    # another size into the same folder is refused
-    words[words.index("24")] = "16"
-    assert cli.main([str(w) for w in words]) == 2
-    assert "was equalised with" in capsys.readouterr().err
+    words[words.index("24")] = "16"  # another size into the same folder is refused
+    assert "was equalised with" in run(*words, status=2)
+    (uneven / "real" / "00.jpg").write_bytes(b"")
+    assert "Audit of 47 images" in run("audit", uneven, status=1)
+    assert "fake" in run("audit", uneven, "--by", "generator", status=1)
 
 
-def test_enlarging_one_class_is_warned_of_plainly(
-    uneven: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_run_and_study_hand_their_options_on(
+    monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["audit", uneven, "--equalise", tmp_path / "equal", "--size", "36"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        assert cli.main([str(w) for w in words]) == 0
-    shown = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert len(shown) == 1 and shown[0].startswith(
-        "itemkit: warning: 0% of the real and 100% of the fake images"
-    )
-    assert ".py" not in shown[0]
-
-
-def test_doctor_prints_a_line_for_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    status = cli.main(["doctor", "--preset", "stub", "--device", "cpu"])
-    lines = capsys.readouterr().out.splitlines()
-    assert status in (0, 1)  # a version that differs from its pin may be found here
-    assert [line for line in lines[:-1] if not line.lstrip().startswith("[")] == []
-    assert any("captioner" in line and "[OK]" in line for line in lines)
-    assert lines[-1].split(":")[0] in ("ready", "not ready")
-
-
-def test_run_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from itemkit import run as report
-
     seen: list[tuple] = []
-    monkeypatch.setattr(report, "run_all", lambda *given: seen.append(given))
-    assert cli.main(["run", "--out", str(tmp_path), "--device", "cpu"]) == 0
-    assert cli.main(["run", "--preset", "fast", "--data", "photos"]) == 0
-    assert seen == [("mini", None, tmp_path, "cpu"), ("fast", "photos", Path("results"), "auto")]
+    monkeypatch.setattr("itemkit.run.run_all", lambda *given, **more: seen.append((given, more)) or [])
+    run("run", "--out", tmp_path, *STUB)
+    run("run", "--data", data, *STUB, "--fpr", "0.1", "--localiser", "whole")
+    (mine, none, out, device), rates = seen[0]
+    assert (mine.name, none, out, device) == ("stub", None, tmp_path, "cpu") and rates == {
+        "fpr": 0.05,
+        "fnr": 0.05,
+    }
+    (mine, manifest, out, _), rates = seen[1]
+    assert mine.localiser == "whole" and len(manifest) == 160 and rates["fpr"] == 0.1
+    monkeypatch.setattr("itemkit.run.run_all", lambda *given, **more: ["02_geometry: it broke"])
+    run("run", *STUB, status=1)
+
+    report = SimpleNamespace(path=tmp_path / "table.md", failures=["raw: cnn failed, no memory"])
+    report.path.write_text("| a table |\n")
+    monkeypatch.setattr(
+        "itemkit.study.run_study", lambda *given, **more: seen.append((given, more)) or report
+    )
+    assert "| a table |" in run("study", "--data", data, *STUB, "--seeds", "2", status=1)
+    (protocol, manifest, *_), options = seen[-1]
+    assert protocol is None and len(manifest) == 160 and options["seeds"] == 2
+
+
+def test_the_manifest_is_described_before_anything_expensive(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def expensive(*given: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    for target in (
+        "itemkit.extraction.extract",
+        "itemkit.audit.audit",
+        "itemkit.run.run_all",
+        "itemkit.study.run_study",
+    ):
+        monkeypatch.setattr(target, expensive)
+    commands = (
+        ["extract", data, "--out", tmp_path / "s"],
+        ["audit", data],
+        ["run", "--data", data],
+        ["study", "--data", data],
+    )
+    for words in commands:
+        more = [] if words[0] == "audit" else STUB
+        assert cli.main([str(word) for word in (*words, *more)]) == 130
+        assert "160 images" in capsys.readouterr().err
