@@ -1,6 +1,7 @@
 """What follows from the scores of a study: metrics with intervals, comparisons, late fusions, one table.
 
-A `Run` is one contender trained on one generator with one seed; a `Study` is all of them on the same test images.
+A `Run` is one contender trained on one generator with one seed; a `Study` is all of them on the same
+test images.
 """
 
 from __future__ import annotations
@@ -274,11 +275,11 @@ class Study:
         Returns
         -------
         dict
-            ``value``; ``low, high`` by bootstrap over the test images, all cells resampled together; ``seed_sd``,
-            standard deviation over seeds of the mean over cells; ``n_seeds``.
+            ``value``; ``low, high`` by bootstrap over the test images, all cells resampled together;
+            ``seed_sd``, standard deviation over seeds of the mean over cells; ``n_seeds``.
         """
-        value = cells["value"].mean()
-        low, high = metric_interval(cells["metric"].iloc[0], value, self.drawn(cells), LEVEL)
+        value = float(cells["value"].mean()) if len(cells) else float("nan")
+        low, high = metric_interval(next(iter(cells["metric"]), ""), value, self.drawn(cells), LEVEL)
         by_seed = cells.groupby("seed")["value"].mean()
         return {"value": value, "low": low, "high": high, "seed_sd": by_seed.std(), "n_seeds": len(by_seed)}
 
@@ -311,16 +312,12 @@ class Study:
             for metric in metrics or self.options["metrics"]:
                 cells = self.cells(detector, metric)
                 unseen = cells[~cells["seen"]]
-                mean = (
-                    self.mean(unseen) if len(unseen) else dict.fromkeys(("value", "low", "high", "seed_sd"))
-                )
+                weakest = self.worst(unseen)
+                mean, worst = self.mean(unseen), self.mean(weakest)
                 row = {"detector": detector, "metric": metric, "unseen_mean": mean["value"]}
                 row |= {key: mean[key] for key in ("low", "high", "seed_sd")}
-                weakest = self.worst(unseen)
-                worst = self.mean(weakest) if len(weakest) else {}
-                row |= {name: worst.get(key) for name, key in
-                        (("worst", "value"), ("worst_low", "low"), ("worst_high", "high"))}  # fmt: skip
-                row["worst_train"], row["worst_test"] = (weakest[k].iloc[0] if worst else None for k in PAIR)
+                row |= {"worst": worst["value"], "worst_low": worst["low"], "worst_high": worst["high"]}
+                row["worst_train"], row["worst_test"] = (next(iter(weakest[k]), None) for k in PAIR)
                 row["seen_mean"] = cells[cells["seen"]]["value"].mean()
                 row["pooled_unseen"] = self.cells(detector, metric, pooled=True)["value"].mean()
                 row |= {"n_cells": len(cells.drop_duplicates(list(PAIR))), "n_seeds": cells["seed"].nunique()}

@@ -1,4 +1,4 @@
-"""The matrix: what trains on what, honest thresholds, intervals, reuse, external scores and fusion."""
+"""The matrix: what trains on what, honest thresholds, intervals, reuse, failures, external scores and fusion."""
 
 import json
 from dataclasses import replace
@@ -8,12 +8,16 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from itemkit.calibrate import split_validation, threshold_at_fpr
-from itemkit.controls import CONTROLS, FeatureScorer, logistic
+from itemkit import head
+from itemkit.calibrate import threshold_at_fpr
+from itemkit.controls import CONTROLS, logistic
 from itemkit.errors import InputError
 from itemkit.head import MisalignmentMLP
+from itemkit.matrix import train_on_test_on
 from itemkit.misalignment import represent
-from itemkit.study import Study, control, early, external, item, late, standard_detectors, train_on_test_on
+from itemkit.recipes import control, early, external, item, standard_detectors
+from itemkit.results import Study
+from itemkit.splits import split_validation
 
 from synthetic import make_features
 
@@ -144,9 +148,9 @@ def test_comparison_is_paired(study):
     assert table.loc["text", "low"] > 0 and table.loc["text", "p_value"] < 0.05
     mirrored = study.compare("text", "auroc", ["item"]).iloc[0]
     assert mirrored["difference"] == pytest.approx(-expected)
-    with pytest.raises(InputError, match="no contender 'x' in this study; there are item, image, text"):
-        study.compare("x")
-    with pytest.raises(InputError, match="metric 'brier' was not asked for"):
+    with pytest.raises(InputError, match="no contender 'imag' in this study.* Did you mean 'image'"):
+        study.compare("imag")
+    with pytest.raises(InputError, match="no metric 'brier' in this study; there are ap, auroc"):
         study.summary(["brier"])
 
 
@@ -213,6 +217,9 @@ def test_save_and_load(study, tmp_path):
     json.loads((tmp_path / "study" / "runs" / "item--gan--s1.json").read_text())
     with pytest.raises(InputError, match="holds no study.json"):
         Study.load(tmp_path)
+    (tmp_path / "study" / "runs" / "item--gan--s1.json").write_text("{")
+    with pytest.raises(InputError, match="holds no study of this version"):
+        Study.load(tmp_path / "study")
 
 
 def test_external_scores_join_by_id_or_path(tmp_path):
@@ -237,10 +244,9 @@ def test_external_scores_join_by_id_or_path(tmp_path):
     pd.DataFrame({"image_id": FEATURES.table["image_id"], "score": score}).query("image_id != @gone").to_csv(
         by_id
     )
-    with pytest.raises(
-        InputError, match=rf"has no score for 1 of 190 images, the first is {gone}; score the val"
-    ):
-        train_on_test_on(FEATURES, {"ids": external(by_id)}, seeds=(0,), n_boot=0, train_generators=["vae"])
+    study = train_on_test_on(FEATURES, {"ids": external(by_id), "r": Recorder}, seeds=(0,), n_boot=0)
+    assert f"has no score for 1 of 190 images, the first is {gone} (the file's" in study.failures["ids"]
+    assert "all images that manifest.csv" in study.failures["ids"]
 
 
 def test_a_corrected_file_of_scores_is_read_again(tmp_path):
@@ -281,10 +287,27 @@ def test_reals_judged_apart_are_drawn_apart():
     assert study.table.query("test_generator == 'gan'")["n_real"].eq(3).all()
 
 
+def test_external_scores_in_other_peoples_files(tmp_path):
+    """Other names, other separators, a byte order mark, columns beside: all read as they are meant."""
+    score = Recorder(0).decision_function(FEATURES)
+    table = pd.DataFrame({"note": "x, y", "Filename": FEATURES.table["path"], "P_fake": score, "label": 1})
+    table.to_csv(tmp_path / "s.csv", sep=";", index=False, encoding="utf-8-sig")
+    here = replace(
+        FEATURES, table=FEATURES.table.assign(path=[str(tmp_path / p) for p in FEATURES.table["path"]])
+    )
+    np.testing.assert_allclose(external(tmp_path / "s.csv").build(0).decision_function(here), score)
+    digits = FEATURES.table["image_id"].str.replace("[a-f]", "0", regex=True)  # an id is text, also if it is digits
+    digits = digits.where(~digits.duplicated(), FEATURES.table["image_id"])
+    pd.DataFrame({"sha256": digits, "score": score}).to_csv(tmp_path / "t.tsv", sep="\t")
+    here = replace(FEATURES, table=FEATURES.table.assign(image_id=digits))
+    np.testing.assert_allclose(external(tmp_path / "t.tsv").build(0).decision_function(here), score)
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"file": ["a"], "score": [1]}, "has the columns file, score; expected image_id or path, and score"),
+        ({"name": ["a"], "score": [1]}, "has the columns name, score; expected image_id or path, and score"),
+        ({"path": ["a"], "label": [1]}, "has the columns path, label; expected image_id or path, and score"),
         ({"path": ["a", "b"], "score": [1, "x"]}, "row 3: score 'x' is not a finite number"),
         ({"image_id": ["a", "a"], "score": [1, 2]}, "gives two different scores to a; expected one"),
     ],
@@ -293,29 +316,32 @@ def test_external_scores_errors(tmp_path, table, message):
     pd.DataFrame(table).to_csv(tmp_path / "s.csv", index=False)
     with pytest.raises(InputError, match=message):
         external(tmp_path / "s.csv")
-    with pytest.raises(InputError, match="cannot read scores from .*none.csv"):
-        external(tmp_path / "none.csv")
+    for name, content in (("none.csv", None), ("empty.csv", b""), ("binary.csv", bytes(range(256)))):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"cannot read scores from .*{name}"):
+            external(tmp_path / name)
 
 
-def test_fusion_from_kept_scores_equals_fusion_by_training():
-    parts = {"a": item("cosines", HEAD), "b": control("image_linear")}
-    # Study.fuse may calibrate on the half that training never sees; the recipe calibrates on the other half
-    study = train_on_test_on(FEATURES, parts | {"both": late(list(parts.values()))}, seeds=(0,), n_boot=40)
-    study.fuse("fused", ["a", "b"])
-    assert study.detectors == ["a", "b", "both", "fused"]
-    summary = study.summary(["auroc"]).set_index("detector")["unseen_mean"]
-    assert summary["fused"] == pytest.approx(summary["both"], abs=0.03)
-    gain = study.fusion_gain("fused", ["a", "b"])
+def test_late_fusion_from_kept_scores(study):
+    parts = ("image", "text")
+    new = Study(study.test, list(study.runs), study.options, study.table, study._replicates).fuse("both", parts)
+    runs = {r.detector: r for r in new.runs if (r.train_generator, r.seed) == ("gan", 0)}
+    y = np.array(runs["text"].val_labels)
+    odds = []
+    for part in parts:  # the mean of what each says after its own calibration
+        odds.append(runs[part].scale * np.array(runs[part].test_scores) + runs[part].offset)
+    np.testing.assert_allclose(runs["both"].test_scores, np.mean(odds, axis=0), rtol=1e-5)
+    assert runs["both"].val_labels == y.tolist()
+    gain = new.fusion_gain("both", parts)
     cell = gain.iloc[0]
-    matrices = {name: study.matrix(name).loc[cell["train_generator"], cell["test_generator"]]
-                for name in ("a", "b", "fused")}  # fmt: skip
-    assert cell["best"] == max(matrices["a"], matrices["b"]) and cell["best"] == matrices[cell["best_part"]]
-    assert (
-        cell["difference"] == pytest.approx(matrices["fused"] - cell["best"])
-        and gain["difference"].is_monotonic_increasing
-    )
-    with pytest.raises(InputError, match="the study has a contender 'a' already"):
-        study.fuse("a", ["a", "b"])
+    values = {name: new.matrix(name).loc[cell["train_generator"], cell["test_generator"]]
+              for name in (*parts, "both")}  # fmt: skip
+    assert cell["best"] == max(values[part] for part in parts) == values[cell["best_part"]]
+    assert cell["difference"] == pytest.approx(values["both"] - cell["best"])
+    assert gain["difference"].is_monotonic_increasing
+    with pytest.raises(InputError, match="the study has a contender 'image' already"):
+        new.fuse("image", parts)
 
 
 def test_recipes_on_other_features_of_the_same_images(study):
@@ -350,30 +376,99 @@ def test_standard_detectors():
 
 
 def test_early_fusion_sees_both():
-    scorer = early("cosines", HEAD).build(0)
-    assert isinstance(scorer, FeatureScorer)
-    x = scorer.vectors(FEATURES)
+    x = early("cosines", HEAD).build(0).vectors(FEATURES)
     np.testing.assert_array_equal(x[:, :3], represent(FEATURES, "cosines"))
     np.testing.assert_array_equal(x[:, 3:], FEATURES.image_emb)
+
+
+def test_another_architecture_of_the_same_name_is_run_again(tmp_path, monkeypatch):
+    """The key of a run holds an architecture's numbers, not its name."""
+    recipes = {"item": lambda: item("cosines", HEAD), "text": lambda: control("text_only", head=HEAD)}
+    options = {"seeds": (0,), "train_generators": ["gan"], "n_boot": 0, "out": tmp_path}
+
+    def scores():
+        study = train_on_test_on(FEATURES, {name: make() for name, make in recipes.items()}, **options)
+        return [run.test_scores for run in study.runs], study.options["runs_reused"]
+
+    first, _ = scores()
+    assert scores() == (first, 2)
+    wider = replace(head.ARCHITECTURES["itemkit"], hidden=(48, 8))
+    monkeypatch.setitem(head.ARCHITECTURES, "itemkit", wider)
+    changed, reused = scores()
+    assert reused == 0 and all(a != b for a, b in zip(first, changed, strict=True))
+
+
+class Broken(Recorder):
+    def decision_function(self, features):
+        raise {"flow": RuntimeError("out of\nmemory"), "gan": InputError("no")}[self.name]
+
+    def fit(self, train, val):
+        self.name = next(name for name in train.table["generator"] if name != "real")
+        return self if self.name != "vae" else Recorder(0)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_one_failing_contender_costs_no_other(tmp_path, jobs):
+    study = train_on_test_on(
+        FEATURES, {"bad": Broken, "good": Recorder}, seeds=(0,), n_boot=0, jobs=jobs, out=tmp_path
+    )
+    assert study.detectors == ["good"] and len(study.matrix("good")) == 3
+    assert set(study.failures) == {"bad"} and "trained on" in study.failures["bad"]
+    with pytest.raises(InputError, match="no contender 'bad'.*It failed, trained on"):
+        study.cells("bad", "auroc")
+    assert Study.load(tmp_path).failures == study.failures
+    with pytest.raises(InputError, match="no contender could be run; the first, bad, trained on gan: no"):
+        train_on_test_on(FEATURES, {"bad": Broken}, seeds=(0,), n_boot=0, train_generators=["gan", "flow"])
+
+
+def test_functions_without_a_description_are_not_reused(tmp_path):
+    for _ in range(2):
+        study = train_on_test_on(FEATURES, {"r": Recorder}, seeds=(0,), n_boot=0, out=tmp_path)
+        assert study.options["runs_reused"] == 0
+
+
+def test_few_images_withhold_the_threshold_and_nothing_else():
+    few = make_features(60, 20, generators=("gan", "flow"))
+    study = train_on_test_on(few, {"r": Recorder}, seeds=(0, 1), n_boot=20)
+    value = study.table.groupby("metric")["value"]
+    assert value.count()[["accuracy_real", "accuracy_fake", "balanced_accuracy"]].eq(0).all()
+    assert value.count()[["auroc", "ap", "ece", "tpr_at_fpr05"]].eq(12).all()
+    assert len(study.notes) == 1 and "needs at least 19 real validation images" in study.notes[0]
+    summary = study.summary().set_index("metric")
+    assert np.isnan(summary.loc["balanced_accuracy", ["unseen_mean", "low", "worst"]].astype(float)).all()
+    assert summary.loc["auroc", "low"] <= summary.loc["auroc", "unseen_mean"]
+    # a rate that so few can promise is answered
+    assert train_on_test_on(few, {"r": Recorder}, seeds=(0,), n_boot=0, fpr=0.2).table["value"].notna().all()
+
+
+def test_generators_too_small_to_train_on_are_still_tested():
+    rows = np.flatnonzero((FEATURES.table["generator"] == "vae") & (FEATURES.table["split"] != "test"))
+    small = FEATURES.select(np.setdiff1d(np.arange(len(FEATURES)), rows[1:]))
+    study = train_on_test_on(small, {"r": Recorder}, seeds=(0,), n_boot=0)
+    assert list(study.matrix("r").index) == ["gan", "flow"] and "vae" in study.matrix("r")
+    assert len(study.notes) == 1 and study.notes[0].startswith("Nothing is trained on vae: ")
+    one = train_on_test_on(FEATURES.with_generators(["gan"]), {"r": Recorder}, seeds=(0,), n_boot=0)
+    assert one.table["seen"].all() and one.summary(["auroc"])["seen_mean"].notna().all()
 
 
 def test_errors():
     one = {"r": Recorder}
     with pytest.raises(
-        InputError, match="generator 'gna' has no fake image with the split 'train'; generators: flow, gan"
+        InputError, match="0 images of 'gna' in the split 'train'.*generators: gan, flow, vae. Did you mean 'gan'"
     ):
         train_on_test_on(FEATURES, one, train_generators=["gna"])
-    with pytest.raises(InputError, match="threshold='oracle': expected one of fpr, best"):
+    with pytest.raises(InputError, match="threshold 'oracle' is unknown; expected one of fpr, best"):
         train_on_test_on(FEATURES, one, threshold="oracle")
     with pytest.raises(InputError, match="0 contenders and 5 seeds"):
         train_on_test_on(FEATURES, {})
     table = FEATURES.table.copy()
     table.loc[:3, "split"] = None
-    with pytest.raises(InputError, match="4 of 760 images have no split; expected train, val or test"):
+    with pytest.raises(InputError, match="4 of 760 images lack a label or a split"):
         train_on_test_on(replace(FEATURES, table=table), one)
-    with pytest.raises(InputError, match="no fake image has the split 'test'"):
-        train_on_test_on(FEATURES.select((FEATURES.table["split"] != "test").to_numpy()), one)
-    with pytest.raises(
-        InputError, match="false-positive rate of 0.01 needs at least 99 real validation images, got 50"
-    ):
-        train_on_test_on(FEATURES, one, fpr=0.01)
+    with pytest.raises(InputError, match="nothing to test on: 0 images of 'gan' in the split 'test'"):
+        rows = (FEATURES.table["split"] != "test") | (FEATURES.table["label"] == 0)
+        train_on_test_on(FEATURES.select(rows.to_numpy(bool)), one)
+    with pytest.raises(InputError, match="0 images of 'real' in the split 'val'; 2 or more are needed"):
+        train_on_test_on(FEATURES.select((FEATURES.table["split"] != "val").to_numpy(bool)), one)
+    with pytest.raises(InputError, match="no image is fake"):
+        train_on_test_on(FEATURES.select((FEATURES.table["label"] == 0).to_numpy(bool)), one)
