@@ -1,10 +1,8 @@
-"""The extraction on a Ray cluster, or on several devices of one machine: the same stages, the same store.
+"""The extraction on a Ray cluster, or on several devices of one machine: the same workers, the same store.
 
-Workers read, decode and run the models; this process alone plans, checks for copies and writes. Needs the
-optional extra: ``pip install "itemkit[ray]"``. Images must lie where every worker can read them.
-
-Actors, not Ray Data: one process must write the shards, whichever worker answers first, and the death of a
-worker must cost the one image that kills it, not a block of them.
+Each Ray task is a shard: a worker reads, decodes, runs the models and writes it; this process plans and notes
+what became of every image. A lost worker costs the shard it was at, which Ray gives to another. Needs the optional
+extra: ``pip install "itemkit[ray]"``. Images and store must lie where every worker can reach them.
 """
 
 from __future__ import annotations
@@ -12,20 +10,23 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+import warnings
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from itemkit.decode import DecodeConfig, Decoded, ImageReader, batches, one_line
-from itemkit.errors import InputError, MissingExtra
-from itemkit.extraction import Extraction, Failure, Outcome, Runner, raise_malloc_thresholds
-from itemkit.features import Features
-from itemkit.steps import STAGES, Components, Models, Profile, Stages
+from itemkit.decode import Task, reason_of
+from itemkit.errors import InputError, ItemkitError, MissingExtra, StoreError
+from itemkit.extraction import GPU_BATCH, Job, Result, Worker, WorkerOptions, build_models, fingerprint_of
+from itemkit.models import Models
 
-DEATHS = 2  # of a worker with nothing but this image at hand, until the image is to blame
+if TYPE_CHECKING:
+    from itemkit.presets import Preset
+
+RETRIES = 1  # of a shard whose worker died, before it is halved to find the image to blame
 
 
 @dataclass(frozen=True)
@@ -45,196 +46,107 @@ class RayOptions:
             )
 
 
-@dataclass(frozen=True)
-class Described:
-    """A model that lives in the workers: what this process has to know of it."""
-
-    record: dict[str, Any]
-    dim: int = 0
-    device: str = "cpu"
-
-    def fingerprint(self) -> dict[str, Any]:
-        """As the model itself gave it."""
-        return self.record
-
-
-class RayEngine:
-    """Runs the models in Ray workers.
+class RayCluster:
+    """Workers on a cluster.
 
     Parameters
     ----------
-    build : callable
-        Makes the components in each worker, e.g. a preset's ``build``.
-    options : RayOptions
-    decode : DecodeConfig
-        Images are decoded isolated here, as a crash would take a worker and its models down.
-    transform : callable, optional
-    batch_size : int, optional
-        Default 32 on a CPU, 256 on a GPU.
+    models : Models or Preset
+        A preset is loaded in the workers; models put together by hand are sent to them.
+    device : str
+        For a preset.
+    options : WorkerOptions
+    spread : RayOptions
     """
 
     def __init__(
-        self,
-        build: Callable[[], Components],
-        options: RayOptions,
-        decode: DecodeConfig,
-        transform: Callable[..., Any] | None = None,
-        batch_size: int | None = None,
+        self, models: Models | Preset, device: str, options: WorkerOptions, spread: RayOptions
     ) -> None:
-        self.build, self.options, self.transform = build, options, transform
-        self.decode = replace(
-            decode, isolate=True, threads=decode.threads or max(1, int(options.cpus_per_worker))
-        )
-        self.batch_size = batch_size or (256 if options.gpus_per_worker else 32)
-        self._ray = start_ray(options)
-        _check_room(self._ray, options)
+        self.seconds: dict[str, float] = {}
+        self.batch_size = 0
+        self._options, self._spread = options, spread
+        self._ray = start_ray(spread)
+        check_room(self._ray, spread)
+        self._needs = {"num_cpus": spread.cpus_per_worker, "num_gpus": spread.gpus_per_worker}
+        self._models = self._ray.put((models, device))
 
-    def describe(self) -> Components:
-        """Let a worker load the models, and return what they say about themselves."""
-        resources = {"num_cpus": self.options.cpus_per_worker, "num_gpus": self.options.gpus_per_worker}
-        parts = self._ray.get(self._ray.remote(**resources)(_describe).remote(self.build))
-        return Models(**{name: None if part is None else Described(**part) for name, part in parts.items()})
+    def fingerprint(self, captions: str) -> dict[str, Any]:
+        """What the models are, as a worker sees it: on its device, from its files."""
+        ask = self._ray.remote(**self._needs)(lambda models: fingerprint_of(*models, captions))
+        return self._ray.get(ask.remote(self._models))
 
-    def work(self, job: Extraction) -> Generator[int, None, None]:
-        """See :class:`itemkit.extraction.Engine`."""
-        if not job.todo:
-            return
-        ray = self._ray
-        stored = ray.put(frozenset(job.stored))
-        worker = ray.remote(Worker).options(
-            num_cpus=self.options.cpus_per_worker, num_gpus=self.options.gpus_per_worker
-        )
-        what = (self.build, self.decode, self.transform, self.batch_size, job.on_error, stored)
-        workers = [worker.remote(*what) for _ in range(self.options.workers)]
-        todo = _in_batches(job, self.batch_size)
-        pending: dict[Any, tuple[int, Any, list[Task]]] = {}
-        running = [0] * len(workers)
-        # of each worker: what it was given when it died, to be tried again one by one with nothing beside it
-        suspects: list[deque[Task]] = [deque() for _ in workers]
-        deaths: Counter[int] = Counter()
-
-        def feed(i: int) -> None:
-            while running[i] < (1 if suspects[i] else 2):  # two batches each, so that none waits
-                tasks = [suspects[i].popleft()] if suspects[i] else next(todo, None)
-                if tasks is None:
-                    return
-                pending[workers[i].run.remote(tasks)] = (i, workers[i], tasks)
-                running[i] += 1
-
+    def work(self, job: Job) -> Generator[list[Result], None, None]:
+        """Let the workers make the shards of ``job.todo``; see `itemkit.extraction.Worker.run`."""
+        ray, spread = self._ray, self._spread
+        stored = ray.put(job.known.features)
+        actor = ray.remote(_Maker).options(**self._needs, max_restarts=-1, max_task_retries=RETRIES)
+        makers = [
+            actor.remote(job.folder.absolute(), job.run, self._models, stored, self._options)
+            for _ in range(spread.workers)
+        ]
+        # shards of full size, but several for each worker, so that they end together
+        size = min(self._options.shard_size, math.ceil(len(job.todo) / (4 * spread.workers)))
+        size = max(size, self._options.batch_size or (GPU_BATCH if spread.gpus_per_worker else 1))
+        first = job.next_shard
+        starts = range(0, len(job.todo), size)
+        shards = [(first + i, job.todo[start : start + size]) for i, start in enumerate(starts)][::-1]
+        pending: dict[Any, tuple[Any, int, list[Task]]] = {}
         try:
-            for i in range(len(workers)):
-                feed(i)
-            while pending:
-                ready = ray.wait(list(pending), timeout=0.5)[0]
-                if not ready:
-                    yield 0  # lets a Ctrl-C be noticed
-                    continue
-                i, one, tasks = pending.pop(ready[0])
-                running[i] -= 1
-                try:
-                    yield self._take(job, ray.get(ready[0]))
-                except ray.exceptions.RayActorError as error:
-                    if getattr(error, "actor_init_failed", False):  # so would the next one, on any image
-                        raise InputError(
-                            f"a Ray worker could not load the models ({_last_line(error)}). Each loads its "
-                            "own copy: see that every node has the models and the memory for its workers, or "
-                            "ask for fewer workers. What was computed so far is kept"
-                        ) from error
-                    if one is workers[i]:
-                        workers[i] = worker.remote(*what)
-                    alone = len(tasks) == 1 and running[i] == 0
-                    deaths[tasks[0].row] += alone
-                    if deaths[tasks[0].row] >= DEATHS:
-                        yield self._take(job, _died(tasks[0], error, job.batch_size or self.batch_size))
-                    else:
-                        suspects[i].extend(tasks)
-                feed(i)
+            while shards or pending:
+                busy = [maker for maker, _, _ in pending.values()]
+                for maker in [maker for maker in makers if maker not in busy][: len(shards)]:
+                    number, tasks = shards.pop()
+                    pending[maker.make.remote(tasks, number)] = (maker, number, tasks)
+                # wakes up now and then, so that Ctrl-C is heard while workers work
+                for ready in ray.wait(list(pending), timeout=0.5)[0]:
+                    _, number, tasks = pending.pop(ready)
+                    try:
+                        results, seconds, self.batch_size = ray.get(ready)
+                    except ray.exceptions.RayTaskError as error:
+                        cause = error.cause
+                        raise cause if isinstance(cause, ItemkitError) else ItemkitError(
+                            f"a Ray worker failed ({reason_of(cause)}); what was computed before is kept"
+                        ) from error  # fmt: skip
+                    except ray.exceptions.RayError as error:  # the worker died, again and again
+                        if len(tasks) > 1:
+                            half = len(tasks) // 2
+                            shards += [(number, tasks[half:]), (number, tasks[:half])]
+                            continue
+                        reason = f"{tasks[0].name}: the worker died on it ({reason_of(error)[:200]})"
+                        results, seconds = [Result(tasks[0].row, stage="worker", reason=reason)], {}
+                    for step, s in seconds.items():
+                        self.seconds[step] = self.seconds.get(step, 0.0) + s
+                    yield results
+                if not pending and not shards:
+                    break
+                yield []
         finally:
-            for one in workers:
-                ray.kill(one)
-
-    @staticmethod
-    def _take(job: Extraction, answer: Answer) -> int:
-        for stage in STAGES:
-            job.profile.seconds[stage] += answer.seconds.get(stage, 0.0)
-        job.batch_size = answer.batch_size
-        fresh = {item.row: item for item in job.sort(answer.items)}
-        job.take(_only(answer.outcome, fresh))
-        return len(answer.items)
+            for maker in makers:
+                ray.kill(maker)
 
 
-@dataclass(frozen=True)
-class Task:
-    """One row of the manifest for a worker."""
-
-    row: int
-    path: str
-    name: str
-    caption: str | None
-
-
-@dataclass
-class Answer:
-    """What a worker made of its tasks."""
-
-    items: list[Decoded]
-    outcome: Outcome
-    seconds: dict[str, float]
-    batch_size: int
-
-
-class Worker:
-    """One process with its own models."""
+class _Maker:
+    """One worker process with its own models."""
 
     def __init__(
-        self,
-        build: Callable[[], Components],
-        decode: DecodeConfig,
-        transform: Callable[..., Any] | None,
-        batch_size: int,
-        on_error: str,
-        stored: frozenset[bytes],
+        self, folder: Path, run: dict, models: tuple[Any, str], stored: np.ndarray, options: WorkerOptions
     ) -> None:
-        raise_malloc_thresholds()
-        models = build()
-        self.decode, self.profile, self.stored = decode, Profile(), stored
-        self.runner = Runner(Stages(models, self.profile), batch_size, on_error)
-        self.reader = ImageReader(decode, self._is_done, transform, models.encoder.preprocess)
-        self.captions: list[str | None] = []
+        if not (folder / "run.json").exists():
+            raise StoreError(f"a Ray worker does not see {folder}; give a folder that all machines share")
+        self._worker = Worker(folder, run, build_models(*models), stored, options)
 
-    def _is_done(self, row: int, digest: bytes) -> bool:
-        # with a user's caption the key is another; then this process decides, after the work
-        return self.captions[row] is None and digest in self.stored
-
-    def run(self, tasks: list[Task]) -> Answer:
-        """Read the images and run the models on them."""
-        self.profile.seconds = dict.fromkeys(STAGES, 0.0)
-        self.captions = [task.caption for task in tasks]
-
-        def read(i: int) -> Decoded:
-            return self.reader.read(i, tasks[i].path, tasks[i].name)
-
-        items, outcome = [], Outcome()
-        source = batches(range(len(tasks)), read, lambda: self.runner.batch_size, self.decode, 0)
-        while True:
-            with self.profile("decode"):
-                part = next(source, None)
-            if part is None:
-                break
-            for item in part:
-                item.caption = tasks[item.row].caption
-            done = self.runner.run([item for item in part if item.image is not None])
-            outcome.done += done.done
-            outcome.failures += done.failures
-            for item in part:
-                item.image = item.pixels = None  # they stay here
-            items += part
-        for item in items:
-            item.row = tasks[item.row].row  # the row in the manifest, not in this batch
-        return Answer(items, outcome, self.profile.seconds, self.runner.batch_size)
+    def make(self, tasks: list[Task], number: int) -> tuple[list[Result], dict[str, float], int]:
+        """Write the shard of these tasks; what became of each, seconds per step, and the batch size."""
+        before = dict(self._worker.seconds)
+        results = [result for part in self._worker.run(tasks, number) for result in part]
+        for result in results:
+            if result.error is not None:  # as it is, it may not survive the way back
+                result.error = ItemkitError(f"step '{result.stage}': {reason_of(result.error)}")
+        seconds = {step: s - before[step] for step, s in self._worker.seconds.items()}
+        return results, seconds, self._worker.batch_size
 
 
-def start_ray(options: RayOptions) -> Any:
+def start_ray(spread: RayOptions) -> Any:
     """Connect to a cluster or start one on this machine."""
     try:
         import ray
@@ -243,108 +155,40 @@ def start_ray(options: RayOptions) -> Any:
             'the Ray engine needs an optional package: pip install "itemkit[ray]", or use engine="local"'
         ) from error
     if not ray.is_initialized():
-        where: dict[str, Any] = {"address": options.address}
-        if options.address is None:
+        where: dict[str, Any] = {"address": spread.address}
+        if spread.address is None:
+            # workers find the same modules as this process does
+            modules = os.pathsep.join(p or os.getcwd() for p in sys.path)
             where = {
-                "num_cpus": max(os.cpu_count() or 1, math.ceil(options.workers * options.cpus_per_worker)),
+                "num_cpus": max(os.cpu_count() or 1, math.ceil(spread.workers * spread.cpus_per_worker)),
                 "include_dashboard": False,
-                # workers find the same modules as this process does
-                "runtime_env": {
-                    "env_vars": {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
-                },
+                "runtime_env": {"env_vars": {"PYTHONPATH": modules}},
             }
         ray.init(**where, log_to_driver=False, logging_level="error")
     return ray
 
 
-def _check_room(ray: Any, options: RayOptions) -> None:
-    """Refuse workers for which there is no room: Ray would wait for it without end and without a word."""
-    need = {"CPU": options.cpus_per_worker, "GPU": options.gpus_per_worker}
+def check_room(ray: Any, spread: RayOptions) -> None:
+    """Refuse workers for which there is no room, since Ray would wait for it without end and without a word.
+
+    Warns where there are GPUs and the workers get none.
+    """
+    need = {"CPU": spread.cpus_per_worker, "GPU": spread.gpus_per_worker}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    there = {kind: sum(node.get(kind, 0) for node in nodes) for kind in need}
     rooms = [
-        min((int(node.get(kind, 0) / n + 1e-6) for kind, n in need.items() if n), default=options.workers)
+        min((int(node.get(kind, 0) / n + 1e-6) for kind, n in need.items() if n), default=spread.workers)
         for node in nodes  # one by one: a worker has to fit on one of them
     ]
-    if sum(rooms) < options.workers:
-        there = {kind: sum(node.get(kind, 0) for node in nodes) for kind in need}
+    if sum(rooms) < spread.workers:
         raise InputError(
-            f"asked for {options.workers} Ray workers with {need['CPU']:g} CPUs and {need['GPU']:g} GPUs "
-            f"each; there are {there['CPU']:g} CPUs and {there['GPU']:g} GPUs in all, with room for "
-            f"{sum(rooms)} such workers. Ask for fewer or smaller ones, or name a larger cluster (address)"
+            f"asked for {spread.workers} Ray workers with {need['CPU']:g} CPUs and {need['GPU']:g} GPUs each; "
+            f"there are {there['CPU']:g} CPUs and {there['GPU']:g} GPUs in all, with room for {sum(rooms)} such "
+            "workers. Ask for fewer or smaller ones, or name a larger cluster (address)"
         )
-
-
-def builder_of(components: Any, device: str) -> Callable[[], Components]:
-    """What makes the models in a worker: a preset, or a function without arguments."""
-    if hasattr(components, "build"):
-        return lambda: components.build(device)
-    if callable(components):
-        return components
-    raise InputError(
-        f"the Ray engine loads the models in its workers, so it needs a preset (or a function that makes the "
-        f"components), not {type(components).__name__}"
-    )
-
-
-def _describe(build: Callable[[], Components]) -> dict[str, dict[str, Any] | None]:
-    models = build()
-    parts: dict[str, dict[str, Any] | None] = {}
-    for name in ("captioner", "parser", "encoder", "localiser"):
-        part = getattr(models, name, None)
-        parts[name] = None if part is None else {"record": part.fingerprint()}
-    encoder = models.encoder
-    parts["encoder"] = {
-        "record": encoder.fingerprint(),
-        "dim": int(encoder.dim),
-        "device": str(getattr(encoder, "device", "cpu")),
-    }
-    return parts
-
-
-def _in_batches(job: Extraction, size: int) -> Iterator[list[Task]]:
-    for start in range(0, len(job.todo), size):
-        yield [
-            Task(
-                row,
-                os.path.abspath(job.paths[row]),
-                job.relative(row),
-                None if job.captions is None else job.captions[row],
-            )
-            for row in job.todo[start : start + size]
-        ]
-
-
-def _died(task: Task, error: Exception, batch_size: int) -> Answer:
-    """The answer for an image that takes its worker down even alone."""
-    reason = (
-        f"{task.name}: the worker died on it ({one_line(error)[:200]}); drop the row or look at the image"
-    )
-    item = Decoded(task.row, stage="worker", reason=reason)
-    return Answer([item], Outcome(), {}, batch_size)
-
-
-def _last_line(error: Exception) -> str:
-    """What happened in a worker; the lines before it are Ray's account of where."""
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip()[:200] if lines else type(error).__name__
-
-
-def _only(outcome: Outcome, fresh: dict[int, Decoded]) -> Outcome:
-    """Drop what turned out to be a copy of an image that another worker has dealt with."""
-    return Outcome(
-        [part for part in (_select(items, features, fresh) for items, features in outcome.done) if part[0]],
-        [
-            Failure(fresh[f.item.row], f.stage, f.reason, f.error)
-            for f in outcome.failures
-            if f.item.row in fresh
-        ],
-    )
-
-
-def _select(
-    items: list[Decoded], features: Features, fresh: dict[int, Decoded]
-) -> tuple[list[Decoded], Features]:
-    kept = [i for i, item in enumerate(items) if item.row in fresh]
-    if len(kept) == len(items):
-        return items, features
-    return [items[i] for i in kept], features.select(np.array(kept, dtype=np.int64))
+    if there["GPU"] and not need["GPU"]:
+        warnings.warn(
+            f"the cluster has {there['GPU']:g} GPUs and the workers get none of them: their models run on the "
+            "CPU. Pass --gpus-per-worker 1 (gpus_per_worker=1)",
+            stacklevel=2,
+        )

@@ -918,7 +918,7 @@ def extract(
         from itemkit.engine_ray import RayCluster, RayOptions
 
         cluster = RayCluster(models, device, options, ray or RayOptions())
-    parts = cluster.fingerprint(captions) if cluster else _fingerprint(models, captions, device)
+    parts = cluster.fingerprint(captions) if cluster else fingerprint_of(models, device, captions)
     parts["transform"] = None if transform is None else transform.fingerprint()
     parts["decode"] = None if decode.least_side is None else {"least_side": decode.least_side}
     run = _run_head(manifest, folder, parts, config, report)
@@ -959,7 +959,7 @@ def _compute(
     if not job.todo:
         return {}, 0, None
     if cluster is None:
-        worker = Worker(job.folder, job.run, _build(models, device), job.known.features, options)
+        worker = Worker(job.folder, job.run, build_models(models, device), job.known.features, options)
         source = worker.run(job.todo, job.next_shard)
     else:
         worker = cluster
@@ -977,13 +977,14 @@ def _compute(
     return worker.seconds, worker.batch_size, stop if stop.requested else None
 
 
-def _build(models: Models | Preset, device: str) -> Models:
+def build_models(models: Models | Preset, device: str) -> Models:
+    """The models themselves, loaded if they are not yet."""
     return models.build(device) if hasattr(models, "build") else models
 
 
-def _fingerprint(models: Models | Preset, captions: str, device: str) -> dict[str, Any]:
-    loaded = not hasattr(models, "build")
-    return models.fingerprint(captions) if loaded else models.fingerprint(captions, device)
+def fingerprint_of(models: Models | Preset, device: str, captions: str) -> dict[str, Any]:
+    """What the models are; nothing is loaded for it."""
+    return models.fingerprint(captions, device) if hasattr(models, "build") else models.fingerprint(captions)
 
 
 def _checked(manifest: pd.DataFrame, captions: str, missing: str, limit: int | None) -> pd.DataFrame:
