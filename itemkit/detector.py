@@ -13,7 +13,6 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ import safetensors.numpy
 from sklearn.base import clone
 
 from itemkit import schema
-from itemkit._files import atomic_write, write_json
+from itemkit._files import atomic_write
 from itemkit.calibrate import (
     Calibrator,
     Threshold,
@@ -37,7 +36,7 @@ from itemkit.calibrate import (
 )
 from itemkit.errors import InputError
 from itemkit.features import Features
-from itemkit.head import MisalignmentMLP, damaged, field, read_arrays, read_description
+from itemkit.head import MisalignmentMLP, damaged, read_description, write_description
 from itemkit.metrics import METRICS, bootstrap
 from itemkit.misalignment import RepresentationConfig, cosines, get_representation, misalign, represent
 from itemkit.models import differences
@@ -52,14 +51,7 @@ OBJECT_PARTS = ("parser", "localiser")
 FEW = 20
 """Calibration images of a class below which p(fake) is said to be rough. Our choice."""
 ONE_CLASS_METRICS = ("called_fake", "above_half")
-ARRAYS = {
-    "real_scores": "F64", "fake_scores": "F64", "real_cosines_global": "F64", "real_cosines_local": "F64",
-    "train_keys": "U64", "val_keys": "U64",
-}  # fmt: skip
-TRAINED_ON: dict[str, tuple[type, ...]] = {
-    "fingerprint": (dict, NoneType), "dim": (int,), "itemkit": (str,), "preset": (str,), "models": (str,),
-    "note": (str,), "seed": (int,), "members": (int,), "train_images": (dict,), "val_images": (dict,),
-}  # fmt: skip
+FILES = ("head.json", "head.safetensors", "calibration.safetensors")
 
 
 class Detector:
@@ -457,23 +449,20 @@ class Detector:
         data = safetensors.numpy.save(arrays)
         atomic_write(path / "calibration.safetensors", lambda file: file.write(data))
         n_real, rates = len(self.real_scores_), (0.01, 0.05, 0.1)
-        write_json(
-            path / "detector.json",
-            {
-                "format": FORMAT,
-                "representation": self.representation.to_dict(),
-                "calibration": self.calibration,
-                "calibrator": self.calibrator_.to_dict(),
-                "selection_fraction": self.selection_fraction,
-                # for the reader; any other rate follows from the stored scores
-                "thresholds": {
-                    f"{fpr:g}": lacking(fpr, n_real, schema.REAL) or self.threshold(fpr).statement
-                    for fpr in rates
-                },
-                "notes": self.notes,
-                "trained_on": self.trained_on_,
+        contents = {
+            "representation": self.representation.to_dict(),
+            "calibration": self.calibration,
+            "calibrator": self.calibrator_.to_dict(),
+            "selection_fraction": self.selection_fraction,
+            # for the reader; any other rate follows from the stored scores
+            "thresholds": {
+                f"{fpr:g}": lacking(fpr, n_real, schema.REAL) or self.threshold(fpr).statement
+                for fpr in rates
             },
-        )
+            "notes": self.notes,
+            "trained_on": self.trained_on_,
+        }
+        write_description(path, "detector.json", FORMAT, contents, FILES)
         return path
 
     @classmethod
@@ -485,34 +474,20 @@ class Detector:
         ModelNotFound
             The folder holds none, or one that is damaged.
         """
-        folder, name = Path(folder), "detector.json"
-        meta = read_description(folder, name, FORMAT)
+        folder = Path(folder)
+        meta = read_description(folder, "detector.json", FORMAT, FILES)
         head = MisalignmentMLP.load(folder, device)
-        kind = field(folder, name, meta, "representation", dict)
-        calibrator = field(folder, name, meta, "calibrator", dict)
         try:
-            detector = cls(
-                RepresentationConfig.from_dict(kind),
-                clone(head),
-                field(folder, name, meta, "calibration", str),
-                field(folder, name, meta, "selection_fraction", float),
-            )
-            detector.calibrator_ = Calibrator.from_dict(calibrator)
-        except InputError as error:
-            raise damaged(folder, f"{name}: {one_line(error)}") from error
-        detector.head_ = head
-        detector.notes = [str(note) for note in field(folder, name, meta, "notes", list)]
-        detector.trained_on_ = field(folder, name, meta, "trained_on", dict)
-        for key, kinds in TRAINED_ON.items():
-            field(folder, name, detector.trained_on_, key, *kinds)
-        if detector.representation.width(detector.trained_on_["dim"]) != head.n_features_in_:
-            raise damaged(folder, f"{name} and head.json are not of one detector")
-        arrays = read_arrays(folder, "calibration.safetensors", {k: (v, (None,)) for k, v in ARRAYS.items()})
+            kind = RepresentationConfig.from_dict(meta["representation"])
+            detector = cls(kind, clone(head), meta["calibration"], meta["selection_fraction"])
+            detector.calibrator_ = Calibrator.from_dict(meta["calibrator"])
+            arrays = safetensors.numpy.load_file(folder / "calibration.safetensors")
+        except (InputError, safetensors.SafetensorError) as error:
+            raise damaged(folder, one_line(error)) from error
+        detector.head_, detector.notes, detector.trained_on_ = head, meta["notes"], meta["trained_on"]
         detector.real_scores_, detector.fake_scores_ = arrays["real_scores"], arrays["fake_scores"]
         detector.real_cosines_ = {level: arrays[f"real_cosines_{level}"] for level in ("global", "local")}
         detector.image_keys_ = {part: arrays[f"{part}_keys"] for part in ("train", "val")}
-        if any((np.diff(grid) < 0).any() for grid in detector.real_cosines_.values()):
-            raise damaged(folder, "calibration.safetensors: the cosines of the reals are not in order")
         return detector
 
 

@@ -7,24 +7,25 @@ a batch is one index. Nothing here touches torch's global random state or thread
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import numbers
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from scipy.special import expit
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from itemkit._files import atomic_write, write_json
@@ -105,17 +106,14 @@ class Net(nn.Module):
     def forward(self, x: Tensor, noise: torch.Generator | None = None) -> Tensor:
         """Logits (members, rows) for x (rows, in); ``noise`` draws the dropout and means training."""
         x = x[None].expand(self.members, -1, -1)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = linear(x, weight.to(x.dtype), bias.to(x.dtype))
-            if i == len(self.arch.hidden):
-                return x[..., 0].float()
+        for i in range(len(self.arch.hidden)):
+            x = linear(x, self.weights[i], self.biases[i])
             if self.arch.batch_norm:
                 x = batch_norm(x, self.norms[i], training=noise is not None)
             x = F.relu(x) if self.arch.activation == "relu" else F.leaky_relu(x)
-            if noise is not None and self.arch.dropout:
-                keep = 1 - self.arch.dropout
-                x = x * torch.empty_like(x).bernoulli_(keep, generator=noise).div_(keep)
-        raise AssertionError("the last layer returns")
+            if noise is not None:
+                x = dropout(x, self.arch.dropout, noise)
+        return linear(x, self.weights[-1], self.biases[-1])[..., 0].float()
 
     def start(self, seed: int) -> Net:
         """Draw start weights by torch's own rule for linear layers.
@@ -140,9 +138,16 @@ class Net(nn.Module):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``x @ weight + bias`` for each member."""
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     if len(weight) == 1:  # a product of matrices is quicker than a batch of one
         return torch.addmm(bias[0], x[0], weight[0])[None]
     return torch.baddbmm(bias, x, weight)
+
+
+def dropout(x: Tensor, share: float, noise: torch.Generator) -> Tensor:
+    """Silence a share of the units, and scale the others up so that the sum stays as large."""
+    keep = 1 - share
+    return x * torch.empty_like(x).bernoulli_(keep, generator=noise).div_(keep) if share else x
 
 
 def batch_norm(x: Tensor, norm: nn.BatchNorm1d, training: bool) -> Tensor:
@@ -215,17 +220,6 @@ def moments(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), scale.astype(np.float32)
 
 
-def standardise(
-    X: np.ndarray, mean: np.ndarray, scale: np.ndarray, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """``(X - mean) / scale`` on a device, written once in the number format of the training."""
-    shift, factor = torch.from_numpy(mean).to(device), torch.from_numpy(1 / scale).to(device)
-    out = torch.empty(X.shape, dtype=dtype, device=device)
-    for into, block in zip(out.split(BLOCK), torch.from_numpy(X).split(BLOCK), strict=True):
-        into.copy_((block.to(device) - shift).mul_(factor))
-    return out
-
-
 # --------------------------------------------------------------------------------------------- the classifier
 
 FORMAT = "itemkit head 2"
@@ -248,8 +242,14 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
 
 def cross_entropy(logits: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     """Loss of each member: weighted mean of ``-log p`` of the true class, with p = sigmoid(logit)."""
-    each = F.binary_cross_entropy_with_logits(logits, y.expand_as(logits), reduction="none")
-    return (each * weight).mean(-1)
+    target = y.float().expand_as(logits)
+    return (F.binary_cross_entropy_with_logits(logits, target, reduction="none") * weight).mean(-1)
+
+
+def balance(y: Tensor) -> Tensor:
+    """Weight of each row by which both classes count the same, whatever their numbers; 1 on average."""
+    counts = y.bincount(minlength=2)
+    return (len(y) / (counts > 0).sum() / counts)[y].float()
 
 
 class MisalignmentMLP(ClassifierMixin, BaseEstimator):
@@ -272,10 +272,6 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
     validation_fraction : float
         Share of the training rows held out, class by class, when ``fit`` is given no validation set. With 0
         there is no early stopping and the last weights stay.
-    class_weight : {"balanced"}, dict or None
-        As in scikit-learn. "balanced": both classes count the same whatever their numbers.
-    standardise : bool
-        Subtract the mean and divide by the standard deviation of each column of the training rows.
     members : int
         Networks trained at once from different starts; their mean logit is the score.
     seed : int
@@ -295,11 +291,6 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         Epoch whose weights each member has.
     classes_, n_features_in_
         As in scikit-learn; ``classes_[1]`` is the positive class.
-
-    Examples
-    --------
-    >>> head = MisalignmentMLP(seed=1).fit(x_train, y_train, x_val, y_val)   # doctest: +SKIP
-    >>> p_fake = head.predict_proba(x_test)[:, 1]                            # doctest: +SKIP
     """
 
     def __init__(
@@ -314,8 +305,6 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         patience: int = 8,
         tol: float = 1e-3,
         validation_fraction: float = 0.15,
-        class_weight: str | dict | None = "balanced",
-        standardise: bool = True,
         members: int = 1,
         seed: int = 0,
         device: str = "auto",
@@ -331,8 +320,6 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         self.patience = patience
         self.tol = tol
         self.validation_fraction = validation_fraction
-        self.class_weight = class_weight
-        self.standardise = standardise
         self.members = members
         self.seed = seed
         self.device = device
@@ -369,7 +356,6 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         y: np.ndarray,
         X_val: np.ndarray | None = None,
         y_val: np.ndarray | None = None,
-        sample_weight: np.ndarray | None = None,
     ) -> MisalignmentMLP:
         """Train.
 
@@ -379,8 +365,6 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
             Features and labels of two classes.
         X_val, y_val : arrays, optional
             Images to stop the training on; without them ``validation_fraction`` of the rows is held out.
-        sample_weight : array, shape (n,), optional
-            Weight of each row, multiplied with the class weight.
 
         Returns
         -------
@@ -389,9 +373,7 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         """
         arch = self.resolved_architecture()
         X, y = validate_data(self, X, y, dtype=np.float32)
-        weight = _check_sample_weight(sample_weight, X, dtype=np.float64)
-        codes = self._encode(y)
-        codes_val = None
+        codes, codes_val = self._encode(y), None
         if X_val is not None:
             X_val = validate_data(self, X_val, dtype=np.float32, reset=False)
             codes_val = self._codes(np.asarray(y_val))
@@ -400,31 +382,33 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         elif self.validation_fraction:
             if min(counts := np.bincount(codes)) < 2:
                 raise InputError(
-                    f"class {self.classes_[counts.argmin()]!r} has 1 row; holding some out for early "
+                    f"class {self.classes_.tolist()[counts.argmin()]!r} has 1 row; holding some out for early "
                     "stopping needs 2. Give X_val and y_val, or validation_fraction=0"
                 )
             held, rest = split_validation(codes, self.validation_fraction, int(self.seed))
-            X_val, codes_val = X[held], codes[held]
-            X, codes, weight = X[rest], codes[rest], weight[rest]
-        weight = weight * self._class_weights(codes)
-        if not weight.sum() > 0:
-            raise InputError("all sample weights are zero")
-        weight /= weight.mean()
+            X_val, codes_val, X, codes = X[held], codes[held], X[rest], codes[rest]
 
         device = choose_device(self.device)
         small = self.precision == "auto" and X.size < LARGE
         dtype = choose_precision("float32" if small else self.precision, device)
         self.device_, self.precision_ = str(device), dtype_name(dtype)
-        self.mean_, self.scale_ = np.zeros(X.shape[1], np.float32), np.ones(X.shape[1], np.float32)
-        if self.standardise:
-            self.mean_, self.scale_ = moments(X)
+        self.mean_, self.scale_ = moments(X)
         self.net_ = Net(X.shape[1], arch, int(self.members)).start(int(self.seed)).to(device)
-        x = standardise(X, self.mean_, self.scale_, device, dtype)
-        x_val = None
+        x, y = self._on_device(X, dtype), torch.as_tensor(codes, device=device)
+        val = None
         if X_val is not None:
-            x_val = standardise(X_val, self.mean_, self.scale_, device, torch.float32)
-        self._train(arch, x, codes, weight, x_val, codes_val)
+            val = self._on_device(X_val, torch.float32), torch.as_tensor(codes_val, device=device)
+        self._train(arch, x, y, val)
         return self
+
+    def _on_device(self, X: np.ndarray, dtype: torch.dtype) -> Tensor:
+        """Standardised copy of the features beside the network, written once in its number format."""
+        device = next(self.net_.parameters()).device
+        shift, factor = (torch.from_numpy(v).to(device) for v in (self.mean_, 1 / self.scale_))
+        out = torch.empty(X.shape, dtype=dtype, device=device)
+        for into, block in zip(out.split(BLOCK), torch.from_numpy(X).split(BLOCK), strict=True):
+            into.copy_((block.to(device) - shift).mul_(factor))
+        return out
 
     def _encode(self, y: np.ndarray) -> np.ndarray:
         check_classification_targets(y)
@@ -436,40 +420,20 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         self.classes_ = np.unique(y)
         if len(self.classes_) < 2:
             raise InputError(
-                f"all {len(y)} labels are of one class ({self.classes_[0]!r}); expected real and fake"
+                f"all {len(y)} labels are of one class ({self.classes_.tolist()[0]!r}); expected real and fake"
             )
         return self._codes(y)
 
     def _codes(self, y: np.ndarray) -> np.ndarray:
         if unknown := sorted(set(np.unique(y)) - set(self.classes_)):
             raise InputError(
-                f"validation label {unknown[0]!r} is not among the classes {list(self.classes_)}"
+                f"validation label {unknown[0]!s} is not among the classes {self.classes_.tolist()}"
             )
         return (y == self.classes_[1]).astype(np.int64)
 
-    def _class_weights(self, codes: np.ndarray) -> np.ndarray:
-        if self.class_weight is None or len(np.unique(codes)) < 2:
-            return np.ones(len(codes))
-        labels = self.classes_[codes]
-        return compute_class_weight(self.class_weight, classes=self.classes_, y=labels)[codes]
-
-    def _train(
-        self,
-        arch: Architecture,
-        x: Tensor,
-        codes: np.ndarray,
-        weight: np.ndarray,
-        x_val: Tensor | None,
-        codes_val: np.ndarray | None,
-    ) -> None:
-        net, device, members = self.net_, x.device, int(self.members)
-
-        def vector(values: np.ndarray) -> Tensor:
-            return torch.as_tensor(values, dtype=torch.float32, device=device)
-
-        y, w = vector(codes), vector(weight)
-        if codes_val is not None:
-            y_val, w_val = vector(codes_val), vector(self._class_weights(codes_val))
+    def _train(self, arch: Architecture, x: Tensor, y: Tensor, val: tuple[Tensor, Tensor] | None) -> None:
+        net, device = self.net_, x.device
+        weight = balance(y)
         order_rng = torch.Generator().manual_seed(int(self.seed))  # on the CPU: the same batches everywhere
         noise = torch.Generator(device).manual_seed(int(self.seed) + 1)
         # members do not share weights and AdamW works element by element, so one optimiser trains them apart
@@ -480,40 +444,40 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
             fused=device.type != "mps",
         )
         stopping = EarlyStopping(net, self.patience, self.tol)
-        history: list[dict[str, float]] = []
+        self.history_: dict[str, list[float]] = {name: [] for name in HISTORY}
         start = time.perf_counter()
         for epoch in range(1, self.max_epochs + 1):
             total = torch.zeros((), device=device)
             for rows in torch.randperm(len(x), generator=order_rng).to(device).split(self.batch_size):
                 # index_select: x[rows] takes seven times as long in bfloat16
-                loss = cross_entropy(net(x.index_select(0, rows), noise), y[rows], w[rows]).sum()
+                logits = net(x.index_select(0, rows), noise)
+                loss = cross_entropy(logits, y[rows], weight[rows]).sum()
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 optimiser.step()
                 total += loss.detach() * len(rows)
-            record = {"epoch": epoch, "train_loss": float(total) / len(x) / members}
-            record |= {"val_loss": math.nan, "val_ap": math.nan}
-            if x_val is not None:
+            train_loss, val_loss, val_ap = float(total) / len(x) / net.members, math.nan, math.nan
+            if val is not None:
                 with torch.no_grad():
-                    logits = net(x_val)
-                losses = cross_entropy(logits, y_val, w_val).cpu()
+                    logits = net(val[0])
+                losses = cross_entropy(logits, val[1], balance(val[1])).cpu()
                 stopping.update(epoch, losses)
-                record["val_loss"] = float(losses.mean())
-                score = logits.mean(0).cpu().numpy()
+                val_loss, score = float(losses.mean()), logits.mean(0).cpu().numpy()
                 # scores of a diverged training surface below with their own message
-                if 0 < codes_val.sum() < len(codes_val) and np.isfinite(score).all():
-                    record["val_ap"] = average_precision(codes_val, score)
-            history.append(record | {"seconds": time.perf_counter() - start})
-            if not math.isfinite(record["train_loss"]):
+                if 0 < int(val[1].sum()) < len(score) and np.isfinite(score).all():
+                    val_ap = average_precision(val[1].cpu().numpy(), score)
+            record = (epoch, train_loss, val_loss, val_ap, time.perf_counter() - start)
+            for name, value in zip(HISTORY, record, strict=True):
+                self.history_[name].append(value)
+            if not math.isfinite(train_loss):
                 raise InputError(
-                    f"the training diverged in epoch {epoch} (loss {record['train_loss']}); "
+                    f"the training diverged in epoch {epoch} (loss {train_loss}); "
                     f"try a learning_rate below {arch.learning_rate:g}"
                 )
             if not stopping.alive.any():
                 break
-        self.history_ = {name: [record[name] for record in history] for name in HISTORY}
-        self.best_epoch_ = [len(history)] * members
-        if x_val is not None:
+        self.best_epoch_ = [epoch] * net.members
+        if val is not None:
             stopping.restore()
             self.best_epoch_ = stopping.best_epoch.tolist()
 
@@ -521,13 +485,10 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         """Logit of every member, shape (members, n): their spread shows what the seed alone does."""
         check_is_fitted(self, "net_")
         X = validate_data(self, X, dtype=np.float32, reset=False)
-        device = next(self.net_.parameters()).device
+        pieces = np.split(X, range(PREDICT_ROWS, len(X), PREDICT_ROWS))
         with torch.no_grad():
-            parts = [
-                self.net_(standardise(part, self.mean_, self.scale_, device, torch.float32)).cpu()
-                for part in np.split(X, range(PREDICT_ROWS, len(X), PREDICT_ROWS))
-            ]
-        return torch.cat(parts, dim=1).numpy()
+            logits = [self.net_(self._on_device(piece, torch.float32)).cpu() for piece in pieces]
+        return torch.cat(logits, dim=1).numpy()
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         """Log-odds of the positive class, mean over members, shape (n,)."""
@@ -552,24 +513,20 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         tensors |= {"input_mean": torch.from_numpy(self.mean_), "input_scale": torch.from_numpy(self.scale_)}
         data = save(tensors)
         atomic_write(folder / "head.safetensors", lambda file: file.write(data))
-        params = self.get_params()
-        del params["device"]  # where it is used is for the user to say
-        if isinstance(self.class_weight, dict):
-            params["class_weight"] = [float(self.class_weight.get(c, 1.0)) for c in self.classes_]
-        history = {k: [None if math.isnan(v) else v for v in values] for k, values in self.history_.items()}
-        write_json(
-            folder / "head.json",
-            {
-                "format": FORMAT,
-                "params": params,
-                "classes": self.classes_.tolist(),
-                "n_features": self.n_features_in_,
-                "best_epoch": self.best_epoch_,
-                "history": history,
-                "precision": self.precision_,
-                "torch": str(torch.__version__),
-            },
-        )
+        # numbers of NumPy are no JSON; and where a head is used is for the user to say
+        params = {k: getattr(v, "tolist", lambda v=v: v)() for k, v in self.get_params().items()}
+        params["hidden_sizes"] = self.hidden_sizes and [int(width) for width in self.hidden_sizes]
+        del params["device"]
+        contents = {
+            "params": params,
+            "classes": self.classes_.tolist(),
+            "n_features": self.n_features_in_,
+            "best_epoch": self.best_epoch_,
+            "history": {k: [None if math.isnan(v) else v for v in h] for k, h in self.history_.items()},
+            "precision": self.precision_,
+            "torch": str(torch.__version__),
+        }
+        write_description(folder, "head.json", FORMAT, contents, ("head.safetensors",))
         return folder
 
     @classmethod
@@ -581,119 +538,81 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         ModelNotFound
             There is none, or it is damaged; no size in its files is believed before it is checked.
         """
-        folder, where, name = Path(folder), choose_device(device), "head.json"
-        meta = read_description(folder, name, FORMAT)
-        params = field(folder, name, meta, "params", dict)
-        classes = field(folder, name, meta, "classes", list)
-        history = field(folder, name, meta, "history", dict)
-        if wrong := set(params) ^ (set(cls().get_params()) - {"device"}):
-            raise damaged(folder, f"{name} lacks or does not know the parameter {min(wrong)!r}")
-        if len(classes) != 2 or len({type(c) for c in classes} & {int, str}) != 1:
-            raise damaged(folder, f"{name} does not name two classes")
-        if isinstance(params["hidden_sizes"], list):
+        folder, where = Path(folder), choose_device(device)
+        meta = read_description(folder, "head.json", FORMAT, ("head.safetensors",))
+        params = meta["params"]
+        if params["hidden_sizes"] is not None:
             params["hidden_sizes"] = tuple(params["hidden_sizes"])
-        if isinstance(params["class_weight"], list):
-            params["class_weight"] = dict(zip(classes, params["class_weight"], strict=False))
         head = cls(**params, device=device)
         try:
-            arch, n = head.resolved_architecture(), meta.get("n_features")
-            _check_number("n_features", n, 1, 10**7)
-        except InputError as error:
-            raise damaged(folder, f"{name}: {one_line(error)}") from error
-        if set(history) != set(HISTORY) or not all(isinstance(values, list) for values in history.values()):
-            raise damaged(folder, f"{name}: history is not one of a training")
-        with torch.device("meta"):  # shapes without memory
-            net = Net(n, arch, head.members)
-        kinds = {torch.float32: "F32", torch.int64: "I64"}
-        expected = {k: (kinds[v.dtype], tuple(v.shape)) for k, v in net.state_dict().items()}
-        expected |= {"input_mean": ("F32", (n,)), "input_scale": ("F32", (n,))}
-        arrays = read_arrays(folder, "head.safetensors", expected)
-        head.mean_, head.scale_ = arrays.pop("input_mean"), arrays.pop("input_scale")
-        if not (head.scale_ > 0).all():
-            raise damaged(folder, "head.safetensors: input_scale is not positive")
-        net.load_state_dict({k: torch.from_numpy(v) for k, v in arrays.items()}, assign=True)
-        head.net_, head.n_features_in_, head.classes_ = net.to(where), n, np.array(classes)
-        head.history_ = {k: [math.nan if v is None else v for v in values] for k, values in history.items()}
-        head.best_epoch_ = field(folder, name, meta, "best_epoch", list)
-        head.device_, head.precision_ = str(where), field(folder, name, meta, "precision", str)
+            arch = head.resolved_architecture()
+            tensors = load_file(folder / "head.safetensors")
+            head.mean_, head.scale_ = tensors.pop("input_mean").numpy(), tensors.pop("input_scale").numpy()
+            with torch.device("meta"):  # shapes without memory, to hold those of the file against
+                head.net_ = Net(len(head.mean_), arch, head.members)
+            head.net_.load_state_dict(tensors, assign=True)
+            if not all(torch.isfinite(t).all() for t in (*tensors.values(), torch.from_numpy(head.mean_))):
+                raise InputError("head.safetensors holds a number that is not finite")
+        except (InputError, SafetensorError, RuntimeError, KeyError) as error:
+            raise damaged(folder, one_line(error)) from error
+        head.net_.to(where)
+        head.n_features_in_, head.classes_ = meta["n_features"], np.array(meta["classes"])
+        head.history_ = {k: [math.nan if v is None else v for v in h] for k, h in meta["history"].items()}
+        head.best_epoch_, head.device_, head.precision_ = meta["best_epoch"], str(where), meta["precision"]
         return head
 
 
-# -------------------------------------------------------------------------------- folders that may be damaged
+# ------------------------------------------------------------------------------------ folders of detectors
 
 
 def damaged(folder: Path, reason: str) -> ModelNotFound:
-    """Error for a folder of a detector that was cut off or edited; ``reason`` says which file and what."""
+    """Error for a folder that was cut off or changed after it was written."""
     return ModelNotFound(str(folder), reason=f"is damaged ({reason}); train again")
 
 
-def read_description(folder: Path, name: str, form: str) -> dict[str, Any]:
-    """Read a JSON object that says which ``format`` it is; everything else is damage.
+def write_description(
+    folder: Path, name: str, form: str, contents: dict[str, Any], files: Sequence[str]
+) -> None:
+    """Write a JSON file that knows its format, its own checksum and those of the files beside it."""
+    meta = {"format": form} | contents | {"files": {file: _sha256(folder / file) for file in files}}
+    write_json(folder / name, meta | {"sha256": _checksum(meta)})
+
+
+def read_description(folder: Path, name: str, form: str, files: Sequence[str]) -> dict[str, Any]:
+    """Read what `write_description` wrote, if neither it nor the files beside it have changed since.
 
     Raises
     ------
     ModelNotFound
-        The file is not there, is no JSON object (NaN and infinity are none), or of another format.
+        There is no such file, or something differs.
     """
     path = folder / name
     if not path.is_file():
-        raise ModelNotFound(f"{folder} holds no detector: {name} is missing. Train one with `itemkit train`")
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} in it")
-
+        raise ModelNotFound(
+            f"{folder} holds no detector: {name} is missing. Train one with `itemkit train`, or give the "
+            "folder of one"
+        )
     try:
         if path.stat().st_size > MAX_JSON:
-            raise ValueError("larger than any that itemkit writes")
-        meta = json.loads(path.read_bytes(), parse_constant=refuse)
+            raise ValueError("it is larger than any that itemkit writes")
+        meta = json.loads(path.read_bytes())
+        found = {file: _sha256(folder / file) for file in files}
     except (OSError, ValueError, RecursionError) as error:
-        raise damaged(folder, f"{name} cannot be read: {one_line(error)}") from error
-    if not isinstance(meta, dict):
-        raise damaged(folder, f"{name} is no JSON object")
-    if meta.get("format") != form:
-        raise ModelNotFound(f"{path} has format {meta.get('format')!r}; expected {form!r}: train again")
+        raise damaged(folder, f"cannot read {name}: {one_line(error)}") from error
+    if not isinstance(meta, dict) or meta.get("format") != form:
+        other = meta.get("format") if isinstance(meta, dict) else None
+        raise damaged(folder, f"{name} has format {other!r}, this version of itemkit reads {form!r}")
+    if meta.pop("sha256", None) != _checksum(meta):
+        raise damaged(folder, f"{name} was changed after it was written")
+    if changed := [file for file in files if meta["files"][file] != found[file]]:
+        raise damaged(folder, f"{changed[0]} was changed after it was written")
     return meta
 
 
-def field(folder: Path, name: str, meta: dict[str, Any], key: str, *kinds: type) -> Any:
-    """Value of a key that must be there and of one of these types."""
-    value = meta.get(key)
-    if type(value) not in kinds:
-        raise damaged(folder, f"{name}: {key} is missing or of the wrong kind")
-    return value
+def _checksum(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def read_arrays(
-    folder: Path, name: str, expected: dict[str, tuple[str, tuple[int | None, ...]]]
-) -> dict[str, np.ndarray]:
-    """Read a safetensors file of exactly these arrays; kinds and shapes are compared before any is read.
-
-    Parameters
-    ----------
-    folder, name : path, str
-    expected : dict
-        Name -> safetensors' name of the number format ("F32") and the shape, None for any length.
-
-    Raises
-    ------
-    ModelNotFound
-        It does not, or a number in it is not finite.
-    """
-    arrays = {}
-    try:
-        with safetensors.safe_open(folder / name, "numpy") as file:
-            if wrong := set(file.keys()) ^ set(expected):
-                raise damaged(folder, f"{name} lacks or does not know {min(wrong)!r}")
-            for key, (kind, shape) in expected.items():
-                part = file.get_slice(key)
-                got = tuple(part.get_shape())
-                fits = len(got) == len(shape) and all(b in (a, None) for a, b in zip(got, shape, strict=True))
-                if part.get_dtype() != kind or not fits:
-                    raise damaged(folder, f"{name}: {key} is {part.get_dtype()} of shape {got}")
-            arrays = {key: file.get_tensor(key) for key in expected}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise damaged(folder, f"{name} cannot be read: {one_line(error)}") from error
-    for key, array in arrays.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise damaged(folder, f"{name}: {key} holds a number that is not finite")
-    return arrays
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
