@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from itemkit.presets import mini_folder
 from itemkit.protocols import get_protocol
-from itemkit.workflow import lab_manifest
 from minilab import data, fakes
 from minilab.__main__ import main
 from minilab.build import Build, file_hashes
@@ -69,7 +69,7 @@ def small_lab(tmp_path: Path) -> Path:
     for name in ("reals", "fakes", "fresh"):
         table = pd.read_parquet(MINI / f"{name}.parquet")
         table = table[table.generator.isin(["real", "gan"])]
-        table.groupby(["generator", "split"]).head(24).to_parquet(lab / f"{name}.parquet")
+        table.groupby(["generator", "split"]).head(12).to_parquet(lab / f"{name}.parquet")
     return lab
 
 
@@ -81,12 +81,12 @@ def test_the_detector_is_trained_on_and_written_to_the_laboratory_that_is_named(
         main(["detector", "--data", str(small_lab), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     )
     record = (small_lab / "models" / "detector" / "detector.json").read_text()
-    assert '"real": 24' in record and '"gan": 24' in record and "vae" not in record
+    assert '"real": 12' in record and '"gan": 12' in record and "vae" not in record
     assert str(tmp_path) not in record
     assert (MINI / "models" / "detector" / "detector.json").read_bytes() == before
     assert main(["images", "--data", str(small_lab), "--out", str(tmp_path / "again")]) == 0
-    assert len(list((tmp_path / "again" / "mini").rglob("*.png"))) == 24 * 6
-    assert len(lab_manifest(tmp_path / "whole")) == 2880, "the named laboratory is this process's no longer"
+    assert len(list((tmp_path / "again" / "mini").rglob("*.png"))) == 12 * 6
+    assert mini_folder() == MINI, "afterwards itemkit uses its own laboratory again"
 
 
 @pytest.mark.parametrize(
