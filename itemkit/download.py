@@ -1,7 +1,7 @@
 """Fetch the models of a preset once: into the hub's cache, or into a folder for machines without a network.
 
-All of it is data: weights as safetensors (a .bin only where a repository has nothing else; it is read
-weights-only and, in a folder, rewritten), configuration and tokenizer; never code.
+All of it is data: weights as safetensors (a .bin, which is read weights-only, where a repository has nothing
+else), configuration and tokenizer; never code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import itemkit
 from itemkit._files import explain_write_error, write_json
 from itemkit.encoder import CONFIG_FILE, find_encoder
 from itemkit.errors import InputError, ModelNotFound, StoreError
-from itemkit.models import looks_like_path, tidy
+from itemkit.models import looks_like_path, names_object, tidy
 from itemkit.objects import find_parser
 from itemkit.presets import MODELS_VARIABLE, Preset, get_preset
 from itemkit.text import count, one_line
@@ -36,11 +36,11 @@ PARSER_TIMEOUT_S = 900.0  # a spaCy pipeline has 12 to 600 MB
 
 MODELS_FILE = "models.json"
 FOLDERS = {"captioner": "captioner", "parser": "parser", "localiser": "detector", "encoder": "encoder"}
-CLIP_WEIGHTS = "open_clip_model.safetensors"
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _SIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+Fetched = tuple[str, str, Path]  # repository, revision, and where its files are
 _UNFINISHED = ".cache"  # the hub's notes on a folder, by which it resumes
-_POINTER = b"version https://git-lfs"
 
 
 def download(
@@ -80,33 +80,34 @@ def download(
     if "encoder" in wanted:  # an unknown name or tag is said before anything large is fetched
         with contextlib.suppress(ModelNotFound):
             find_encoder(*wanted["encoder"])
+    places = {part: None if folder is None else folder / FOLDERS[part] for part in wanted}
+    for part, place in places.items():
+        if place is not None and place.exists() and part not in noted and not (place / _UNFINISHED).exists():
+            again = "choose another folder with --to"
+            raise InputError(f"{tidy(place)} was not made by `itemkit download`; {again}")
     done: dict[str, Any] = {}
     try:
         for part, (model, tag) in wanted.items():
-            place = None if folder is None else folder / FOLDERS[part]
-            what = f"{part} '{model}'" + (f" ({tag})" if tag else "")
-            entry = noted.get(part)
-            if place is not None and _is_whole(place, entry, model, tag):
-                done[part] = entry
+            place, what = places[part], f"{part} '{model}'" + (f" ({tag})" if tag else "")
+            if place is not None and _is_whole(place, noted.get(part), model, tag):
+                done[part] = noted[part]
                 report(f"{what}: there already")
                 continue
-            if place is not None and place.exists() and not entry and not (place / _UNFINISHED).exists():
-                raise InputError(
-                    f"{tidy(place)} was not made by `itemkit download`; choose another folder with --to"
-                )
             report(f"{what}: fetching ...")
             by_tag = part == "encoder" and not model.startswith("hf-hub:")
             fetch = _fetch_parser if part == "parser" else _fetch_tag if by_tag else _fetch_repository
-            found = fetch(what, preset.name, model, tag, place)
-            done[part] = {"model": model, "pretrained": tag, "folder": FOLDERS[part], **found}
-            report(f"{what}: revision {found['revision'][:12] or '?'}, {count(len(found['files']), 'file')}")
+            repo, revision, found = fetch(what, preset.name, model, tag, place)
+            there = preset if folder is None else get_preset(preset.name, folder)
+            if isinstance(error := there.find().get(part), ModelNotFound):  # the loader's own checks
+                raise error
+            shutil.rmtree(found / _UNFINISHED, ignore_errors=True)
+            done[part] = {"model": model, "pretrained": tag, "repository": repo, "revision": revision,
+                          "folder": FOLDERS[part], "files": _hashes(found)}  # fmt: skip
+            report(f"{what}: revision {revision[:12] or '?'}, {count(len(done[part]['files']), 'file')}")
             if folder is not None:
                 write_json(folder / MODELS_FILE, _notes(noted | done, preset.name))
     except OSError as error:
         raise StoreError(explain_write_error(error, folder or Path())) from error
-    there = preset if folder is None else get_preset(preset.name, folder)
-    if lost := [str(e) for part, e in there.find().items() if part in done and isinstance(e, ModelNotFound)]:
-        raise ModelNotFound(" ".join(lost))
     return _notes(done, preset.name)
 
 
@@ -121,7 +122,10 @@ def _wanted(preset: Preset) -> dict[str, tuple[str, str | None]]:
     wanted = {
         part: (model, tag)
         for part, (model, tag) in asked.items()
-        if isinstance(model, str) and not looks_like_path(model) and not (tag and Path(tag).suffix)
+        if isinstance(model, str)
+        and not looks_like_path(model)
+        and not names_object(model)
+        and not (tag and Path(tag).suffix)
     }
     if wanted:
         return wanted
@@ -185,12 +189,6 @@ def _fetch(
         if isinstance(cause, (RepositoryNotFoundError, HFValidationError)):
             raise ModelNotFound(f"{what}: the hub has no repository '{repo}' (or none for you)") from error
         raise _unreachable(what, preset, constants.ENDPOINT, cause) from error
-    for file in (folder / name for name in chosen):
-        with open(file, "rb") as opened:
-            if opened.read(len(_POINTER)) == _POINTER:
-                raise ModelNotFound(
-                    f"{what}: '{file.name}' of '{repo}' is a Git LFS pointer, not the file itself"
-                )
     return folder, listing[0].commit_hash
 
 
@@ -199,12 +197,12 @@ def _fetch_repository(
 ) -> dict[str, Any]:
     """A captioner, an object detector, or an encoder in open_clip's own layout; taken as it is."""
     repo = model.removeprefix("hf-hub:")
-    weights = (CLIP_WEIGHTS, "open_clip_pytorch_model.bin") if repo != model else _WEIGHTS
+    weights = OPEN_CLIP_WEIGHTS if repo != model else _WEIGHTS
     folder, revision = _fetch(what, preset, repo, place, weights)
-    return {"repository": repo, "revision": revision, "files": _finish(folder, place)}
+    return repo, revision, folder
 
 
-def _fetch_tag(what: str, preset: str, model: str, tag: str | None, place: Path | None) -> dict[str, Any]:
+def _fetch_tag(what: str, preset: str, model: str, tag: str | None, place: Path | None) -> Fetched:
     """An encoder that open_clip knows by name and tag; a folder gets open_clip's local-dir of it."""
     import open_clip
 
@@ -216,9 +214,8 @@ def _fetch_tag(what: str, preset: str, model: str, tag: str | None, place: Path 
     # tokenizers other than CLIP's own, and foreign text towers, lie in a repository that the model names
     text = config.get("text_cfg", {})
     texts = {text.get("hf_tokenizer_name"), text.get("hf_model_name")} - {None, ""}
-    file = file or "open_clip_pytorch_model.bin"
-    safe = file.replace("pytorch_", "") if file == "open_clip_pytorch_model.bin" else file
-    weights = (str(Path(safe).with_suffix(".safetensors")), file)  # in the loader's order
+    # in the loader's order
+    weights = (str(Path(file).with_suffix(".safetensors")), file) if file else OPEN_CLIP_WEIGHTS
     folder, revision = _fetch(what, preset, repo, place, weights, _SIDE if repo in texts else ())
     for other in sorted(texts):
         if other != repo:
@@ -226,14 +223,16 @@ def _fetch_tag(what: str, preset: str, model: str, tag: str | None, place: Path 
         if place is None:
             _note_absent(other, "config.json")
     if place is not None:
-        if (fetched := place / weights[0]).exists():
-            fetched.replace(place / CLIP_WEIGHTS)
+        # a pickle keeps its ending, so that the loader knows to read it weights-only
+        for name, own in zip(weights, OPEN_CLIP_WEIGHTS, strict=True):
+            if (place / name).exists():
+                (place / name).replace(place / own)
         settings = {k: known[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in known}
         if known.get("quick_gelu"):  # open_clip only warns where a tag has another activation than the name
             config["quick_gelu"] = True
         body = {"model_cfg": config, "preprocess_cfg": settings}
         (place / CONFIG_FILE).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-    return {"repository": repo, "revision": revision, "files": _finish(folder, place)}
+    return repo, revision, folder
 
 
 def _note_absent(repo: str, name: str) -> None:
@@ -244,31 +243,7 @@ def _note_absent(repo: str, name: str) -> None:
         hf_hub_download(repo, name, etag_timeout=TIMEOUT_S)
 
 
-def _finish(folder: Path, place: Path | None) -> dict[str, str]:
-    """Rewrite pickled weights of a folder as safetensors, drop the hub's notes; hashes of what is there."""
-    if place is not None:
-        for old in place.glob("*.bin"):
-            import torch
-            from safetensors.torch import save_file
-
-            state = torch.load(old, map_location="cpu", weights_only=True)
-            state = {k: v.contiguous().clone() for k, v in state.get("state_dict", state).items()}
-            save_file(state, old.with_name(_safe_name(old.name)), {"format": "pt"})
-            old.unlink()
-        for index in place.glob("*.bin.index.json"):
-            body = json.loads(index.read_text(encoding="utf-8"))
-            body["weight_map"] = {k: _safe_name(v) for k, v in body["weight_map"].items()}
-            write_json(index.with_name(_safe_name(index.name)), body)
-            index.unlink()
-        shutil.rmtree(place / ".cache", ignore_errors=True)
-    return _hashes(folder)
-
-
-def _safe_name(name: str) -> str:
-    return name.replace("pytorch_", "").replace(".bin", ".safetensors")
-
-
-def _fetch_parser(what: str, preset: str, model: str, tag: str | None, place: Path | None) -> dict[str, Any]:
+def _fetch_parser(what: str, preset: str, model: str, tag: str | None, place: Path | None) -> Fetched:
     """A spaCy pipeline: into the environment by spaCy's own command, or its data alone into a folder."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         try:
@@ -281,7 +256,7 @@ def _fetch_parser(what: str, preset: str, model: str, tag: str | None, place: Pa
             data_only = shutil.ignore_patterns("__pycache__", "*.py")
             found = Path(shutil.copytree(found, place, ignore=data_only))
         version = json.loads((found / "meta.json").read_text(encoding="utf-8")).get("version", "")
-        return {"repository": "", "revision": str(version), "files": _hashes(found)}
+        return "", str(version), found
 
 
 def _install_parser(what: str, preset: str, model: str, target: Path | None) -> None:
