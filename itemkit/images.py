@@ -21,60 +21,13 @@ from PIL import Image, ImageCms, ImageOps, JpegImagePlugin, PngImagePlugin
 from itemkit.errors import InputError
 from itemkit.text import printable
 
-SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
-
-
-def jpeg_bytes(image: Image.Image, quality: int, subsampling: str = "4:2:0") -> bytes:
-    """Encode as baseline JPEG with the standard tables at `quality` and the given chroma subsampling."""
-    buffer = BytesIO()
-    image.save(buffer, "JPEG", quality=int(quality), subsampling=subsampling)
-    return buffer.getvalue()
-
-
-def jpeg_quality(image: Image.Image) -> int:
-    """Estimate the quality of an opened JPEG from its quantisation tables.
-
-    Parameters
-    ----------
-    image : PIL.Image.Image
-        As `images.open_image` gives it for a JPEG file; its pixels are not looked at.
-
-    Returns
-    -------
-    int
-        The quality 1-100 whose standard tables (scaled as libjpeg does) lie nearest. Exact for files written
-        by libjpeg; for cameras and editors with tables of their own, the nearest equivalent.
-    """
-    tables: dict[int, list[int]] = getattr(image, "quantization", {})
-    if 0 not in tables:
-        raise InputError(f"a {image.format or 'decoded'} image has no quantisation tables; open a JPEG file")
-    found = np.concatenate([np.asarray(tables[i]) for i in (0, 1) if i in tables])  # luminance, chrominance
-    return int(np.abs(_standard_tables()[:, : len(found)] - found).sum(axis=1).argmin()) + 1
-
-
-@lru_cache(maxsize=1)
-def _standard_tables() -> np.ndarray:
-    """Luminance and chrominance tables that libjpeg writes at the qualities 1 to 100, shape (100, 128)."""
-    grey = Image.new("RGB", (8, 8))
-    tables = (Image.open(BytesIO(jpeg_bytes(grey, quality))).quantization for quality in range(1, 101))
-    return np.array([[*table[0], *table[1]] for table in tables])
-
-
-def jpeg_subsampling(image: Image.Image) -> str:
-    """Chroma subsampling of an opened JPEG: one of `SUBSAMPLINGS`, ``grey`` or ``other``."""
-    if len(getattr(image, "layer", ())) == 1:
-        return "grey"
-    code = JpegImagePlugin.get_sampling(image)
-    return SUBSAMPLINGS[code] if code >= 0 else "other"
-
-
 # Pillow's own warning bound: 256 MiB of RGB, more than any encoder here can use.
 MAX_PIXELS = 89_478_485
-MAX_SIDE = 100_000  # a longer strip is no picture; at this bound no step can be made to need gigabytes by it
+MAX_SIDE = 100_000  # a longer strip is no picture
 MAX_ASPECT = 16  # long side / short side; see `bound_aspect`
 MAX_FILE_BYTES = 512 * 2**20
 MAX_METADATA_BYTES = 64 * 2**20
-WHITE = (255, 255, 255)
+WHITE = (255, 255, 255)  # behind transparent pixels, as most viewers show them; our choice
 _STRIP_PIXELS = 2**20  # converted at a time, so that no second and third copy of a large image is made
 
 # Pillow takes a stored prompt or colour profile of over 1 MiB for an attack and gives up the pixels.
@@ -85,34 +38,51 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff",
               ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".heic", ".heif", ".hif")  # fmt: skip
 
-_HEIC = ('store it as JPEG or PNG, or install the reader: pip install "itemkit[heic]"')
-# What the first bytes say: pattern, what it is, and what to do where it is none of `FORMATS` (or its reader
-# is not installed).
-_SIGNATURES: tuple[tuple[re.Pattern[bytes], str, str], ...] = tuple(
-    (re.compile(pattern, re.DOTALL | re.IGNORECASE), name, step)
-    for pattern, name, step in (
-        (rb"\xff\xd8\xff", "a JPEG", ""),
-        (rb"\x89PNG", "a PNG", ""),
-        (rb"GIF8[79]a", "a GIF", ""),
-        (rb"RIFF....WEBP", "a WebP", ""),
-        (rb"II[*+]\0|MM\0[*+]", "a TIFF", ""),
-        (rb"BM....\0\0\0\0", "a BMP", ""),
-        (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000", ""),
-        (rb"....ftypavi[fs]", "an AVIF", "store it as JPEG or PNG, or update Pillow: pip install -U pillow"),
-        (rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", "a HEIC or HEIF photo", _HEIC),
-        (rb"version https://git-lfs", "a Git LFS pointer", "run 'git lfs pull'"),
-        (rb"%PDF", "a PDF", "store its pages as PNG"),
-        (rb"%!PS", "a PostScript drawing", "store it as PNG"),
-        (rb"PK\x03\x04|\x1f\x8b|Rar!|7z", "an archive", "unpack it"),
-        (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI", "a film", "store single pictures of it"),
-        (rb"8BPS", "a Photoshop file", "store it as PNG"),
-        (rb"\s*(<!doctype html|<html|<head|<script)", "a web page", "fetch the image itself"),
-        (rb"\s*<", "SVG or XML text", "store it as PNG"),
-        (rb"\s*[{\[]", "JSON text", "fetch the image itself"),
-        (rb"[\t\n\r -~\x80-\xff]{8,}\Z", "plain text", "fetch the image itself"),
-    )
+_AGAIN = "fetch the file again or drop the row"
+_PNG = "open it in an image program and store it as PNG"
+_FETCH = "fetch the image itself"
+# What the first bytes of a file say it is, and what to do then. The images come first.
+_IMAGES = (
+    (rb"\xff\xd8\xff|\x89PNG|GIF8[79]a|RIFF....WEBP|II[*+]\0|MM\0[*+]|BM....\0\0\0\0|\0\0\0\x0cjP  "
+     rb"|\xff\x4f\xff\x51", "an image", ""),
+    (rb"....ftypavi[fs]", "an AVIF image",
+     "store it as JPEG or PNG, or update Pillow: pip install -U pillow"),
+    (rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", "a HEIC or HEIF photo",
+     'store it as JPEG or PNG, or install the reader: pip install "itemkit[heic]"'),
+)  # fmt: skip
+_OTHERS = (
+    (rb"version https://git-lfs", "a Git LFS pointer", "run 'git lfs pull'"),
+    (rb"%PDF|%!PS", "a PDF or PostScript document", "store its pages as PNG"),
+    (rb"PK\x03\x04|\x1f\x8b|Rar!|7z", "an archive", "unpack it"),
+    (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI", "a film", "store single pictures of it"),
+    (rb"8BPS", "a Photoshop file", "store it as PNG"),
+    (rb"\s*<(!doctype html|html|head|script)", "a web page", _FETCH),
+    (rb"\s*<", "SVG or XML text", "store it as PNG"),
+    (rb"\s*[{\[]", "JSON text", _FETCH),
+    (rb"[\t\n\r -~\x80-\xff]{8,}\Z", "plain text", _FETCH),
 )
-_IMAGE_KINDS = 9  # so many of them, from the top, are images
+# What decoders say, and what that means: pattern, kind, problem, next step; the first that fits is taken.
+_TROUBLES = (
+    (r"data too large|memory used", "too large",
+     f"its metadata is too long: texts or colour profile of over {MAX_METADATA_BYTES // 2**20} MiB",
+     "store it without metadata"),
+    (r"truncated|unexpected end|not enough (image )?data|premature|EOF|end of file|buffer is not large",
+     "truncated", "is truncated: the end of the file is missing", _AGAIN),
+    (r"unsupported|not support|cannot handle|unknown (pixel|compression|raw|mode|data org|colou?r)"
+     r"|cannot load this image|conversion from|unrecognized image mode|not available|bad configuration",
+     "unsupported", "is a {format} of a variant that is not read here", _PNG),
+    (r"decod(er|ing) error|-\d when reading", "damaged",
+     "has pixels that cannot be decoded: the {format} is damaged or of a rare variant",
+     f"{_AGAIN}, or {_PNG}"),
+    (r"", "damaged", "is a damaged or incomplete {format}", _AGAIN),
+)  # fmt: skip
+_FILE_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 class ImageError(InputError):
@@ -139,14 +109,15 @@ class ImageError(InputError):
         return self.reason
 
 
-def read_bytes(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+# ---- files
+
+
+def read_bytes(path: str | Path) -> bytes:
     """Read a regular file (or a link to one) whole; never hangs on a pipe or a device.
 
     Parameters
     ----------
     path : str or Path
-    max_bytes : int
-        Larger files are refused before they are read.
 
     Returns
     -------
@@ -155,7 +126,7 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     Raises
     ------
     ImageError
-        The file is missing, not a regular file, not readable, empty or too large.
+        The file is missing, not a regular file, not readable, empty, or larger than `MAX_FILE_BYTES`.
     """
     name = str(path)
     try:
@@ -166,10 +137,10 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
             raise ImageError(name, "not a file", f"is {kind}, not an image file", "name the image itself")
         with open(name, "rb", opener=_open_at_once) as file:
             size = os.fstat(file.fileno()).st_size
-            if size > max_bytes:
-                raise ImageError(name, "too large", f"has {size:,} bytes, the limit is {max_bytes:,}",
-                                 "store it smaller")  # fmt: skip
-            data = file.read(max_bytes)
+            if size > MAX_FILE_BYTES:
+                problem = f"has {size:,} bytes, the limit is {MAX_FILE_BYTES:,}"
+                raise ImageError(name, "too large", problem, "store it smaller")
+            data = file.read(MAX_FILE_BYTES)
     except FileNotFoundError:
         broken = os.path.islink(name)
         problem = f"links to {os.readlink(name)}, which does not exist" if broken else "no such file"
@@ -182,8 +153,13 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         problem = "is a link that points to itself" if loop else f"cannot be opened ({why})"
         raise ImageError(name, "no access", problem, "check path and permissions") from None
     if not data:
-        raise ImageError(name, "empty", "is empty (0 bytes)", "fetch the file again or drop the row")
+        raise ImageError(name, "empty", "is empty (0 bytes)", _AGAIN)
     return data
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    # should the file have become a pipe since it was looked at, opening it still returns at once
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def content_id(data: bytes) -> str:
@@ -196,9 +172,15 @@ def content_hash(path: str | Path) -> str:
     return content_id(read_bytes(path))
 
 
-def open_image(
-    source: str | Path | bytes, name: str | None = None, max_pixels: int = MAX_PIXELS
-) -> Image.Image:
+def looks_like_image(head: bytes) -> bool:
+    """Whether the first bytes of a file (32 are enough) are those of an image, whatever its name is."""
+    return any(re.match(pattern, head, re.DOTALL) for pattern, _, _ in _IMAGES)
+
+
+# ---- decoding
+
+
+def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
     """Open an image by its content, whatever its extension; header only, pixels are not decoded yet.
 
     Parameters
@@ -206,9 +188,6 @@ def open_image(
     source : path, or the file's bytes
     name : str, optional
         What messages call it; default is the path.
-    max_pixels : int
-        A larger width x height is refused before any pixel is decoded (decompression bombs), and so is
-        a side of more than `MAX_SIDE`.
 
     Returns
     -------
@@ -218,46 +197,34 @@ def open_image(
     Raises
     ------
     ImageError
-        See :func:`read_bytes`; or not an image, damaged, or too many pixels.
+        See :func:`read_bytes`; or not an image, damaged, or of more pixels than `MAX_PIXELS`, `MAX_SIDE`.
     """
     name = name or ("image bytes" if isinstance(source, bytes) else str(source))
     data = source if isinstance(source, bytes) else read_bytes(source)
     if not data:
-        raise ImageError(name, "empty", "is empty (0 bytes)", "fetch the file again or drop the row")
+        raise ImageError(name, "empty", "is empty (0 bytes)", _AGAIN)
     image = _open(name, data)
     width, height = image.size
-    if width * height > max_pixels or max(width, height) > MAX_SIDE:
-        problem = f"has {width:,} x {height:,} pixels, the limit is {max_pixels:,}, or {MAX_SIDE:,} a side"
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        problem = f"has {width:,} x {height:,} pixels, the limit is {MAX_PIXELS:,}, or {MAX_SIDE:,} a side"
         raise ImageError(name, "too large", problem, "store it smaller")
     if not (width and height):
         raise ImageError(name, "damaged", f"has {width} x {height} pixels", _AGAIN)
     return image
 
 
-def looks_like_image(head: bytes) -> bool:
-    """Whether the first bytes of a file (32 are enough) are those of an image, whatever its name is."""
-    return any(pattern.match(head) for pattern, _, _ in _SIGNATURES[:_IMAGE_KINDS])
-
-
 def load_image(
-    source: str | Path | bytes,
-    max_pixels: int = MAX_PIXELS,
-    background: tuple[int, int, int] = WHITE,
-    name: str | None = None,
-    least_side: int | None = None,
+    source: str | Path | bytes, name: str | None = None, least_side: int | None = None
 ) -> Image.Image:
     """Decode an image to upright 8-bit sRGB.
 
     EXIF orientation is applied, an ICC profile converted to sRGB, 16 bits scaled to 8, CMYK and palettes
-    converted, transparency laid over `background`, and of an animation the first frame taken.
+    converted, transparency laid over white, of an animation the first frame taken, and of a very long strip
+    the middle (`bound_aspect`). Needs at most 8 bytes of memory per pixel beside the file.
 
     Parameters
     ----------
     source : path, or the file's bytes
-    max_pixels : int
-        See :func:`open_image`.
-    background : (red, green, blue)
-        Colour behind transparent pixels; white is what most viewers show. Our choice.
     name : str, optional
         What messages call it.
     least_side : int, optional
@@ -277,7 +244,7 @@ def load_image(
         There is no room for it now, which says nothing about the file.
     """
     name = name or ("image bytes" if isinstance(source, bytes) else str(source))
-    image = open_image(source, name, max_pixels)
+    image = open_image(source, name)
     try:
         if least_side is not None:
             image.draft(None, (least_side, least_side))  # does nothing to other formats
@@ -288,15 +255,15 @@ def load_image(
             raise
         except Exception:  # noqa: BLE001, S110 - unreadable EXIF: only the turn of the pixels is unknown
             pass
-        return _to_rgb(bound_aspect(image), background, name)
+        return _to_rgb(bound_aspect(image), name)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - OSError, SyntaxError, struct.error, KeyError, ...
         raise _trouble(name, error, image.format or "image") from None
 
 
-def bound_aspect(image: Image.Image, most: int = MAX_ASPECT) -> Image.Image:
-    """Crop the ends off a strip that is more than about ``most`` times as long as wide.
+def bound_aspect(image: Image.Image) -> Image.Image:
+    """Crop the ends off a strip that is more than some `MAX_ASPECT` times as long as wide.
 
     Encoders resize the shorter side to theirs and keep the centre square; of 20,000 x 1 pixels that would
     make an image of gigabytes on the way. The crop takes whole multiples of the shorter side off both ends,
@@ -305,20 +272,170 @@ def bound_aspect(image: Image.Image, most: int = MAX_ASPECT) -> Image.Image:
     Parameters
     ----------
     image : PIL.Image.Image
-    most : int
-        Images up to this ratio, and up to 2 more, are left as they are.
 
     Returns
     -------
     PIL.Image.Image
-        The same object if nothing is cropped.
+        The same object if nothing is cropped; else the ratio is between `MAX_ASPECT` and 2 more.
     """
     width, height = image.size
     short, long = sorted(image.size)
-    cut = short * max(0, (long - most * short) // (2 * short))
+    cut = short * max(0, (long - MAX_ASPECT * short) // (2 * short))
     if not cut:
         return image
     return image.crop((cut, 0, width - cut, height) if width > height else (0, cut, width, height - cut))
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    _silence_libtiff()
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # a build of Pillow may lack AVIF
+
+
+def _silence_libtiff() -> None:
+    """Switch off what libtiff writes to the terminal past Python: hundreds of lines for one broken file."""
+    folder = Path(Image.__file__).parent
+    found = {*folder.parent.glob("pillow.libs/libtiff*"), *folder.glob(".dylibs/libtiff*")}
+    with contextlib.suppress(OSError):  # Linux: the one that is loaded, be it Pillow's own or the system's
+        found |= {Path(part) for part in Path("/proc/self/maps").read_text().split() if "/libtiff" in part}
+    for library in found:
+        with contextlib.suppress(OSError, AttributeError):
+            loaded = ctypes.CDLL(str(library))
+            loaded.TIFFSetErrorHandler(None)
+            loaded.TIFFSetWarningHandler(None)
+
+
+def _open(name: str, data: bytes) -> Image.Image:
+    """As `PIL.Image.open`, which says "cannot identify" whatever the decoder said, and warns about sizes."""
+    trouble = None
+    for kind in _formats():
+        factory, accept = Image.OPEN[kind]
+        accepted = accept is None or accept(data[:16])
+        if not accepted or isinstance(accepted, str):  # a text: the decoder is not built in
+            continue
+        try:
+            return factory(BytesIO(data), "")
+        except MemoryError:  # the machine's trouble, not the file's
+            raise
+        except Exception as error:  # noqa: BLE001 - bad data can fail in any way inside a decoder
+            trouble = trouble or _trouble(name, error, kind)
+    if trouble is not None:
+        raise trouble
+    for pattern, kind, step in (*_IMAGES[1:], *_OTHERS):
+        if re.match(pattern, data[:64], re.DOTALL | re.IGNORECASE):
+            if (pattern, kind, step) in _IMAGES:
+                raise ImageError(name, "unsupported", f"is {kind}, for which no reader is installed", step)
+            raise ImageError(name, "not an image", f"looks like {kind}, not an image", step)
+    step = f"store it as one of {', '.join(FORMATS)}"
+    raise ImageError(name, "not an image", "is not an image in any format known here", step)
+
+
+def _trouble(name: str, error: Exception, kind: str) -> ImageError:
+    text = str(error)
+    if text.startswith("out of memory"):  # Pillow's decoders say it with an OSError
+        raise MemoryError(text) from None
+    _, word, problem, step = next(row for row in _TROUBLES if re.search(row[0], text, re.IGNORECASE))
+    return ImageError(name, word, problem.format(format=kind), step)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Convert to 8-bit sRGB in strips. Metadata stays behind: a stale profile would be written later on."""
+    if image.mode.startswith(("I", "F")):
+        low, high = image.getextrema()
+        if image.mode == "F" or not 0 <= low <= high <= 65535:
+            problem = f"holds numbers from {low:g} to {high:g} as pixels, of no stated range"
+            raise ImageError(name, "unsupported", problem, "store it with 8 or 16 bits per channel")
+    transform = _colour_transform(image)
+    result = Image.new("RGB", image.size)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(image.height, top + rows))
+        result.paste(_strip_to_rgb(image.crop(box), transform), box)
+    return result
+
+
+def _strip_to_rgb(strip: Image.Image, transform: tuple[str, Any] | None) -> Image.Image:
+    if strip.mode.startswith("I"):
+        values = np.asarray(strip).astype(np.uint32)
+        info, strip = strip.info, Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        strip.info = info
+    if strip.mode == "La":
+        strip = strip.convert("LA")
+    alpha = strip.convert("RGBA") if strip.has_transparency_data else None
+    if transform is not None:
+        strip = ImageCms.applyTransform(strip.convert(transform[0]), transform[1])
+        if alpha is not None:
+            strip.putalpha(alpha.getchannel("A"))
+            alpha = strip
+    if alpha is None:
+        return strip.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", alpha.size, (*WHITE, 255)), alpha).convert("RGB")
+
+
+def _colour_transform(image: Image.Image) -> tuple[str, Any] | None:
+    """Mode and transform of the embedded colour profile; a broken or unfit one is ignored, as viewers do."""
+    data = image.info.get("icc_profile")
+    if not data:
+        return None
+    try:
+        profile = ImageCms.ImageCmsProfile(BytesIO(data))
+        space = profile.profile.xcolor_space.strip()
+        if space == "RGB" and "srgb" in (profile.profile.profile_description or "").lower():
+            return None  # already there; a round trip would only add rounding
+        fits = {"RGB": ("RGB", "RGBA", "P", "PA"), "GRAY": ("L", "LA"), "CMYK": ("CMYK",)}
+        if image.mode not in fits.get(space, ()):
+            return None
+        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[space]
+        srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        return mode, ImageCms.buildTransform(profile, srgb, mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
+
+
+# ---- JPEG, and one size and codec for both classes
+
+SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
+
+
+def jpeg_bytes(image: Image.Image, quality: int, subsampling: str = "4:2:0") -> bytes:
+    """Encode as baseline JPEG with the standard tables at `quality` and the given chroma subsampling."""
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=int(quality), subsampling=subsampling)
+    return buffer.getvalue()
+
+
+def jpeg_quality(image: Image.Image) -> int:
+    """Estimate the quality (1 to 100) of an opened JPEG from its quantisation tables.
+
+    It is the one whose standard tables lie nearest: exact for files written by libjpeg; for cameras and
+    editors with tables of their own, the nearest equivalent.
+    """
+    tables: dict[int, list[int]] = getattr(image, "quantization", {})
+    if 0 not in tables:
+        raise InputError(f"a {image.format or 'decoded'} image has no quantisation tables; open a JPEG file")
+    found = np.concatenate([np.asarray(tables[i]) for i in (0, 1) if i in tables])  # luminance, chrominance
+    return int(np.abs(_standard_tables()[:, : len(found)] - found).sum(axis=1).argmin()) + 1
+
+
+@lru_cache(maxsize=1)
+def _standard_tables() -> np.ndarray:
+    """Luminance and chrominance tables that libjpeg writes at the qualities 1 to 100, shape (100, 128)."""
+    grey = Image.new("RGB", (8, 8))
+    tables = (Image.open(BytesIO(jpeg_bytes(grey, quality))).quantization for quality in range(1, 101))
+    return np.array([[*table[0], *table[1]] for table in tables])
+
+
+def jpeg_subsampling(image: Image.Image) -> str:
+    """Chroma subsampling of an opened JPEG: one of `SUBSAMPLINGS`, ``grey`` or ``other``."""
+    if len(getattr(image, "layer", ())) == 1:
+        return "grey"
+    code = JpegImagePlugin.get_sampling(image)
+    return SUBSAMPLINGS[code] if code >= 0 else "other"
 
 
 @dataclass(frozen=True)
@@ -359,17 +476,9 @@ class EqualiseConfig:
 
 
 def equalise(image: Image.Image, config: EqualiseConfig | None = None) -> Image.Image:
-    """Crop the centre square, resize it and send it through the codec.
+    """Crop the centre square of an RGB image, resize it and send it through the codec.
 
-    Parameters
-    ----------
-    image : PIL.Image.Image, mode RGB
-    config : EqualiseConfig, optional
-
-    Returns
-    -------
-    PIL.Image.Image
-        ``config.size`` square, as a reader of the equalised file would see it.
+    Returns ``config.size`` square pixels, as a reader of the equalised file would see them.
     """
     return load_image(equalised_bytes(image, config or EqualiseConfig()), name="equalised image")
 
@@ -382,150 +491,3 @@ def equalised_bytes(image: Image.Image, config: EqualiseConfig) -> bytes:
     buffer = BytesIO()
     square.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-_FILE_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
-
-
-@lru_cache(maxsize=1)
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    with contextlib.suppress(ImportError):
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
-    _silence_libtiff()
-    return tuple(name for name in FORMATS if name in Image.OPEN)  # a build of Pillow may lack AVIF
-
-
-def _silence_libtiff() -> None:
-    """Switch off what libtiff writes to the terminal past Python: hundreds of lines for one broken file."""
-    folder = Path(Image.__file__).parent
-    found = {*folder.parent.glob("pillow.libs/libtiff*"), *folder.glob(".dylibs/libtiff*")}
-    with contextlib.suppress(OSError):  # Linux: the one that is loaded, be it Pillow's own or the system's
-        maps = Path("/proc/self/maps").read_text().split()
-        found |= {Path(part) for part in maps if "/libtiff" in part}
-    for library in found:
-        with contextlib.suppress(OSError, AttributeError):
-            loaded = ctypes.CDLL(str(library))
-            loaded.TIFFSetErrorHandler(None)
-            loaded.TIFFSetWarningHandler(None)
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    # should the file have become a pipe since it was looked at, opening it still returns at once
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def _open(name: str, data: bytes) -> Image.Image:
-    """As `PIL.Image.open`, which says "cannot identify" whatever the decoder said, and warns about sizes."""
-    found = None
-    for kind in _formats():
-        factory, accept = Image.OPEN[kind]
-        accepted = accept is None or accept(data[:16])
-        if not accepted or isinstance(accepted, str):  # a text: the decoder is not built in
-            continue
-        try:
-            return factory(BytesIO(data), "")
-        except MemoryError:  # the machine's trouble, not the file's
-            raise
-        except Exception as error:  # noqa: BLE001 - bad data can fail in any way inside a decoder
-            found = found or _trouble(name, error, kind)
-    kind, step = next(((k, s) for sign, k, s in _SIGNATURES if sign.match(data[:64])), ("", ""))
-    if found is None and kind.startswith(("a HEIC", "an AVIF")):
-        raise ImageError(name, "unsupported", f"is {kind}, for which no reader is installed", step)
-    if found is None and step:
-        raise ImageError(name, "not an image", f"looks like {kind}, not an image", step)
-    if found is None:
-        step = f"store it as one of {', '.join(FORMATS)}"
-        raise ImageError(name, "not an image", "is not an image in any format known here", step)
-    raise found
-
-
-_AGAIN = "fetch the file again or drop the row"
-_PNG = "open it in an image program and store it as PNG"
-# What decoders say, and what that means: pattern, kind, problem, next step; the first that fits is taken.
-_TROUBLES = (
-    (r"data too large|memory used", "too large",
-     f"its metadata is too long: texts or colour profile of over {MAX_METADATA_BYTES // 2**20} MiB",
-     "store it without metadata"),
-    (r"truncated|unexpected end|not enough (image )?data|premature|EOF|end of file|buffer is not large",
-     "truncated", "is truncated: the end of the file is missing", _AGAIN),
-    (r"unsupported|not support|cannot handle|unknown (pixel|compression|raw|mode|data org|colou?r)|cannot load this image"
-     r"|conversion from|unrecognized image mode|decoder \S+ not available|bad configuration", "unsupported",
-     "is a {format} of a variant that is not read here", _PNG),
-    (r"decod(er|ing) error|-\d when reading", "damaged",
-     "has pixels that cannot be decoded: the {format} is damaged or of a rare variant",
-     f"{_AGAIN}, or {_PNG}"),
-    (r"", "damaged", "is a damaged or incomplete {format}", _AGAIN),
-)  # fmt: skip
-
-
-def _trouble(name: str, error: Exception, kind: str) -> ImageError:
-    text = str(error)
-    if text.startswith("out of memory"):  # Pillow's decoders say it with an OSError
-        raise MemoryError(text) from None
-    _, word, problem, step = next(row for row in _TROUBLES if re.search(row[0], text, re.IGNORECASE))
-    return ImageError(name, word, problem.format(format=kind), step)
-
-
-def _to_rgb(image: Image.Image, background: tuple[int, int, int], name: str) -> Image.Image:
-    """Convert to 8-bit sRGB in strips. Metadata stays behind: a stale profile would be written later on."""
-    if image.mode.startswith(("I", "F")):
-        low, high = image.getextrema()
-        if image.mode == "F" or not 0 <= low <= high <= 65535:
-            problem = f"holds numbers from {low:g} to {high:g} as pixels, of no stated range"
-            raise ImageError(name, "unsupported", problem, "store it with 8 or 16 bits per channel")
-    transform = _colour_transform(image)
-    result = Image.new("RGB", image.size)
-    rows = max(1, _STRIP_PIXELS // image.width)
-    for top in range(0, image.height, rows):
-        box = (0, top, image.width, min(image.height, top + rows))
-        result.paste(_strip_to_rgb(image.crop(box), transform, background), box)
-    return result
-
-
-def _strip_to_rgb(
-    strip: Image.Image, transform: tuple[str, Any] | None, background: tuple[int, int, int]
-) -> Image.Image:
-    if strip.mode.startswith("I"):
-        values = np.asarray(strip).astype(np.uint32)
-        info, strip = strip.info, Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-        strip.info = info
-    if strip.mode == "La":
-        strip = strip.convert("LA")
-    alpha = strip.convert("RGBA") if strip.has_transparency_data else None
-    if transform is not None:
-        strip = ImageCms.applyTransform(strip.convert(transform[0]), transform[1])
-        if alpha is not None:
-            strip.putalpha(alpha.getchannel("A"))
-            alpha = strip
-    if alpha is None:
-        return strip.convert("RGB")
-    return Image.alpha_composite(Image.new("RGBA", alpha.size, (*background, 255)), alpha).convert("RGB")
-
-
-def _colour_transform(image: Image.Image) -> tuple[str, Any] | None:
-    """Mode and transform of the embedded colour profile; a broken or unfit one is ignored, as viewers do."""
-    data = image.info.get("icc_profile")
-    if not data:
-        return None
-    try:
-        profile = ImageCms.ImageCmsProfile(BytesIO(data))
-        space = profile.profile.xcolor_space.strip()
-        if space == "RGB" and "srgb" in (profile.profile.profile_description or "").lower():
-            return None  # already there; a round trip would only add rounding
-        fits = {"RGB": ("RGB", "RGBA", "P", "PA"), "GRAY": ("L", "LA"), "CMYK": ("CMYK",)}
-        if image.mode not in fits.get(space, ()):
-            return None
-        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[space]
-        srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-        return mode, ImageCms.buildTransform(profile, srgb, mode, "RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        return None
