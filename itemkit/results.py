@@ -53,8 +53,8 @@ class Run:
     detector, train_generator, seed
         What was run.
     threshold : float or None
-        On the score, from the calibration half of the validation images; None where these are too few, with the
-        reason in ``withheld``.
+        On the score, from the calibration half of the validation images; None where these are too few, with
+        the reason in ``withheld``.
     scale, offset : float
         p(fake) = sigmoid(scale * score + offset), fitted on that half.
     val_scores, val_labels : list
@@ -249,7 +249,7 @@ class Study:
     # ------------------------------------------------------------------------------------------- summaries
 
     def cells(self, detector: str, metric: str, pooled: bool = False) -> pd.DataFrame:
-        """Rows of `table` of one contender and metric, one per pair of generators and seed (or the pooled ones)."""
+        """Rows of `table` of one contender and metric: pairs of generators, or the pooled ones, and seeds."""
         for what, name, known in (
             ("contender", detector, self.detectors), ("metric", metric, self.options["metrics"])
         ):  # fmt: skip
@@ -302,10 +302,10 @@ class Study:
         Returns
         -------
         DataFrame
-            ``detector, metric``; ``unseen_mean`` over all cells of generators not trained on and all seeds, with
-            ``low, high, seed_sd`` as in `mean`; ``worst``, the weakest unseen cell, with ``worst_low, worst_high,
-            worst_train, worst_test``; ``seen_mean``; ``pooled_unseen`` (all unseen fakes together, reals once);
-            ``n_cells, n_seeds``.
+            ``detector, metric``; ``unseen_mean`` over all cells of generators not trained on and all seeds,
+            with ``low, high, seed_sd`` as in `mean`; ``worst``, the weakest unseen cell, with ``worst_low,
+            worst_high, worst_train, worst_test``; ``seen_mean``; ``pooled_unseen`` (all unseen fakes
+            together, reals once); ``n_cells, n_seeds``.
         """
         rows = []
         for detector in self.detectors:
@@ -461,11 +461,12 @@ def fusion_report(study: Study, fused: Mapping[str, Sequence[str]]) -> tuple[pd.
             continue
         tables.append(gain)
         below, surely, least = gain["difference"] < 0, gain["high"] < 0, gain.iloc[0]
+        loss = f"{-least['difference']:.3f} ({least[PAIR[0]]} → {least[PAIR[1]]})" if below.any() else ""
         lines.append(
             {"fusion": f"{name} ({', '.join(parts)})",
              "cells below the better part": f"{below.sum()} of {len(gain)}",
              f"beyond the {LEVEL:.0%} interval": int(surely.sum()),
-             "largest loss": f"{-least['difference']:.3f} ({least[PAIR[0]]} → {least[PAIR[1]]})" if below.any() else "",
+             "largest loss": loss,
              "worst cell": f"{worst.loc[name, 'worst']:.3f}",
              "best worst cell of a part": f"{worst.loc[list(parts), 'worst'].max():.3f}",
              "mean": f"{worst.loc[name, 'unseen_mean']:.3f}",
@@ -564,10 +565,10 @@ def to_markdown(
     paragraphs = [f"# {protocol.title}", *notes, f"**Note: {made['note']}**" if made["note"] else ""]
     paragraphs += [
         f"Made by itemkit {made['itemkit']} with preset {made['preset'] or 'none'}, models "
-        f"{made['models'] or 'unknown'}; {(y == schema.REAL).sum():,} real and {(y == schema.FAKE).sum():,} fake "
-        f"test images; seeds {', '.join(map(str, seeds))}.",
-        f"Values in per cent: mean over {len(seeds)} seeds ({100 * LEVEL:.0f} % interval over test images; ± "
-        "standard deviation over seeds).",
+        f"{made['models'] or 'unknown'}; {(y == schema.REAL).sum():,} real and {(y == schema.FAKE).sum():,} "
+        f"fake test images; seeds {', '.join(map(str, seeds))}.",
+        f"Values in per cent: mean over {len(seeds)} seeds ({100 * LEVEL:.0f} % interval over test images, "
+        f"{study.options['n_boot']} resamples; ± standard deviation over seeds).",
     ]
     shown = [protocol.metric, *(p.metric for p in protocol.published)]
     # beside an accuracy, what the best threshold for the test images would have given: never a result

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -11,41 +13,36 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageFilter
 
-from itemkit import cli, presets, study
-from itemkit import study_run as command
+from itemkit import cli, presets, study, workflow
+from itemkit.controls import CONTROLS
 from itemkit.errors import InputError
-from itemkit.features import Features
 from itemkit.manifest import read_manifest
-from itemkit.perturb import jpeg_random
 from itemkit.presets import Preset
 from itemkit.protocols import get_protocol, protocol_names
-from itemkit.results import MEAN, OURS, THEIRS, WORST
-from minilab.world import render_index
+from itemkit.results import MEAN, OURS, THEIRS, WORST, Study
 
 import fakes
 
 PIXELS = ("cnn", "spectrum", "noise_residual")
+SLOW = (*PIXELS, "image_mlp", "text_only", "shuffled_captions", "generic_caption", "likelihood_confidence")
 QUICK = {"device": "cpu", "seeds": 1, "n_boot": 20, "progress": False}
 
 
-@pytest.fixture(scope="session")
-def renders() -> list[Image.Image]:
-    return [Image.fromarray(render_index("spare", 50_000 + i).image) for i in range(24)]
-
-
-def picture(renders: list[Image.Image], number: int, fake: bool) -> bytes:
-    """A render as a JPEG; for a fake, blurred and with its colours exchanged, as a PNG."""
-    image = renders[number % len(renders)].rotate(number // len(renders), resample=Image.Resampling.BILINEAR)
+def picture(number: int, fake: bool, side: int = 64) -> bytes:
+    """Coloured blobs as a JPEG; for a fake, blurred as a PNG."""
+    rng = np.random.default_rng(number)
+    blobs = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((side, side - number % 9))
+    image = Image.fromarray(
+        (np.asarray(blobs) * 0.9 + rng.integers(0, 25, (*blobs.size[::-1], 3))).astype("uint8")
+    )
     buffer = BytesIO()
-    if fake:
-        red, green, blue = image.split()
-        image = Image.merge("RGB", (blue, red, green)).filter(ImageFilter.GaussianBlur(0.6))
+    image = image.filter(ImageFilter.GaussianBlur(0.8)) if fake else image
     image.save(buffer, "PNG" if fake else "JPEG")
     return buffer.getvalue()
 
 
 @pytest.fixture
-def grow(tmp_path: Path, renders: list[Image.Image]):
+def grow(tmp_path: Path):
     """Write n images into each folder; "ai" and "1_fake" hold fakes."""
     number = iter(range(10_000))
 
@@ -56,7 +53,7 @@ def grow(tmp_path: Path, renders: list[Image.Image]):
             path.mkdir(parents=True, exist_ok=True)
             for _ in range(n):
                 i = next(number)
-                (path / f"{i:05d}{'.png' if fake else '.JPEG'}").write_bytes(picture(renders, i, fake))
+                (path / f"{i:05d}{'.png' if fake else '.JPEG'}").write_bytes(picture(i, fake))
         return tmp_path / root
 
     return write
@@ -108,32 +105,15 @@ def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Preset:
 
 
 def test_every_protocol_can_be_read() -> None:
-    assert protocol_names() == ["forensynths", "genimage", "mini", "ufd19"]
+    assert protocol_names() == ["forensynths", "genimage", "mini", "own", "ufd19"]
     for name in protocol_names():
         plan = get_protocol(name)
         names = [alias for test in plan.test for alias in test.names]
         assert len(names) == len(set(names)) and plan.title and plan.note
         assert set(plan.train) <= {test.name for test in plan.test}
-    assert [len(get_protocol(name).test) for name in protocol_names()] == [11, 8, 0, 19]
-    with pytest.raises(InputError, match="unknown protocol 'gen'; expected one of forensynths, genimage"):
-        get_protocol("gen")
-
-
-def test_published_numbers_are_those_on_record_and_no_others() -> None:
-    found = {
-        (name, p.condition, p.metric, method): value
-        for name in protocol_names() for p in get_protocol(name).published for method, value in p.values
-    }  # fmt: skip
-    raw = {"ResNet-50": 72.1, "UnivFD": 79.5, "DE-FAKE (captions)": 84.7, "NPR": 88.6, "FatFormer": 88.9,
-           "DRCT": 89.5, "Effort": 91.1, "C2P-CLIP (rerun)": 93.3}  # fmt: skip
-    jpeg = {"SAFE": 50.3, "NPR": 51.5, "UnivFD": 64.1, "C2P-CLIP": 74.4, "DRCT": 84.7, "DDA": 91.7}
-    accuracy = {"UnivFD": 81.4, "C2P-CLIP": 93.8, "Effort": 95.2, "Effort, oracle thresholds": 97.9}
-    expected = {("genimage", "raw", "accuracy", m): v for m, v in raw.items()}
-    expected |= {("genimage", "fakes at JPEG q96", "accuracy", m): v for m, v in jpeg.items()}
-    expected |= {("ufd19", "raw", "accuracy", m): v for m, v in accuracy.items()}
-    expected |= {("ufd19", "raw", "ap", m): v for m, v in
-                 {"UnivFD": 90.1, "C2P-CLIP": 98.7, "Effort": 99.3}.items()}  # fmt: skip
-    assert found == expected
+    assert [len(get_protocol(name).test) for name in protocol_names()] == [11, 8, 0, 0, 19]
+    with pytest.raises(InputError, match="unknown protocol 'genimag'; expected.* Did you mean 'genimage'"):
+        get_protocol("genimag")
 
 
 # --------------------------------------------------------------------------------------- who plays which part
@@ -144,10 +124,9 @@ def test_genimage_trains_on_one_generator_with_its_own_reals(grow) -> None:
     assert missing == []
     counts = table.groupby(["split", "label", "generator", "source"]).size()
     sd = "stable_diffusion_v_1_4"
-    assert counts["train", 1].to_dict() == {(sd, sd): 15} and counts["train", 0].to_dict() == {
-        ("real", sd): 15
-    }
-    assert counts["val", 1].sum() == counts["val", 0].sum() == 15  # carved out: GenImage has none of its own
+    # it has no validation images: they are carved from train by content, once the files are read
+    assert counts["train", 1].to_dict() == {(sd, sd): 30}
+    assert counts["train", 0].to_dict() == {("real", sd): 30}
     assert counts["test", 1].to_dict() == {(name, name): 6 for name in GENIMAGE}
     assert counts["test", 0].to_dict() == {("real", name): 6 for name in GENIMAGE}
 
@@ -220,28 +199,41 @@ def test_a_share_of_each_set(grow) -> None:
 
 
 def test_genimage_from_one_command(grow, stub: Preset, tmp_path: Path, capsys) -> None:
-    root = genimage(grow, ("stable_diffusion_v_1_4", "ADM", "BigGAN"), train=24)
+    root = genimage(grow, ("stable_diffusion_v_1_4", "ADM", "BigGAN"), train=40)
+    copy = next((root / "stable_diffusion_v_1_4").rglob("val/nature/*"))
+    next((root / "stable_diffusion_v_1_4").rglob("train/nature")).joinpath("copy.JPEG").write_bytes(
+        copy.read_bytes()
+    )
     images = [str(p.relative_to(tmp_path)) for p in root.rglob("*.*")]
     rng = np.random.default_rng(0)
     pd.DataFrame({"path": images, "score": rng.normal(size=len(images))}).to_csv(tmp_path / "s.csv")
     words = ["study", "--protocol", "genimage", "--data", str(root), "--out", str(tmp_path / "out")]
     words += ["--preset", "stub", "--device", "cpu", "--seeds", "1", "--jobs", "1"]
     words += ["--scores", f"other={tmp_path / 's.csv'}"]
+    words += [f"--without={name}" for name in SLOW if name not in ("spectrum", "image_mlp")]
     assert cli.main(words) == 2
     assert "5 of 8 test sets are missing" in capsys.readouterr().err.splitlines()[-1]
     assert cli.main([*words, "--skip-missing"]) == 0
     text = capsys.readouterr().out
     assert "Left out, because they are not in the folder: Midjourney, SD v1.5, GLIDE, Wukong, VQDM" in text
     assert "PUBLISHED, NOT OURS: mean, raw" in text and "| ResNet-50 |" in text
+    assert "Left out on request: CNN on pixels" in text
+    assert "raw: 1 training or validation image left out, because a copy of each is among" in text
     order = [text.index(f"\n| {name} |") for name in ("SD v1.4", "ADM", "BigGAN", MEAN, WORST)]
     assert order == sorted(order)  # the published rows' order, not the alphabet's
 
-    table = pd.read_csv(tmp_path / "out" / "study-genimage" / "table.csv")
+    folder = tmp_path / "out" / "study-genimage"
+    table = pd.read_csv(folder / "table.csv")
     ours, theirs = table[table["kind"] == OURS], table[table["kind"] == THEIRS]
     assert set(ours["condition"]) == {"raw", "equalised"} and len(theirs) == 14
     assert set(theirs["row"]) == {MEAN} and theirs["low"].isna().all()
+    # what made it, and what stands behind it
+    assert set(ours["preset"]) == {"stub"} and ours["itemkit"].notna().all()
+    assert ours["models"].str.fullmatch("[0-9a-f]{16}").all() and ours["models"][0] in text
+    cell = ours[ours["row"] == "ADM"]
+    assert set(cell["n_real"]) == set(cell["n_fake"]) == {6} and set(cell["interval"]) == {"95%, test images"}
     raw = ours[ours["condition"] == "raw"]
-    assert {"item", "early", "other", *study.recipes.CONTROLS} <= set(raw["detector"])
+    assert {"item", "early", "other", "spectrum"} <= set(raw["detector"])
     assert "other" not in set(ours.loc[ours["condition"] == "equalised", "detector"])
     cells = raw[(raw["detector"] == "image_mlp") & (raw["metric"] == "accuracy")].set_index("row")["value"]
     assert set(cells.index) == {"SD v1.4", "ADM", "BigGAN", MEAN, WORST}
@@ -251,179 +243,181 @@ def test_genimage_from_one_command(grow, stub: Preset, tmp_path: Path, capsys) -
     spectrum = raw[(raw["detector"] == "spectrum") & (raw["metric"] == "auroc")].set_index("row")["value"]
     assert spectrum[MEAN] > 0.9
 
+    # the images to score elsewhere are listed, and which of them were carved from the training images
+    listed = pd.read_csv(folder / "manifest.csv")
+    carved = listed[listed["split"] == "val"]
+    assert set(carved["split_given"]) == {"train"} and set(carved["label"]) == {0, 1}
+    same = listed[listed["split"] != "val"]
+    assert (same["split_given"] == same["split"]).all() and listed["image_id"].str.len().eq(64).all()
+
     # the table can be made again from the runs alone, and nothing is computed twice
-    kept = study.Study.load(tmp_path / "out" / "study-genimage" / "raw")
+    kept = Study.load(folder / "raw")
     value = kept.table.query("detector == 'image_mlp' and metric == 'accuracy' and test_generator == 'ADM'")
     assert value["value"].mean() == pytest.approx(cells["ADM"])
     assert set(value["n_real"]) == {6}  # its own reals only
     seen = stub.encoder.images_encoded
     assert cli.main([*words, "--skip-missing"]) == 0
     assert stub.encoder.images_encoded == seen
-    about = json.loads((tmp_path / "out" / "study-genimage" / "raw" / "study.json").read_text())
+    about = json.loads((folder / "raw" / "study.json").read_text())
     assert about["options"]["runs_reused"] == len(about["runs"]) == len(kept.detectors)
-    again = pd.read_csv(tmp_path / "out" / "study-genimage" / "table.csv")
-    pd.testing.assert_frame_equal(again, table)
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "table.csv"), table)
+
+
+def own_images(folder: Path, n: int, generators: tuple[str, ...] = ("gan", "flow")) -> Path:
+    """A manifest without splits: as many fakes of each generator as reals, sizes of all kinds."""
+    rows = []
+    for i in range(n):
+        name = ("real", *generators)[i % (1 + len(generators))]
+        folder.mkdir(exist_ok=True)
+        suffix = ".jpg" if name == "real" else ".png"
+        (folder / f"{i}{suffix}").write_bytes(picture(i, name != "real", 40 + 7 * (i % 11)))
+        rows.append({"path": f"{i}{suffix}", "label": int(name != "real"), "generator": name})
+    pd.DataFrame(rows).to_csv(folder / "m.csv", index=False)
+    return folder / "m.csv"
+
+
+def test_own_images_without_a_protocol(stub: Preset, tmp_path: Path, monkeypatch) -> None:
+    """Each generator trains and each tests, raw and equalised; one contender breaks, the others go on."""
+    data = own_images(tmp_path / "images", 150)
+    broken = CONTROLS["image_linear"]
+
+    class Broken:
+        def fit(self, *parts):
+            raise ValueError("singular\nmatrix")
+
+    monkeypatch.setitem(CONTROLS, "image_linear", replace(broken, make=lambda *_: Broken()))
+    report = study.run_study(None, data, tmp_path / "out", "stub", without=SLOW, **QUICK)
+    assert report.path == tmp_path / "out" / "study-own" / "table.md"
+    assert [failure.partition(" failed, ")[::2] for failure in report.failures] == [
+        (f"{condition}: control: image only, linear", "trained on gan: ValueError: singular")
+        for condition in ("raw", "equalised")
+    ]
+    text = report.path.read_text()
+    assert "**raw: control: image only, linear failed, trained on gan: ValueError: singular**" in text
+    table = report.table
+    assert set(table["condition"]) == {"raw", "equalised"} and "image_linear" not in set(table["detector"])
+    assert {"item", "hierarchical_cosine", "early", "item + caption likelihood"} <= set(table["detector"])
+    pairs = {"gan → flow", "flow → gan", "gan → gan", "flow → flow"}
+    assert set(table["row"]) == {*pairs, MEAN, WORST}
+    seen = table[table["seen"] == True]  # noqa: E712 - means are neither
+    assert set(seen["row"]) == {"gan → gan", "flow → flow"}
+    one = table.query("detector == 'item' and metric == 'auroc' and condition == 'raw'").set_index("row")
+    assert one.loc[MEAN, "value"] == pytest.approx(one.loc[["gan → flow", "flow → gan"], "value"].mean())
+    for title in ("Area under the ROC curve", "Average precision", "Balanced accuracy"):
+        assert f"## {title}" in text
+    # too few reals to promise 5 %: said, empty, and nothing else is missing
+    accuracy = table[table["metric"] == "balanced_accuracy"]
+    assert accuracy["value"].isna().all() and table[table["metric"] == "ap"]["value"].notna().all()
+    assert "raw: Accuracies are empty: a false-positive rate of 0.05 needs at least 19 real" in text
+    assert "train 70 %" in text  # the images came without splits
+    listed = pd.read_csv(report.path.parent / "manifest.csv")
+    assert set(listed["split"]) == {"train", "val", "test"} and listed["split_given"].isna().all()
+    side = int(re.search(r"equalised: every image cropped and scaled to (\d+) px", text)[1])
+    assert 32 <= side <= 40  # of images of 32 to 110 px: few are enlarged
+
+
+def test_own_images_of_one_generator(stub: Preset, tmp_path: Path) -> None:
+    manifest = read_manifest(own_images(tmp_path / "images", 80, ("gan",)))
+    manifest.loc[:3, "label"] = pd.NA
+    report = study.run_study(None, manifest, tmp_path / "out", "stub", without=SLOW, **QUICK)
+    text = report.path.read_text()
+    assert not report.failures
+    assert "the fakes are of one family (gan), so nothing is unseen" in text
+    assert "raw: 4 images without label or split left out." in text
+    assert set(report.table["row"]) == {"gan → gan", MEAN, WORST} and "| gan → gan (seen) |" in text
+    with pytest.raises(
+        InputError, match="A study needs real and fake images; the manifest has 40 real, 0 fake"
+    ):
+        reals = read_manifest(own_images(tmp_path / "images", 80, ("gan",)))
+        study.run_study(None, reals[reals["label"] == 0], tmp_path / "out", "stub", without=SLOW, **QUICK)
 
 
 def test_an_interrupted_study_goes_on(grow, stub: Preset, tmp_path: Path, monkeypatch) -> None:
     root = forensynths(grow)
-    done, run = [], study._run
+    done, fit = [], study.Recipe.build if hasattr(study.Recipe, "build") else None
+    control = CONTROLS["image_linear"]
 
-    def stopped(name: str, *rest: object) -> object:
-        if len(done) == 5:
-            raise KeyboardInterrupt
-        done.append(name)
-        return run(name, *rest)
+    class Stopped:
+        def __init__(self, scorer):
+            self.scorer = scorer
 
-    monkeypatch.setattr(study, "_run", stopped)
-    options = QUICK | {"without": PIXELS}
+        def fit(self, train, val):
+            if not done:
+                done.append(fit)
+                raise KeyboardInterrupt
+            return self.scorer.fit(train, val)
+
+    make = control.make
+    monkeypatch.setitem(CONTROLS, "image_linear", replace(control, make=lambda *parts: Stopped(make(*parts))))
+    options = QUICK | {"without": SLOW}
     with pytest.raises(KeyboardInterrupt):
-        command.run_study("forensynths", root, tmp_path / "out", "stub", **options)
-    kept = sorted((tmp_path / "out" / "study-forensynths" / "raw" / "runs").iterdir())
-    assert len(kept) == 5 and not (tmp_path / "out" / "study-forensynths" / "table.md").exists()
-    stamps = [path.stat().st_mtime_ns for path in kept]
-    monkeypatch.setattr(study, "_run", run)
-    text = command.run_study("forensynths", root, tmp_path / "out", "stub", **options).read_text()
-    about = json.loads((tmp_path / "out" / "study-forensynths" / "raw" / "study.json").read_text())
-    assert about["options"]["runs_reused"] == 5
-    assert len(stamps) == 5 and "PUBLISHED" not in text and "no reference column" in text
-    assert "Left out on request: CNN on pixels, power spectrum, noise residual." in text
+        study.run_study("forensynths", root, tmp_path / "out", "stub", **options)
+    folder = tmp_path / "out" / "study-forensynths"
+    kept = sorted(path.name for path in (folder / "raw" / "runs").iterdir())
+    assert kept and not (folder / "table.md").exists()
+    monkeypatch.setitem(CONTROLS, "image_linear", control)
+    text = study.run_study("forensynths", root, tmp_path / "out", "stub", **options).path.read_text()
+    about = json.loads((folder / "raw" / "study.json").read_text())
+    assert about["options"]["runs_reused"] == len(kept)
+    assert "PUBLISHED" not in text and "no reference column" in text
 
 
-def test_copies_between_train_and_test_are_left_out(grow, stub: Preset, tmp_path: Path) -> None:
-    root = genimage(grow, ("stable_diffusion_v_1_4",))
-    base = root / "stable_diffusion_v_1_4" / "imagenet_ai_0419_sdv4"
-    source = next((base / "val" / "nature").iterdir())
-    (base / "train" / "nature" / "copy.JPEG").write_bytes(source.read_bytes())
-    text = command.run_study(
-        "genimage", root, tmp_path / "out", "stub", skip_missing=True, without=PIXELS, **QUICK
-    ).read_text()
-    assert (
-        "raw: 1 training and validation images left out, because a copy of each is among the test or" in text
-    )
-
-
-def test_equalised_means_one_size_and_codec_for_all(grow, tmp_path: Path) -> None:
-    plan = get_protocol("genimage")
-    transform = command.Equalised(plan.equalise)
+def test_equalised_means_one_size_and_codec_for_all() -> None:
+    transform = study.Equalised(get_protocol("genimage").equalise)
     sides = {transform(Image.new("RGB", size), "x").size for size in ((48, 48), (300, 200), (128, 500))}
     assert sides == {(128, 128)}
     assert transform.fingerprint() == {
         "equalise": {"size": 128, "codec": "jpeg", "quality": 96, "subsampling": "4:2:0"}
     }
-    jpeg = jpeg_random()
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8))
-    first, again, other = (np.asarray(jpeg(noise, name)) for name in ("a", "a", "b"))
-    assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
 def test_the_mini_study_with_its_answers(stub: Preset, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(command, "KINDS", ("cosine", "absolute"))
-    monkeypatch.setattr(command, "LEVELS", ("global", "hierarchical"))
-    monkeypatch.setattr(command, "FRESH", {"val": 5, "test": 4})
-    table = fakes.make_images(tmp_path / "images", 228)
-    table["generator"] = np.where(
-        table["label"] == 0, "real", np.where(np.arange(228) % 4 == 1, "gan", "flow")
-    )
-    kind = np.arange(228) // 4 % 3
-    table["split"] = np.array(["train", "val", "test"])[kind]
-    table.to_csv(tmp_path / "m.csv", index=False)
-    options = QUICK | {"without": ("cnn", "image_nearest"), "seeds": 2}
-    path = command.run_study("mini", tmp_path / "m.csv", tmp_path / "out", "stub", **options)
-    text = path.read_text()
-    found = pd.read_csv(path.parent / "table.csv")
+    """The laboratory's path, with other images: every form, families, fusions, promises on new renders."""
+    monkeypatch.setattr(study, "KINDS", ("cosine", "absolute"))
+    monkeypatch.setattr(study, "LEVELS", ("global", "hierarchical"))
+    own = pd.read_csv(own_images(tmp_path / "images", 200, ("gan", "flow", "edit", "flow")))
+    own["split"] = np.array(["train", "val", "test"])[np.arange(200) // 5 % 3]
+    own.to_csv(tmp_path / "images" / "m.csv", index=False)
+    fresh = own[own["label"] == 0].assign(split=lambda t: np.where(np.arange(len(t)) % 2, "val", "test"))
+    fresh.to_csv(tmp_path / "images" / "fresh.csv", index=False)
+    parts = {"images": "m.csv", "fresh": "fresh.csv"}
+    laid_out = lambda out, which="images": read_manifest(tmp_path / "images" / parts[which])  # noqa: E731
+    monkeypatch.setattr(workflow, "lab_manifest", laid_out)
+    options = QUICK | {"without": ("cnn", "image_nearest", "noise_residual", "spectrum"), "seeds": 2}
+    report = study.run_study(out=tmp_path / "out", preset="stub", **options)
+    text, found = report.path.read_text(), report.table
+    assert report.failures == [] and report.path.parent.name == "study-mini"
     assert set(found["condition"]) == {"clean", "random JPEG"} and set(found["kind"]) == {OURS}
     assert {"item", "global_cosine", "global_absolute", "hierarchical_cosine", "text_only", "early",
-            "item + image", "item + spectrum"} <= set(found["detector"])  # fmt: skip
-    assert set(found["row"]) == {"gan → flow", "flow → gan", MEAN, WORST} and set(found["n_seeds"]) == {2}
-    fusion = pd.read_csv(path.parent / "fusion.csv")
-    joined = {"caption likelihood", "image", "noise residual", "spectrum"}
-    assert set(fusion["fusion"]) == {f"item + {part}" for part in joined} | {"early"}
-    assert len(fusion) == 2 * 5 * 2
+            "item + image"} <= set(found["detector"])  # fmt: skip
+    counted = found[found["seen"] == False]  # noqa: E712 - means are neither
+    # edit and flow are of one family, so neither is unseen to the other
+    assert set(counted["row"]) - {WORST} == {"gan → flow", "gan → edit", "flow → gan", "edit → gan"}
+    fusion = pd.read_csv(report.path.parent / "fusion.csv")
+    assert set(fusion["fusion"]) == {"item + caption likelihood", "item + image", "early"}
+    assert len(fusion) == 2 * 3 * 4
     low = fusion[(fusion["fusion"] == "early") & (fusion["condition"] == "clean")]["difference"]
-    assert (
-        f"clean, early: worse than the better of its parts (item, image_mlp) in {(low < 0).sum()} of 2"
-        in text
-    )
-    promises = pd.read_csv(path.parent / "promises.csv")
-    assert len(promises) == 6  # foreign images: no new renders
+    assert f"| early (item, image_mlp) | {(low < 0).sum()} of 4 |" in text
+    promises = pd.read_csv(report.path.parent / "promises.csv")
+    assert promises["calibration"].nunique() == 2  # on the validation images, and on new renders
     assert "needs at least 99 real validation images" in promises["note"].fillna("").str.cat()
-    kept = json.loads((path.parent / "clean" / "study.json").read_text())["runs"]
-    assert any(name.startswith("item_+_image") for name in kept)  # fusions are kept like all others
-    pd.DataFrame({"image_id": ["a"], "score": [0.5]}).to_csv(tmp_path / "s.csv", index=False)
-    taken = {"scores": [f"item={tmp_path / 's.csv'}"]}
-    with pytest.raises(InputError, match="that name is a contender of ours"):
-        command.run_study("mini", tmp_path / "m.csv", tmp_path / "out", "stub", **options | taken)
-    twice = {"scores": [f"a={tmp_path / 's.csv'}"] * 2}
-    with pytest.raises(InputError, match="given twice for clean"):
-        command.run_study("mini", tmp_path / "m.csv", tmp_path / "out", "stub", **options | twice)
-    table[table["generator"] != "gan"].to_csv(tmp_path / "one.csv", index=False)
-    with pytest.raises(InputError, match="of one family \\(flow\\), so nothing is unseen"):
-        command.run_study("mini", tmp_path / "one.csv", tmp_path / "out1", "stub", **options)
-    with pytest.raises(InputError, match="--per-set and --skip-missing go with a data set's protocol"):
-        command.run_study("mini", tmp_path / "m.csv", tmp_path, "stub", per_set=5)
-
-
-def test_new_renders_are_in_no_split_of_the_data_set(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(command, "FRESH", {"val": 2, "test": 3})
-    manifest = read_manifest(command.fresh_renders(tmp_path))
-    assert manifest["split"].value_counts().to_dict() == {"test": 3, "val": 2}
-    assert set(manifest["label"]) == {0}
-    expected = render_index("test", command.FRESH_FROM + 2).image
-    last = np.asarray(Image.open(manifest["path"].iloc[-1]))
-    np.testing.assert_array_equal(last, expected)
-    stamp = Path(manifest["path"].iloc[0]).stat().st_mtime_ns
-    command.fresh_renders(tmp_path)
-    assert Path(manifest["path"].iloc[0]).stat().st_mtime_ns == stamp
+    runs = json.loads((report.path.parent / "clean" / "study.json").read_text())["runs"]
+    assert any(name.startswith("item_+_image") for name in runs)  # fusions are kept like all others
 
 
 def test_errors_before_anything_is_computed(stub: Preset, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="protocol 'genimage' needs images: give the folder"):
-        command.run_study("genimage", None, tmp_path, "stub")
-    with pytest.raises(InputError, match="seeds=0: expected at least 1"):
-        command.run_study("mini", None, tmp_path, "stub", seeds=0)
-    with pytest.raises(InputError, match="no control 'cnm' to leave out; controls: image_mlp"):
-        command.run_study("mini", None, tmp_path, "stub", without=["cnm"])
-    for wrong in ("scores.csv", "a@raw=s.csv"):
-        with pytest.raises(
-            InputError, match=f"--scores {wrong}: expected name=scores.csv.*clean, random JPEG"
-        ):
-            command._elsewhere([wrong], ["clean", "random JPEG"])
-
-
-@pytest.mark.real
-def test_genimage_of_real_photographs(real_dir: Path, stub: Preset, tmp_path: Path) -> None:
-    """Photographs and fakes of 2022 under GenImage's names: the files' format alone is found, raw."""
-    index = pd.read_csv(real_dir / "index.csv")
-    sets = {"stable_diffusion_v_1_4": "latent_diffusion", "glide": "glid_3_xl", "Midjourney": "dalle_mini"}
-    reals = iter(index[index["label"] == "real"]["path"])
-    for name, generator in sets.items():
-        own = index[index["generator"] == generator]["path"].tolist()
-        train = 60 if name == "stable_diffusion_v_1_4" else 0
-        parts = {("train", "ai"): own[:train], ("val", "ai"): own[train : train + 30]}
-        parts |= {("train", "nature"): [next(reals) for _ in range(train)]}
-        parts |= {("val", "nature"): [next(reals) for _ in range(30)]}
-        for (split, label), paths in parts.items():
-            folder = tmp_path / "tree" / name / split / label
-            folder.mkdir(parents=True)
-            for path in paths:
-                (folder / Path(path).name).symlink_to(real_dir / path)
-    path = command.run_study(
-        "genimage", tmp_path / "tree", tmp_path / "out", "stub", skip_missing=True, without=["cnn"], **QUICK
-    )
-    table = pd.read_csv(path.parent / "table.csv").query("metric == 'auroc' and row == 'mean of cells'")
-    value = table.set_index(["detector", "condition"])["value"]
-    assert value["spectrum", "raw"] > 0.8
-    assert table["value"].between(0, 1).all() and value["spectrum", "equalised"] < value["spectrum", "raw"]
-
-
-def test_features_join_in_any_process(grow, stub: Preset, tmp_path: Path) -> None:
-    """Two processes give the scores that one gives."""
-    from synthetic import make_features
-
-    features: Features = make_features(80, 40, generators=("gan", "flow"))
-    recipes = {"item": study.item("cosines"), "image": study.control("image_linear")}
-    one, two = (
-        study.train_on_test_on(features, recipes, (0,), n_boot=0, fpr=0.1, jobs=jobs).table for jobs in (1, 2)
-    )
-    pd.testing.assert_frame_equal(one, two)
+    pd.DataFrame({"image_id": ["a"], "score": [0.5]}).to_csv(tmp_path / "s.csv", index=False)
+    wrong = [
+        ({"protocol": "genimage"}, "protocol 'genimage' needs images: give the folder"),
+        ({"protocol": "own"}, "protocol 'own' needs images"),
+        ({"seeds": 0}, "seeds=0: expected at least 1"),
+        ({"without": ["cnm"]}, "no control 'cnm' to leave out; .* Did you mean 'cnn'"),
+        ({"per_set": 5}, "--per-set and --skip-missing are for a data set's protocol, not for 'mini'"),
+        ({"scores": ["scores.csv"]}, "--scores scores.csv: expected name=scores.csv.*clean, random JPEG"),
+        ({"scores": ["a@raw=s.csv"]}, "--scores a@raw=s.csv: expected name=scores.csv"),
+        ({"scores": [f"a={tmp_path / 's.csv'}"] * 2}, "given twice for clean"),
+        ({"scores": ["a=none.csv"]}, "cannot read scores from none.csv"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(InputError, match=message):
+            study.run_study(out=tmp_path, preset="stub", **options)

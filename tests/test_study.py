@@ -1,4 +1,4 @@
-"""The matrix: what trains on what, honest thresholds, intervals, reuse, failures, external scores and fusion."""
+"""The matrix: what trains on what, honest thresholds, intervals, reuse, failures, external scores, fusion."""
 
 import json
 from dataclasses import replace
@@ -296,7 +296,9 @@ def test_external_scores_in_other_peoples_files(tmp_path):
         FEATURES, table=FEATURES.table.assign(path=[str(tmp_path / p) for p in FEATURES.table["path"]])
     )
     np.testing.assert_allclose(external(tmp_path / "s.csv").build(0).decision_function(here), score)
-    digits = FEATURES.table["image_id"].str.replace("[a-f]", "0", regex=True)  # an id is text, also if it is digits
+    digits = FEATURES.table["image_id"].str.replace(
+        "[a-f]", "0", regex=True
+    )  # an id is text, also if it is digits
     digits = digits.where(~digits.duplicated(), FEATURES.table["image_id"])
     pd.DataFrame({"sha256": digits, "score": score}).to_csv(tmp_path / "t.tsv", sep="\t")
     here = replace(FEATURES, table=FEATURES.table.assign(image_id=digits))
@@ -325,7 +327,9 @@ def test_external_scores_errors(tmp_path, table, message):
 
 def test_late_fusion_from_kept_scores(study):
     parts = ("image", "text")
-    new = Study(study.test, list(study.runs), study.options, study.table, study._replicates).fuse("both", parts)
+    new = Study(study.test, list(study.runs), study.options, study.table, study._replicates).fuse(
+        "both", parts
+    )
     runs = {r.detector: r for r in new.runs if (r.train_generator, r.seed) == ("gan", 0)}
     y = np.array(runs["text"].val_labels)
     odds = []
@@ -407,11 +411,8 @@ class Broken(Recorder):
         return self if self.name != "vae" else Recorder(0)
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_one_failing_contender_costs_no_other(tmp_path, jobs):
-    study = train_on_test_on(
-        FEATURES, {"bad": Broken, "good": Recorder}, seeds=(0,), n_boot=0, jobs=jobs, out=tmp_path
-    )
+def test_one_failing_contender_costs_no_other(tmp_path):
+    study = train_on_test_on(FEATURES, {"bad": Broken, "good": Recorder}, seeds=(0,), n_boot=0, out=tmp_path)
     assert study.detectors == ["good"] and len(study.matrix("good")) == 3
     assert set(study.failures) == {"bad"} and "trained on" in study.failures["bad"]
     with pytest.raises(InputError, match="no contender 'bad'.*It failed, trained on"):
@@ -419,6 +420,13 @@ def test_one_failing_contender_costs_no_other(tmp_path, jobs):
     assert Study.load(tmp_path).failures == study.failures
     with pytest.raises(InputError, match="no contender could be run; the first, bad, trained on gan: no"):
         train_on_test_on(FEATURES, {"bad": Broken}, seeds=(0,), n_boot=0, train_generators=["gan", "flow"])
+
+
+def test_two_processes_give_the_scores_of_one():
+    recipes = {"image": control("image_linear"), "bad": Broken}
+    one, two = (train_on_test_on(FEATURES, recipes, (0,), n_boot=0, jobs=jobs) for jobs in (1, 2))
+    pd.testing.assert_frame_equal(one.table, two.table)
+    assert set(one.failures) == set(two.failures) == {"bad"}
 
 
 def test_functions_without_a_description_are_not_reused(tmp_path):
@@ -454,7 +462,8 @@ def test_generators_too_small_to_train_on_are_still_tested():
 def test_errors():
     one = {"r": Recorder}
     with pytest.raises(
-        InputError, match="0 images of 'gna' in the split 'train'.*generators: gan, flow, vae. Did you mean 'gan'"
+        InputError,
+        match="0 images of 'gna' in the split 'train'.*generators: gan, flow, vae. Did you mean 'gan'",
     ):
         train_on_test_on(FEATURES, one, train_generators=["gna"])
     with pytest.raises(InputError, match="threshold 'oracle' is unknown; expected one of fpr, best"):
