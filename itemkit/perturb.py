@@ -7,7 +7,6 @@ Sizes are in pixels of the image as it is: blur of 1 px on a 48 px render takes 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from PIL import Image, ImageFilter
 
 from itemkit.errors import InputError
 from itemkit.images import jpeg_bytes
+from itemkit.text import did_you_mean
 
 Step = Callable[[Image.Image, np.random.Generator], Image.Image]
 VERSION = 1  # part of every cache key: raise it when any transform changes its pixels
@@ -242,7 +242,6 @@ _BY_NAME = {p.name: p for p in (*GRID, *QUICK_GRID)}
 def get_perturbation(name: str) -> Perturbation:
     """Find a perturbation of `GRID` or `QUICK_GRID` by its name, e.g. ``jpeg_q50``."""
     if name not in _BY_NAME:
-        near = difflib.get_close_matches(name, _BY_NAME, 1, 0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, _BY_NAME)
         raise InputError(f"no perturbation {name!r};{hint} Known: {', '.join(_BY_NAME)}")
     return _BY_NAME[name]
