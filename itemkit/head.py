@@ -382,8 +382,8 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         elif self.validation_fraction:
             if min(counts := np.bincount(codes)) < 2:
                 raise InputError(
-                    f"class {self.classes_.tolist()[counts.argmin()]!r} has 1 row; holding some out for early "
-                    "stopping needs 2. Give X_val and y_val, or validation_fraction=0"
+                    f"class {self.classes_.tolist()[counts.argmin()]!r} has 1 row; holding some out for "
+                    "early stopping needs 2. Give X_val and y_val, or validation_fraction=0"
                 )
             held, rest = split_validation(codes, self.validation_fraction, int(self.seed))
             X_val, codes_val, X, codes = X[held], codes[held], X[rest], codes[rest]
@@ -420,7 +420,7 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         self.classes_ = np.unique(y)
         if len(self.classes_) < 2:
             raise InputError(
-                f"all {len(y)} labels are of one class ({self.classes_.tolist()[0]!r}); expected real and fake"
+                f"all {len(y)} labels are of one class ({self.classes_.tolist()[0]!r}); expected two"
             )
         return self._codes(y)
 
@@ -550,7 +550,8 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
             head.mean_, head.scale_ = tensors.pop("input_mean").numpy(), tensors.pop("input_scale").numpy()
             with torch.device("meta"):  # shapes without memory, to hold those of the file against
                 head.net_ = Net(len(head.mean_), arch, head.members)
-            head.net_.load_state_dict(tensors, assign=True)
+            # copies: where a number lies in memory changes the last bits of a product
+            head.net_.load_state_dict({k: v.clone() for k, v in tensors.items()}, assign=True)
             if not all(torch.isfinite(t).all() for t in (*tensors.values(), torch.from_numpy(head.mean_))):
                 raise InputError("head.safetensors holds a number that is not finite")
         except (InputError, SafetensorError, RuntimeError, KeyError) as error:

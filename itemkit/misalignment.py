@@ -182,7 +182,7 @@ def pool(
         out = np.zeros((n_images, k, local.shape[1]), np.float32)
         rank = np.arange(len(owner)) - starts[owner]
         out[owner[rank < k], rank[rank < k]] = local[rank < k]
-        return out.reshape(n_images, -1)
+        return out.reshape(n_images, k * local.shape[1])
 
     if how == "mean":
         return mean()
