@@ -146,7 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     option = add(audit, "What besides content tells the classes apart: format, size, quality, captions ...")
     option("manifest", help="CSV, Parquet or folder")
     _data_options(option)
-    option("--by", choices=("generator", "source"), help="audit each of them by itself, worst first")
+    sets = ("generator", "source", "none")
+    option("--by", default="generator", choices=sets, help="judge each of these by itself, too")
     option("--csv", type=Path, help="also write the table")
     option("--figure", type=Path, metavar="FOLDER", help="also draw it: audit.pdf, .png and .csv")
     option("--equalise", type=Path, metavar="FOLDER", help="write a copy with equal size and codec")
@@ -286,7 +287,7 @@ def doctor(args: argparse.Namespace) -> int:
     checks = []
     for check in run_doctor(_preset(args), args.device, args.deep):
         checks.append(check)
-        _print(str(check))
+        _print(*str(check).splitlines())
     _print(summary(checks))
     return int(any(check.status == FAIL for check in checks))
 
@@ -303,6 +304,8 @@ def run(args: argparse.Namespace) -> int:
 
 def audit(args: argparse.Namespace) -> int:
     """Print the audit of a data set, and equalise it if asked to."""
+    import pandas as pd
+
     from itemkit.audit import audit, equalise_folder
     from itemkit.images import EqualiseConfig
     from itemkit.text import write_csv
@@ -312,19 +315,20 @@ def audit(args: argparse.Namespace) -> int:
         raise InputError(f"--{next(iter(given))} goes with --equalise FOLDER, which says where to write")
     config = EqualiseConfig(**given)
     manifest = _manifest(args, args.manifest)
-    options: dict[str, Any] = {"progress": True} | ({"by": args.by} if args.by else {})
-    reports = {"as they are": audit(manifest, **options)}
-    _print(reports["as they are"].to_text())
+    options: dict[str, Any] = {"by": None if args.by == "none" else args.by, "progress": True}
+    first = audit(manifest, **options)
+    _print(*first.to_text().split("\n"))
+    reports = {"as they are": first}
     if args.csv:
-        write_csv(reports["as they are"].table, args.csv)
+        write_csv(pd.concat([first.table.assign(set="all"), first.parts]), args.csv)
     if args.equalise:
         equalised = equalise_folder(manifest, args.equalise, config, progress=True)
-        _print(f"\nAfter equalising into {args.equalise}:\n")
+        _print("", f"After equalising into {args.equalise}:", "")
         reports["equalised"] = audit(equalised, **options)
-        _print(reports["equalised"].to_text(before=reports["as they are"]))
+        _print(*reports["equalised"].to_text(before=first).split("\n"))
     if args.figure:
         _draw_audit(reports, args.figure)
-    return int(any(len(report.errors) for report in reports.values()))
+    return int(any(report.left_out for report in reports.values()))
 
 
 def _draw_audit(reports: dict[str, Any], folder: Path) -> None:
@@ -335,16 +339,14 @@ def _draw_audit(reports: dict[str, Any], folder: Path) -> None:
 
     plots.style()
     table = ranking(reports)
-    n_rows = table["property"].nunique()
-    fig = Figure(figsize=(5.5, 0.8 + 0.25 * n_rows))
-    plots.intervals(
-        fig.add_subplot(),
-        table,
-        y="property",
-        hue="data" if len(reports) > 1 else None,
-        xlabel="AUROC of this property alone (95 % interval; 0.5 is chance)",
-        reference=0.5,
-    )
+    if not len(table):
+        raise InputError(
+            "--figure draws how well each property separates two classes; there is only one here"
+        )
+    fig = Figure(figsize=(5.5, 0.8 + 0.25 * table["property"].nunique()))
+    about = {"y": "property", "hue": "data" if len(reports) > 1 else None, "reference": 0.5}
+    xlabel = "AUROC of this property alone (95 % interval; 0.5 is chance)"
+    plots.intervals(fig.add_subplot(), table, xlabel=xlabel, **about)
     n = ", ".join(f"{name}: n = {len(report.measurements):,}" for name, report in reports.items())
     plots.save(fig, "audit", table, folder, n)
 
@@ -390,6 +392,7 @@ def train(args: argparse.Namespace) -> int:
     from itemkit.workflow import train_detector
 
     features = _features(args.features)
+    _say(f"splits: {features.run.get('splits', 'as given')}")
     options = {"members": args.members, "device": args.device}
     detector = train_detector(features, args.representation, args.train_on, **options)
     detector.save(args.out)
@@ -415,49 +418,44 @@ def evaluate(args: argparse.Namespace) -> int:
     detector = Detector.load(args.detector, args.device)
     test, which = _to_evaluate(features, args.features, detector, args.split)
     table, made = detector.evaluate(test, args.fpr), features.provenance
-    at = f"threshold at {100 * args.fpr:g} % false positives"
-    _print(f"{count(len(test), 'image')} ({which}); 95 % intervals over images; {at}")
-    _print(
-        f"features made with itemkit {made['itemkit']}, preset {made['preset']}, models {made['models']}\n"
-    )
-    _print(_compact(table))
-    for note in table.loc[table["metric"].isin(METRICS), "note"].unique():
-        _print(f"  - {note}" if note else "")
+    _print(f"{count(len(test), 'image')}: {which}")
+    _print(f"made with itemkit {made['itemkit']}, preset {made['preset']}, models {made['models']}")
+    _print(f"95 % intervals over images; threshold at {100 * args.fpr:g} % false positives", "")
+    _print(*_compact(table).split("\n"))
+    notes = table.loc[table["metric"].isin(METRICS), "note"].unique()
+    _print(*(f"  - {note}" for note in notes if note))
     verdicts = detector.verdict(test, args.fpr, args.fnr)["verdict"]
-    _print(f"\nVerdicts at --fpr {args.fpr:g} and --fnr {args.fnr:g}:")
+    _print("", f"Verdicts at --fpr {args.fpr:g} and --fnr {args.fnr:g}:")
     for label, answers in verdicts.groupby(test.labels):
         shares = ", ".join(f"{n:,} {answer}" for answer, n in answers.value_counts().items())
         _print(f"  {count(len(answers), f'{schema.LABEL_NAMES[label]} image')}: {shares}")
-    _print("\nWhat was promised, and what happened:")
+    _print("", "What was promised, and what happened:")
     try:
         lines = promise_sentences(detector.promises(test))
     except InputError as reason:  # the detector knows all of these images; their metrics stand all the same
         lines = [f"not checked: {reason}"]
-    for line in lines:
-        _print(f"  {line}")
+    _print(*(f"  {line}" for line in lines))
     if args.csv:
-        write_csv(
-            table.assign(**{"about" if key == "note" else key: value for key, value in made.items()}),
-            args.csv,
-        )
+        about = {"about" if key == "note" else key: value for key, value in made.items()}
+        write_csv(table.assign(**about), args.csv)
     return 0
 
 
-def _print(text: str) -> None:
-    """Print a result; what data wrote into it cannot act on the terminal."""
+def _print(*lines: str) -> None:
+    """Print lines of a result; what data wrote into them cannot act on the terminal, nor begin a new one."""
     from itemkit.text import printable
 
-    print("\n".join(printable(line) for line in text.split("\n")), flush=True)
+    for line in lines:
+        print(printable(line), flush=True)
 
 
 def _features(store: Path) -> Features:
-    """Read a store, and say how its images were split and what its models know nothing of."""
+    """Read a store, and say where its models know nothing of such images."""
     from itemkit.store import load_features
 
     features = load_features(store)
-    for note in (features.run.get("splits"), features.provenance["note"]):
-        if note:
-            _say(f"note: {note}")
+    if note := features.provenance["note"]:
+        _say(f"note: {note}")
     return features
 
 
@@ -471,10 +469,10 @@ def _to_evaluate(features: Features, store: Path, detector: Any, split: str | No
     given = pd.read_parquet(store / MANIFEST_FILE, columns=[schema.SPLIT])[schema.SPLIT]
     labelled = features.table[schema.LABEL].notna().to_numpy()
     if split is None and labelled.any() and given.isna().all() and not any(detector.seen(features)):
-        return features.select(
-            labelled
-        ), "all: they came without splits, and the detector has seen none of them"
-    return features.split(split or "test"), f"split '{split or 'test'}'"
+        why = "all, since they came without splits and the detector has seen none of them"
+        return features.select(labelled), why
+    split = split or "test"
+    return features.split(split), f"split '{split}' ({features.run.get('splits', 'splits as given')})"
 
 
 def _compact(table: pd.DataFrame) -> str:
@@ -519,7 +517,7 @@ def study(args: argparse.Namespace) -> int:
         args.layout = get_protocol(args.protocol).layout
     data = None if args.data is None else _manifest(args, args.data)
     report = run_study(args.protocol, data, args.out, preset, args.device, **options)
-    _print(report.path.read_text(encoding="utf-8"))
+    _print(*report.path.read_text(encoding="utf-8").split("\n"))
     for failure in report.failures:
         _say(f"itemkit: warning: {failure}")
     _print(f"written to {report.path} and table.csv beside it")
@@ -537,37 +535,31 @@ def detect(args: argparse.Namespace) -> int:
     for answer in detect(args.images, _preset(args), args.detector, args.device, args.caption, **rates):
         failed += "error" in answer
         if args.json:
-            print(json.dumps(_plain(answer), allow_nan=False), flush=True)
+            print(json.dumps(answer, allow_nan=False), flush=True)
         else:
-            _print("\n".join(_answer(answer)))
+            _print(*_answer(answer))
     return int(failed > 0)
-
-
-def _plain(value: Any) -> Any:
-    """The same value with null for every number that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _answer(answer: dict[str, Any]) -> Iterable[str]:
     """One image's answer as lines of text."""
-    from itemkit.text import one_line, printable
 
-    yield printable(answer["path"])
+    def shown(value: float | None, form: str) -> str:
+        return "an unknown share" if value is None else format(value, form)
+
+    seen = {"train": " (trained with this very image)", "val": " (calibrated with this very image)"}
+    yield answer["path"] + seen.get(answer.get("seen", ""), "")
     if "error" in answer:
-        yield f"  not judged: {one_line(answer['error'])}"
+        yield f"  not judged: {answer['error']}"
         return
-    yield f"  verdict  {answer['verdict']}, p(fake) = {answer['p_fake']:.2f} ({answer['because']})"
-    yield f"  caption  {printable(answer['caption'])}"
-    below = f"{answer['global_real_below']:.0%} of validation reals fit their caption less well"
-    yield f"  global   cosine {answer['global_cosine']:.3f}; {below}"
+    yield f"  verdict  {answer['verdict']}, p(fake) = {shown(answer['p_fake'], '.2f')} ({answer['because']})"
+    yield f"  caption  {answer['caption']}"
+    below = f"{shown(answer['global_real_below'], '.0%')} of validation reals fit their caption less well"
+    yield f"  global   cosine {shown(answer['global_cosine'], '.3f')}; {below}"
     for thing in answer["objects"]:
-        box = ", ".join(f"{v:.0f}" for v in thing["box"])
-        below = f"{thing['real_below']:.0%} of objects in validation reals fit less well"
-        yield f"  local    {printable(thing['phrase'])}: cosine {thing['cosine']:.3f} in box ({box}); {below}"
+        box = ", ".join(shown(side, ".0f") for side in thing["box"])
+        below = f"{shown(thing['real_below'], '.0%')} of objects in validation reals fit less well"
+        yield f"  local    {thing['phrase']}: cosine {shown(thing['cosine'], '.3f')} in box ({box}); {below}"
     if not answer["objects"]:
         yield "  local    the caption names no object; judged by the whole image"
     if answer.get("note"):

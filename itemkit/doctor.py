@@ -12,7 +12,6 @@ import os
 import platform
 import shutil
 import sys
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -48,12 +47,10 @@ class Check:
 
     Attributes
     ----------
-    name : str
-        What it is.
+    name, detail, todo : str
+        What it is, what was found, and what to do about it; the latter is empty when there is nothing to do.
     status : {"OK", "WARN", "FAIL"}
         FAIL: the preset cannot run. WARN: it can, but not as it was tested.
-    detail, todo : str
-        What was found, and what to do about it; the latter is empty when there is nothing to do.
     """
 
     name: str
@@ -113,9 +110,7 @@ def check_python() -> Check:
     version = platform.python_version()
     if sys.version_info[:2] == (3, 11):
         return Check("python", OK, version)
-    return Check(
-        "python", WARN, f"{version}; everything was tested with 3.11", "use 3.11 if something is odd"
-    )
+    return Check("python", WARN, f"{version}; tested with 3.11", "use 3.11 if something is odd")
 
 
 def tested_versions() -> dict[str, str]:
@@ -128,30 +123,20 @@ def tested_versions() -> dict[str, str]:
     return {}
 
 
-def requirements() -> list[tuple[Requirement, bool]]:
-    """What itemkit needs, and whether that is optional; from pyproject.toml or an installation's metadata."""
-    project = Path(__file__).parents[1] / "pyproject.toml"
-    if project.is_file():
-        table = tomllib.loads(project.read_text())["project"]
-        extras = {name: lines for name, lines in table["optional-dependencies"].items() if name != "dev"}
-        lines = [(line, False) for line in table["dependencies"]]
-        lines += [(line, True) for some in extras.values() for line in some]
-        return [(Requirement(line), optional) for line, optional in lines]
-    found = [Requirement(line) for line in metadata.requires("itemkit") or []]
-    return [
-        (one, one.marker is not None) for one in found if "'dev'" not in str(one.marker).replace('"', "'")
-    ]
-
-
 def check_packages() -> Iterator[Check]:
     """Compare each package that itemkit needs with what is declared and with what was tested."""
     tested = tested_versions()
     if not tested:
-        yield Check(
-            "tested versions", WARN, "constraints.txt is missing: nothing to compare with", "install again"
-        )
-    for requirement, optional in requirements():
-        yield check_package(requirement, tested.get(requirement.name), optional)
+        yield Check("tested versions", WARN, "constraints.txt is missing", "install itemkit again")
+    try:
+        needed = [Requirement(line) for line in metadata.requires("itemkit") or []]
+    except metadata.PackageNotFoundError:
+        yield Check("itemkit", WARN, "not installed: what it needs is not known here", "pip install -e .")
+        return
+    for requirement in needed:
+        extra = str(requirement.marker or "")
+        if "dev" not in extra:
+            yield check_package(requirement, tested.get(requirement.name), bool(extra))
 
 
 def check_package(requirement: Requirement, tested: str | None, optional: bool) -> Check:
@@ -300,23 +285,12 @@ NEEDED = {"encoder": 0.9, "captioner": 0.7, "localiser": 0.5}
 
 @dataclass(frozen=True)
 class Case:
-    """An image whose content is known.
-
-    Attributes
-    ----------
-    image : PIL image, RGB
-    caption : str
-        Fits it and none of the other cases.
-    words : tuple of str
-        A generated caption should hold one of these.
-    parts : tuple of (phrase, box)
-        Objects to point at; boxes in pixels of the image, x0, y0, x1, y1.
-    """
+    """An image whose content is known."""
 
     image: Image.Image
-    caption: str
-    words: tuple[str, ...] = ()
-    parts: tuple[tuple[str, Box], ...] = ()
+    caption: str  # fits it and none of the other cases
+    words: tuple[str, ...] = ()  # a generated caption should hold one of these
+    parts: tuple[tuple[str, Box], ...] = ()  # objects to point at; boxes in pixels, x0, y0, x1, y1
 
 
 # file, caption, words, an object with its box as fractions of width and height (marked by eye)
@@ -457,6 +431,5 @@ def _judge(part: str, question: str, total: int, misses: Sequence[str]) -> Check
     todo = (
         "compare weights, preprocessing and tokenizer with where the model comes from; do not extract with it"
     )
-    return Check(
-        f"deep {part}", WARN if part == "localiser" else FAIL, f"{detail}, needed {NEEDED[part]:.0%}", todo
-    )
+    status = WARN if part == "localiser" else FAIL
+    return Check(f"deep {part}", status, f"{detail}, needed {NEEDED[part]:.0%}", todo)
