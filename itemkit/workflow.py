@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from itemkit import schema
-from itemkit._files import atomic_write
+from itemkit._files import atomic_write, explain_write_error, folder_lock
 from itemkit.errors import InputError, StoreError
 from itemkit.extraction import extract
 from itemkit.features import Features
@@ -24,7 +25,8 @@ from itemkit.images import EXTENSIONS, content_id, load_image, read_bytes
 from itemkit.manifest import read_manifest
 from itemkit.models import file_hash, tidy
 from itemkit.presets import MINI_REMEDY, PRESETS, Preset, get_preset, mini_folder
-from itemkit.store import MANIFEST_FILE, load_features, read_run, store_root
+from itemkit.splits import fill_splits
+from itemkit.store import fingerprint_hash, load_features
 from itemkit.text import did_you_mean, one_line
 
 if TYPE_CHECKING:
@@ -71,34 +73,42 @@ def lab_manifest(out_dir: str | Path, which: str = "images") -> pd.DataFrame:
     folder = Path(out_dir) / "mini" / ("" if which == "images" else which)
     manifest, stamp = folder / "manifest.csv", folder / "made_from.sha256"
     made_from = "\n".join(file_hash(source) for source in sources)
-    if not (manifest.is_file() and stamp.is_file() and stamp.read_text() == made_from):
-        table = pd.concat([_lay_out(pd.read_parquet(source), folder) for source in sources])
-        # the stamp comes last: it says that everything before it is there
-        atomic_write(manifest, lambda file: file.write(table.to_csv(index=False).encode()))
-        atomic_write(stamp, lambda file: file.write(made_from.encode()))
+
+    def complete() -> bool:
+        return manifest.is_file() and stamp.is_file() and stamp.read_text() == made_from
+
+    if not complete():
+        folder.mkdir(parents=True, exist_ok=True)
+        with folder_lock(folder):
+            if not complete():  # else another process has laid them out meanwhile
+                table = pd.concat([_lay_out(pd.read_parquet(source), folder) for source in sources])
+                atomic_write(manifest, lambda file: file.write(table.to_csv(index=False).encode()))
+                # the stamp comes last: it says that everything before it is there
+                atomic_write(stamp, lambda file: file.write(made_from.encode()))
     return read_manifest(manifest)
 
 
 def _lay_out(pictures: pd.DataFrame, folder: Path) -> pd.DataFrame:
     """Write ``images/<generator>/<split>-<index>.png`` from rows ``generator, split, prompt, png``."""
-    index = pictures.groupby(["generator", "split"], sort=False).cumcount()
-    rows = []
-    for picture, i in zip(pictures.itertuples(), index, strict=True):
-        path = folder / "images" / picture.generator / f"{picture.split}-{i:04d}.png"
-        if not (path.is_file() and path.read_bytes() == picture.png):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(path, lambda file, data=picture.png: file.write(data))
-        rows.append(
-            {
-                schema.PATH: path.relative_to(folder).as_posix(),
-                schema.LABEL: int(picture.generator != schema.REAL_GENERATOR),
-                schema.GENERATOR: picture.generator,
-                schema.SOURCE: schema.LAB_SOURCE,
-                schema.SPLIT: picture.split,
-                schema.CAPTION: picture.prompt,
-            }
-        )
-    return pd.DataFrame(rows)
+    group = pictures.groupby(["generator", "split"], sort=False)
+    name = pictures["split"] + "-" + group.cumcount().map("{:04d}".format) + ".png"
+    path = "images/" + pictures["generator"] + "/" + name
+    for at, data in zip(path, pictures["png"], strict=True):
+        try:
+            (folder / at).parent.mkdir(parents=True, exist_ok=True)
+            (folder / at).write_bytes(data)
+        except OSError as error:
+            raise StoreError(explain_write_error(error, folder / at)) from error
+    return pd.DataFrame(
+        {
+            schema.PATH: path,
+            schema.LABEL: (pictures["generator"] != schema.REAL_GENERATOR).astype(int),
+            schema.GENERATOR: pictures["generator"],
+            schema.SOURCE: schema.LAB_SOURCE,
+            schema.SPLIT: pictures["split"],
+            schema.CAPTION: pictures["prompt"],
+        }
+    )
 
 
 def data_manifest(
@@ -191,18 +201,12 @@ def features(
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode()).hexdigest()[:8]
     folders = Path(out_dir) / "features"
     store = folders / "-".join(part for part in (chosen.name, name, digest if made_by else "") if part)
-    split_of = None
+    splits_of = None
     if splits or generators:
-        manifest, split_of = _part(manifest, splits, generators, store, folders / chosen.name)
+        manifest, splits_of = _part(manifest, splits, generators, folders / chosen.name)
     extract(manifest, store, chosen, device=device, captions=captions, transform=transform, progress=progress)
-    found = load_features(store)
-    if split_of is not None:  # as in the whole data set, and not as these images alone would be divided
-        known = found.table[schema.PATH].map(split_of)
-        found.table[schema.SPLIT] = known.where(known.notna(), found.table[schema.SPLIT])
-    wanted = np.ones(len(found), bool)
-    for column, some in ((schema.SPLIT, splits), (schema.GENERATOR, generators)):
-        wanted &= found.table[column].isin(some).to_numpy() if some else True
-    return found if wanted.all() else found.select(wanted)
+    found = _of(manifest, load_features(store, rows=manifest), splits_of)
+    return found.select(found.table[schema.SPLIT].isin(splits)) if splits else found
 
 
 def _replaced(preset: str | Preset, overrides: dict[str, Any]) -> Preset:
@@ -221,48 +225,43 @@ def _as_it_comes(name: str) -> Preset | None:
 
 
 def _part(
-    manifest: pd.DataFrame, splits: Sequence[str], generators: Sequence[str], store: Path, plain: Path
+    manifest: pd.DataFrame, splits: Sequence[str], generators: Sequence[str], plain: Path
 ) -> tuple[pd.DataFrame, pd.Series | None]:
-    """Rows of some splits and generators, and the split of each path of the whole data set, if known.
-
-    Rows that the store lists already stay, so that asking for a part cuts nothing off.
-    """
+    """Rows of some splits and generators; and the split of each path of the whole data set, where known."""
     there = sorted(set(manifest[schema.GENERATOR]))
     if unknown := sorted(set(generators) - set(there)):
         hint = did_you_mean(unknown[0], there)
         raise InputError(f"no image of {', '.join(unknown)}.{hint} Generators there are: {', '.join(there)}")
     split, labelled = manifest[schema.SPLIT], manifest[schema.LABEL].notna()
-    known = split[labelled].notna().all() and set(schema.SPLITS) <= set(split)
-    if not known:  # they follow from the images' content, and images have been through the plain preset first
-        stored = _stored(plain)
-        filled = manifest[schema.PATH].map(stored).astype(object)
-        split, known = filled.where(filled.notna(), split), len(stored) > 0
+    known = bool(split[labelled].notna().all()) and set(schema.SPLITS) <= set(split)
+    if not known:  # splits follow from the images' content; most have been through the plain preset before
+        with contextlib.suppress(StoreError):
+            table = _of(manifest, load_features(plain, (), rows=manifest)).table
+            stored = table.drop_duplicates(schema.PATH).set_index(schema.PATH)[schema.SPLIT]
+            split, known = manifest[schema.PATH].map(stored), True
     asked = manifest[schema.GENERATOR].isin(generators) if generators else manifest[schema.PATH].notna()
     if splits and known:
-        asked &= split.isin(splits) | (split.isna() & labelled)
+        asked &= split.isin(splits)
     if not asked.any():
         counts = ", ".join(f"{k} ({v})" for k, v in split.value_counts().items())
         raise InputError(
             f"no image with split in {list(splits)} and generator in {list(generators) or 'any'}; splits "
             f"there are: {counts or 'none'}"
         )
-    rows = (asked | manifest[schema.PATH].isin(_stored(store).index)).to_numpy()
-    split_of = pd.Series(split.to_numpy(), index=manifest[schema.PATH])
-    return manifest[rows].reset_index(drop=True), split_of[~split_of.index.duplicated()] if known else None
+    splits_of = split.set_axis(manifest[schema.PATH])[~manifest[schema.PATH].duplicated().to_numpy()]
+    return manifest[asked].reset_index(drop=True), splits_of if known else None
 
 
-def _stored(folder: Path) -> pd.Series:
-    """Split of each image that a store lists, by path; empty where there is no usable store."""
-    try:
-        base = store_root(folder, read_run(folder))
-        table = pd.read_parquet(folder / MANIFEST_FILE, columns=[schema.PATH, schema.SPLIT])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            known = load_features(folder, ()).table.set_index(schema.PATH)[schema.SPLIT]
-    except (StoreError, OSError, ValueError):
-        return pd.Series(dtype=object)
-    paths = [str(base / path) for path in table[schema.PATH]]
-    return known[~known.index.duplicated()].reindex(pd.Index(paths).drop_duplicates())
+def _of(manifest: pd.DataFrame, found: Features, splits_of: pd.Series | None = None) -> Features:
+    """Features with the splits that their own data set says, whatever else the store holds."""
+    paths, table, run = found.table[schema.PATH], found.table, found.run
+    if splits_of is not None:
+        table = table.assign(**{schema.SPLIT: paths.map(splits_of)})
+    else:
+        given = manifest.drop_duplicates(schema.PATH).set_index(schema.PATH)[schema.SPLIT]
+        table, note = fill_splits(table.assign(**{schema.SPLIT: paths.map(given)}))
+        run = run | {"splits": note}
+    return dataclasses.replace(found, table=table, run=run)
 
 
 def add_pixels(
@@ -399,9 +398,8 @@ def detect(
     files = list(_image_files(paths))
     models = chosen.build(device)
     steps = Steps(models)
-    fingerprint = models.fingerprint()
-    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
-    run = {"config": {"name": chosen.name}, "fingerprint": fingerprint, "fingerprint_hash": digest}
+    parts = models.fingerprint() | {"transform": None, "decode": None}  # as in a store made with these models
+    run = {"config": {"name": chosen.name}, "fingerprint": parts, "fingerprint_hash": fingerprint_hash(parts)}
     # a caption given here is another source of text on purpose; the check covers everything else
     ignore = ("captions", "captioner") if caption is not None else ()
     checked = False
