@@ -36,10 +36,10 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError):
         raise InputError(
             f"device {device!r} is unknown; use 'auto', 'cpu', 'cuda', 'cuda:0' or 'mps'"
-        ) from error
+        ) from None
     if chosen.type == "cuda":
         if torch.version.cuda is None:
             raise InputError(
@@ -52,13 +52,15 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
                 f"device {str(device)!r} was asked for, but torch sees {count} CUDA device(s). "
                 "Use device='cpu' or 'auto', or check `nvidia-smi` and CUDA_VISIBLE_DEVICES."
             )
-    elif chosen.type == "mps":
-        if not torch.backends.mps.is_available():
-            raise InputError(
-                "device 'mps' was asked for, but torch sees none here. Use device='cpu' or 'auto'."
-            )
-    elif chosen.type != "cpu":
+    elif chosen.type not in ("cpu", "mps"):
         raise InputError(f"device {str(device)!r} is not supported; use 'auto', 'cpu', 'cuda' or 'mps'")
+    elif chosen.index:
+        raise InputError(
+            f"device {str(device)!r} was asked for, but there is one '{chosen.type}' only. Use device='{chosen.type}'"
+            " (--threads says on how many cores)."
+        )
+    elif chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device 'mps' was asked for, but torch sees none here. Use device='cpu' or 'auto'.")
     return chosen
 
 

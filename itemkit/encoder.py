@@ -215,7 +215,7 @@ def find_encoder(model: str | Path, pretrained: str | None = None) -> Source:
 def _folder_source(located: Located) -> Source:
     folder, what = located.path, located.what
     if not folder.is_dir():
-        raise not_found(what, folder, "no such folder")
+        raise not_found(what, folder, "a file, not a folder" if folder.exists() else "no such folder")
     if not (folder / CONFIG_FILE).is_file():
         if (folder / "config.json").is_file():
             raise located.refuse(
@@ -229,6 +229,7 @@ def _folder_source(located: Located) -> Source:
         vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
         size, _ = _size(vision.get("image_size", 224)), int(config["embed_dim"])
         preprocess = {key: preprocess.get(key, value) for key, value in _PREPROCESS.items()} | {"size": size}
+        [[float(number) for number in preprocess[key]] for key in ("mean", "std")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise located.refuse(
             f"{CONFIG_FILE} is not as open_clip writes it ({type(error).__name__}: {error})"
@@ -577,6 +578,7 @@ def load_encoder(
             )
             open_clip.load_checkpoint(network, str(source.checkpoint), weights_only=True)
             tokenizer = open_clip.get_tokenizer(source.open_clip_name)
+            tokenizer(["a text"])  # it may lack what it needs to pad
             preprocess = PreprocessCfg(**source.preprocess | {"size": tuple(source.preprocess["size"])})
             transform = image_transform_v2(preprocess, is_train=False)
     finally:

@@ -16,6 +16,8 @@ import json
 import os
 import re
 import sys
+import traceback
+import warnings
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -356,7 +358,7 @@ def find_folder(model: str | Path, what: str) -> Located:
         folder, revision = Path(model).expanduser(), ""
         called, name = f"{what} '{tidy(folder)}'", folder.name
         if not folder.is_dir():
-            raise not_found(called, folder, "no such folder")
+            raise not_found(called, folder, "a file, not a folder" if folder.exists() else "no such folder")
     else:
         called, name = f"{what} '{model}'", str(model)
         folder = cached_snapshot(str(model), called)
@@ -399,8 +401,8 @@ def cached_snapshot(repository: str, called: str) -> Path:
     place = hub_cache() / f"models--{repository.replace('/', '--')}"
     try:
         folder = place / "snapshots" / (place / "refs" / "main").read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
-        raise not_found(called, hub_cache()) from error
+    except (OSError, ValueError):
+        raise not_found(called, hub_cache()) from None
     if not folder.is_dir():
         raise not_found(called, place, "its files are missing")
     return folder
@@ -633,7 +635,7 @@ _HARMLESS_MISSING = re.compile(r"position_ids$|attn_mask$|\.attn\.(masked_)?bias
 
 
 @contextmanager
-def reading(located: Located, remedy: str = COPY_WHOLE) -> Iterator[None]:
+def reading(located: Located) -> Iterator[None]:
     """Turn what a library raises while it reads a model's files into one line; our own mistakes pass through.
 
     Stands around the library's call alone. The library's error is not chained: its text may advise to lower
@@ -644,19 +646,17 @@ def reading(located: Located, remedy: str = COPY_WHOLE) -> Iterator[None]:
     except ItemkitError:
         raise
     except Exception as error:
-        place = error.__traceback__
-        while place is not None and place.tb_next is not None:
-            place = place.tb_next
-        raised_in = place.tb_frame.f_globals.get("__name__", "") if place is not None else ""
-        if raised_in.partition(".")[0] == "itemkit" or _out_of_memory(error):
+        places = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+        called = places[2:]  # behind this generator and the body of the with statement
+        ours = not called or any(place.partition(".")[0] == "itemkit" for place in called)
+        if ours or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             raise
         if type(error).__name__ == "UnpicklingError":
             raise located.refuse("its weights are a pickle that holds more than tensors", _CONVERT) from None
-        raise located.refuse(f"it cannot be loaded: {_cause(error)}", remedy) from None
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        reason = f"cannot be loaded: {_cause(error)}"
+        raise ModelNotFound(
+            located.what, reason=reason, looked=tidy(located.path), remedy=COPY_WHOLE
+        ) from None
 
 
 def _cause(error: Exception) -> str:
@@ -713,7 +713,8 @@ def from_disk_only() -> Iterator[None]:
     for owner, name, value in settings:
         setattr(owner, name, value)
     try:
-        with quiet():
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about pickles
             yield
     finally:
         for owner, name, value in before:

@@ -239,6 +239,9 @@ def find_parser(model: str | Path) -> Located:
     for file in inner.rglob("*"):
         if file.is_file():
             refuse_pointer(file, located)
+    for name in ("vocab/strings.json", "vocab/lookups.bin"):  # spaCy would go on with empty ones
+        if not (inner / name).is_file():
+            raise located.refuse(f"{name} is missing")
     return located
 
 
@@ -272,12 +275,10 @@ def _refuse_code(located: Located, config: dict[str, Any]) -> None:
 def _require_noun_chunks(nlp: Language, located: Located) -> None:
     """Try one sentence: a pipeline without parts of speech gives no chunks and no error."""
     try:
-        with reading(located):
-            found = [chunk.text for chunk in nlp("A red ball is on the green grass.").noun_chunks]
-    except ModelNotFound as error:
-        raise InputError(
-            f"{located.what} gives no noun chunks; use an English pipeline ({error.reason})"
-        ) from None
+        found = [chunk.text for chunk in nlp("A red ball is on the green grass.").noun_chunks]
+    except (ValueError, LookupError, NotImplementedError) as error:
+        first = str(error).partition(". ")[0]
+        raise InputError(f"{located.what} gives no noun chunks ({first}); use an English pipeline") from None
     if not found:
         raise InputError(
             f"{located.what} has {', '.join(nlp.pipe_names) or 'no components'}; noun chunks need a tagger, "

@@ -27,9 +27,29 @@ def test_missing_cuda_is_an_error_not_a_cpu(monkeypatch: pytest.MonkeyPatch) -> 
         devices.choose_device("cuda:1")
 
 
-@pytest.mark.parametrize("name", ["gpu", "cdua", "xpu", "meta"])
-def test_unknown_devices(name: str) -> None:
-    with pytest.raises(InputError, match=f"device '{name}' is (unknown|not supported)"):
+@pytest.mark.parametrize("name", ["cpu:99", "cpu:1", "mps:2"])
+def test_there_is_one_processor_only(name: str) -> None:
+    with pytest.raises(InputError, match=f"'{name}' was asked for, but there is one"):
+        devices.choose_device(name)
+    assert devices.choose_device("cpu:0").type == "cpu"
+
+
+def test_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        devices.set_threads(None)
+        assert torch.get_num_threads() == before
+        devices.set_threads(1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(InputError, match="got 0 threads; expected 1 or more"):
+        devices.set_threads(0)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cdua", "xpu", "meta", "cuda:x", None])
+def test_unknown_devices(name: str | None) -> None:
+    with pytest.raises(InputError, match=f"device {name!r} is (unknown|not supported)"):
         devices.choose_device(name)
 
 

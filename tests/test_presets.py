@@ -6,9 +6,12 @@ import models  # first: it repairs the torchvision import
 
 # isort: split
 
-import inspect
 import json
+import os
+import shutil
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +20,8 @@ import torch
 from PIL import Image
 
 from itemkit.errors import InputError, ModelNotFound
-from itemkit.presets import DETECTORS, LOCALISERS, PRESETS, get_preset, mini_folder
+from itemkit.models import LOCALISERS
+from itemkit.presets import PRESETS, get_preset, mini_folder
 from itemkit.regions import make_localiser
 
 
@@ -60,8 +64,9 @@ def test_build_from_a_folder(name: str, fetched: Path, offline: None) -> None:
     assert isinstance(caption.text, str) and regions.boxes.shape == (2, 4)
     assert parts.parser.objects(["a red ball on the grass"])[0]
     fingerprint = parts.fingerprint()
-    assert list(fingerprint) == ["captioner", "parser", "encoder", "localiser"]
-    assert json.loads(json.dumps(fingerprint)) == fingerprint
+    assert list(fingerprint) == ["captioner", "parser", "encoder", "localiser", "captions"]
+    assert json.loads(json.dumps(fingerprint)) == fingerprint == preset.fingerprint()
+    assert preset.fingerprint("user", "cpu") == parts.fingerprint("user")
     assert fingerprint["captioner"]["decoding"]["num_beams"] == (3 if name == "paper" else 1)
 
 
@@ -99,11 +104,30 @@ def test_a_folder_of_models_can_be_named_outside(fetched: Path, offline: None, m
 def test_missing_mini_models_name_their_own_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ITEMKIT_DATA", str(tmp_path))
     assert mini_folder() == tmp_path / "mini"
-    with pytest.raises(
-        ModelNotFound, match=r"`git checkout data/mini` brings them back, `make lab`"
-    ) as caught:
+    expected = (
+        "encoder '.*' are not on this machine .*`git checkout data/mini` brings them back.*ITEMKIT_DATA"
+    )
+    with pytest.raises(ModelNotFound, match=expected) as caught:
         get_preset("mini").build("cpu")
     assert "itemkit download" not in str(caught.value)
+
+
+def test_an_installed_package_carries_the_mini_models(tmp_path: Path, repo: Path) -> None:
+    """Beside an installed package there is no checkout: no advice that needs one."""
+    shutil.copytree(
+        repo / "itemkit", tmp_path / "itemkit", ignore=shutil.ignore_patterns("data", "__pycache__")
+    )
+    code = "from itemkit import presets as p; print(p.mini_folder(), p.MINI_REMEDY)"
+
+    def run() -> str:
+        env = {key: value for key, value in os.environ.items() if key != "ITEMKIT_DATA"}
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, check=True
+        ).stdout
+
+    assert "git checkout" not in run() and "pip install" in run()
+    (tmp_path / "itemkit" / "data" / "mini").mkdir(parents=True)
+    assert run().startswith(str(tmp_path / "itemkit" / "data" / "mini"))
 
 
 def test_find_reports_each_part(fetched: Path, offline: None) -> None:
@@ -116,6 +140,8 @@ def test_find_reports_each_part(fetched: Path, offline: None) -> None:
 class Part:
     """Stands for any of the models."""
 
+    caption = preprocess = encode_images = encode_texts = count_tokens = print
+
     def fingerprint(self) -> dict:
         return {"kind": "mine"}
 
@@ -125,12 +151,17 @@ def test_parts_can_be_objects_or_left_out(offline: None) -> None:
     preset = get_preset("paper", captioner=mine, encoder=mine, parser=None, localiser=None)
     parts = preset.build("cpu")
     assert parts.captioner is mine and parts.encoder is mine
-    assert parts.fingerprint() == {
-        "captioner": {"kind": "mine"},
-        "parser": None,
-        "encoder": {"kind": "mine"},
-        "localiser": None,
-    }
+    assert (
+        parts.fingerprint()
+        == {
+            "captioner": {"kind": "mine"},
+            "parser": None,
+            "encoder": {"kind": "mine"},
+            "localiser": None,
+            "captions": "generate",
+        }
+        == preset.fingerprint()
+    )
     assert json.loads(json.dumps(preset.record()))["captioner"] == "Part"
 
 
@@ -148,18 +179,11 @@ def test_a_detector_put_in_by_name_knows_its_model(fetched: Path, offline: None)
     assert preset == get_preset("paper", folder=fetched)
     assert preset.find()["localiser"].path == fetched / "detector"
     found = get_preset("paper", localiser="owlv2").find()["localiser"]
-    assert isinstance(found, ModelNotFound) and "detector 'google/owlv2-base-patch16-ensemble'" in str(found)
+    assert isinstance(found, ModelNotFound) and "object detector 'google/owlv2" in str(found)
     kept = get_preset("fast", localiser="owlv2", localiser_options={"threshold": 0.2, "model": "./owl"})
     assert kept.localiser_options == {"threshold": 0.2, "model": "./owl"}
     dino = get_preset("paper", localiser_options={"threshold": 0.3}).localiser_options
     assert dino == {"threshold": 0.3, "model": "IDEA-Research/grounding-dino-base"}
-
-
-def test_default_detectors_are_those_of_the_loaders() -> None:
-    from itemkit import detection as grounding
-
-    for name, model in DETECTORS.items():
-        assert inspect.signature(getattr(grounding, f"load_{name}")).parameters["model"].default == model
 
 
 def test_a_name_may_say_which_weights(fetched: Path, offline: None) -> None:

@@ -30,7 +30,7 @@ class Colours:
 
     patch_grid, image_size, logit_scale, dim = (4, 4), (8, 8), 100.0, 3
     device = "cpu"
-    mode = "squash"
+    resize_mode = "squash"
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         small = image.resize((8, 8), Image.Resampling.BOX)
@@ -39,16 +39,9 @@ class Colours:
     def encode_images(self, pixels: torch.Tensor, patches: bool = False) -> ImageEmbedding:
         pooled = F.normalize(pixels.mean(dim=(2, 3)) + 1e-4, dim=1)
         cells = F.avg_pool2d(pixels, 2).flatten(2).transpose(1, 2) + 1e-4
-        norm = (pixels.mean(dim=(2, 3)) + 1e-4).norm(dim=1)
-        if not patches:
-            return ImageEmbedding(pooled, norm=norm)
-        return ImageEmbedding(pooled, F.normalize(cells, dim=2), norm, cells.norm(dim=2))
+        return ImageEmbedding(pooled, F.normalize(cells, dim=2) if patches else None)
 
     frame = Encoder.frame
-
-    @property
-    def _record(self) -> dict:
-        return {"preprocess": {"resize_mode": self.mode}}
 
 
 def scene(size: tuple[int, int], *parts: tuple[tuple[int, int, int, int], str]) -> Image.Image:
@@ -113,9 +106,8 @@ def test_cells_become_pixels_of_the_original() -> None:
 def test_crops_have_at_least_one_pixel() -> None:
     image = scene((10, 6), ((9, 5, 10, 6), "#ff0000"))
     boxes = [(9.0, 5.0, 10.0, 6.0), (9.9, 5.9, 10.0, 6.0), (10.0, 6.0, 10.0, 6.0)]
-    emb, norm = embed_boxes(Colours(), [image] * 3, boxes, batch_size=2)  # type: ignore[arg-type]
+    emb = embed_boxes(Colours(), [image] * 3, boxes, batch_size=2)  # type: ignore[arg-type]
     assert (emb @ RED > 0.99).all()
-    assert norm == pytest.approx([math.hypot(1.0001, 1e-4, 1e-4)] * 3)  # red of length 1
 
 
 # -- whole, grid, dense --------------------------------------------------------------------------------------
@@ -160,7 +152,7 @@ def test_grid_gives_the_same_whatever_the_batch() -> None:
 @pytest.mark.parametrize("mode", ["squash", "longest"])
 def test_dense_finds_the_coloured_squares(mode: str) -> None:
     encoder = Colours()
-    encoder.mode = mode
+    encoder.resize_mode = mode
     images = IMAGES
     if mode == "longest":  # what the tower sees: the image in the middle of a square
         images = [Image.new("RGB", (80, 80), "#ffffff")] * 1 + [IMAGES[1]]
@@ -176,7 +168,7 @@ def test_dense_finds_the_coloured_squares(mode: str) -> None:
 
 def test_dense_ignores_the_padding() -> None:
     encoder = Colours()
-    encoder.mode = "longest"
+    encoder.resize_mode = "longest"
     padded = Image.new("RGB", (80, 80), "#ff0000")  # the padding is redder than anything in the image
     padded.paste(IMAGES[0].crop((0, 0, 60, 40)), (0, 20))
     padded.paste("#0000ff", (60, 20, 80, 60))
@@ -205,7 +197,7 @@ def test_heatmap() -> None:
     assert red.shape == (40, 80) and red.dtype == np.float32
     assert red[5, 75] > 0.99 and abs(red[35, 5]) < 0.01
     cropped = Colours()
-    cropped.mode = "shortest"
+    cropped.resize_mode = "shortest"
     sides = heatmap(patches[0], RED, cropped, 80, 40)
     assert (
         np.isnan(sides[:, :20]).all() and np.isnan(sides[:, 60:]).all() and np.isfinite(sides[:, 20:60]).all()
@@ -244,7 +236,7 @@ def test_dense_needs_patches() -> None:
         make_localiser("dense", Colours()).locate(IMAGES, embed(Colours(), IMAGES, False), PHRASES, OWNER)
 
 
-# -- detectors -----------------------------------------------------------------------------------------------
+# -- object detectors -----------------------------------------------------------------------------------------------
 
 TEXTS, TEXT_OWNER = ["red ball", "the grass", "blue cup", "dog"], torch.tensor([0, 0, 1, 2])
 
@@ -342,12 +334,12 @@ def test_nothing_found_is_the_whole_image_with_score_0(folders, clip, name: str)
 def test_detectors_ask_for_the_phrases(folders, clip) -> None:
     owl = make_localiser("owlv2", clip, model=folders["owlv2"])
     assert owl.needs_phrases and not owl.needs_patches
-    with pytest.raises(InputError, match="owlv2 reads the phrases: expected phrases= with 4 texts, got none"):
+    with pytest.raises(InputError, match="Owlv2 reads the phrases: expected phrases= with 4 texts, got none"):
         owl.locate(pictures(), embed(clip, pictures()), clip.encode_texts(TEXTS), TEXT_OWNER)
 
 
 def test_wrong_kind_of_detector(folders, clip) -> None:
-    with pytest.raises(InputError, match="is of the kind 'owlv2', expected 'grounding-dino'"):
+    with pytest.raises(InputError, match="is of the kind 'owlv2', expected 'grounding_dino'"):
         make_localiser("grounding_dino", clip, model=folders["owlv2"])
 
 
