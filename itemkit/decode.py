@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from itemkit.errors import ItemkitError
 from itemkit.images import load_image, open_image, read_bytes
-from itemkit.text import one_line
+from itemkit.text import one_line, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,7 +42,7 @@ class DecodeConfig:
         return max(1, min(32, own or 1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Task:
     """One row of a manifest that has to be read."""
 
@@ -132,14 +132,18 @@ class Reader:
                 "smaller, and run the same command again"
             )
         except Exception as error:  # whatever a broken file makes a decoder raise is this file's problem
-            out.reason, out.error = reason_of(error).replace(task.path, task.name), error
+            out.reason, out.error = reason_of(error, task.path, task.name), error
         return out
 
 
-def reason_of(error: BaseException) -> str:
-    """Reason of an exception as one printable line for a table."""
-    expected = isinstance(error, (ItemkitError, OSError))
-    return one_line(error) if expected else f"{type(error).__name__}: {one_line(error)}"
+def reason_of(error: BaseException, path: str = "", name: str = "") -> str:
+    """Reason of an exception as one printable line for a table, in which a file is called by its name."""
+    text = str(error) or type(error).__name__
+    if not isinstance(error, (ItemkitError, OSError)):
+        text = f"{type(error).__name__}: {text}"
+    for there in filter(None, (path, printable(path))):
+        text = text.replace(there, name)
+    return one_line(text)
 
 
 class _Closed(BaseException):

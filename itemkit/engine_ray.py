@@ -89,7 +89,7 @@ class RayCluster:
         size = max(size, self._options.batch_size or (GPU_BATCH if spread.gpus_per_worker else 1))
         first = job.next_shard
         starts = range(0, len(job.todo), size)
-        shards = [(first + i, job.todo[start : start + size]) for i, start in enumerate(starts)][::-1]
+        shards = [(first + i, list(job.tasks(job.todo[start : start + size]))) for i, start in enumerate(starts)][::-1]
         pending: dict[Any, tuple[Any, int, list[Task]]] = {}
         try:
             while shards or pending:

@@ -15,13 +15,10 @@ import pandas as pd
 
 from itemkit import schema
 from itemkit.errors import InputError
-from itemkit.features import IMAGE_NORMS, OBJECT_NORMS, Features
-from itemkit.store import BOX_COLUMNS, unit_rows
+from itemkit.features import ARRAYS, BOX_COLUMNS, Features, unit_rows
 
 IMAGE_PATH = "image_path"  # clip-retrieval's name of the path column
 PARTITION_ROWS = 1_000_000
-ARRAYS = (schema.IMAGE_EMB, schema.CAPTION_EMB, schema.REGION_EMB, schema.PHRASE_EMB)
-NORMS = (*IMAGE_NORMS, *OBJECT_NORMS)
 NPZ_FILE, TABLE_FILE, OBJECTS_FILE = "embeddings.npz", "table.parquet", "objects.parquet"
 
 
@@ -140,7 +137,7 @@ def from_arrays(
     Parameters
     ----------
     image_emb : float array, shape (n, d)
-        Normalised here; their lengths are kept as norms, unless all are 1 already.
+        Normalised here.
     table : DataFrame, n rows
         Whatever is known per image; missing columns (label, generator, ...) become empty. Labels are 0 or
         ``real``, 1 or ``fake``, or empty. Without ``image_id``, each row's embedding and path make one, so
@@ -192,8 +189,6 @@ def from_arrays(
         objects=pd.DataFrame(
             {"phrase": pd.Series(dtype=object), **{c: np.zeros(0, np.float32) for c in BOX_COLUMNS}}
         ),
-        image_norm=_lengths(image_emb),
-        caption_norm=_lengths(captions),
     )
 
 
@@ -222,12 +217,6 @@ def _image_ids(image_emb: np.ndarray, paths: pd.Series) -> list[str]:
     ]
 
 
-def _lengths(x: np.ndarray) -> np.ndarray | None:
-    """Lengths of rows, None where they were normalised before they came here (float16 is off by 1e-3)."""
-    lengths = np.linalg.norm(x.astype(np.float32), axis=1)
-    return None if not x.shape[1] or np.allclose(lengths, 1, atol=5e-3) else lengths
-
-
 def export_numpy(features: Features, folder: str | Path) -> Path:
     """Write everything as one NumPy archive and two pandas tables.
 
@@ -235,13 +224,12 @@ def export_numpy(features: Features, folder: str | Path) -> Path:
     -------
     Path
         The folder, with ``embeddings.npz`` (``image_emb, caption_emb, region_emb, phrase_emb``, float32, and
-        ``owner``; where known their lengths, ``image_norm, ...``), ``table.parquet`` (one row per image) and
+        ``owner``), ``table.parquet`` (one row per image) and
         ``objects.parquet`` (one row per object).
     """
     folder = _empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    known = [name for name in (*ARRAYS, *NORMS) if getattr(features, name) is not None]
-    np.savez(folder / NPZ_FILE, owner=features.owner, **{name: getattr(features, name) for name in known})
+    np.savez(folder / NPZ_FILE, owner=features.owner, **{name: getattr(features, name) for name in ARRAYS})
     features.table.to_parquet(folder / TABLE_FILE, index=False)
     features.objects.to_parquet(folder / OBJECTS_FILE, index=False)
     return folder
@@ -254,8 +242,7 @@ def import_numpy(folder: str | Path) -> Features:
     if missing:
         raise InputError(f"{folder} lacks {', '.join(missing)}; give a folder written by export_numpy")
     with np.load(folder / NPZ_FILE, allow_pickle=False) as arrays:
-        known = [name for name in NORMS if name in arrays]
-        parts = {name: arrays[name] for name in (*ARRAYS, "owner", *known)}
+        parts = {name: arrays[name] for name in (*ARRAYS, "owner")}
     table, objects = pd.read_parquet(folder / TABLE_FILE), pd.read_parquet(folder / OBJECTS_FILE)
     if len(table) != len(parts[schema.IMAGE_EMB]) or len(objects) != len(parts["owner"]):
         raise InputError(f"the files in {folder} do not belong together; export the features again")

@@ -20,7 +20,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +59,7 @@ MANY = 64  # so many images in a row on which one model fails: it is not the ima
 # ---------------------------------------------------------------------------------------------- the worker
 
 
-@dataclass
+@dataclass(slots=True)
 class Result:
     """What became of one row of the manifest; status 0 means that it has no features."""
 
@@ -231,7 +232,7 @@ class Worker:
             result.stage, result.reason = "image", f"{items[i].task.name}: a model gave no finite embedding for it"
             result.error = ItemkitError(
                 "the models give no finite embeddings: this is not the images' fault. Ask the models with "
-                " `itemkit doctor --deep`; try another device or precision"
+                "`itemkit doctor --deep`; try another device or precision"
             )
         good = [i for i in range(len(items)) if i not in bad]
         if not good:
@@ -465,7 +466,7 @@ class Job:
         self.size, self.mtime = np.full(n, -1, np.int64), np.full(n, -1, np.int64)
         self.tokens = np.zeros(n, np.int32)
         self.errors: dict[int, tuple[str, str]] = {}
-        self.todo: list[Task] = []
+        self.todo = array("q")  # rows
         self._failed: dict[bytes, tuple[str, str]] = {}  # by feature: copies of a failed image fail with it
         self._in_a_row = self._errors_of_models = 0
         self._plan(missing)
@@ -497,14 +498,19 @@ class Job:
             elif digest and contains(self.known.features, feature):
                 self.status[row], self.tokens[row] = REUSED, self.known.tokens(feature)
             else:
-                self.todo.append(Task(row, os.path.abspath(path), name, caption))
+                self.todo.append(row)
+
+    def tasks(self, rows: Iterable[int]) -> Iterator[Task]:
+        """Rows of ``todo`` as a worker takes them."""
+        for row in rows:
+            yield Task(row, os.path.abspath(self.paths[row]), self.names[row], self.captions[row])
 
     @staticmethod
     def _unreadable(path: str, name: str) -> tuple[str, str]:
         try:
             read_bytes(path)
         except ImageError as error:
-            return "read", reason_of(error).replace(path, name)
+            return "read", reason_of(error, path, name)
         return "read", f"{name}: cannot be read; run the same command again"
 
     @property
@@ -960,7 +966,7 @@ def _compute(
         return {}, 0, None
     if cluster is None:
         worker = Worker(job.folder, job.run, build_models(models, device), job.known.features, options)
-        source = worker.run(job.todo, job.next_shard)
+        source = worker.run(job.tasks(job.todo), job.next_shard)
     else:
         worker = cluster
         source = cluster.work(job)

@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from itemkit import schema, splits
@@ -292,6 +293,9 @@ def load_features(
         wanted = {stored_name(os.fspath(path), str(base)): i for i, path in enumerate(paths)}
     if pending & wanted.keys() if wanted is not None else not run["complete"]:
         raise _unfinished(folder)
+    for name in schema.MANIFEST_COLUMNS:
+        if name not in manifest:
+            manifest[name] = pd.Series(pd.NA, manifest.index, dtype="string")
     # whose split is what does not depend on which rows are asked for
     table, run["splits"] = splits.fill_splits(manifest[there].reset_index(drop=True))
     if wanted is not None:
@@ -314,9 +318,6 @@ def load_features(
     table = pd.concat([table[own], scalars.iloc[at].reset_index(drop=True)], axis=1)
     base = Path(root) if root is not None else base
     table[schema.PATH] = [str(base / name) for name in table[schema.PATH]]
-    for name in schema.MANIFEST_COLUMNS:
-        if name not in table:
-            table[name] = pd.Series(pd.NA, table.index, dtype="string")
     table[schema.LABEL] = table[schema.LABEL].astype("Int8")  # also where no label is missing
     leading = [schema.IMAGE_ID, *schema.MANIFEST_COLUMNS, schema.N_OBJECTS]
     table = table[leading + [c for c in table.columns if c not in leading]]
@@ -518,14 +519,15 @@ def merge_stores(parts: Sequence[str | Path], out: str | Path) -> Path:
     -------
     Path
         The new store: all shards, and the rows of all parts in their order. A file that several parts hold is
-        there once; where one part could not use it and another could, with its features.
+        there once; where one part could not use it and another could, with its features. Files of one content
+        that are labelled differently end in ``errors.parquet``, as in one extraction of all.
 
     Raises
     ------
     StoreError
         A part is no store, unfinished, damaged, or made otherwise than the first.
     InputError
-        No parts, ``out`` is not empty, or two parts label the same content differently.
+        No parts, or ``out`` is not empty.
     """
     folders, out = [Path(part) for part in parts], Path(out)
     if not folders:
@@ -556,19 +558,30 @@ def merge_stores(parts: Sequence[str | Path], out: str | Path) -> Path:
                 shutil.copyfile(path, out / SHARD_FOLDER / f"part-{len(seen):06d}-{content}")
                 seen.add(content)
     manifest, errors = stack(tables[MANIFEST_FILE]), stack(tables[ERRORS_FILE])
+    # of each file and caption one row: the first with features, else the first
+    manifest = manifest.take(_first_of_each(manifest, pc.is_null(manifest[FEATURE_ID]).to_numpy()))
     frame = manifest.to_pandas()
-    if schema.LABEL in frame and (wrong := contradictions(frame[frame[FEATURE_ID].notna()])):
-        raise InputError(f"{next(iter(wrong.values()))} ({count(len(wrong), 'row')} like that), extract again "
-                         "(nothing is computed twice), then merge")  # fmt: skip
-    failed = errors.to_pandas()
-    # of each file and caption the first row with features, else the first
-    rank = np.argsort(frame[FEATURE_ID].isna().to_numpy(), kind="stable")
-    keys = frame[[c for c in (schema.PATH, schema.CAPTION) if c in frame]].iloc[rank]
-    rows = np.sort(rank[~keys.duplicated().to_numpy()])
-    used = frame.iloc[rows]
-    lost = failed[schema.PATH].isin(used[schema.PATH][used[FEATURE_ID].isna()])
-    lost &= ~failed[[c for c in (schema.PATH, schema.CAPTION) if c in failed]].duplicated()
+    wrong = contradictions(frame) if schema.LABEL in frame else {}
+    bad = np.isin(np.arange(len(frame)), list(wrong))
+    column = manifest.column_names.index(FEATURE_ID)
+    usable = pc.if_else(pa.array(bad), pa.scalar(None, pa.string()), manifest[FEATURE_ID])
+    manifest = manifest.set_column(column, FEATURE_ID, usable)
+    rows = np.array(sorted(wrong), np.int64)
+    labels = manifest.take(rows).drop_columns([FEATURE_ID])
+    for name, values in ((STAGE, ["label"] * len(rows)), (REASON, [wrong[row] for row in rows])):
+        labels = labels.append_column(name, pa.array(values, pa.string()))
+    errors = stack([labels, errors])
+    errors = errors.take(_first_of_each(errors, np.zeros(len(errors), bool)))
+    lost = manifest.filter(pc.is_null(manifest[FEATURE_ID]))[schema.PATH]
+    errors = errors.filter(pc.is_in(errors[schema.PATH], lost))
     run = {**runs[0], "root": portable_root(root, out), "checksums": {}, "captions": {}, "last_run": None}
-    run["counts"] = {"images": len(rows), "errors": int(lost.sum()), "shards": len(seen)}
-    write_state(out, run, manifest.take(pa.array(rows)), errors.filter(pa.array(lost.to_numpy(dtype=bool))))
+    run["counts"] = {"images": len(manifest), "errors": len(errors), "shards": len(seen)}
+    write_state(out, run, manifest, errors)
     return out
+
+
+def _first_of_each(table: pa.Table, later: np.ndarray) -> np.ndarray:
+    """Rows, in their order: of each file and caption the first, one that is marked ``later`` only if need be."""
+    keys = table.select([c for c in (schema.PATH, schema.CAPTION) if c in table.column_names]).to_pandas()
+    order = np.argsort(later, kind="stable")
+    return np.sort(order[~keys.iloc[order].duplicated().to_numpy()])

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
+from itemkit.features import ARRAYS, Features
 from itemkit.models import Models
 
 DIM = 16
@@ -192,6 +193,16 @@ class Brightened:
     def fingerprint(self) -> dict:
         """What it does."""
         return {"brightened": self.by}
+
+
+def same_content(a: Features, b: Features) -> None:
+    """Equal features, whatever the order of rows."""
+    a, b = (f.select(np.argsort(f.table["path"].to_numpy(), kind="stable")) for f in (a, b))
+    pd.testing.assert_frame_equal(a.table, b.table)
+    pd.testing.assert_frame_equal(a.objects, b.objects, atol=1e-6)
+    for name in (*ARRAYS, "owner"):
+        # float32 sums in another order, then float16: one step of float16 at most
+        np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=2e-4)
 
 
 # ------------------------------------------------------------------------------------------------ pictures

@@ -1,0 +1,601 @@
+"""The extraction: every row is accounted for, nothing is computed twice, how it is run changes nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from itemkit import _files, decode, extraction
+from itemkit.decode import DecodeConfig
+from itemkit.errors import InputError, ItemkitError, StoreError
+from itemkit.extraction import extract
+from itemkit.models import Models
+from itemkit.steps import Steps, TextCache
+from itemkit.store import load_features, read_run
+
+from fakes import (
+    Brightened,
+    FakeCaptioner,
+    FakeEncoder,
+    FakeLocaliser,
+    FakeParser,
+    fake_models,
+    make_images,
+    manifest_of,
+    png,
+    same_content,
+)
+
+
+def errors_of(out):
+    return pd.read_parquet(out / "errors.parquet")
+
+
+def with_(captioner=None, encoder=None):
+    return Models(encoder or FakeEncoder(), captioner or FakeCaptioner(), FakeParser(), FakeLocaliser())
+
+
+# -------------------------------------------------------------------------------- nothing depends on it
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    manifest = make_images(folder / "images", 23)
+    extract(manifest, folder / "out", fake_models(), progress=False)
+    return manifest, load_features(folder / "out")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 1},
+        {"batch_size": 7, "shard_size": 3},
+        {"batch_size": 500, "decode": DecodeConfig(threads=4)},
+        {"batch_size": 4, "decode": DecodeConfig(threads=3, prefetch=2)},
+        {"batch_size": 4, "decode": DecodeConfig(threads=3, max_pixels=200)},
+        {"batch_size": 4, "decode": DecodeConfig(threads=3, max_pixels=1, prefetch=1)},
+    ],
+)
+def test_how_it_is_run_changes_nothing(reference, tmp_path, options):
+    manifest, expected = reference
+    assert extract(manifest, tmp_path, fake_models(), progress=False, **options).computed == 23
+    same_content(load_features(tmp_path), expected)
+
+
+def test_order_changes_nothing(reference, tmp_path):
+    manifest, expected = reference
+    turned = manifest[::-1]
+    extract(turned, tmp_path, fake_models(), batch_size=5, progress=False)
+    read = load_features(tmp_path)
+    assert list(read.table["path"]) == list(turned["path"])
+    same_content(read, expected)
+    asked = load_features(tmp_path, rows=manifest)
+    assert list(asked.table["path"]) == list(manifest["path"])
+
+
+def test_texts_are_encoded_once_within_a_bound(tmp_path):
+    models = fake_models()
+    extract(make_images(tmp_path / "images", 40), tmp_path / "out", models, batch_size=3, progress=False)
+    texts = models.encoder.texts_encoded
+    assert len(texts) == len(set(texts)) > 10
+    encoder = FakeEncoder()
+    cache = TextCache(encoder, max_bytes=3 * (4 * encoder.dim + 300))
+    for texts in (list("abc"), list("da"), list("abcdef"), ["f"]):
+        expected = FakeEncoder().encode_texts(texts).numpy()
+        np.testing.assert_array_equal(cache.embed(texts), expected)
+    assert encoder.texts_encoded == list("abcdbef")
+
+
+def test_a_localiser_that_reads_words_gets_one_phrase_for_each_object():
+    class Reads(FakeLocaliser):
+        needs_phrases = True
+
+        def locate(self, images, embedding, phrase_emb, owner, phrases):
+            assert len(phrases) == len(owner) == len(phrase_emb)
+            self.read = list(phrases)
+            return super().locate(images, embedding, phrase_emb, owner)
+
+    localiser = Reads()
+    models = Models(FakeEncoder(), FakeCaptioner(), FakeParser(), localiser)
+    image = Image.new("RGB", (9, 9))
+    features = Steps(models)([image] * 2, ["a red ball and a cup", "a dog"])
+    assert localiser.read == features.objects["phrase"].tolist() == ["red ball", "cup", "dog"]
+    assert features.owner.tolist() == [0, 0, 1]
+
+
+def test_a_captioner_may_answer_with_plain_texts(tmp_path):
+    class Plain:
+        def caption(self, images):
+            return ["a dog and half a \ud83d character" for _ in images]
+
+        def fingerprint(self):
+            return {"name": "plain"}
+
+    report = extract(make_images(tmp_path / "i", 2), tmp_path / "out", with_(Plain()), progress=False)
+    read = load_features(tmp_path / "out")
+    assert report.computed == 2 and read.table["caption"][0] == "a dog and half a ? character"
+    assert read.table["caption_logprob"].isna().all()
+
+
+# ------------------------------------------------------------------------------------- nothing is done twice
+
+
+class Counted:
+    """A preset: knows its fingerprint, counts how often its models are loaded."""
+
+    def __init__(self):
+        self.loaded, self.captioner = 0, "a name"
+
+    def fingerprint(self, captions="generate", device="auto"):
+        found = fake_models().fingerprint(captions)
+        return found | {"encoder": found["encoder"] | {"dim": FakeEncoder().dim}}
+
+    def record(self):
+        return {"name": "counted"}
+
+    def build(self, device="auto"):
+        self.loaded += 1
+        models = fake_models()
+        plain = models.encoder.fingerprint()
+        models.encoder.fingerprint = lambda: plain | {"dim": models.encoder.dim}
+        return models
+
+
+def test_a_hit_loads_no_model_takes_no_lock_opens_no_image_and_writes_nothing(tmp_path, monkeypatch):
+    manifest = make_images(tmp_path / "images", 12)
+    shutil.copy(manifest["path"][0], tmp_path / "images" / "copy.png")
+    (tmp_path / "images" / "bad.png").write_bytes(b"not an image")
+    lost = tmp_path / "images" / "lost.png"
+    extra = manifest_of([tmp_path / "images" / "copy.png", tmp_path / "images" / "bad.png", lost])
+    manifest = pd.concat([manifest, extra], ignore_index=True)
+    out, preset = tmp_path / "out", Counted()
+    with pytest.warns(UserWarning, match="1 image without"):
+        extract(manifest, out, preset, progress=False)
+    assert preset.loaded == 1
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a hit must not do that")
+
+    def listing():
+        return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in [out, *out.rglob("*")]}
+
+    before, mode = listing(), out.stat().st_mode
+    os.chmod(out, 0o555)
+    for module, name in ((extraction, "folder_lock"), (_files, "atomic_write"), (decode, "open_image")):
+        monkeypatch.setattr(module, name, refuse)
+    for rows in (manifest, manifest[3:7], manifest[::-1], manifest[12:13]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            report = extract(rows, out, preset, progress=False)
+        assert (report.n, report.computed, report.reused + report.errors) == (len(rows), 0, len(rows))
+    assert preset.loaded == 1 and listing() == before
+    assert load_features(out).provenance["preset"] == "counted"
+    os.chmod(out, mode)
+
+
+def test_two_notebooks_at_once_compute_everything_once(tmp_path, capfd):
+    manifest, out = make_images(tmp_path / "images", 20), tmp_path / "out"
+    models = [fake_models(delay_s=0.02) for _ in range(2)]
+    reports = [None, None]
+
+    def run(i):
+        reports[i] = extract(manifest, out, models[i], batch_size=4, progress=False)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted((r.computed, r.reused) for r in reports) == [(0, 20), (20, 0)]
+    assert sum(m.encoder.images_encoded for m in models) == 20 == len(load_features(out))
+    assert f"another run is writing to {out}: waiting" in capfd.readouterr().err
+
+
+def test_only_new_and_changed_images_are_computed(tmp_path):
+    manifest, out = make_images(tmp_path / "images", 100), tmp_path / "out"
+    extract(manifest, out, fake_models(), progress=False)
+    assert extract(manifest, out, fake_models(), progress=False).reused == 100
+    (tmp_path / "images" / "00003.png").write_bytes(png(99))
+    grown = pd.concat([manifest, make_images(tmp_path / "images", 1, 100)], ignore_index=True)
+    models = fake_models()
+    report = extract(grown, out, models, progress=False)
+    assert (report.reused, report.computed, models.encoder.images_encoded) == (99, 2, 2)
+    os.utime(manifest["path"][5])  # touched, not changed: read, and known again
+    assert extract(grown, out, models, progress=False).reused == 101 and models.encoder.images_encoded == 2
+
+
+def test_images_added_later_move_no_split(tmp_path):
+    manifest = make_images(tmp_path / "images", 40).drop(columns="split")
+    extract(manifest[:30], tmp_path / "out", fake_models(), progress=False)
+    before = load_features(tmp_path / "out").table.set_index("path")["split"]
+    extract(manifest[::-1], tmp_path / "out", fake_models(), progress=False)
+    after = load_features(tmp_path / "out").table.set_index("path")["split"]
+    assert set(before) == {"train", "val", "test"} and (after[before.index] == before).all()
+
+
+def test_a_part_of_the_manifest_cuts_nothing_off(tmp_path):
+    manifest, out = make_images(tmp_path / "images", 12), tmp_path / "out"
+    extract(manifest, out, fake_models(), progress=False)
+    extract(manifest[manifest["split"] == "test"], out, fake_models(), progress=False)
+    assert list(load_features(out).table["path"]) == list(manifest["path"])
+    more = pd.concat([manifest[4:6], make_images(tmp_path / "images", 2, 20)])
+    assert extract(more, out, fake_models(), progress=False).computed == 2
+    assert len(load_features(out)) == 14
+    assert list(load_features(out, rows=more).table["path"]) == list(more["path"])
+    assert len(load_features(out, ["image_emb"], rows=manifest["path"][:3])) == 3
+    with pytest.raises(StoreError, match=r"1 image of 1 not in .*, first: /x/y.png; run the extraction"):
+        load_features(out, rows=["/x/y.png"])
+
+
+def test_labels_are_corrected_without_computing(tmp_path):
+    manifest, out = make_images(tmp_path / "images", 4), tmp_path / "out"
+    extract(manifest, out, fake_models(), progress=False)
+    models = fake_models()
+    turned = manifest[:1].assign(label=1, source="corrected")
+    assert extract(turned, out, models, progress=False).reused == 1
+    read = load_features(out, rows=manifest).table
+    assert models.encoder.images_encoded == 0
+    assert read["label"].tolist() == [1, 1, 0, 1] and read["source"].tolist() == ["corrected"] + ["test"] * 3
+
+
+def test_copies_share_features_and_contradicting_labels_name_both(tmp_path):
+    folder, out = tmp_path / "images", tmp_path / "out"
+    manifest = make_images(folder, 4)
+    shutil.copy(folder / "00000.png", folder / "copy.png")
+    both = pd.concat([manifest, manifest[:1].assign(path=str(folder / "copy.png"))])
+    report = extract(both, out, fake_models(), progress=False)
+    assert (report.computed, report.copies) == (4, 1)
+    read = load_features(out)
+    np.testing.assert_array_equal(read.image_emb[0], read.image_emb[4])
+    assert read.table["image_id"].nunique() == 4
+    turned = both.assign(label=[0, 1, 0, 1, 1])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert extract(turned, out, fake_models(), progress=False).errors == 2
+    assert "00000.png: labelled real, but copy.png has the same content and is labelled fake" in str(said[0])
+    assert len(load_features(out)) == 3 and set(errors_of(out)["stage"]) == {"label"}
+    # what a later run says of a content stands
+    extract(turned[4:], out, fake_models(), progress=False)
+    read = load_features(out).table
+    assert {Path(p).name: label for p, label in zip(read["path"], read["label"], strict=True)} == {
+        "copy.png": 1, "00001.png": 1, "00002.png": 0, "00003.png": 1,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ every row is accounted for
+
+
+def odd_files(folder):
+    """File name to (what makes it, stage of its error, a word of the reason); names may be bytes."""
+    folder.mkdir()
+    whole = png(1, (40, 40))
+    files = {
+        b"text.jpg": (b"hello", "decode", "not an image"),
+        b"empty.png": (b"", "read", "empty"),
+        b"cut.png": (whole[: len(whole) // 2], "decode", "truncated"),
+        b"caf\xe9.png": (whole, "path", "not UTF-8"),
+        "日本語 ☃.png".encode(): (whole, None, ""),
+        b"esc\x1b[31m.png": (b"hello", "decode", "not an image"),
+        b"line\nbreak.png": (b"hello", "decode", "not an image"),
+    }
+    for name, (content, _, _) in files.items():
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+            file.write(content)
+    (folder / "folder.png").mkdir()
+    files[b"folder.png"] = (None, "read", "folder")
+    files[b"gone.png"] = (None, "read", "no such file")
+    files[b"nul\0byte.png"] = (None, "read", "cannot be")
+    files[b"C:\\photos\\a.png"] = (None, "read", "no such file")
+    return files
+
+
+@pytest.mark.skipif(os.name == "nt", reason="such names do not exist there")
+def test_every_row_is_a_feature_or_an_error(tmp_path):
+    files, out = odd_files(tmp_path / "images"), tmp_path / "out"
+    paths = [os.fsdecode(os.path.join(os.fsencode(tmp_path / "images"), name)) for name in files]
+    with pytest.warns(UserWarning, match="without features"):
+        report = extract(manifest_of(paths).assign(note="\udce9"), out, fake_models(), progress=False)
+    assert (report.n, report.computed, report.errors) == (11, 1, 10)
+    errors = errors_of(out).set_index("path")
+    for name, (_, stage, word) in files.items():
+        told = name.decode("utf-8", "backslashreplace")
+        if stage is None:
+            assert told not in errors.index
+            continue
+        row = errors.loc[told]
+        assert row["stage"] == stage and word in row["reason"], row["reason"]
+        assert row["reason"].isprintable() and "  " not in row["reason"]
+        assert str(tmp_path) not in row["reason"]
+    assert load_features(out).table["note"].tolist() == ["\\xe9"]
+    models = fake_models()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = extract(manifest_of(paths).assign(note="\udce9"), out, models, progress=False)
+    assert (again.reused, again.errors) == (1, 10)
+
+
+def test_errors_are_tried_again_when_asked_or_when_the_file_changed(tmp_path, monkeypatch):
+    manifest, out = make_images(tmp_path / "images", 3), tmp_path / "out"
+    bad = tmp_path / "images" / "00001.png"
+    bad.write_bytes(b"not an image")
+    reads = []
+    real = decode.read_bytes
+    monkeypatch.setattr(decode, "read_bytes", lambda path: reads.append(path) or real(path))
+    options = {"progress": False}
+    with pytest.warns(UserWarning, match="--retry-errors"):
+        extract(manifest, out, fake_models(), **options)
+    reads.clear()
+    with pytest.warns(UserWarning):
+        assert extract(manifest, out, fake_models(), **options).errors == 1 and not reads
+        assert extract(manifest, out, fake_models(), retry_errors=True, **options).errors == 1
+    assert len(reads) == 1
+    bad.write_bytes(png(50))
+    assert extract(manifest, out, fake_models(), **options).computed == 1
+    assert len(errors_of(out)) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.drop(columns="path"), "no column 'path'"),
+        (lambda m: m[:0], "no rows"),
+        (lambda m: m.assign(path=[None, *m["path"][1:]]), "row 0 of the manifest has no path"),
+        (lambda m: m.assign(path=7), r"row 0 of the manifest has 7 \(int\) as its path"),
+        (lambda m: m.assign(label=2), "row 0 of the manifest has the label 2"),
+        (lambda m: m.assign(label="real"), "row 0 of the manifest has the label 'real'; expected 0"),
+    ],
+)
+def test_unusable_manifest(tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        extract(change(make_images(tmp_path / "i", 2)), tmp_path / "out", fake_models(), progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_kinds_of_values_are_taken(tmp_path):
+    manifest = make_images(tmp_path / "i", 3)
+    mixed = manifest.assign(
+        path=[Path(p) for p in manifest["path"]], label=[0.0, np.nan, 1.0], year=[1, "two", None]
+    )
+    with pytest.raises(InputError, match="mixes kinds of values"):
+        extract(mixed, tmp_path / "out", fake_models(), progress=False)
+    mixed["year"] = pd.Series(["x", "y", "x"], dtype="category")
+    mixed["generator"] = pd.Series(["a", None, "b"], dtype="category")
+    extract(mixed, tmp_path / "out", fake_models(), progress=False)
+    assert load_features(tmp_path / "out").table["label"].tolist() == [0, pd.NA, 1]
+    # another run's column of the same name and another kind becomes text
+    extract(make_images(tmp_path / "i", 1, 5).assign(year=1999), tmp_path / "out", fake_models(), progress=False)
+    assert sorted(load_features(tmp_path / "out").table["year"]) == ["1999", "x", "x", "y"]
+
+
+def test_texts_as_arrow_keeps_them(tmp_path):
+    with pd.option_context("future.infer_string", True):
+        manifest = make_images(tmp_path / "i", 3)
+        manifest["caption"] = ["a dog", "a cat and a red ball", "nothing"]
+        for captions in ("user", "generate"):
+            extract(manifest, tmp_path / captions, fake_models(), captions=captions, progress=False)
+            assert len(load_features(tmp_path / captions, rows=manifest)) == 3
+        assert extract(manifest, tmp_path / "user", fake_models(), captions="user", progress=False).reused == 3
+
+
+@pytest.mark.parametrize(
+    "option", [{"captions": "none"}, {"missing": "skip"}, {"engine": "spark"}, {"batch_size": 0}, {"limit": 0}]
+)
+def test_unknown_options(tmp_path, option):
+    with pytest.raises(InputError, match=f"got {next(iter(option))}="):
+        extract(make_images(tmp_path / "i", 1), tmp_path / "out", fake_models(), progress=False, **option)
+
+
+def test_what_the_run_was_stands_in_run_json(tmp_path):
+    manifest = make_images(tmp_path / "images", 6)
+    manifest.attrs["report"] = {"images": 6, "left out": {".txt": 2}}
+    extract(manifest, tmp_path / "out", fake_models(), limit=5, config={"name": "own"}, progress=False)
+    run = read_run(tmp_path / "out")
+    assert run["manifest"] == {"images": 6, "left out": {".txt": 2}} and run["complete"]
+    assert run["counts"] == {"images": 5, "errors": 0, "shards": 1}
+    assert run["last_run"]["computed"] == 5 and run["config"] == {"name": "own"}
+    assert {"itemkit", "torch", "pyarrow", "pillow"} <= set(run["versions"])
+    assert str(tmp_path) not in str(run), "a store must not carry a path of this machine"
+
+
+def test_global_features_alone(tmp_path):
+    models = Models(FakeEncoder(), FakeCaptioner())
+    extract(make_images(tmp_path / "images", 3), tmp_path / "out", models, progress=False)
+    read = load_features(tmp_path / "out")
+    assert len(read.objects) == 0 and read.region_emb.shape == (0, read.dim)
+
+
+def test_transform_sees_the_content_id_and_is_part_of_the_fingerprint(tmp_path):
+    manifest, transform = make_images(tmp_path / "images", 3), Brightened(40)
+    extract(manifest, tmp_path / "out", fake_models(), transform=transform, progress=False)
+    assert sorted(transform.seen) == sorted(load_features(tmp_path / "out").table["image_id"])
+    with pytest.raises(StoreError, match=r"extracted otherwise \(transform"):
+        extract(manifest, tmp_path / "out", fake_models(), progress=False)
+    with pytest.raises(InputError, match="no fingerprint"):
+        extract(manifest, tmp_path / "b", fake_models(), transform=lambda image, name: image, progress=False)
+
+
+def test_jpeg_at_a_fraction_is_another_store(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    small = Image.open(make_images(tmp_path / "i", 1)["path"][0])
+    for name, size in (("large.jpg", (240, 200)), ("small.jpg", (30, 25)), ("large.png", (240, 200))):
+        small.resize(size, Image.Resampling.BICUBIC).save(folder / name)
+    manifest, decoded = manifest_of(sorted(folder.iterdir())), DecodeConfig(least_side=60)
+    extract(manifest, tmp_path / "out", fake_models(), decode=decoded, progress=False)
+    # 240 x 200 halved is 120 x 100, its shorter side above 60; a quarter would be below
+    assert load_features(tmp_path / "out").table["width"].tolist() == [120, 240, 30]
+    with pytest.raises(StoreError, match=r"extracted otherwise \(decode"):
+        extract(manifest, tmp_path / "out", fake_models(), progress=False)
+
+
+# ---------------------------------------------------------------------------- when a model has trouble
+
+
+class Hungry(FakeEncoder):
+    """Runs out of memory above a number of images."""
+
+    def __init__(self, most: int, error: Exception) -> None:
+        super().__init__()
+        self.most, self.error = most, error
+
+    def encode_images(self, pixels, patches=False):
+        if len(pixels) > self.most:
+            raise self.error
+        return super().encode_images(pixels, patches)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_batch_is_halved_when_memory_runs_out(reference, tmp_path, capsys, error, prefetch):
+    manifest, expected = reference
+    options = {"batch_size": 16, "progress": False, "decode": DecodeConfig(prefetch=prefetch)}
+    report = extract(manifest, tmp_path, with_(encoder=Hungry(5, error)), **options)
+    assert report.batch_size == 4 and report.errors == 0
+    assert "out of memory in 'image': batch size 16 -> 8" in capsys.readouterr().err
+    same_content(load_features(tmp_path), expected)
+
+
+class Moody(FakeCaptioner):
+    """Fails on pictures 31 pixels wide."""
+
+    def __init__(self, error: Exception | None) -> None:
+        super().__init__()
+        self.error = error
+
+    def caption(self, images):
+        if self.error and any(image.width == 31 for image in images):
+            raise self.error
+        return super().caption(images)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "00002.png: memory ran out in this step with this image alone"),
+        (RuntimeError("the tower\nfell"), "00002.png: RuntimeError: the tower"),
+    ],
+)
+def test_image_that_upsets_a_model_costs_one_row(tmp_path, capsys, error, reason):
+    manifest, out = make_images(tmp_path / "images", 9), tmp_path / "out"
+    (tmp_path / "images" / "00002.png").write_bytes(png(2, (31, 9)))
+    with pytest.warns(UserWarning, match=r"1 image without features \(step 'caption'\)"):
+        report = extract(manifest, out, with_(Moody(error)), batch_size=4, progress=False)
+    assert (report.computed, report.errors, report.batch_size) == (8, 1, 4)
+    assert errors_of(out)[["path", "stage", "reason"]].values.tolist() == [["00002.png", "caption", reason]]
+    # the trouble was the model's, so the next run tries again
+    assert extract(manifest, out, fake_models(), progress=False).computed == 1
+
+
+def test_nonsense_of_a_model_is_never_stored(tmp_path):
+    class Nan(FakeEncoder):
+        def encode_images(self, pixels, patches=False):
+            out = super().encode_images(pixels, patches)
+            out.pooled[pixels.mean(dim=(1, 2, 3)) < -0.4] = float("nan")
+            return out
+
+    manifest = make_images(tmp_path / "images", 6)
+    Image.new("RGB", (9, 9)).save(manifest["path"][4])
+    with pytest.warns(UserWarning, match="no finite embedding"):
+        report = extract(manifest, tmp_path / "out", with_(encoder=Nan()), progress=False)
+    assert (report.computed, report.errors) == (5, 1)
+    with pytest.raises(ItemkitError, match="not the images' fault. Ask the models with `itemkit doctor"):
+        extract(manifest[4:5], tmp_path / "b", with_(encoder=Nan()), progress=False)
+
+
+class Dying(FakeCaptioner):
+    """A service whose quota ends."""
+
+    def __init__(self, left: int) -> None:
+        super().__init__()
+        self.left = left
+
+    def caption(self, images):
+        if self.left < len(images):
+            raise ConnectionError("429 quota exceeded")
+        self.left -= len(images)
+        return super().caption(images)
+
+
+@pytest.mark.parametrize("left", [0, 40])
+def test_captioner_that_fails_for_good_ends_the_run_and_keeps_what_is_there(tmp_path, left):
+    manifest, out = make_images(tmp_path / "images", 150), tmp_path / "out"
+    with pytest.raises(ItemkitError, match=r"step 'caption' failed on \d+ images in a row .*429 quota"):
+        extract(manifest, out, with_(Dying(left)), batch_size=8, progress=False)
+    models = fake_models()
+    assert extract(manifest, out, models, progress=False).reused == left
+    assert models.encoder.images_encoded == 150 - left
+
+
+def test_broken_device_ends_the_run(tmp_path):
+    broken = Hungry(0, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(ItemkitError, match="the device is broken .*illegal memory access"):
+        extract(make_images(tmp_path / "i", 3), tmp_path / "out", with_(encoder=broken), progress=False)
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_pixels_that_wait_are_bounded_over_all_threads(tmp_path, monkeypatch, prefetch):
+    folder, lock, now, most = tmp_path / "images", threading.Lock(), [0], [0]
+    folder.mkdir()
+    for i in range(24):
+        Image.new("RGB", (100, 100) if i % 6 else (200, 190), (i, 2 * i, 0)).save(folder / f"{i:02d}.png")
+    real = decode.load_image
+
+    def load(data, **options):
+        image = real(data, **options)
+        with lock:
+            now[0] += image.width * image.height
+            most[0] = max(most[0], now[0])
+        return image
+
+    class Counting(decode._Decoders):
+        def _free(self, item, room):
+            with lock:
+                now[0] -= sum(room)
+            super()._free(item, room)
+
+    monkeypatch.setattr(decode, "load_image", load)
+    monkeypatch.setattr(decode, "_Decoders", Counting)
+    config = DecodeConfig(threads=6, max_pixels=40_000, prefetch=prefetch)
+    manifest = manifest_of(sorted(folder.iterdir()))
+    report = extract(manifest, tmp_path / "out", fake_models(), decode=config, progress=False)
+    assert report.computed == 24 and 30_000 <= most[0] <= 40_000 and now[0] == 0
+
+
+def test_memory_that_is_short_for_one_image_costs_its_row_now_and_nobody_elses(tmp_path, monkeypatch):
+    manifest, out = make_images(tmp_path / "images", 6), tmp_path / "out"
+    real, tries = decode.load_image, []
+
+    def load(data, **options):
+        tries.append(options["name"])
+        if options["name"] == "00003.png" or (options["name"] == "00004.png" and tries.count("00004.png") == 1):
+            raise MemoryError
+        return real(data, **options)
+
+    monkeypatch.setattr(decode, "load_image", load)
+    with pytest.warns(UserWarning, match="memory ran out"):
+        report = extract(manifest, out, fake_models(), progress=False)
+    assert (report.computed, report.errors) == (5, 1)
+    reason = errors_of(out)["reason"][0]
+    assert reason.startswith("00003.png: memory ran out for this image of 11 x 8 pixels; free some memory")
+    monkeypatch.undo()  # which says nothing about the file
+    assert extract(manifest, out, fake_models(), progress=False).computed == 1
