@@ -399,12 +399,3 @@ def promise_sentences(table: pd.DataFrame) -> list[str]:
             + (f"; {row.note}" if row.note else "")
         )
     return lines
-
-
-told = promise_sentences  # until its callers use the name
-
-
-def check_fnr(fnr: float, n_fake: int) -> None:
-    """Refuse a rate that cannot be promised."""  # until its callers use Detector.lacking
-    if reason := lacking(fnr, n_fake, schema.FAKE):
-        raise InputError(reason)

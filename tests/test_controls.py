@@ -23,8 +23,7 @@ from itemkit.controls import (
 from itemkit.errors import InputError
 from itemkit.head import MisalignmentMLP
 from itemkit.metrics import auroc
-from itemkit.misalignment import RepresentationConfig, cosines, represent
-from itemkit.results import LateFusion, early_fusion, late_fusion
+from itemkit.misalignment import cosines, represent
 
 from synthetic import make_features, unit
 
@@ -76,7 +75,6 @@ def test_cnn_finds_the_checkerboard_reproducibly_and_leaves_torch_alone():
     again = clone(cnn).fit(train.pixels, train.labels, val.pixels, val.labels)
     np.testing.assert_allclose(again.decision_function(test.pixels), score, atol=1e-6)
     assert torch.equal(torch.get_rng_state(), state)
-    assert len(scorer.estimator_.history_["val_loss"]) <= 6
 
 
 def test_augmentation_is_applied():
@@ -178,6 +176,17 @@ def test_no_object_in_any_image_leaves_the_likelihood():
     assert np.isfinite(scorer.decision_function(test)).all()
 
 
+def test_the_localiser_score_is_called_what_it_is():
+    # the made-up localiser is like "grid" and "dense": its score is the cosine of region and phrase
+    features = make_features(30, 10)
+    local = cosines(features)[["mean_local_cosine", "worst_local_cosine"]].to_numpy()
+    some = features.table["n_objects"].to_numpy() > 0
+    np.testing.assert_allclose(likelihood_and_confidence(features)[some, 1:3], local[some], rtol=1e-5)
+    assert "local cosine" in CONTROLS["likelihood_confidence"].title
+    for texts in (shuffle_texts(features), generic_texts(features, np.ones(24))):
+        np.testing.assert_array_equal(texts.region_emb, features.region_emb)  # the own phrase chose them
+
+
 def test_what_is_missing_is_said():
     features = make_features(30, 10)
     assert "generic_emb" in CONTROLS["generic_caption"].missing(features)
@@ -193,60 +202,7 @@ def test_what_is_missing_is_said():
         spectrum(replace(features, pixels=np.zeros((50, 8, 8, 3))))
     with pytest.raises(InputError, match="generic_caption needs the embedding of one caption"):
         get_control("generic_caption").build()
-    with pytest.raises(InputError, match="unknown control 'resnet'; expected one of image_mlp"):
-        get_control("resnet")
-
-
-def test_late_fusion_by_hand_and_scale_free():
-    rng = np.random.default_rng(0)
-    y_val, y = rng.integers(0, 2, 500), rng.integers(0, 2, 500)
-    val = [y_val + rng.normal(size=500) for _ in range(2)]
-    test = [y + rng.normal(size=500) for _ in range(2)]
-    single = max(auroc(y, s) for s in test)
-    for how in ("mean", "max", "stack"):
-        fused = late_fusion(val, y_val, test, how)
-        loud = late_fusion([val[0] * 100 + 7, val[1]], y_val, [test[0] * 100 + 7, test[1]], how)
-        np.testing.assert_allclose(loud, fused, atol=1e-3)
-        assert auroc(y, fused) > single if how != "max" else auroc(y, fused) > 0.7
-    with pytest.raises(InputError, match="how='vote': expected one of mean, max, stack"):
-        late_fusion(val, y_val, test, "vote")
-    with pytest.raises(InputError, match="1 validation and 1 test score vectors"):
-        late_fusion(val[:1], y_val, test[:1])
-
-
-def test_fusion_scorers():
-    train, val, test = parts(FEATURES)
-    for scorer in (
-        early_fusion("cosines", QUICK),
-        LateFusion([CONTROLS["spectrum"].build(), CONTROLS["caption_likelihood"].build()]),
+    with pytest.raises(
+        InputError, match="unknown control 'spectrm'; expected one of image_mlp.*mean 'spectrum'"
     ):
-        assert auroc(test.labels, scorer.fit(train, val).decision_function(test)) > 0.7
-
-
-def test_lengths_travel_with_their_texts():
-    features = make_features(12, 6, dim=8)
-    m = len(features.owner)
-    lengths = {"caption_norm": np.arange(1, 25, dtype=np.float32), "phrase_norm": np.arange(m) + 1.0}
-    features = replace(features, **lengths)
-    shuffled = shuffle_texts(features)
-    for emb, norm in (("caption_emb", "caption_norm"), ("phrase_emb", "phrase_norm")):
-        source = getattr(shuffled, norm).astype(int) - 1
-        np.testing.assert_array_equal(getattr(shuffled, emb), getattr(features, emb)[source])
-    flat = generic_texts(features, np.ones(8))
-    np.testing.assert_allclose(flat.caption_norm, 12.5)
-    assert shuffle_texts(make_features(12, 6)).caption_norm is None
-
-
-@pytest.mark.parametrize("pooling", ["attention", "deep_set"])
-def test_learned_poolings_find_their_objects_in_every_scorer(pooling):
-    train, val, test = parts(make_features(300, 150, dim=12))
-    config = RepresentationConfig(pooling=pooling, max_objects=3)
-    generic = np.ones(12, np.float32)
-    scorers = {name: get_control(name).build(0, config, QUICK, generic) for name in
-               ("shuffled_captions", "generic_caption")} | {"early": early_fusion(config, QUICK)}  # fmt: skip
-    for name, scorer in scorers.items():
-        score = scorer.fit(train, val).decision_function(test)
-        assert scorer.estimator_.slots == (3, 12) and np.isfinite(score).all(), name
-    assert scorers["early"].estimator_.n_features_in_ == 3 * 13 + 12 + 12
-    assert auroc(test.labels, scorers["early"].decision_function(test)) > 0.7
-    assert QUICK.pooling is None  # the head that was handed in is left as it was
+        get_control("spectrm")
