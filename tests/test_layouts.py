@@ -13,7 +13,8 @@ from PIL import Image
 
 from itemkit.errors import InputError
 from itemkit.images import content_id, load_image
-from itemkit.manifest import read_manifest
+from itemkit.layouts import read_name
+from itemkit.manifest import describe_manifest, read_manifest, write_manifest
 
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
@@ -139,11 +140,14 @@ def test_diffusionforensics(tree):
 
 
 def test_real_beside_unknown_folders_asks(tree):
-    root = tree("real/a.png", "sdxl/b.png", "flux/c.png")
-    with pytest.raises(InputError, match=r"beside 'real' there are flux, sdxl.*layout='generators'"):
+    root = tree("real/a.png", "alpha/b.png", "beta/c.png")
+    with pytest.raises(InputError, match=r"beside 'real' there are alpha, beta.*layout='generators'"):
         read_manifest(root)
     df = read_manifest(root, layout="generators")
+    assert df["generator"].tolist() == ["alpha", "beta", "real"] and df["label"].tolist() == [1, 1, 0]
+    df = read_manifest(tree("real/a.png", "sdxl/b.png", "flux/c.png", root="known"))
     assert df["generator"].tolist() == ["flux", "real", "sdxl"] and df["label"].tolist() == [1, 0, 1]
+    assert "note: folders beside 'real' are read as generators: flux, sdxl" in describe_manifest(df)
 
 
 def test_drct_with_two_roots(tree):
@@ -198,6 +202,74 @@ def test_plain_folder(tree):
     assert table(read_manifest(root), root)["sdxl/test/Fake/b.png"] == (1, "sdxl", "sdxl", "test")
 
 
+REAL = ("real", "REAL", "natural", "authentic", "original", "genuine", "pristine", "human", "photos", "realart",
+        "RealArt", "0_real", "training_real", "Real-Images", "non_ai", "celeba_real", "camera", "nature")  # fmt: skip
+FAKE = ("fake", "AI", "aigc", "generated", "synthetic", "manipulated", "forged", "deepfake", "AiArtData", "gan",
+        "diffusion", "1_fake", "training_fake", "fake images", "AI-generated", "fake_sdxl", "tampered")  # fmt: skip
+
+
+@pytest.mark.parametrize("real", REAL)
+def test_any_word_for_real_beside_any_for_fake_is_a_labelled_tree(tree, real):
+    for number, fake in enumerate(FAKE):
+        pattern = ("{}/{}.png", "a set/{}/cats/{}.png", "Train/{}/{}.png")[(number + len(real)) % 3]
+        df = read_manifest(tree(pattern.format(real, "r"), pattern.format(fake, "f"), root=str(number)))
+        labels = {Path(p).stem: label for p, label in zip(df["path"], df["label"], strict=True)}
+        assert labels == {"r": 0, "f": 1}, (real, fake, pattern)
+        assert set(df["split"]) <= {None, "train"}
+
+
+@pytest.mark.parametrize(
+    ("paths", "labels"),
+    [
+        (("0/a.png", "1/b.png"), [0, 1]),
+        (("train/0/a.png", "train/1/b.png", "test/0/c.png", "test/1/d.png"), [0, 1, 0, 1]),
+        (("class_0/a.png", "class_1/b.png"), [0, 1]),
+        (("0/a.png", "1/b.png", "2/c.png"), None),  # classes of pictures
+        (("0/a.png",), None),
+        (("original/a.png", "resized/b.png"), None),
+        (("real/0/a.png", "real/1/b.png", "fake/0/c.png", "fake/1/d.png"), [1, 1, 0, 0]),  # shards
+        (("human/real/a.png", "human/fake/b.png", "animal/real/c.png", "animal/fake/d.png"), [1, 0, 1, 0]),
+        (("gan/real/a.png", "gan/fake/b.png", "diffusion/real/c.png", "diffusion/fake/d.png"), [1, 0, 1, 0]),
+        (("real/a.png", "fake/gan/b.png", "fake/diffusion/c.png"), [1, 1, 0]),
+        (("photos/real/a.png", "photos/fake/b.png"), [1, 0]),
+        (("original_sequences/a.png", "manipulated_sequences/Deepfakes/b.png"), [1, 0]),
+        (("real-vs-fake/train/real/a.png", "real-vs-fake/train/fake/b.png"), [1, 0]),
+        (("real/a.png", "ai/b.png", "nature/c.png"), [1, 0, 0]),
+        (("fake/sdxl/a.png",), [1]),  # fakes alone
+    ],
+)
+def test_numbers_pairs_and_words_at_several_depths(tree, paths, labels):
+    df = read_manifest(tree(*paths))
+    assert df["label"].tolist() == (labels or [pd.NA] * len(paths))
+    said = describe_manifest(df)[1]
+    assert ("labels: folders" in said) if labels else ("none: no folder is named after real or fake" in said)
+
+
+@pytest.mark.parametrize(
+    ("words", "split"),
+    [
+        ("train Training TR train2017 training_set training_real", "train"),
+        ("val valid Validation dev eval val_images", "val"),
+        ("test Testing holdout hold-out evaluation test_set test_fake", "test"),
+        ("value trainer testament devices trait images", None),
+    ],
+)
+def test_words_for_splits(words, split):
+    assert {read_name(word).split for word in words.split()} == {split}
+
+
+def test_a_class_called_train_is_no_split(tree):
+    names = [f"test/progan/{c}/{y}/a.png" for c in ("train", "car", "dog") for y in ("0_real", "1_fake")]
+    assert set(read_manifest(tree(*names))["split"]) == {"test"}
+    assert set(read_manifest(tree(*names) / "test" / "progan")["split"]) == {None}
+
+
+def test_test_images_of_a_contest_have_no_label(tree):
+    df = read_manifest(tree("train/real/a.png", "train/fake/b.png", "test/c.png"))
+    assert df["label"].tolist() == [pd.NA, 1, 0] and df["split"].tolist() == ["test", "train", "train"]
+    assert "note: 1 image of split 'test' lie under no label folder: read without a label" in describe_manifest(df)
+
+
 def test_labels_come_from_whole_components_below_the_root_only(tree):
     # neither 'unreal_engine', nor 'real.png', nor the root's own parents may label an image
     root = tree("unreal_engine/real_01.png", "surreal/fake.png", root="real/fake/1_fake/pictures")
@@ -214,12 +286,11 @@ def test_unlabelled_folder_is_sorted(tree):
 @pytest.mark.parametrize(
     ("paths", "says"),
     [
-        (("real/a.png", "ai/b.png", "nature/c.png"), r"mixes.*ai\|nature \(2 images, layout 'genimage'\)"),
         (
             ("fake/a.png", "loose.png"),
             r"1 images lie under fake and 1 under no label folder \(first: loose.png\)",
         ),
-        (("fake/real/a.png",), r"'fake/real/a.png' has label folders of both classes \(fake, real\)"),
+        (("fake/real/a.png",), r"'fake/real' has label folders of both classes \(fake, real\)"),
         (("train/test/fake/a.png", "real/b.png"), "folders of several splits: test, train"),
         (("ai/a.png", "x/b.png"), r"1 images lie under ai and 1 under no label folder"),
     ],
@@ -235,6 +306,111 @@ def test_folder_with_a_table_and_no_labels_points_to_the_table(tree):
     with pytest.raises(InputError, match=r"holds index.csv: read that table"):
         read_manifest(root)
     assert len(read_manifest(root, layout="unlabelled")) == 1
+
+
+@pytest.mark.parametrize("name", ["scores.parquet", "scores.arrow", "scores.csv", "x.tsv", "y.jsonl",
+                                  "data/train-00000-of-00001.parquet"])  # fmt: skip
+def test_a_table_beside_label_folders_does_not_replace_them(tree, name):
+    root = tree("real/a.png", "fake/b.png")
+    columns = {"image": [png(7), png(8), png(9)], "label": [1, 1, 1]}
+    file = root / name
+    if name.endswith("parquet"):
+        parquet(file, columns)
+    elif name.endswith("arrow"):
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, pa.table(columns).schema) as writer:
+            writer.write_table(pa.table(columns))
+    else:
+        file.write_text("path,label\nreal/a.png,1\n")
+    df = read_manifest(root)
+    assert [Path(p).name for p in df["path"]] == ["b.png", "a.png"] and df["label"].tolist() == [1, 0]
+    assert any(f"tables beside the images are not read: {file.name}" in line for line in describe_manifest(df))
+    if name == "scores.parquet":
+        assert read_manifest(root, layout="parquet", images_to=root.parent / "out")["label"].tolist() == [1] * 3
+
+
+def test_images_beside_a_hub_data_set_are_counted(tree):
+    root = tree("assets/teaser.png")
+    parquet(root / "t.parquet", {"image": [png(8), png(9)], "label": [1, 0]})
+    df = read_manifest(root, images_to=root.parent / "out")
+    assert df["label"].tolist() == [1, 0]
+    assert "note: 1 image file beside the table t.parquet: not read" in describe_manifest(df)
+    parquet(root / "t.parquet", {"path": ["assets/teaser.png"], "label": [1]})
+    with pytest.raises(InputError, match=r"no label folders but holds t\.parquet: .*layout='unlabelled'"):
+        read_manifest(root)
+
+
+def test_what_is_left_out_or_taken_by_its_content_is_counted(tree, monkeypatch):
+    root = tree("real/a.png", "fake/b.png", "fake/.hidden.png")
+    (root / "real" / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    for name in ("real/noending", "fake/z.jpg_large"):
+        (root / name).write_bytes(png(5))
+    for name in ("fake/readme.md", "fake/words"):
+        (root / name).write_text("words")
+    (root / "fake" / "dead.png").symlink_to("nowhere")
+    (root / "fake" / "dead").symlink_to("nowhere")
+    (root / "locked").mkdir()
+    (root / "up").symlink_to(root)
+    real_scandir = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    df = read_manifest(root)
+    names = [Path(p).name for p in df["path"]]
+    assert names == ["b.png", "dead.png", "z.jpg_large", "IMG_1.HEIC", "a.png", "noending"]
+    found = df.attrs["report"]["left_out"]
+    assert found["left_out"] == {"(no ending)": 2, ".md": 1}
+    assert found["by_content"] == {".jpg_large": 1, "(no ending)": 1}
+    assert found["unreadable"] == [str(root / "locked")] and found["hidden"] == found["links_back"] == 1
+    text = "\n".join(describe_manifest(df))
+    for line in ("no image by ending or content: 2 (no ending), 1 .md", "1 .jpg_large", "1 folder or file: "):
+        assert line in text
+    assert json.loads(json.dumps(df.attrs["report"])) == df.attrs["report"]
+
+
+def test_names_that_are_not_utf8_are_kept(tree):
+    root = tree("real/a.png", "fake/b.png")
+    odd = os.fsencode(root) + b"/fake/caf\xe9.png"
+    Path(os.fsdecode(odd)).write_bytes(png(3))
+    df = read_manifest(root)
+    assert os.fsencode(df["path"][1]) == odd and df["label"].tolist() == [1, 1, 0]
+    assert all(line.isprintable() and line.encode() for line in describe_manifest(df))
+    assert load_image(df["path"][1]).size == (8, 8)
+    write_manifest(df, root / "m.csv")
+    assert read_manifest(root / "m.csv")["path"].tolist() == df["path"].tolist()
+    with pytest.raises(InputError, match=r"m\.parquet: a file name is not UTF-8"):
+        write_manifest(df, root / "m.parquet")
+
+
+def test_texts_beside_the_images_are_their_captions(tree):
+    root = tree("00000/000000000.jpg", "00000/000000001.jpg", "00001/000010000.jpg")
+    (root / "00000/000000000.txt").write_text("a dog\n")
+    (root / "00000/000000000.json").write_text('{"caption": "other"}')
+    (root / "00000/000000001.json").write_text('{"caption": "a cat", "width": 8}')
+    (root / "00001/000010000.txt").write_text(" ")
+    (root / "00000_stats.json").write_text("{}")
+    parquet(root / "00000.parquet", {"url": ["u"], "caption": ["c"], "key": ["000000000"]})
+    df = read_manifest(root)
+    assert df["caption"].tolist() == ["a dog", "a cat", None] and df["label"].isna().all()
+
+
+def test_metadata_of_an_imagefolder(tree):
+    root = tree("train/a.png", "train/b.png", "train/c.png")
+    rows = [{"file_name": "a.png", "label": "real", "text": "a dog"}, {"file_name": "b.png", "label": "ai"}]
+    (root / "train/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    df = read_manifest(root)
+    assert df["label"].tolist() == [0, 1, pd.NA] and df["caption"].tolist() == ["a dog", None, None]
+    assert set(df["split"]) == {"train"} and "metadata.jsonl, column 'label'" in describe_manifest(df)[1]
+    root = tree("real/a.png", "fake/b.png", root="other")
+    (root / "metadata.csv").write_text("file_name,text\nreal/a.png,a dog\n")
+    df = read_manifest(root)
+    assert df["label"].tolist() == [1, 0] and df["caption"].tolist() == [None, "a dog"]
+    (root / "metadata.csv").write_text("file_name,label\nreal/a.png,ai\n")
+    with pytest.raises(InputError, match="the folders and metadata.csv give 1 image different labels"):
+        read_manifest(root)
 
 
 def test_empty_folder_says_what_it_looked_for(tmp_path):
@@ -330,6 +506,19 @@ def test_communityforensics(tmp_path):
         True,
         False,
     ]  # an error row later, not a lost one
+
+
+def test_rows_with_a_path_but_no_bytes(tmp_path):
+    images = [{"bytes": None, "path": f"/data/{i}.png"} for i in range(2)]
+    path = parquet(tmp_path / "t.parquet", {"image": images, "label": [0, 1]})
+    with pytest.raises(InputError, match=r"/data/0\.png\. t\.parquet holds no bytes in 2 rows, only paths"):
+        read_manifest(path)
+    (tmp_path / "a.png").write_bytes(png(1))
+    images = [{"bytes": None, "path": "a.png"}, {"bytes": png(2), "path": "b.png"}, {"bytes": None, "path": "c"}]
+    path = parquet(tmp_path / "t.parquet", {"image": images, "label": [0, 1, 1]})
+    df = read_manifest(path, images_to=tmp_path / "out")
+    assert [os.path.relpath(p, tmp_path) for p in df["path"]][::2] == ["a.png", "c"]
+    assert "holds no bytes in 2 rows" in describe_manifest(df)[-1]
 
 
 def test_equal_images_in_a_table_keep_their_rows(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from itemkit import schema
 from itemkit.errors import InputError
-from itemkit.manifest import read_manifest, require_two_classes, write_manifest
+from itemkit.manifest import describe_manifest, read_manifest, require_two_classes, write_manifest
 
 
 @pytest.fixture
@@ -57,6 +57,113 @@ def test_label_words(csv, real, fake):
 
 def test_is_fake_column(csv):
     assert read_manifest(csv("path,is_fake\na0.png,False\na1.png,True\n"))["label"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("column", "real", "fake"),
+    [
+        ("class", "real", "fake"), ("category", "photo", "AI"), ("target", "real", "ai"), ("type", "real", "generated"),
+        ("ground_truth", "human", "AI"), ("label_name", "natural", "synthetic"), ("real_or_fake", "real", "fake"),
+        ("is_ai", "0", "1"), ("isFake", "False", "True"), ("ai_generated", "no", "yes"), ("deepfake", "0", "1"),
+        ("is_synthetic", "0.0", "1.0"), ("is_real", "1", "0"), ("human", "1", "0"), ("Authentic", "TRUE", "FALSE"),
+        ("labels", "0", "1"), ("kind", "original", "manipulated"), ("generator", "real", "sdxl"),
+    ],
+)  # fmt: skip
+def test_label_columns_of_other_names(csv, column, real, fake):
+    df = read_manifest(csv(f"path,{column}\na0.png,{real}\na1.png,{fake}\na2.png,\n"))
+    assert df["label"].tolist() == [0, 1, pd.NA]
+    assert describe_manifest(df)[1].startswith(f"labels: column '{column}' (")
+
+
+@pytest.mark.parametrize("column", ["class", "y", "target", "category", "ground_truth", "Label_A"])
+def test_numbers_that_do_not_say_which_is_fake_are_not_used_but_named(csv, column):
+    df = read_manifest(csv(f"path,{column}\na0.png,0\na1.png,1\n"))
+    assert df["label"].isna().all()
+    text = "\n".join(describe_manifest(df))
+    assert f"column '{column}' is not used as label: it holds 0 and 1" in text and "rename it to 'is_fake'" in text
+    assert "no image has a label" in text
+
+
+def test_labels_of_another_kind_give_way_and_unused_columns_are_named(csv):
+    df = read_manifest(csv("path,label,is_ai,width,mood\na0.png,cat,0,3,\na1.png,dog,1,3,sad\n"))
+    assert df["label"].tolist() == [0, 1]
+    lines = describe_manifest(df)
+    assert any("column 'label' is not used as label: its values are no words" in line for line in lines)
+    assert "columns not used: width, mood" in lines
+    df = read_manifest(csv("path,author\na0.png,real\na1.png,ai\n"))
+    assert "column 'author' is not used as label: its values look like labels" in describe_manifest(df)[2]
+
+
+@pytest.mark.parametrize(
+    ("column", "real", "fake"),
+    [
+        ("generator", "real", "sdxl"), ("model", "nature", "my own"), ("generator", "", "sdxl"),
+        ("source_type", "real", "ai"), ("real_or_fake", "real", "fake"), ("is_real", "1", "0"),
+        ("human", "True", "False"), ("is_fake", "0", "1"), ("source", "real", "fake"), ("origin", "photo", "generated"),
+    ],
+)  # fmt: skip
+def test_labels_that_another_column_contradicts_are_refused(csv, column, real, fake):
+    rows = f"path,label,{column}\na0.png,{{}},{real}\na1.png,{{}},{fake}\na2.png,{{}},{fake}\n"
+    assert read_manifest(csv(rows.format(0, 1, 1)))["label"].tolist() == [0, 1, 1]
+    with pytest.raises(InputError) as error:
+        read_manifest(csv(rows.format(1, 0, 0)))
+    text = str(error.value)
+    assert f"column 'label' and column '{column}' contradict each other" in text and "'is_real' if 1 means real" in text
+    assert "Are the labels the other way round (here 0 is real and 1 is fake)?" in text
+
+
+def test_labels_that_the_folders_contradict_are_refused(csv, tmp_path):
+    for name in ("REAL/x.png", "FAKE/y.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match="column 'label' and the folders of the images contradict each other"):
+        read_manifest(csv("path,label\nREAL/x.png,1\nFAKE/y.png,0\n"))
+    assert read_manifest(csv("path,label\nREAL/x.png,0\nFAKE/y.png,1\n"))["label"].tolist() == [0, 1]
+
+
+def test_of_several_path_columns_the_one_with_files_is_taken(csv):
+    df = read_manifest(csv("image,filename,path,label\n17,a0.png,x,0\n18,a1.png,y,1\n"))
+    assert [os.path.basename(p) for p in df["path"]] == ["a0.png", "a1.png"]
+    assert "'filename' is read as the path" in "\n".join(describe_manifest(df))
+
+
+def test_columns_that_are_there_twice(csv):
+    with pytest.raises(InputError, match="has the columns 'label' and 'Label' with different values"):
+        read_manifest(csv("path,label,Label\na0.png,0,1\na1.png,1,0\n"))
+    with pytest.raises(InputError, match="has the columns 'path' and 'path'"):
+        read_manifest(csv("path,path\na0.png,a1.png\n"))
+    assert len(read_manifest(csv("path,label,label,x,x\na0.png,0,0,1,2\n"))) == 1
+
+
+def test_paths_of_windows(csv, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "r.png").touch()
+    for text in ("real\\r.png", "C:\\Users\\ann\\set\\real\\r.png"):
+        df = read_manifest(csv(f"path,label\n{text},0\na0.png,1\n"))
+        assert df["path"].tolist() == [str(tmp_path / "real/r.png"), str(tmp_path / "a0.png")]
+        assert any("backslashes in 1 path" in line for line in describe_manifest(df))
+
+
+def test_a_table_without_a_header_line(csv):
+    df = read_manifest(csv("a0.png,real,7\na1.png,fake,8\n"))
+    assert len(df) == 2 and df["label"].tolist() == [0, 1]
+    assert "has no header line: its column 1 is read as the path" in "\n".join(describe_manifest(df))
+    assert read_manifest(csv("0,a0.png\n1,a1.png\n"))["label"].isna().all(), "0 and 1 do not say which is fake"
+
+
+def test_json_lines(csv):
+    text = '{"file_name": "a0.png", "label": 0, "text": "x"}\n\n{"file_name": "a1.png", "label": 1}\n'
+    df = read_manifest(csv(text, "t.jsonl"))
+    assert df["label"].tolist() == [0, 1] and df["caption"].tolist() == ["x", None]
+    with pytest.raises(InputError, match=r"t\.jsonl: line 2 is not JSON"):
+        read_manifest(csv('{"path": "a0.png"}\n{"path', "t.jsonl"))
+
+
+def test_what_will_become_of_the_splits_is_said(csv):
+    df = read_manifest(csv("path,label,set\na0.png,0,Training\na1.png,1,Training\na2.png,0,holdout\n"))
+    assert df["split"].tolist() == ["train", "train", "test"]
+    assert "2 train, 1 test; no image has split val: 'train' is divided" in "\n".join(describe_manifest(df))
+    assert df.attrs["report"]["splits"] == {"train": 2, "test": 1} and df.attrs["report"]["splits_then"]
 
 
 def test_grip_csv(csv):
