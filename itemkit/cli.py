@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (
         sys.stdout,
         sys.stderr,
-    ):  # a caption in any script must not end a run on a terminal that lacks it
+    ):  # a caption in any script ends no run, whatever the terminal knows
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
@@ -340,9 +340,7 @@ def _draw_audit(reports: dict[str, Any], folder: Path) -> None:
     plots.style()
     table = ranking(reports)
     if not len(table):
-        raise InputError(
-            "--figure draws how well each property separates two classes; there is only one here"
-        )
+        raise InputError("--figure draws how well each property separates two classes, and here is one")
     fig = Figure(figsize=(5.5, 0.8 + 0.25 * table["property"].nunique()))
     about = {"y": "property", "hue": "data" if len(reports) > 1 else None, "reference": 0.5}
     xlabel = "AUROC of this property alone (95 % interval; 0.5 is chance)"
@@ -382,7 +380,6 @@ def extract(args: argparse.Namespace) -> int:
         transform=get_perturbation(args.perturb) if args.perturb else None,
         decode=DecodeConfig(threads=args.threads, least_side=args.scaled_jpeg),
         retry_errors=args.retry_errors,
-        config=preset.record(),
     )
     return int(bool(report.errors or report.left))
 
@@ -397,9 +394,7 @@ def train(args: argparse.Namespace) -> int:
     detector = train_detector(features, args.representation, args.train_on, **options)
     detector.save(args.out)
     _print(f"detector written to {args.out}")
-    with contextlib.suppress(
-        InputError
-    ):  # too few real images to promise this rate: the lines below say how many
+    with contextlib.suppress(InputError):  # too few real images: the lines below say how many it takes
         at = f"at {100 * args.fpr:g} % false positives"
         _print(f"its threshold {at}: {detector.threshold(args.fpr).statement}")
     for reason in detector.lacking(args.fpr, args.fnr):
@@ -492,14 +487,14 @@ def export(args: argparse.Namespace) -> int:
     """Write a store's embeddings in another layout."""
     from itemkit import schema
     from itemkit.export import export_clip_retrieval, export_numpy
-    from itemkit.store import EMBEDDINGS, load_features
+    from itemkit.store import load_features
     from itemkit.text import count
 
     if args.format == "clip-retrieval":  # it has no place for objects, so they are not even read
         features = load_features(args.features, (schema.IMAGE_EMB, schema.CAPTION_EMB))
         export_clip_retrieval(features, args.to)
     else:
-        features = load_features(args.features, EMBEDDINGS)
+        features = load_features(args.features)
         export_numpy(features, args.to)
     _print(f"{count(len(features), 'image')} written to {args.to}")
     return 0
