@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +16,9 @@ import pytest
 from PIL import Image
 
 from itemkit import presets, schema, workflow
-from itemkit import run as report
-from itemkit import study_run as study_of_files
 from itemkit.detector import Detector
-from itemkit.errors import InputError, ModelNotFound
-from itemkit.extraction import extract
+from itemkit.errors import InputError, ItemkitError, ModelNotFound
 from itemkit.features import Features
-from itemkit.head import MisalignmentMLP
-from itemkit.manifest import read_manifest
-from itemkit.misalignment import RepresentationConfig
 from itemkit.presets import Preset
 
 import fakes
@@ -46,12 +46,67 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "manifest.csv"
 
 
+def run(preset: Preset, data: Path | pd.DataFrame, out: Path, **options: object) -> Features:
+    return workflow.features(preset, data, out, "cpu", progress=False, **options)
+
+
 @pytest.fixture
 def features(data: Path, tmp_path: Path) -> Features:
-    return workflow.features(stand_ins(), data, tmp_path / "out", "cpu", progress=False)
+    return run(stand_ins(), data, tmp_path / "out")
 
 
-# ----------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------- the laboratory
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set of the laboratory's form, with six images."""
+    folder = tmp_path / "data" / "mini"
+    folder.mkdir(parents=True)
+    splits = ["train", "val", "test"]
+    for name, generator in (("reals", "real"), ("fakes", "flow"), ("fresh", "real")):
+        pictures = [fakes.png(i + 10 * len(generator)) for i in range(3)]
+        table = pd.DataFrame({"generator": generator, "split": splits, "prompt": "a ball", "png": pictures})
+        table.to_parquet(folder / f"{name}.parquet")
+    monkeypatch.setenv("ITEMKIT_DATA", str(tmp_path / "data"))
+    return folder
+
+
+def test_the_laboratory_is_laid_out_once_and_byte_for_byte(lab: Path, tmp_path: Path) -> None:
+    manifest = workflow.lab_manifest(tmp_path / "out")
+    assert list(manifest["generator"]) == ["real"] * 3 + ["flow"] * 3
+    assert list(manifest["split"]) == ["train", "val", "test"] * 2 and set(manifest["caption"]) == {"a ball"}
+    assert set(manifest["source"]) == {schema.LAB_SOURCE}
+    images = pd.concat([pd.read_parquet(lab / f"{name}.parquet") for name in ("reals", "fakes")])["png"]
+    assert [Path(path).read_bytes() for path in manifest["path"]] == list(images)
+    before = [Path(path).stat().st_mtime_ns for path in manifest["path"]]
+    again = workflow.lab_manifest(tmp_path / "out")
+    pd.testing.assert_frame_equal(again, manifest)
+    assert [Path(path).stat().st_mtime_ns for path in again["path"]] == before
+    fresh = workflow.lab_manifest(tmp_path / "out", "fresh")
+    assert len(fresh) == 3 and not set(fresh["path"]) & set(manifest["path"])
+    with pytest.raises(InputError, match="no part 'other'"):
+        workflow.lab_manifest(tmp_path / "out", "other")
+
+
+def test_changed_files_are_laid_out_anew(lab: Path, tmp_path: Path) -> None:
+    workflow.lab_manifest(tmp_path / "out")
+    table = pd.read_parquet(lab / "reals.parquet")
+    table["png"] = [fakes.png(99 + i) for i in range(3)]
+    table.to_parquet(lab / "reals.parquet")
+    manifest = workflow.lab_manifest(tmp_path / "out")
+    assert [Path(path).read_bytes() for path in manifest["path"][:3]] == list(table["png"])
+
+
+def test_two_processes_may_lay_it_out_at_once(lab: Path, tmp_path: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        lengths = pool.map(_count, [tmp_path / "out"] * 3)
+    assert lengths == [6] * 3
+
+
+def _count(out: Path) -> int:
+    manifest = workflow.lab_manifest(out)
+    return sum(Path(path).stat().st_size > 0 for path in manifest["path"])
 
 
 def test_without_data_another_preset_asks_for_it(tmp_path: Path) -> None:
@@ -59,25 +114,10 @@ def test_without_data_another_preset_asks_for_it(tmp_path: Path) -> None:
         workflow.data_manifest(None, tmp_path, "paper")
 
 
-def test_mini_without_its_files_says_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mini_without_its_files_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ITEMKIT_DATA", str(tmp_path))
-    with pytest.raises(InputError, match="`git checkout data/mini`"):
+    with pytest.raises(InputError, match="reals.parquet"):
         workflow.data_manifest("", tmp_path / "out")
-
-
-def test_missing_splits_are_filled_and_given_ones_kept(data: Path, tmp_path: Path) -> None:
-    table = pd.read_csv(data)
-    assert list(workflow.data_manifest(data, tmp_path)[schema.SPLIT]) == list(table["split"])
-    table.loc[10:, "split"] = None
-    table.to_csv(data, index=False)
-    filled = workflow.data_manifest(data, tmp_path)[schema.SPLIT]
-    assert list(filled[:10]) == list(table["split"][:10]) and set(filled) == set(schema.SPLITS)
-
-
-def test_unlabelled_images_need_no_split(tmp_path: Path) -> None:
-    table = fakes.make_images(tmp_path / "images", 4)[["path"]]
-    table.to_csv(tmp_path / "m.csv", index=False)
-    assert workflow.data_manifest(tmp_path / "m.csv", tmp_path)[schema.SPLIT].isna().all()
 
 
 # ------------------------------------------------------------------------------------------------- features
@@ -85,149 +125,141 @@ def test_unlabelled_images_need_no_split(tmp_path: Path) -> None:
 
 def test_features_are_computed_once(data: Path, tmp_path: Path) -> None:
     preset = stand_ins()
-    first = workflow.features(preset, data, tmp_path / "out", "cpu", progress=False)
-    assert len(first) == 60 and first.dim == fakes.DIM
-    assert first.run["config"]["name"] == "stub" and first.run["config"]["encoder"] == "FakeEncoder"
-    assert (tmp_path / "out" / "features" / "stub" / "run.json").is_file()
+    first = run(preset, data, tmp_path / "out")
+    assert len(first) == 60 and first.dim == fakes.DIM and first.provenance["preset"] == "stub"
     seen = preset.encoder.images_encoded
-    again = workflow.features(preset, data, tmp_path / "out", "cpu", progress=False)
+    again = run(preset, pd.read_csv(data), tmp_path / "out")
     assert preset.encoder.images_encoded == seen == 60
     np.testing.assert_array_equal(again.image_emb, first.image_emb)
     pd.testing.assert_frame_equal(again.table, first.table)
 
 
-def test_splits_and_generators_can_be_chosen(data: Path, tmp_path: Path) -> None:
-    some = workflow.features(
-        stand_ins(), data, tmp_path / "out", "cpu", name="some", splits=("test",), generators=("real",),
-        progress=False,
-    )  # fmt: skip
+def test_a_cached_call_builds_no_model_and_writes_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = stand_ins()
+    run(preset, data, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    monkeypatch.setattr(Preset, "build", lambda *_: pytest.fail("a model was loaded"))
+    assert len(run(preset, data, tmp_path / "out")) == 60
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+def test_asking_for_features_imports_no_torch() -> None:
+    script = (
+        "import sys; from itemkit import workflow; print({'torch', 'sklearn', 'spacy'} & sys.modules.keys())"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
+
+
+def stores(out: Path) -> set[str]:
+    return {path.name for path in (out / "features").iterdir()}
+
+
+def test_a_store_is_named_by_what_made_it(data: Path, tmp_path: Path) -> None:
+    plain = run(stand_ins(), data, tmp_path / "out")
+    one = stores(tmp_path / "out")
+    # without any name given: other models, another transform, other captions
+    other = run(stand_ins("2"), data, tmp_path / "out")
+    bright = run(stand_ins(), data, tmp_path / "out", transform=fakes.Brightened(40))
+    brighter = run(stand_ins(), data, tmp_path / "out", transform=fakes.Brightened(80))
+    user = run(stand_ins(), data, tmp_path / "out", captions="user", name="by-people")
+    assert len(one) == 1 and len(stores(tmp_path / "out")) == 5
+    assert sum(name.startswith("stub-by-people-") for name in stores(tmp_path / "out")) == 1
+    assert not np.allclose(bright.image_emb, plain.image_emb)
+    assert not np.allclose(bright.image_emb, brighter.image_emb)
+    assert user.table[schema.CAPTION][0] == "a red ball" and len(other) == 60
+
+
+def test_a_preset_put_together_by_hand_takes_other_parts(data: Path, tmp_path: Path) -> None:
+    preset = stand_ins()
+    whole = run(preset, data, tmp_path / "out")
+    second = run(preset, data, tmp_path / "out", encoder=fakes.FakeEncoder("2"), localiser=None)
+    assert len(whole.owner) and not len(second.owner)
+    assert second.run["fingerprint"]["encoder"]["version"] == "2"
+    with pytest.raises(InputError, match="no field 'localizer'.*localiser"):
+        run(preset, data, tmp_path / "out", localizer="dense")
+
+
+def test_a_part_is_read_from_the_shared_store_and_cuts_nothing_off(data: Path, tmp_path: Path) -> None:
+    preset = stand_ins()
+    some = run(preset, data, tmp_path / "out", splits=("test",), generators=("real",))
+    assert preset.encoder.images_encoded == len(some) == 10
     assert set(some.table[schema.SPLIT]) == {"test"} and set(some.table[schema.GENERATOR]) == {"real"}
-    assert len(some) == 10 and (tmp_path / "out" / "features" / "stub-some").is_dir()
+    assert len(run(preset, data, tmp_path / "out")) == 60 == preset.encoder.images_encoded
+    assert len(run(preset, data, tmp_path / "out", splits=("val",))) == 20
+    assert len(run(preset, data, tmp_path / "out")) == 60 == preset.encoder.images_encoded
+    assert len(stores(tmp_path / "out")) == 1
+    with pytest.raises(InputError, match="no image of tyo. Did you mean 'toy'"):
+        run(preset, data, tmp_path / "out", generators=("tyo",))
+    with pytest.raises(InputError, match=r"no image with split in \['tset'\].*train \(20\)"):
+        run(preset, data, tmp_path / "out", splits=("tset",))
+
+
+@pytest.mark.parametrize("given", [None, "train and test"])
+def test_parts_of_data_without_splits_are_parts_of_the_whole(
+    given: str | None, data: Path, tmp_path: Path
+) -> None:
+    table = pd.read_csv(data)
+    table["split"] = None if given is None else table["split"].replace("val", "train")
+    preset = stand_ins()
+    for out in (tmp_path / "first", tmp_path / "second"):
+        if out.name == "first":  # the part asked for last, or first
+            whole = run(preset, table, out).table.set_index("image_id")["split"]
+        for split in schema.SPLITS:
+            part = run(preset, table, out, splits=(split,), transform=fakes.Brightened(5))
+            assert set(part.table["image_id"]) == set(whole.index[whole == split])
+            assert set(part.table["split"]) == {split}
+    assert set(whole) == set(schema.SPLITS)
+
+
+def test_other_data_in_the_same_folder_changes_no_split(data: Path, tmp_path: Path) -> None:
+    # the first has all three splits, so a store that holds both would carve none from the second
+    run(stand_ins(), data, tmp_path / "out")
+    table = fakes.make_images(tmp_path / "more", 60, start=100)
+    table["split"] = ["train", "train", "test"] * 20
+    assert set(run(stand_ins(), table, tmp_path / "out").table["split"]) == set(schema.SPLITS)
 
 
 def test_captions_can_come_from_elsewhere(data: Path, tmp_path: Path) -> None:
     preset = stand_ins()
-    own = workflow.features(
-        preset, data, tmp_path / "out", "cpu", name="user", captions="user", progress=False
-    )
+    own = run(preset, data, tmp_path / "out", captions="user")
     assert list(own.table[schema.CAPTION][:3]) == ["a red ball", "a green ball", "a blue ball"]
     assert preset.captioner.batches == []
     paths = own.table[schema.PATH]
-    swapped = pd.Series("a red dog", index=paths)
-    other = workflow.features(
-        preset, data, tmp_path / "out", "cpu", name="swapped", captions=swapped, progress=False
-    )
+    other = run(preset, data, tmp_path / "out", captions=pd.Series("a red dog", index=paths))
     assert set(other.table[schema.CAPTION]) == {"a red dog"}
     np.testing.assert_array_equal(other.image_emb, own.image_emb)
     with pytest.raises(InputError, match="1 of 60 images have no caption; first: .*00005.png"):
-        workflow.features(
-            preset, data, tmp_path / "out", "cpu", name="gap", captions=swapped.drop(paths[5]), progress=False
-        )
+        run(preset, data, tmp_path / "out", captions=pd.Series("a red dog", index=paths).drop(paths[5]))
 
 
-def test_a_transform_is_applied_before_the_method(data: Path, tmp_path: Path) -> None:
-    plain = workflow.features(stand_ins(), data, tmp_path / "out", "cpu", progress=False)
-    bright = workflow.features(
-        stand_ins(),
-        data,
-        tmp_path / "out",
-        "cpu",
-        name="bright",
-        transform=fakes.Brightened(40),
-        progress=False,
-    )
-    assert list(bright.table[schema.IMAGE_ID]) == list(plain.table[schema.IMAGE_ID])
-    assert not np.allclose(bright.image_emb, plain.image_emb)
-
-
-def test_pixels_come_in_the_order_of_the_features(features: Features) -> None:
-    with_pixels = workflow.add_pixels(features, 10)
-    assert features.pixels is None and with_pixels.pixels.shape == (60, 10, 10, 3)
+def test_pixels_of_a_transform_and_of_the_centre(features: Features) -> None:
+    first = np.asarray(Image.open(features.table[schema.PATH][0]).convert("RGB"))
+    crop = workflow.add_pixels(features, 6, crop=True).pixels
+    top, left = ((side - 6) // 2 for side in first.shape[:2])
+    np.testing.assert_array_equal(crop[0], first[top : top + 6, left : left + 6])
+    bright = workflow.add_pixels(features, 6, fakes.Brightened(40), crop=True).pixels
+    np.testing.assert_array_equal(bright, np.minimum(255, crop.astype(int) + 40))
+    # smaller ones are scaled, whole images too
+    assert workflow.add_pixels(features, 30, crop=True).pixels.shape[1:] == (30, 30, 3)
     exact = [i for i, p in enumerate(features.table[schema.PATH]) if Image.open(p).size == (10, 10)]
-    assert exact
-    for i in exact[:3]:
-        expected = np.asarray(Image.open(features.table[schema.PATH][i]).convert("RGB"))
-        np.testing.assert_array_equal(with_pixels.pixels[i], expected)
+    whole = workflow.add_pixels(features, 10).pixels[exact[0]]
+    np.testing.assert_array_equal(whole, Image.open(features.table[schema.PATH][exact[0]]).convert("RGB"))
 
 
 # ---------------------------------------------------------------------------------------------- the detector
 
 
-def test_a_split_holds_its_labelled_images() -> None:
-    features = make_features(n_real=40, n_fake=20)
-    test = workflow.take_split(features, "test")
-    assert set(test.table[schema.SPLIT]) == {"test"}
-    features.table.loc[features.table[schema.SPLIT] == "val", schema.LABEL] = pd.NA
-    with pytest.raises(
-        InputError, match=r"no labelled image has split 'val'; splits there are: .*val \(\d+\)"
-    ):
-        workflow.take_split(features, "val")
-    with pytest.raises(
-        InputError, match=r"no labelled image has split 'tset'; splits there are: train \(\d+\)"
-    ):
-        workflow.take_split(features, "tset")
-    features.table[schema.SPLIT] = None
-    with pytest.raises(InputError, match="splits there are: none"):
-        workflow.take_split(features, "train")
-
-
 def test_training_on_some_generators_leaves_out_the_others() -> None:
-    features = make_features()
-    both = workflow.train_detector(features, seeds=1)
-    one = workflow.train_detector(features, generators=["gan"], seeds=1)
+    features = make_features(60, 30)
+    both = workflow.train_detector(features, members=1)
+    one = workflow.train_detector(features, generators=["gan"], members=1, device="cpu")
     assert set(both.trained_on_["train_images"]) == {"real", "gan", "flow"}
     assert set(one.trained_on_["train_images"]) == {"real", "gan"} == set(one.trained_on_["val_images"])
-    with pytest.raises(InputError, match="no image of gann; generators there are: flow, gan, real"):
+    with pytest.raises(InputError, match="gann.*Did you mean 'gan'"):
         workflow.train_detector(features, generators=["gann"])
-
-
-def test_the_trained_detector_tells_the_made_up_classes_apart() -> None:
-    features = make_features()
-    table = workflow.train_detector(features, seeds=2).evaluate(workflow.take_split(features, "test"))
-    auroc = table.loc[table["metric"] == "auroc"].set_index("generator")["value"]
-    assert (auroc > 0.85).all()
-
-
-def test_promises_are_held_against_new_images_only() -> None:
-    features = make_features(200, 100)
-    detector = workflow.train_detector(features, seeds=1)
-    test = workflow.take_split(features, "test")
-    expected = workflow.promises(detector, test)
-    for split, n in (("train", 200), ("val", 100)):
-        with pytest.raises(InputError, match=f"all {n} images trained or calibrated this detector, and what"):
-            workflow.promises(detector, workflow.take_split(features, split))
-    some = features.select((features.table[schema.SPLIT] != "train").to_numpy())
-    with pytest.warns(UserWarning, match="100 of 200 images trained .* held against the other 100"):
-        pd.testing.assert_frame_equal(workflow.promises(detector, some), expected)
-
-
-def test_the_mini_detector_calibrates_on_new_validation_renders_and_sees_no_test_render(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known, fresh = make_features(240, 100), make_features(640, 0, generators=(), seed=1)
-    fresh.table[schema.IMAGE_ID] = "fresh " + fresh.table[schema.IMAGE_ID]
-    fresh.table[schema.SPLIT] = ["val"] * 200 + ["test"] * 440
-    asked = []
-
-    def features(preset: str, data: Path | None, out_dir: Path, device: str, name: str = "") -> Features:
-        asked.append((preset, data, name))
-        return fresh if data else known
-
-    monkeypatch.setattr(workflow, "features", features)
-    monkeypatch.setattr(workflow, "_mini_detector", lambda: tmp_path / "detector")
-    monkeypatch.setattr(study_of_files, "fresh_renders", lambda folder: folder / "fresh" / "manifest.csv")
-    detector = Detector.load(workflow.save_mini_detector(tmp_path), "cpu")
-    assert asked == [("mini", None, ""), ("mini", tmp_path / "mini" / "fresh" / "manifest.csv", "fresh")]
-    assert set(detector.seen(fresh)[:200]) == {"val"} and set(detector.seen(fresh)[200:]) == {""}
-    assert set(detector.seen(workflow.take_split(known, "test"))) == {""}
-    # 60 validation reals of the data set and 200 new ones, 50 fakes: half of each calibrates
-    assert (len(detector.real_scores_), len(detector.fake_scores_)) == (130, 25)
-    assert detector.threshold(0.01).rank == 1
-    # five reals for each fake do not draw p(fake) down: it is for equal shares
-    plain = workflow.train_detector(known)
-    test = workflow.take_split(known, "test")
-    means = [[one.score(test)[test.labels == label].mean() for label in (0, 1)] for one in (detector, plain)]
-    np.testing.assert_allclose(*means, atol=0.08)
 
 
 # -------------------------------------------------------------------------------------------------- verdicts
@@ -239,8 +271,12 @@ RATES = {"fpr": 0.2, "fnr": 0.2}
 
 @pytest.fixture
 def detector(features: Features, tmp_path: Path) -> Path:
-    workflow.train_detector(features, seeds=1).save(tmp_path / "detector")
+    workflow.train_detector(features, members=1).save(tmp_path / "detector")
     return tmp_path / "detector"
+
+
+def judge(paths: object, detector: Path, preset: Preset | None = None, **options: object) -> list[dict]:
+    return list(workflow.detect(paths, preset or stand_ins(), detector, "cpu", **(RATES | options)))
 
 
 def test_detect_answers_for_every_file_also_for_broken_ones(
@@ -250,11 +286,12 @@ def test_detect_answers_for_every_file_also_for_broken_ones(
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"no picture")
     paths = [good[0], bad, good[1], tmp_path / "absent.png", good[2]]
-    answers = list(workflow.detect(paths, stand_ins(), detector, "cpu", **RATES))
+    answers = judge(paths, detector)
     assert [a["path"] for a in answers] == [str(p) for p in paths]
     assert [sorted(a) for a in (answers[1], answers[3])] == [["error", "path"]] * 2
-    assert "bad.jpg: is not an image" in answers[1]["error"] and "no such file" in answers[3]["error"]
-    for answer in (answers[0], answers[2], answers[4]):
+    assert "bad.jpg" in answers[1]["error"] and "no such file" in answers[3]["error"]
+    for answer, file in zip((answers[0], answers[2], answers[4]), good, strict=True):
+        assert answer["image_id"] == hashlib.sha256(file.read_bytes()).hexdigest()
         assert answer["verdict"] in ("real", "fake", "unsure") and 0 <= answer["p_fake"] <= 1
         assert -1 <= answer["global_cosine"] <= 1 and 0 <= answer["global_real_below"] <= 1
         named = [] if answer["caption"] == "nothing" else answer["caption"].replace("a ", "").split(" and ")
@@ -262,13 +299,82 @@ def test_detect_answers_for_every_file_also_for_broken_ones(
         cosines = [thing["cosine"] for thing in answer["objects"]]
         assert cosines == sorted(cosines)  # the worst fit first
         assert all(len(thing["box"]) == 4 for thing in answer["objects"])
+        json.dumps(answer, allow_nan=False)
 
 
-def test_one_image_gets_the_score_its_features_give(detector: Path, features: Features, data: Path) -> None:
-    expected = Detector.load(detector).score(features)
-    answers = list(
-        workflow.detect(list(features.table[schema.PATH][:4]), stand_ins(), detector, "cpu", **RATES)
+class Trouble(fakes.FakeCaptioner):
+    """Fails in a way of its own for every picture of one width."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def caption(self, images: list[Image.Image]) -> list[fakes.Said]:
+        if images[0].width == 31:
+            raise self.error
+        return super().caption(images)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RecursionError("too deep"), KeyError("x"), AssertionError(), ItemkitError("no")]
+)
+def test_whatever_one_image_does_the_next_one_is_judged(
+    error: Exception, detector: Path, tmp_path: Path
+) -> None:
+    for name, width in (("a", 12), ("b", 31), ("c", 13)):
+        (tmp_path / f"{name}.png").write_bytes(fakes.png(5, (width, 10)))
+    preset = stand_ins()
+    answers = judge(
+        [tmp_path / f"{n}.png" for n in "abc"],
+        detector,
+        preset.__class__(**(vars(preset) | {"captioner": Trouble(error)})),
     )
+    assert [sorted(a) == ["error", "path"] for a in answers] == [False, True, False]
+    assert answers[1]["error"]
+
+
+def test_an_interrupt_is_no_fault_of_an_image(detector: Path, tmp_path: Path) -> None:
+    (tmp_path / "b.png").write_bytes(fakes.png(5, (31, 10)))
+    preset = Preset(**(vars(stand_ins()) | {"captioner": Trouble(KeyboardInterrupt())}))
+    with pytest.raises(KeyboardInterrupt):
+        judge([tmp_path / "b.png"], detector, preset)
+
+
+def test_folders_copies_and_names_that_are_no_text(detector: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos" / "below"
+    folder.mkdir(parents=True)
+    name = os.fsdecode(b"caf\xe9.PNG")  # not UTF-8
+    for file in (folder / name, folder / "copy.jpeg"):
+        file.write_bytes(fakes.png(3))
+    (folder / "notes.txt").write_text("no image")
+    with pytest.warns(UserWarning, match="1 of 3 files below .* left out"):
+        answers = judge(tmp_path / "photos", detector)
+    assert [Path(a["path"]).name for a in answers] == [name, "copy.jpeg"]
+    assert len({a["image_id"] for a in answers}) == len({a["p_fake"] for a in answers}) == 1
+    json.dumps(answers)
+
+
+def test_an_image_that_the_detector_knows_is_called_seen(
+    detector: Path, features: Features, tmp_path: Path
+) -> None:
+    rows = {split: features.table.index[features.table["split"] == split][0] for split in schema.SPLITS}
+    moved = []
+    for split, row in rows.items():  # known by its content, wherever it lies
+        moved.append(tmp_path / f"{split}.dat")
+        moved[-1].write_bytes(Path(features.table[schema.PATH][row]).read_bytes())
+    assert [answer["seen"] for answer in judge(moved, detector)] == ["train", "val", ""]
+
+
+def test_answers_carry_what_made_them(detector: Path, features: Features, tmp_path: Path) -> None:
+    (answer,) = judge(features.table[schema.PATH][0], detector)
+    assert {key: answer[key] for key in ("itemkit", "preset", "models", "note")} == features.provenance
+    mini = Preset(**(vars(stand_ins()) | {"name": "mini"}))
+    assert judge(features.table[schema.PATH][0], detector, mini)[0]["note"] == schema.MINI_WARNING
+
+
+def test_one_image_gets_the_score_its_features_give(detector: Path, features: Features) -> None:
+    expected = Detector.load(detector).score(features)
+    answers = judge(list(features.table[schema.PATH][:4]), detector)
     # features on disk are half precision
     assert [a["p_fake"] for a in answers] == pytest.approx(expected[:4].tolist(), abs=5e-3)
 
@@ -276,46 +382,34 @@ def test_one_image_gets_the_score_its_features_give(detector: Path, features: Fe
 def test_a_caption_of_the_user_takes_the_place_of_the_generated_one(detector: Path, data: Path) -> None:
     image = next(iter(sorted((data.parent / "images").iterdir())))
     preset = stand_ins()
-    (answer,) = workflow.detect([image], preset, detector, "cpu", "a red dog and a blue cup", **RATES)
+    (answer,) = judge([image], detector, preset, caption="a red dog and a blue cup")
     assert answer["caption"] == "a red dog and a blue cup" and preset.captioner.batches == []
     assert sorted(thing["phrase"] for thing in answer["objects"]) == ["blue cup", "red dog"]
 
 
 def test_a_detector_of_users_captions_wants_one(data: Path, tmp_path: Path) -> None:
-    theirs = workflow.features(
-        stand_ins(), data, tmp_path / "out", "cpu", name="user", captions="user", progress=False
-    )
-    folder = workflow.train_detector(theirs, seeds=1).save(tmp_path / "detector")
+    theirs = run(stand_ins(), data, tmp_path / "out", captions="user")
+    folder = workflow.train_detector(theirs, members=1).save(tmp_path / "detector")
     image = theirs.table[schema.PATH][0]
-    with pytest.raises(
-        InputError, match=r"captions is generate, was user. Extract .* \(.*, detect --caption\)"
-    ):
-        list(workflow.detect([image], stand_ins(), folder, "cpu", **RATES))
-    (answer,) = workflow.detect([image], stand_ins(), folder, "cpu", "a red ball", **RATES)
+    with pytest.raises(InputError, match=r"captions.*--caption"):
+        judge([image], folder)
+    (answer,) = judge([image], folder, caption="a red ball")
     assert answer["p_fake"] == pytest.approx(Detector.load(folder).score(theirs)[0], abs=5e-3)
 
 
-def test_detect_where_images_without_objects_are_refused(features: Features, tmp_path: Path) -> None:
-    there = features.select((features.table[schema.N_OBJECTS] > 0).to_numpy())
-    strict = Detector(RepresentationConfig(empty="raise"), MisalignmentMLP(max_epochs=2))
-    folder = strict.fit(workflow.take_split(there, "train"), workflow.take_split(there, "val")).save(tmp_path)
-    image = there.table.loc[there.table[schema.N_OBJECTS] == 1, schema.PATH].iloc[0]
-    (answer,) = workflow.detect([image], stand_ins(), folder, "cpu", fpr=0.3, fnr=0.3)
-    assert len(answer["objects"]) == 1 and 0 <= answer["p_fake"] <= 1
+def test_a_detector_refuses_other_models_once(detector: Path, data: Path) -> None:
+    with pytest.raises(InputError, match=r"encoder.version"):
+        judge(data.parent / "images", detector, stand_ins("2"))
 
 
-def test_a_detector_refuses_other_models(detector: Path, data: Path) -> None:
+def test_a_promise_may_be_withheld_an_answer_not(detector: Path, data: Path) -> None:
     image = next(iter(sorted((data.parent / "images").iterdir())))
-    with pytest.raises(InputError, match="encoder.version is 2, was 1"):
-        list(workflow.detect([image], stand_ins("2"), detector, "cpu", **RATES))
-
-
-def test_too_few_validation_images_for_a_rate_are_told(detector: Path, data: Path) -> None:
-    image = next(iter(sorted((data.parent / "images").iterdir())))
-    with pytest.raises(InputError, match="false-positive rate of 0.05 needs at least 19 real .* got 5"):
-        list(workflow.detect([image], stand_ins(), detector, "cpu", fnr=0.2))
-    with pytest.raises(InputError, match="missed fakes of 0.05 needs at least 19 fake .* got 5"):
-        list(workflow.detect([image], stand_ins(), detector, "cpu", fpr=0.2))
+    (kept,) = judge([image], detector)
+    for rates, option in (({"fpr": 0.05}, "--fpr"), ({"fnr": 0.05}, "--fnr")):
+        (answer,) = judge([image], detector, **rates)
+        assert answer["verdict"] == "withheld" and option in answer["because"] and "19" in answer["because"]
+        same = {key: value for key, value in kept.items() if key not in ("verdict", "because")}
+        assert {key: answer[key] for key in same} == same
 
 
 def test_without_a_detector_it_says_which_to_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,70 +420,3 @@ def test_without_a_detector_it_says_which_to_make(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("ITEMKIT_DATA", str(tmp_path))
     with pytest.raises(ModelNotFound, match="mini/models/detector"):
         list(workflow.detect(["x.png"], presets.get_preset("mini")))
-
-
-def test_foreign_images_get_a_note_with_the_mini_models_only(capsys: pytest.CaptureFixture[str]) -> None:
-    workflow.warn_if_foreign("mini", "photos")
-    assert capsys.readouterr().err.count("\n") == 1
-    workflow.warn_if_foreign("mini", None)
-    workflow.warn_if_foreign("paper", "photos")
-    assert capsys.readouterr().err == ""
-
-
-def test_stored_features_of_foreign_images_get_the_note_too(capsys: pytest.CaptureFixture[str]) -> None:
-    features = make_features()
-    features.run = {"config": {"name": "mini"}}
-    workflow.warn_about_features(features)
-    assert capsys.readouterr().err == workflow.MINI_ON_FOREIGN_IMAGES + "\n"
-    features.table[schema.SOURCE] = "mini laboratory"
-    workflow.warn_about_features(features)
-    features.table[schema.SOURCE], features.run = "photos", {"config": {"name": "paper"}}
-    workflow.warn_about_features(features)
-    features.run = {}
-    workflow.warn_about_features(features)
-    assert capsys.readouterr().err == ""
-
-
-def test_pixels_of_a_transform_and_of_the_centre(features: Features) -> None:
-    plain = workflow.add_pixels(features, 6, crop=True).pixels
-    first = np.asarray(Image.open(features.table[schema.PATH][0]).convert("RGB"))
-    top, left = ((side - 6) // 2 for side in first.shape[:2])
-    np.testing.assert_array_equal(plain[0], first[top : top + 6, left : left + 6])
-    bright = workflow.add_pixels(features, 6, fakes.Brightened(40), crop=True).pixels
-    np.testing.assert_array_equal(bright, np.minimum(255, plain.astype(int) + 40))
-    assert workflow.add_pixels(features, 30, crop=True).pixels.shape[1:] == (
-        30,
-        30,
-        3,
-    )  # smaller ones are scaled
-
-
-# --------------------------------------------------------------------------------------------------- summary
-
-
-def test_the_summary_holds_every_metric_it_names(tmp_path: Path) -> None:
-    features = make_features()
-    table = workflow.train_detector(features, seeds=1).evaluate(workflow.take_split(features, "test"))
-    (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "01_cosines.png").write_bytes(b"")
-    text = report.write_summary(table, tmp_path, workflow.LAB_NOTE, 90.0).read_text()
-    assert text.startswith(f"# Summary\n\nMade with: {workflow.LAB_NOTE}. 1.5 minutes.")
-    assert f"| {' | '.join(report.SUMMARY_COLUMNS)} |" in text  # none is missing under another name
-    auroc = table[(table["metric"] == "auroc") & (table["generator"] == "gan")].iloc[0]
-    shown = f"{auroc['value']:.2f} ({auroc['low']:.2f}-{auroc['high']:.2f})"
-    assert f"| gan | {shown} |" in text
-    assert "- [01_cosines](figures/01_cosines.png)" in text and "nan" not in text
-
-
-def test_a_store_without_splits_is_divided_in_the_same_way_each_time(tmp_path, capsys):
-    paths = []
-    for i in range(40):
-        path = tmp_path / ("real" if i % 2 else "fake") / f"{i}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (8, 8), (i, 2 * i, 3 * i)).save(path)
-        paths.append(path)
-    extract(read_manifest(tmp_path), tmp_path / "store", fakes.fake_models(), progress=False)
-    first, second = (workflow.read_features(tmp_path / "store").table for _ in range(2))
-    assert first["split"].tolist() == second["split"].tolist()
-    assert set(first["split"]) == {"train", "val", "test"}
-    assert "no splits" in capsys.readouterr().err

@@ -1,0 +1,135 @@
+"""`itemkit run` on images of one's own: what fails or does not fit is noted, everything else is made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import pytest
+
+from itemkit import presets, run, schema
+from itemkit.presets import Preset, get_preset
+
+import fakes
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Preset:
+    preset = Preset(
+        name="stub", about="For these tests.", captioner=fakes.FakeCaptioner(), encoder=fakes.FakeEncoder(),
+        parser=fakes.FakeParser(), localiser=fakes.FakeLocaliser(),
+    )  # fmt: skip
+    monkeypatch.setitem(presets.PRESETS, "stub", preset)
+    return preset
+
+
+@pytest.fixture
+def executed(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """Notebooks that would have been executed, with their parameters; 04 fails."""
+    given: dict[str, dict[str, Any]] = {}
+
+    def execute(notebook: Any, target: Path, values: dict[str, Any], folder: Path) -> None:
+        given[target.stem] = values
+        if target.stem.startswith("04"):
+            raise ValueError("got 10 points")
+
+    monkeypatch.setattr(run, "_execute", execute)
+    return given
+
+
+def photos(folder: Path, n: int, generators: tuple[str, ...] = ("toy",)) -> pd.DataFrame:
+    table = fakes.make_images(folder, n)
+    fake = table["label"] == 1
+    table.loc[fake, "generator"] = [generators[i % len(generators)] for i in range(int(fake.sum()))]
+    return table.assign(split=None)
+
+
+@pytest.mark.parametrize("generators", [("toy",), ("gan", "flow")])
+def test_what_does_not_fit_is_left_out_and_what_fails_is_noted(
+    generators: tuple[str, ...], stub: Preset, executed: dict, tmp_path: Path
+) -> None:
+    failed = run.run_all(stub, photos(tmp_path / "images", 60, generators), tmp_path / "out", "cpu")
+    expected = {"01_misalignment", "02_hierarchical_features", "04_umap", "05_robustness"}
+    assert set(executed) == expected | ({"03_training"} if len(generators) > 1 else set())
+    for values in executed.values():
+        assert Path(values["DATA"]).is_file() and values["PRESET"] == "stub" and values["MODELS"] == {}
+    assert failed == ["notebook 04_umap: ValueError: got 10 points"]
+    page = (tmp_path / "out" / "summary.md").read_text()
+    assert "- failed: notebook 04_umap: ValueError: got 10 points" in page
+    assert "- left out: 00_the_mini_lab: it is about the mini laboratory" in page
+    assert ("second generator" in page) == (len(generators) == 1)
+    assert (tmp_path / "out" / "detector" / "detector.json").is_file()
+
+
+def test_few_photographs_get_all_that_can_be_said(stub: Preset, executed: dict, tmp_path: Path) -> None:
+    run.run_all(stub, photos(tmp_path / "images", 82), tmp_path / "out", "cpu")
+    page = (tmp_path / "out" / "summary.md").read_text()
+    assert (
+        "Made with preset stub, models " in page and "82 images" in page and "Splits: no splits given" in page
+    )
+    assert "| generator | images | global cosine | mean local cosine |" in page
+    assert "real and" in page and "95 % intervals" in page and "auroc" in page
+    # the promise alone is withheld, with what it takes
+    assert "withheld" in page and "--fpr" in page and "nan" not in page
+
+
+def test_one_class_gets_a_summary_too(stub: Preset, executed: dict, tmp_path: Path) -> None:
+    table = photos(tmp_path / "images", 20)
+    failed = run.run_all(stub, table[table["label"] == 0], tmp_path / "out", "cpu")
+    page = (tmp_path / "out" / "summary.md").read_text()
+    assert executed == {} and len(failed) == 1 and failed[0].startswith("detector: ")
+    assert "## No detector" in page and "| real | 10 |" in page and "it compares real and fake images" in page
+
+
+def test_names_from_data_do_not_break_the_page(stub: Preset, executed: dict, tmp_path: Path) -> None:
+    run.run_all(stub, photos(tmp_path / "images", 60, ("a|b<i>\x1b[2J",)), tmp_path / "out", "cpu")
+    page = (tmp_path / "out" / "summary.md").read_text()
+    assert "| a\\|b&lt;i>\\x1b[2J |" in page and "\x1b" not in page
+
+
+def test_an_installed_package_without_notebooks_says_where_they_are(
+    stub: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "site-packages" / "itemkit" / "run.py"))
+    failed = run.run_all(stub, photos(tmp_path / "images", 60), tmp_path / "out", "cpu")
+    page = (tmp_path / "out" / "summary.md").read_text()
+    assert failed == [] and "left out: the notebooks, which come with the repository" in page
+    assert "## Detector" in page
+
+
+def test_models_of_a_run_reach_the_notebooks(
+    stub: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run._as_literals(get_preset("mini")) == {}
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    changed = get_preset("mini", localiser="dense", encoder="clip")
+    values = run._as_literals(changed)
+    assert values is not None and get_preset("mini", **values).encoder == str(folder)
+    assert json.loads(json.dumps(values))["localiser"] == "dense"
+    assert run._as_literals(get_preset("mini", captioner=fakes.FakeCaptioner())) is None
+
+
+def test_prose_about_the_laboratory_does_not_stand_below_other_figures(tmp_path: Path) -> None:
+    notebook = nbformat.v4.new_notebook()
+    lab = nbformat.v4.new_markdown_cell("## Recap\n\nNo interval touches 0.5.", metadata={"tags": ["lab"]})
+    code = nbformat.v4.new_code_cell("DATA = ''", metadata={"tags": ["parameters"]})
+    shown = nbformat.v4.new_code_cell("print(DATA)")
+    notebook.cells = [nbformat.v4.new_markdown_cell("# A question?"), code, shown, lab]
+    run._execute(notebook, tmp_path / "n" / "made.ipynb", {"DATA": "mine"}, tmp_path)
+    made = nbformat.read(tmp_path / "n" / "made.ipynb", as_version=4)
+    assert made.cells[0].source == "# A question?" and made.cells[-2].outputs[0].text == "mine\n"
+    assert made.cells[-1].source == f"## Recap\n\n{run.NOT_YOURS}"
+
+
+def test_every_notebook_marks_its_prose_about_the_laboratory(repo: Path) -> None:
+    for source in sorted((repo / "notebooks").glob("0[1-5]*.ipynb")):
+        for cell in nbformat.read(source, as_version=4).cells:
+            if cell.cell_type == "markdown" and "What to notice" in cell.source:
+                assert run.LAB_TAG in cell.metadata.get("tags", []), (source.name, cell.source[:60])
+        assert {"MODELS", "DATA"} <= run._read(source)[1]
+    assert schema.LAB_SOURCE
