@@ -17,7 +17,8 @@ from itemkit.errors import InputError
 from itemkit.features import OBJECT_ARRAYS, Features
 from itemkit.matrix import train_on_test_on
 from itemkit.recipes import Recipe
-from itemkit.results import POOLED
+
+LEVEL = 0.95  # of all intervals
 
 
 def ablation(
@@ -28,7 +29,6 @@ def ablation(
     train_generators: Sequence[str] | None = None,
     families: Mapping[str, str] | None = None,
     metric: str = "auroc",
-    level: float = 0.95,
     out: str | Path | None = None,
     jobs: int = 1,
     progress: bool = False,
@@ -43,18 +43,10 @@ def ablation(
         With labels, generators and splits.
     questions : dict of dict
         Question -> option -> `Recipe`; the first option is the reference, usually the default.
-    seeds : ints
-        Each draws other training images, another division of the validation images and another start.
-    train_generators, families
-        See `train_on_test_on`.
     metric : str
         Out of `itemkit.metrics.METRICS`, higher is better.
-    level : float
-        Of the intervals.
-    out : folder, optional
-        Keep one JSON per run there, and reuse those that fit.
-    jobs, progress
-        See `train_on_test_on`.
+    seeds, train_generators, families, out, jobs, progress
+        See `itemkit.matrix.train_on_test_on`.
 
     Returns
     -------
@@ -64,6 +56,11 @@ def ablation(
         for option minus reference, paired by seed; ``cells_better``, share of the unseen (train, test) cells
         in which the option's mean over seeds is higher; ``n_cells, n_seeds``. Intervals say what other
         training draws and starts would do, on these generators and these test images.
+
+    Raises
+    ------
+    InputError
+        A question has no two options, an option cannot be run, or nothing is unseen.
     """
     if lonely := [name for name, options in questions.items() if len(options) < 2]:
         raise InputError(f"question {lonely[0]!r} has one option or none; expected a reference and others")
@@ -79,7 +76,11 @@ def ablation(
         features, recipes, seeds, train_generators=train_generators, families=families, metrics=(metric,),
         n_boot=0, out=out, jobs=jobs, progress=progress,
     )  # fmt: skip
-    cells = study.table[~study.table["seen"] & (study.table["test_generator"] != POOLED)]
+    if study.failures:
+        name, why = next(iter(study.failures.items()))
+        raise InputError(f"option {name!r} cannot be compared: {why}. Leave it out; what was trained is kept")
+    cells = pd.concat([study.cells(name, metric) for name in recipes])
+    cells = cells[~cells["seen"]]
     if cells.empty:
         raise InputError(
             "no generator is of another family than those trained on, so nothing is unseen; give images of "
@@ -95,8 +96,7 @@ def ablation(
             mine = wide[names[question, option]]
             gap = mine - first
             value, difference = mine.mean(axis=1), gap.mean(axis=1)
-            low, high = _t_interval(value, level)
-            gap_low, gap_high = _t_interval(difference, level)
+            (low, high), (gap_low, gap_high) = _t_interval(value), _t_interval(difference)
             rows.append(
                 {"question": question, "option": option, "reference": i == 0,
                  "value": value.mean(), "low": low, "high": high,
@@ -107,15 +107,12 @@ def ablation(
     return pd.DataFrame(rows)
 
 
-def _t_interval(values: pd.Series, level: float) -> tuple[float, float]:
-    n = len(values)
-    if n < 2:
-        return float("nan"), float("nan")
-    half = stats.t.ppf((1 + level) / 2, n - 1) * values.std() / np.sqrt(n)
+def _t_interval(values: pd.Series) -> tuple[float, float]:
+    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.sem() if len(values) > 1 else float("nan")
     return values.mean() - half, values.mean() + half
 
 
-def what_matters(table: pd.DataFrame, least: float = 0.01, level: float = 0.95) -> pd.DataFrame:
+def what_matters(table: pd.DataFrame, least: float = 0.01) -> pd.DataFrame:
     """Sum an ablation up: whether any option of a question differs from the reference by more than a little.
 
     Every option's interval is widened for as many comparisons as the question has (Bonferroni), so that "yes"
@@ -127,8 +124,6 @@ def what_matters(table: pd.DataFrame, least: float = 0.01, level: float = 0.95) 
         Of `ablation`; several may be concatenated.
     least : float
         Differences smaller than this do not matter, however certain they are.
-    level : float
-        Of the intervals.
 
     Returns
     -------
@@ -141,9 +136,8 @@ def what_matters(table: pd.DataFrame, least: float = 0.01, level: float = 0.95) 
     rows = []
     for question, part in table.groupby("question", sort=False):
         others = part[~part["reference"]]
-        n, wide = others["n_seeds"], (1 - level) / 2 / len(others)
-        spread = others["difference_sd"] / np.sqrt(n)
-        half = pd.Series(stats.t.ppf(1 - wide, (n - 1).clip(lower=1)), others.index) * spread
+        n, tail = others["n_seeds"], (1 - LEVEL) / 2 / len(others)
+        half = stats.t.ppf(1 - tail, (n - 1).clip(lower=1)) * others["difference_sd"] / np.sqrt(n)
         half = half.where(n > 1, np.inf)
         low, high = others["difference"] - half, others["difference"] + half
         surely, nearer = (low > least) | (high < -least), (low > -least) & (high < least)
@@ -165,8 +159,8 @@ def degrade_captions(
     Parameters
     ----------
     table : DataFrame
-        With ``image_id, path, caption``, e.g. `Features.table`. The damage follows from the image's content, so it
-        is the same whatever folder the images lie in and whatever others lie beside them.
+        With ``image_id, path, caption``, e.g. `Features.table`. The damage follows from the image's content:
+        it is the same whatever folder the images lie in and whatever others lie beside them.
     share : float
         Probability that an object is made wrong. What is wrong at a small share stays so, and in the same
         way, at a larger one.

@@ -27,7 +27,7 @@ from itemkit.errors import InputError, StoreError
 from itemkit.features import Features
 from itemkit.metrics import METRICS
 from itemkit.recipes import Recipe, array_hash
-from itemkit.results import STUDY_METRICS, Run, Study, finish_run, run_name
+from itemkit.results import STUDY_METRICS, Run, Study, run_name
 from itemkit.splits import split_validation
 from itemkit.text import count, did_you_mean, one_line
 
@@ -241,13 +241,10 @@ def _runs(
             stop, rest = (val_rows[half] for half in split_validation(y[val_rows], seed=seed))
             scorer = recipe.build(seed)
             scorer.fit(features.select(drawn), features.select(stop))
-            scores = (
-                scorer.decision_function(features.select(rest)),
-                y[rest],
-                scorer.decision_function(test),
-            )
-            about = {"n_train": len(drawn), "seconds": round(time.perf_counter() - start, 3), "key": key}
-            run = finish_run(name, train, seed, *scores, options, config=recipe.config, **about)
+            val, scores = scorer.decision_function(features.select(rest)), scorer.decision_function(test)
+            seconds = round(time.perf_counter() - start, 3)
+            run = Run(name, train, seed, val, y[rest], scores, len(drawn), seconds, key, recipe.config)
+            run.calibrate(options)
             if path:
                 write_json(path, asdict(run))
             done.append(run)
@@ -264,10 +261,7 @@ def _reuse(path: Path | None, key: str, options: dict) -> Run | None:
     if path is None or not key or not path.is_file():
         return None
     try:
-        old = Run(**json.loads(path.read_text("utf-8")))
-        scores = (np.asarray(part) for part in (old.val_scores, old.val_labels, old.test_scores))
-        about = {name: getattr(old, name) for name in ("n_train", "seconds", "key", "config")}
-        run = finish_run(old.detector, old.train_generator, old.seed, *scores, options, **about)
+        run = Run(**json.loads(path.read_text("utf-8"))).calibrate(options)
     except (OSError, ValueError, TypeError, InputError):
         return None  # damaged, or another version's file: done again and replaced
     return run if run.key == key else None

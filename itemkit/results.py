@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,26 +52,21 @@ class Run:
     ----------
     detector, train_generator, seed
         What was run.
-    threshold : float or None
-        On the score, from the calibration half of the validation images; None where these are too few, with
-        the reason in ``withheld``.
-    scale, offset : float
-        p(fake) = sigmoid(scale * score + offset), fitted on that half.
-    val_scores, val_labels : list
-        Of that half.
+    val_scores, val_labels : lists
+        Of the half of the validation images that calibrates.
     test_scores : list of float
         Of every test image, in the order of ``Study.test``.
     n_train, seconds, key, config
         How it was made.
+    threshold : float or None
+        On the score; None where the validation images are too few, with the reason in ``withheld``.
+    scale, offset : float
+        p(fake) = sigmoid(scale * score + offset).
     """
 
     detector: str
     train_generator: str
     seed: int
-    threshold: float | None
-    withheld: str
-    scale: float
-    offset: float
     val_scores: list[float]
     val_labels: list[int]
     test_scores: list[float]
@@ -79,6 +74,28 @@ class Run:
     seconds: float = 0.0
     key: str = ""
     config: dict = field(default_factory=dict)
+    threshold: float | None = None
+    withheld: str = ""
+    scale: float = 1.0
+    offset: float = 0.0
+
+    def calibrate(self, options: Mapping[str, Any]) -> Run:
+        """Choose threshold and calibration on the validation scores; ``options`` as in `train_on_test_on`."""
+        # seven digits on disk and in memory alike: a run read back gives the same table to the last bit
+        self.val_scores = [float(f"{v:.7g}") for v in self.val_scores]
+        self.test_scores = [float(f"{v:.7g}") for v in self.test_scores]
+        self.val_labels = [int(label) for label in self.val_labels]
+        s, y = np.array(self.val_scores), np.array(self.val_labels)
+        self.threshold, self.withheld = None, ""
+        if options["threshold"] == "best":
+            self.threshold = float(best_threshold(y, s))
+        elif reason := lacking(options["fpr"], int((y == schema.REAL).sum()), schema.REAL):
+            self.withheld = reason
+        else:
+            self.threshold = float(threshold_at_fpr(s[y == schema.REAL], options["fpr"]).value)
+        platt = fit_calibrator(y, s, "platt")
+        self.scale, self.offset = platt.scale, platt.offset
+        return self
 
     def probability(self) -> np.ndarray:
         """Calibrated p(fake) of every test image."""
@@ -87,45 +104,13 @@ class Run:
 
 def run_name(detector: str, train_generator: str, seed: int) -> str:
     """File name of a run; characters that a file system may not like are replaced."""
-    return f"{_file_name(detector)}--{_file_name(train_generator)}--s{seed}.json"
 
+    def plain(name: str) -> str:
+        short = re.sub(r"[^A-Za-z0-9_.+-]+", "_", name)[:80]
+        # two names that lose the difference between them must not share a file
+        return short if short == name else f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
-def _file_name(name: str) -> str:
-    plain = re.sub(r"[^A-Za-z0-9_.+-]+", "_", name)[:80]
-    # two names that lose the difference between them must not share a file
-    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-def finish_run(
-    detector: str,
-    train_generator: str,
-    seed: int,
-    val_scores: np.ndarray,
-    val_labels: np.ndarray,
-    test_scores: np.ndarray,
-    options: Mapping[str, Any],
-    **about: Any,
-) -> Run:
-    """Choose threshold and calibration on validation scores, and make the record of a run.
-
-    Parameters
-    ----------
-    options : mapping
-        ``threshold`` ("fpr" or "best") and ``fpr``, see `itemkit.matrix.train_on_test_on`.
-    **about
-        Further fields of `Run`.
-    """
-    # seven digits on disk and in memory alike, so that a run read back gives the same table to the last bit
-    val, test = ([float(f"{v:.7g}") for v in scores] for scores in (val_scores, test_scores))
-    s, y = np.asarray(val), np.asarray(val_labels, int)
-    threshold, withheld = None, ""
-    if options["threshold"] == "best":
-        threshold = float(best_threshold(y, s))
-    elif not (withheld := lacking(options["fpr"], int((y == schema.REAL).sum()), schema.REAL) or ""):
-        threshold = float(threshold_at_fpr(s[y == schema.REAL], options["fpr"]).value)
-    platt = fit_calibrator(y, s, "platt")
-    chosen = (threshold, withheld, platt.scale, platt.offset)
-    return Run(detector, train_generator, seed, *chosen, val, y.tolist(), test, **about)
+    return f"{plain(detector)}--{plain(train_generator)}--s{seed}.json"
 
 
 def late_fusion(
@@ -217,32 +202,24 @@ class Study:
         return weights
 
     def _tabulate(self, runs: Sequence[Run]) -> None:
-        y = self.test[schema.LABEL].to_numpy(int)
-        metrics, weights = self.options["metrics"], self._weights()
-        ones = np.ones((len(y), 1))
+        y, metrics = self.test[schema.LABEL].to_numpy(int), self.options["metrics"]
+        weights = np.c_[np.ones(len(y), np.float32), self._weights()]  # the sample itself, and its resamples
         rows: list[dict] = []
         for run in runs:
             s, p = np.asarray(run.test_scores), run.probability()
             # without a threshold its metrics stay empty; everything else does not need one
             defined = [m for m in metrics if run.threshold is not None or m not in THRESHOLD_METRICS]
             for name, mask in self._groups(run.train_generator).items():
-                given = (defined, run.threshold, p[mask], True)
-                point = replicate(y[mask], s[mask], ones[mask], *given)
-                drawn = replicate(y[mask], s[mask], weights[mask], *given) if weights.shape[1] else {}
-                cell = {
-                    "detector": run.detector,
-                    "train_generator": run.train_generator,
-                    "test_generator": name,
-                    "seen": name != POOLED and self._seen(run.train_generator, name),
-                    "seed": run.seed,
-                }
+                found = replicate(y[mask], s[mask], weights[mask], defined, run.threshold, p[mask], True)
+                seen = name != POOLED and self._seen(run.train_generator, name)
+                cell = dict(zip(KEY, (run.detector, run.train_generator, name, run.seed), strict=False))
                 count = {"n_real": int((y[mask] == 0).sum()), "n_fake": int((y[mask] == 1).sum())}
                 for metric in metrics:
-                    replicates = drawn.get(metric, np.zeros(0))
-                    self._replicates[run.detector, run.train_generator, name, run.seed, metric] = replicates
-                    value = float(point[metric][0]) if metric in point else float("nan")
-                    low, high = metric_interval(metric, value, replicates, LEVEL)
-                    rows.append(cell | {"metric": metric, "value": value, "low": low, "high": high} | count)
+                    value, *drawn = found.get(metric, [float("nan")])
+                    self._replicates[(*cell.values(), metric)] = np.asarray(drawn)
+                    low, high = metric_interval(metric, value, np.asarray(drawn), LEVEL)
+                    about = {"metric": metric, "value": float(value), "low": low, "high": high}
+                    rows.append(cell | {"seen": seen} | about | count)
         new = pd.DataFrame(rows)
         self.table = new if self.table.empty else pd.concat([self.table, new], ignore_index=True)
 
@@ -250,16 +227,13 @@ class Study:
 
     def cells(self, detector: str, metric: str, pooled: bool = False) -> pd.DataFrame:
         """Rows of `table` of one contender and metric: pairs of generators, or the pooled ones, and seeds."""
-        for what, name, known in (
-            ("contender", detector, self.detectors), ("metric", metric, self.options["metrics"])
-        ):  # fmt: skip
-            if name not in known:
-                reason = (
-                    f" It failed, {self.failures[name]}"
-                    if name in self.failures
-                    else did_you_mean(name, known)
-                )
-                raise InputError(f"no {what} {name!r} in this study; there are {', '.join(known)}.{reason}")
+        known = {detector: self.detectors, metric: self.options["metrics"]}
+        if unknown := [name for name, names in known.items() if name not in names]:
+            name, names = unknown[0], known[unknown[0]]
+            failed = (
+                f" It failed, {self.failures[name]}" if name in self.failures else did_you_mean(name, names)
+            )
+            raise InputError(f"no {name!r} in this study; there are {', '.join(names)}.{failed}")
         rows = (self.table["detector"] == detector) & (self.table["metric"] == metric)
         return self.table[rows & ((self.table["test_generator"] == POOLED) == pooled)]
 
@@ -370,9 +344,9 @@ class Study:
                 [np.asarray(getattr(r, which)) for r in mine] for which in ("val_scores", "test_scores")
             )
             y = np.asarray(run.val_labels)
-            joint = (late_fusion(val, y, val), y, late_fusion(val, y, test))
-            about = {"n_train": run.n_train, "config": {"fuse": [r.config for r in mine]}}
-            new.append(finish_run(name, run.train_generator, run.seed, *joint, self.options, **about))
+            fused = replace(run, detector=name, val_scores=late_fusion(val, y, val), key="")
+            fused.test_scores, fused.config = late_fusion(val, y, test), {"fuse": [r.config for r in mine]}
+            new.append(fused.calibrate(self.options))
         self.runs += new
         self._tabulate(new)
         return self
@@ -449,8 +423,8 @@ def fusion_report(study: Study, fused: Mapping[str, Sequence[str]]) -> tuple[pd.
     Returns
     -------
     tuple of DataFrame
-        `Study.fusion_gain` of every fusion over the unseen cells, with the column ``fusion``; and one line per
-        fusion to be printed.
+        `Study.fusion_gain` of every fusion over the unseen cells, with the column ``fusion``; and one line
+        per fusion to be printed.
     """
     tables, lines = [], []
     worst = study.summary(["auroc"]).set_index("detector")
@@ -460,17 +434,15 @@ def fusion_report(study: Study, fused: Mapping[str, Sequence[str]]) -> tuple[pd.
         if gain.empty:
             continue
         tables.append(gain)
-        below, surely, least = gain["difference"] < 0, gain["high"] < 0, gain.iloc[0]
-        loss = f"{-least['difference']:.3f} ({least[PAIR[0]]} → {least[PAIR[1]]})" if below.any() else ""
+        below, least = gain["difference"] < 0, gain.iloc[0]
+        where = f" ({least['train_generator']} → {least['test_generator']})"
         lines.append(
             {"fusion": f"{name} ({', '.join(parts)})",
              "cells below the better part": f"{below.sum()} of {len(gain)}",
-             f"beyond the {LEVEL:.0%} interval": int(surely.sum()),
-             "largest loss": loss,
+             f"beyond the {LEVEL:.0%} interval": int((gain["high"] < 0).sum()),
+             "largest loss": f"{-least['difference']:.3f}{where}" if below.any() else "",
              "worst cell": f"{worst.loc[name, 'worst']:.3f}",
-             "best worst cell of a part": f"{worst.loc[list(parts), 'worst'].max():.3f}",
-             "mean": f"{worst.loc[name, 'unseen_mean']:.3f}",
-             "means of the parts": ", ".join(f"{v:.3f}" for v in worst.loc[list(parts), "unseen_mean"])}
+             "best worst cell of a part": f"{worst.loc[list(parts), 'worst'].max():.3f}"}
         )  # fmt: skip
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), pd.DataFrame(lines)
 
@@ -504,8 +476,8 @@ def study_table(studies: Mapping[str, Study], protocol: Protocol, titles: Mappin
     DataFrame
         ``kind`` ("ours" or "published, not ours"), ``condition, detector, title, metric, row`` (a cell,
         "mean of cells" or "worst cell"), ``seen`` (was one of the tested family trained on?), ``value`` (mean
-        over seeds), ``low, high`` and what they are an ``interval`` over, ``seed_sd``, ``where`` (which cell is
-        the worst), ``n_seeds``, ``n_real, n_fake`` (test images), and ``preset, models, itemkit, note``: what
+        over seeds), ``low, high`` and what they are an ``interval`` over, ``seed_sd``, ``where`` (which cell
+        is the worst), ``n_seeds``, ``n_real, n_fake`` (test images), and ``preset, models, itemkit, note``: what
         made them. All values are shares, also the published ones, which are printed in per cent.
     """
     rows: list[dict] = []

@@ -1,6 +1,6 @@
 """The ablation grid: paired differences on unseen families, and the helpers that make its options."""
 
-from dataclasses import replace
+import hashlib
 
 import numpy as np
 import pandas as pd
@@ -10,9 +10,9 @@ from scipy import stats
 from itemkit.ablation import ablation, degrade_captions, first_objects, what_matters
 from itemkit.errors import InputError
 from itemkit.head import MisalignmentMLP
+from itemkit.matrix import train_on_test_on
 from itemkit.misalignment import RepresentationConfig, represent
-from itemkit.study import item, train_on_test_on
-from minilab.grammar import COLOURS, KINDS
+from itemkit.recipes import item
 
 from synthetic import make_features
 
@@ -103,24 +103,26 @@ def test_errors():
         ablation(FEATURES, {"level": {"both": item("cosines", HEAD)}})
     with pytest.raises(InputError, match="nothing is unseen; give images of a second family"):
         ablation(FEATURES, {"level": QUESTIONS["level"]}, (0,), families=dict.fromkeys(FAMILY, "one"))
-    with pytest.raises(InputError, match="share=1.5 and 12 kinds; expected 0 to 1"):
-        degrade_captions(pd.Series(["a red car"]), 1.5, KINDS)
+    with pytest.raises(InputError, match="share=1.5 and 6 kinds; expected 0 to 1"):
+        degrade_captions(IMAGES, 1.5, KINDS)
 
 
-CAPTIONS = pd.Series(
-    [f"a red car, an orange boat and a blue {kind} on the grass" for kind in KINDS for _ in range(40)],
-    index=[f"images/{i}.png" for i in range(40 * len(KINDS))],
+COLOURS = ("red", "orange", "blue", "white", "green")
+KINDS = ("car", "boat", "umbrella", "tree", "house", "apple")
+N = 80 * len(KINDS)
+IMAGES = pd.DataFrame(
+    {
+        "image_id": [hashlib.sha256(str(i).encode()).hexdigest() for i in range(N)],
+        "path": [f"images/{i}.png" for i in range(N)],
+        "caption": [f"a red car, an orange boat and a blue {KINDS[i // 80]} on the grass" for i in range(N)],
+    }
 )
 
 
 def changed(captions):
-    """Of each object: is it told otherwise than in the undamaged captions?"""
-    return np.array(
-        [
-            [a != b for a, b in zip(things(old), things(new), strict=True)]
-            for old, new in zip(CAPTIONS, captions, strict=True)
-        ]
-    )
+    """Of each object: is it named otherwise than in the undamaged captions?"""
+    pairs = [(things(old), things(new)) for old, new in zip(IMAGES["caption"], captions, strict=True)]
+    return np.array([[a != b for a, b in zip(*pair, strict=True)] for pair in pairs])
 
 
 def things(caption):
@@ -129,39 +131,43 @@ def things(caption):
 
 
 def test_degraded_captions():
-    shares = {share: degrade_captions(CAPTIONS, share, KINDS, COLOURS) for share in (0, 0.1, 0.5, 1)}
-    assert shares[0].equals(CAPTIONS)
+    shares = {share: degrade_captions(IMAGES, share, KINDS, COLOURS) for share in (0, 0.1, 0.5, 1)}
+    assert shares[0].tolist() == IMAGES["caption"].tolist() and list(shares[0].index) == list(IMAGES["path"])
     assert changed(shares[0.1]).mean() == pytest.approx(0.1, abs=0.025)
     assert changed(shares[0.5]).mean() == pytest.approx(0.5, abs=0.04)
     assert changed(shares[1]).all()
     assert (changed(shares[0.5]) | ~changed(shares[0.1])).all()  # wrong at a tenth: wrong at a half, too
-    pairs = zip(CAPTIONS, shares[1], strict=True)
+    pairs = zip(IMAGES["caption"], shares[1], strict=True)
     wrong = [pair for old, new in pairs for pair in zip(things(old), things(new), strict=True)]
     assert all((a[0] == b[0]) != (a[1] == b[1]) for a, b in wrong)  # either the colour or the kind
-    assert {b[1] for _, b in wrong} == set(KINDS) and {b[0] for _, b in wrong} >= set(COLOURS) - {"white"}
+    assert {b[1] for _, b in wrong} == set(KINDS) and {b[0] for _, b in wrong} == set(COLOURS)
     for text in shares[1]:
         words = text.replace(",", "").split()
         articles = [(a, b) for a, b in zip(words, words[1:], strict=False) if a in ("a", "an")]
         assert all((a == "an") == (b[0] in "aeiou") for a, b in articles)
-    part = CAPTIONS.sample(50, random_state=1)
-    assert degrade_captions(part, 0.5, KINDS, COLOURS).equals(shares[0.5].loc[part.index])
-    assert not degrade_captions(CAPTIONS, 0.5, KINDS, COLOURS, seed=1).equals(shares[0.5])
+    assert not degrade_captions(IMAGES, 0.5, KINDS, COLOURS, seed=1).equals(shares[0.5])
+
+
+def test_damage_follows_the_image_and_not_its_folder():
+    here = degrade_captions(IMAGES, 0.5, KINDS, COLOURS)
+    moved = IMAGES.assign(path=[f"/elsewhere/{i}.png" for i in range(N)]).sample(frac=0.5, random_state=1)
+    there = degrade_captions(moved, 0.5, KINDS, COLOURS)
+    assert there.tolist() == here.iloc[moved.index].tolist()
+    assert (there != moved["caption"].to_numpy()).any() and list(there.index) == list(moved["path"])
 
 
 def test_first_objects():
-    norms = np.arange(len(FEATURES.owner), dtype=np.float32)
-    features = replace(FEATURES, region_norm=norms, phrase_norm=norms)
-    few = first_objects(features, 2)
+    few = first_objects(FEATURES, 2)
     np.testing.assert_array_equal(
         np.bincount(few.owner, minlength=len(few)),
-        np.minimum(np.bincount(features.owner, minlength=len(features)), 2),
+        np.minimum(np.bincount(FEATURES.owner, minlength=len(FEATURES)), 2),
     )
-    row = int(np.flatnonzero(np.bincount(features.owner) == 3)[0])
-    mine, kept = np.flatnonzero(features.owner == row), np.flatnonzero(few.owner == row)
-    np.testing.assert_array_equal(few.region_emb[kept], features.region_emb[mine[:2]])
-    np.testing.assert_array_equal(few.phrase_norm[kept], features.phrase_norm[mine[:2]])
-    assert list(few.objects["phrase"][kept]) == list(features.objects["phrase"][mine[:2]])
-    none = first_objects(features, 0)
+    row = int(np.flatnonzero(np.bincount(FEATURES.owner) == 3)[0])
+    mine, kept = np.flatnonzero(FEATURES.owner == row), np.flatnonzero(few.owner == row)
+    np.testing.assert_array_equal(few.region_emb[kept], FEATURES.region_emb[mine[:2]])
+    np.testing.assert_array_equal(few.phrase_emb[kept], FEATURES.phrase_emb[mine[:2]])
+    assert list(few.objects["phrase"][kept]) == list(FEATURES.objects["phrase"][mine[:2]])
+    none = first_objects(FEATURES, 0)
     whole = represent(none, RepresentationConfig(level="global"))
     np.testing.assert_array_equal(represent(none, "absolute"), np.tile(whole, 3))
-    assert len(first_objects(features, 99).owner) == len(features.owner)
+    assert len(first_objects(FEATURES, 99).owner) == len(FEATURES.owner)

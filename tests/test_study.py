@@ -148,9 +148,9 @@ def test_comparison_is_paired(study):
     assert table.loc["text", "low"] > 0 and table.loc["text", "p_value"] < 0.05
     mirrored = study.compare("text", "auroc", ["item"]).iloc[0]
     assert mirrored["difference"] == pytest.approx(-expected)
-    with pytest.raises(InputError, match="no contender 'imag' in this study.* Did you mean 'image'"):
+    with pytest.raises(InputError, match="no 'imag' in this study.* Did you mean 'image'"):
         study.compare("imag")
-    with pytest.raises(InputError, match="no metric 'brier' in this study; there are ap, auroc"):
+    with pytest.raises(InputError, match="no 'brier' in this study; there are ap, auroc"):
         study.summary(["brier"])
 
 
@@ -415,7 +415,7 @@ def test_one_failing_contender_costs_no_other(tmp_path):
     study = train_on_test_on(FEATURES, {"bad": Broken, "good": Recorder}, seeds=(0,), n_boot=0, out=tmp_path)
     assert study.detectors == ["good"] and len(study.matrix("good")) == 3
     assert set(study.failures) == {"bad"} and "trained on" in study.failures["bad"]
-    with pytest.raises(InputError, match="no contender 'bad'.*It failed, trained on"):
+    with pytest.raises(InputError, match="no 'bad'.*It failed, trained on"):
         study.cells("bad", "auroc")
     assert Study.load(tmp_path).failures == study.failures
     with pytest.raises(InputError, match="no contender could be run; the first, bad, trained on gan: no"):
