@@ -1,7 +1,7 @@
 """The field's protocols as data files beside this module: what trains, what tests, in which order and metric.
 
-A file says only which sets of a user's folder play which part; reading folders is the manifest's affair.
-Published numbers stand in the files with what they are a mean of; nothing here is computed from them.
+A file says which sets of a user's folder play which part, and what others have published; the folder is read
+by `itemkit.manifest`, and validation images that a data set lacks are carved by `itemkit.splits`.
 """
 
 from __future__ import annotations
@@ -133,54 +133,26 @@ class Protocol:
             The training set is missing, or a test set and it may not be left out; both name what there is.
         """
         table = manifest[manifest[schema.LABEL].notna()].copy()
-        part = table[schema.SPLIT].map(self.splits).fillna("test")
-        table[schema.SPLIT] = part
+        table[schema.SPLIT] = table[schema.SPLIT].map(self.splits).fillna("test")
         fake = (table[schema.LABEL] == schema.FAKE).to_numpy(bool)
+        training = (table[schema.SPLIT] != "test").to_numpy()
         names = table[schema.GENERATOR].astype(str).str.casefold()
         for test in self.test:
             table.loc[fake & names.isin(test.names).to_numpy(), schema.GENERATOR] = test.name
-        training = (part != "test").to_numpy()
         if self.train_is_all:
             table.loc[training & fake, schema.GENERATOR] = self.train[0]
-        kept = [self._with_reals(table, training & fake, training, self.train, "train")]
-        missing = []
-        for test in self.test:
-            rows = self._with_reals(table, ~training & fake, ~training, (test.name,), "test")
-            if rows[fake[rows]].size and rows[~fake[rows]].size:
-                kept.append(rows)
-            else:
-                missing.append(test.title)
-        self._complain(manifest, table, fake, kept[0], missing, skip_missing, len(kept) > 1)
-        table = table.iloc[np.unique(np.concatenate(kept))]
-        if per_set is not None:
-            table = _limit(table, per_set)
-        return table.reset_index(drop=True), missing
 
-    @staticmethod
-    def _with_reals(
-        table: pd.DataFrame, fakes: np.ndarray, there: np.ndarray, names: tuple[str, ...], split: str
-    ) -> np.ndarray:
-        """Rows of these generators' fakes, and of the reals that belong to the same sources."""
-        mine = fakes & table[schema.GENERATOR].isin(names).to_numpy()
-        real = (table[schema.LABEL] == schema.REAL).to_numpy(bool)
-        same = table[schema.SOURCE].isin(set(table.loc[mine, schema.SOURCE])).to_numpy()
-        return np.flatnonzero(mine | (there & real & same))
+        def with_reals(part: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
+            """Rows of these generators' fakes, and of the reals that belong to the same sources."""
+            mine = part & fake & table[schema.GENERATOR].isin(names).to_numpy()
+            sources = set(table.loc[mine, schema.SOURCE])
+            return np.flatnonzero(mine | (part & ~fake & table[schema.SOURCE].isin(sources).to_numpy()))
 
-    def _complain(
-        self,
-        manifest: pd.DataFrame,
-        table: pd.DataFrame,
-        fake: np.ndarray,
-        training: np.ndarray,
-        missing: list[str],
-        skip_missing: bool,
-        any_test: bool,
-    ) -> None:
-        counts = manifest.assign(split=manifest[schema.SPLIT].fillna("no split folder"))
-        counts = counts.groupby(["split", schema.GENERATOR]).size()
-        there = "; ".join(f"{split}: {name} ({n:,})" for (split, name), n in counts.items()) or "nothing"
-        there = there if len(there) < 1500 else there[:1500] + " ..."
-        lacking = [schema.LABEL_NAMES[k] for k in (0, 1) if not (fake[training] == bool(k)).any()]
+        train = with_reals(training, self.train)
+        tests = {test.title: with_reals(~training, (test.name,)) for test in self.test}
+        missing = [title for title, rows in tests.items() if len(set(fake[rows])) < 2]
+        there = _what_there_is(manifest)
+        lacking = [schema.LABEL_NAMES[k] for k in (0, 1) if not (fake[train] == bool(k)).any()]
         if lacking:
             folders = ", ".join(k for k, v in self.splits.items() if v != "test")
             raise InputError(
@@ -188,11 +160,21 @@ class Protocol:
                 f"{', '.join(self.train)} under a folder {folders}. Found {there}. "
                 "Give the folder that holds training and test sets"
             )
-        if missing and (not skip_missing or not any_test):
+        if missing and (not skip_missing or len(missing) == len(tests)):
             raise InputError(
-                f"{self.title}: {len(missing)} of {len(self.test)} test sets are missing or lack one class: "
+                f"{self.title}: {len(missing)} of {len(tests)} test sets are missing or lack one class: "
                 f"{', '.join(missing)}. Found {there}. Add them, or leave them out with --skip-missing"
             )
+        rows = [train, *(rows for title, rows in tests.items() if title not in missing)]
+        table = table.iloc[np.unique(np.concatenate(rows))]
+        return (table if per_set is None else _limit(table, per_set)).reset_index(drop=True), missing
+
+
+def _what_there_is(manifest: pd.DataFrame) -> str:
+    counts = manifest.assign(split=manifest[schema.SPLIT].fillna("no split folder"))
+    counts = counts.groupby(["split", schema.GENERATOR]).size()
+    there = "; ".join(f"{split}: {name} ({n:,})" for (split, name), n in counts.items()) or "nothing"
+    return there if len(there) < 1500 else f"{there[:1500]} ..."
 
 
 def _limit(table: pd.DataFrame, per_set: int) -> pd.DataFrame:

@@ -477,8 +477,8 @@ def study_table(studies: Mapping[str, Study], protocol: Protocol, titles: Mappin
         ``kind`` ("ours" or "published, not ours"), ``condition, detector, title, metric, row`` (a cell,
         "mean of cells" or "worst cell"), ``seen`` (was one of the tested family trained on?), ``value`` (mean
         over seeds), ``low, high`` and what they are an ``interval`` over, ``seed_sd``, ``where`` (which cell
-        is the worst), ``n_seeds``, ``n_real, n_fake`` (test images), and ``preset, models, itemkit, note``: what
-        made them. All values are shares, also the published ones, which are printed in per cent.
+        is the worst), ``n_seeds``, ``n_real, n_fake`` (test images), and ``preset, models, itemkit, note``:
+        what made them. All values are shares, also the published ones, which are printed in per cent.
     """
     rows: list[dict] = []
     for condition, study in studies.items():

@@ -316,7 +316,8 @@ def _write_manifest(features: Features, manifest: pd.DataFrame, folder: Path) ->
     names = [schema.PATH, schema.IMAGE_ID, schema.LABEL, schema.GENERATOR, schema.SOURCE, schema.SPLIT]
     table = features.table[names]
     came_with = manifest.drop_duplicates(schema.PATH).set_index(schema.PATH)[schema.SPLIT]
-    write_csv(table.assign(split_given=table[schema.PATH].map(came_with)), folder / "manifest.csv")
+    path = write_csv(table.assign(split_given=table[schema.PATH].map(came_with)), folder / "manifest.csv")
+    print(f"the images and their splits, for detectors that run elsewhere: {path}", file=sys.stderr)
 
 
 def _with_pixels(
