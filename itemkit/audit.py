@@ -1,8 +1,8 @@
 """The audit: what besides the picture itself tells real and fake apart in a data set, and how to close it.
 
 Every property is given alone to a small classifier, and the AUROC it reaches on images it was not fitted to
-is the leak: what a detector could score here without having learnt anything about generated images. The sets of
-the single generators are judged too: pooled, a leak that decides in one of them may look harmless.
+is the leak: what a detector could score here without having learnt anything about generated images. The
+sets of the single generators are judged too: pooled, a leak that decides in one of them may look harmless.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class AuditReport:
         One row per property over all images, ranked: ``property, kind, auroc, low, high, n_real, n_fake,
         verdict, sentence, advice``. With one class only there is no AUROC; the sentences describe it.
     parts : DataFrame
-        The same for each generator (or source) by itself, in a column ``set``; the worst first. Empty if there
-        is but one.
+        The same for each generator (or source) by itself, in a column ``set``; the worst first. Empty if
+        there is but one.
     duplicates : DataFrame
         Pairs of images that show the same picture; see `find_duplicates`.
     measurements, errors : DataFrame
@@ -129,7 +129,7 @@ class AuditReport:
         was = f"{'before':>8}" if old else ""
         lines = [self.headline(), ""]
         if self.table["auroc"].notna().any():
-            lines += ["AUROC of each property alone, on images it was not fitted to (0.5 says nothing, 1 all)", ""]
+            lines += ["AUROC of each property alone, on images it was not fitted to (0.5 is chance)", ""]
             lines.append(
                 f"  {'property':<20}{was}{'AUROC':>8}  {'95 % interval':<16}{'real':>7}{'fake':>7}  verdict"
             )
@@ -155,7 +155,7 @@ class AuditReport:
         return "\n".join(lines)
 
     def headline(self) -> str:
-        """Say in a few sentences what was judged, and what it means for a detector's score on these images."""
+        """Say what was judged, and what it means for a detector's score on these images."""
         m = self.measurements
         real, fake = (int((m[schema.LABEL] == label).sum()) for label in (schema.REAL, schema.FAKE))
         n = len(m) + self.left_out
@@ -163,8 +163,8 @@ class AuditReport:
         if self.left_out:
             kinds = ", ".join(f"{k:,} {kind}" for kind, k in self.errors["kind"].value_counts().items())
             what = (
-                f"PARTIAL audit of {len(m):,} of {n:,} images: {self.left_out:,} could not be read ({kinds}); "
-                f"{real:,} real, {fake:,} fake"
+                f"PARTIAL audit of {len(m):,} of {n:,} images: {self.left_out:,} could not be read "
+                f"({kinds}); {real:,} real, {fake:,} fake"
             )
         if not (real and fake):
             return f"{what}\nOne class only: nothing can be compared; what the images are like is said below."
@@ -176,9 +176,9 @@ class AuditReport:
             return f"{what}\nNo property separates the classes{' as a whole' * bool(one)}.{one}"
         first, n = self.leaks.iloc[0], len(self.leaks)
         return (
-            f"{what}\n{n} of {len(self.table)} properties separate{'s' * (n == 1)} the classes. The strongest, "
-            f"'{first['property']}', reaches AUROC {first['auroc']:.3f} alone: a detector that sees it can "
-            f"score as much without having learnt anything about generated images.{one}"
+            f"{what}\n{n} of {len(self.table)} properties separate{'s' * (n == 1)} the classes. The "
+            f"strongest, '{first['property']}', reaches AUROC {first['auroc']:.3f} alone: a detector that sees "
+            f"it can score as much without having learnt anything about generated images.{one}"
         )
 
     def _duplicate_sentences(self) -> list[str]:
@@ -399,8 +399,8 @@ def _judge(prop: _Property, table: pd.DataFrame, n_boot: int, seed: int) -> dict
         table = table[table[prop.only].notna()]
     y = table[schema.LABEL].to_numpy(dtype=np.float64, na_value=np.nan)
     n_real, n_fake = int((y == schema.REAL).sum()), int((y == schema.FAKE).sum())
-    row = {"property": prop.name, "kind": prop.kind, "auroc": np.nan, "low": np.nan, "high": np.nan,
-           "n_real": n_real, "n_fake": n_fake, "verdict": "not measurable", "advice": prop.advice}  # fmt: skip
+    row = {"property": prop.name, "kind": prop.kind, "auroc": np.nan, "low": np.nan, "high": np.nan}
+    row |= {"n_real": n_real, "n_fake": n_fake, "verdict": "not measurable", "advice": prop.advice}
     # copies of one image, or fakes of one prompt, must not sit on both sides of a fold
     by_caption = prop.name in ("caption_words", "caption_vocabulary")
     groups, values = table[schema.CAPTION if by_caption else schema.IMAGE_ID], table[prop.name]

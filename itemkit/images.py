@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -346,7 +347,7 @@ def _trouble(name: str, error: Exception, kind: str) -> ImageError:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Convert to 8-bit sRGB in strips. Metadata stays behind: a stale profile would be written later on."""
     if image.mode.startswith(("I", "F")):
-        low, high = image.getextrema()
+        low, high = np.ravel(image.getextrema())
         if image.mode == "F" or not 0 <= low <= high <= 65535:
             problem = f"holds numbers from {low:g} to {high:g} as pixels, of no stated range"
             raise ImageError(name, "unsupported", problem, "store it with 8 or 16 bits per channel")
@@ -368,7 +369,8 @@ def _strip_to_rgb(strip: Image.Image, transform: tuple[str, Any] | None) -> Imag
         strip = strip.convert("LA")
     alpha = strip.convert("RGBA") if strip.has_transparency_data else None
     if transform is not None:
-        strip = ImageCms.applyTransform(strip.convert(transform[0]), transform[1])
+        strip = strip.convert(transform[0])
+        strip = ImageCms.applyTransform(strip, transform[1]) or strip  # None only if done in place
         if alpha is not None:
             strip.putalpha(alpha.getchannel("A"))
             alpha = strip
@@ -426,8 +428,8 @@ def jpeg_quality(image: Image.Image) -> int:
 def _standard_tables() -> np.ndarray:
     """Luminance and chrominance tables that libjpeg writes at the qualities 1 to 100, shape (100, 128)."""
     grey = Image.new("RGB", (8, 8))
-    tables = (Image.open(BytesIO(jpeg_bytes(grey, quality))).quantization for quality in range(1, 101))
-    return np.array([[*table[0], *table[1]] for table in tables])
+    files: Iterable[Any] = (Image.open(BytesIO(jpeg_bytes(grey, quality))) for quality in range(1, 101))
+    return np.array([[*file.quantization[0], *file.quantization[1]] for file in files])
 
 
 def jpeg_subsampling(image: Image.Image) -> str:

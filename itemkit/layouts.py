@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -35,15 +35,15 @@ _WORDS = {
     "no_real": r"(?:non|not|no)_?real",
     "sure_real": r"reals?|nature|authentic|genuine|photograph(?:s|y)?|photos?",
     "sure_fake": r"fakes?|deep_?fakes?|ai_?generated|generated|synthetic|aigc|aigi|ai",
-    "pair_real": r"naturals?|originals?|pristine|bona_?fide|humans?|camera|untampered|unmanipulated|unaltered",
-    "pair_fake": r"manipulated|manipulations?|tampered|forged|forger(?:y|ies)|altered|edited|artificial|machine"
-                 r"|computer|synthesi[sz]ed|synthesis|diffusion|gans?|spoof(?:ed)?",
+    "pair_real": r"naturals?|originals?|pristine|bona_?fide|humans?|camera|untampered|unmanipulated",
+    "pair_fake": r"manipulated|manipulations?|tampered|forged|forger(?:y|ies)|altered|edited|artificial"
+                 r"|machine|computer|synthesi[sz]ed|synthesis|diffusion|gans?|spoof(?:ed)?",
     "test": r"test(?:ing)?|tst|hold_?out|evaluation",
     "train": r"train(?:ing)?|tr(?=_|\d|$)",
     "val": r"val(?:id(?:ation)?)?|dev(?:elopment)?|eval",
     "filler": r"images?|imgs?|pics?|pictures?|data(?:sets?)?|sets?|files?|folder|class|label|art(?:s|works?)?"
-              r"|faces?|samples?|crop(?:ped)?|resized|sequences|scenes?|and|or|vs|versus|by|of|the|made|created"
-              r"|content|is|was|all|png|jpe?g",
+              r"|faces?|samples?|crop(?:ped)?|resized|sequences|scenes?|and|or|vs|versus|by|of|the|made"
+              r"|created|content|is|was|all|png|jpe?g",
     "gap": r"[\d_]+",
 }  # fmt: skip
 _TOKEN = re.compile("|".join(f"(?P<{name}>{words})" for name, words in _WORDS.items()))
@@ -53,9 +53,9 @@ _SURE = {kind: re.compile(_WORDS[f"sure_{kind}"]) for kind in ("real", "fake")}
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 #: Names of generators, as far as they are needed to take an unknown folder beside `real` for one.
 GENERATOR_NAMES = re.compile(
-    r"(?:stable_?diffusion|sdxl|sd_?[v\d]|sd_|flux|midjourney|dall_?e|imagen|firefly|glide|adm|i?ddpm|pndm|ldm"
-    r"|latent|vq|wukong|pixart|kandinsky|playground|deepfloyd|cogview|hunyuan|ideogram|recraft|gpt|face_?swap|face2face"
-    r"|neural_?textures|deep_?fakes?|\w*gan\d?(?:_|$))"
+    r"(?:stable_?diffusion|sdxl|sd_?[v\d]|sd_|flux|midjourney|dall_?e|imagen|firefly|glide|adm|i?ddpm|pndm"
+    r"|ldm|latent|vq|wukong|pixart|kandinsky|playground|deepfloyd|cogview|hunyuan|ideogram|recraft|gpt"
+    r"|face_?swap|face2face|neural_?textures|deep_?fakes?|\w*gan\d?(?:_|$))"
 )
 
 # Folders that only hold others; they name neither a generator nor a source.
@@ -72,14 +72,14 @@ _PHOTO_SETS = {"mscoco", "coco", "raise", "raise_1k", "raise1k"}  # reals of DRC
 
 TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".jsonl", ".ndjson")
 # Endings of what is no image for sure, so that a million of them need not be opened to find out.
-_NO_IMAGES = {*TABLES, ".txt", ".json", ".md", ".html", ".xml", ".yaml", ".yml", ".py", ".ipynb", ".npy", ".npz",
-              ".pt", ".pth", ".zip", ".tar", ".gz", ".7z", ".rar", ".mp4", ".mov", ".avi", ".webm", ".pdf",
-              ".svg", ".log", ".db", ".ini"}  # fmt: skip
+_NO_IMAGES = {*TABLES, ".txt", ".json", ".md", ".html", ".xml", ".yaml", ".yml", ".py", ".ipynb",
+              ".npy", ".npz", ".pt", ".pth", ".zip", ".tar", ".gz", ".7z", ".rar", ".mp4", ".mov", ".avi",
+              ".webm", ".pdf", ".svg", ".log", ".db", ".ini"}  # fmt: skip
 _CAPTION_KEYS = ("caption", "prompt", "text")
 
 
 class Name(NamedTuple):
-    """What a name says: label (0, 1, None), how surely (2 sure, 1 of a pair, 0 contained), split, its number."""
+    """What a name says: label (0, 1, None), how surely (2 sure, 1 paired, 0 contained), split, number."""
 
     label: int | None
     sure: int
@@ -101,7 +101,7 @@ def read_name(text: str) -> Name:
         found = {i for i, kind in enumerate(("real", "fake")) if any(map(_SURE[kind].fullmatch, words))}
         return Name(found.pop() if len(found) == 1 else None, 0, None, None)
     kinds = {m.lastgroup for m in tokens}
-    labels = {_MEANS[kind] for kind in kinds & set(_MEANS)}
+    labels = {label for kind, label in _MEANS.items() if kind in kinds}
     splits = kinds & set(schema.SPLITS)
     digits = name.strip("_") if kinds == {"gap"} else "".join(m[0] for m in tokens if m.lastgroup == "gap")
     number = digits.strip("_") if kinds <= {"gap", "filler"} else None
@@ -157,8 +157,9 @@ class Scan:
 
     def counts(self) -> dict[str, object]:
         """Give what was not taken, for the report."""
-        return {"left_out": dict(self.left_out.most_common()), "by_content": dict(self.by_content.most_common()),
-                "unreadable": self.unreadable, "hidden": self.hidden, "links_back": self.links_back}  # fmt: skip
+        counted = {name: dict(getattr(self, name).most_common()) for name in ("left_out", "by_content")}
+        rest = {"unreadable": self.unreadable, "hidden": self.hidden, "links_back": self.links_back}
+        return {**counted, **rest}
 
     def require_images(self) -> None:
         """Raise an `InputError` that says what is there if there is no image."""
@@ -198,7 +199,8 @@ def scan(root: Path) -> Scan:
 
 
 def _scan_files(found: Scan, here: Path, parts: Parts, files: list[str]) -> None:
-    images, texts = [], {}
+    images: list[str] = []
+    texts: dict[str, str] = {}
     for name in files:
         stem, ending = os.path.splitext(name)
         ending = ending.lower()
@@ -308,7 +310,7 @@ class Tree:
 
     def _label(self, parts: Parts) -> tuple[int, int] | None:
         at = [(i, int(read_name(name).label or 0)) for i, name in enumerate(parts) if self._counts(parts, i)]
-        # photos/fake beside photos/real, or gan/fake beside gan/real: the one with its opposite beside it counts
+        # photos/fake beside photos/real, gan/fake beside gan/real: the one with its opposite beside it counts
         at = [(i, label) for i, label in at if self._beside(parts, i, label)] or at
         if len({label for _, label in at}) > 1:
             names = ", ".join(parts[i] for i, _ in at)
@@ -364,17 +366,20 @@ def _name_forensynths(root: Path, before: Parts, _: Parts) -> tuple[str, str]:
 
 def _name_plain(root: Path, before: Parts, after: Parts) -> tuple[str, str]:
     outer, inner = _names(before), _names(after)
-    made = [name for name in outer if read_name(name).label != schema.REAL]  # photos/fake is made by no "photos"
+    made = [name for name in outer if read_name(name).label != schema.REAL]  # photos/fake: not by "photos"
     return (inner[:1] or made[-1:] or ["unknown"])[0], (outer[-1:] or [root.name])[0]
 
 
 def _names(parts: Iterable[str]) -> list[str]:
     """Names that may be those of generators or sources: no splits, no mere numbers."""
-    return [p for p in parts if not read_name(p).split and normalise(p) not in _CONTAINERS and not p.isdigit()]
+    return [p for p in parts if not (read_name(p).split or normalise(p) in _CONTAINERS or p.isdigit())]
 
 
 def _by_label(namer: Callable, words: tuple[str, ...] = ()) -> Callable[[Tree], dict[Parts, Facts]]:
-    """Build a reader of trees whose label is one folder; `namer` finds generator and source around it."""
+    """Build a reader of trees whose label is one folder, named by `words` (real, fake) if they are given.
+
+    `namer` finds generator and source around it.
+    """
 
     def reader(tree: Tree) -> dict[Parts, Facts]:
         facts: dict[Parts, Facts] = {}
@@ -382,7 +387,7 @@ def _by_label(namer: Callable, words: tuple[str, ...] = ()) -> Callable[[Tree], 
             at = tree.labels.get(parts)
             if words:
                 names = [normalise(p) for p in parts]
-                at = next(((i, read_name(parts[i]).label) for i, n in enumerate(names) if n in words), None)
+                at = next(((i, words.index(n)) for i, n in enumerate(names) if n in words), None)
             if at is None:
                 raise InputError(
                     f"{tree.root}: '{'/'.join(parts) or '.'}' has no label folder. Each path needs one of "
@@ -405,7 +410,7 @@ def _forensynths(tree: Tree) -> dict[Parts, Facts]:
     facts = _FORENSYNTHS(tree)
     reals = {source for label, _, source in facts.values() if label == schema.REAL}
     for parts, (label, name, source) in facts.items():
-        if source not in reals:  # UniversalFakeDetect: several diffusion sets share the reals of one other set
+        if source not in reals:  # UniversalFakeDetect: several diffusion sets share the reals of another
             shared = "imagenet" if name == "guided" else "laion"
             facts[parts] = (label, name, shared if shared in reals else source)
     return facts
@@ -418,8 +423,8 @@ def _generators(tree: Tree) -> dict[Parts, Facts]:
         depth = _beside_real(tree, parts)
         if depth is None:
             raise InputError(
-                f"{tree.root}: '{'/'.join(parts) or '.'}' lies beside no folder 'real'. Expected real and one "
-                "folder per generator side by side; move it or give a table"
+                f"{tree.root}: '{'/'.join(parts) or '.'}' lies beside no folder 'real'. Expected real and "
+                "one folder per generator side by side; move it or give a table"
             )
         label = schema.REAL if read_name(parts[depth]).label == schema.REAL else schema.FAKE
         facts[parts] = (label, parts[depth], (_names(parts[:depth])[-1:] or [tree.root.name])[0])
@@ -457,7 +462,7 @@ FOLDER_LAYOUTS: dict[str, Callable[..., dict[Parts, Facts]]] = {
 }
 
 
-def read_folder(found: Scan, layout: str, real_root: Path | None) -> tuple[pd.DataFrame, dict[str, object]]:
+def read_folder(found: Scan, layout: str, real_root: Path | None) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Read a folder tree in one of :data:`FOLDER_LAYOUTS`; ``auto`` decides from the folder names.
 
     Parameters
@@ -476,7 +481,8 @@ def read_folder(found: Scan, layout: str, real_root: Path | None) -> tuple[pd.Da
         ``layout``, ``labels`` (where they come from) and ``notes``.
     """
     found.require_images()
-    tree, notes = Tree(found), []
+    tree = Tree(found)
+    notes: list[str] = []
     if layout == "auto":
         layout, facts = _detect(tree, real_root, notes)
     elif FOLDER_LAYOUTS[layout] is _two_roots:
@@ -511,7 +517,8 @@ def _rows(tree: Tree, facts: dict[Parts, Facts]) -> pd.DataFrame:
     """One row per image from the facts of its folder."""
     folders = tree.found.folders
     sizes = [len(folders[parts]) for parts in facts]
-    columns = [[str(tree.root.joinpath(*parts, name)) for parts in facts for name in folders[parts]]]
+    paths = [os.path.join(tree.root, *parts, name) for parts in facts for name in folders[parts]]
+    columns: list[Any] = [paths]
     for values in (*zip(*facts.values(), strict=True), [tree.splits[parts] for parts in facts]):
         columns.append(np.repeat(np.array(values, dtype=object), sizes))
     names = (schema.PATH, schema.LABEL, schema.GENERATOR, schema.SOURCE, schema.SPLIT)
@@ -544,7 +551,7 @@ def _detect(tree: Tree, real_root: Path | None, notes: list[str]) -> tuple[str, 
         return layout, FOLDER_LAYOUTS[layout](tree)
     n = sum(len(tree.found.folders[parts]) for parts in loose)
     both = {label for _, label in tree.labels.values()} == {schema.REAL, schema.FAKE}
-    if both and all(tree.splits[parts] == "test" for parts in loose):  # as contests hand out their test images
+    if both and all(tree.splits[parts] == "test" for parts in loose):  # as contests hand them out
         notes.append(f"{count(n, 'image')} of split 'test' lie under no label folder: read without a label")
         facts = dict.fromkeys(loose, (None, "unknown", root.name))
         labelled = Tree(Scan(root, {p: f for p, f in tree.found.folders.items() if p not in facts}))

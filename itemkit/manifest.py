@@ -1,6 +1,6 @@
 """The manifest: every image as one row of one table, whatever form the data set came in.
 
-What is used of a data set, and what is not, stands in ``manifest.attrs["report"]``; `describe_manifest` says it.
+What is used of a data set and what is not is in ``manifest.attrs["report"]``; `describe_manifest` says it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from itemkit.text import count, did_you_mean, printable
 # Names under which data sets of the field keep each column, in the order in which they are tried.
 ALIASES: dict[str, tuple[str, ...]] = {
     schema.PATH: ("path", "filename", "file_name", "file", "filepath", "file_path", "image_path", "img_path",
-                  "image", "img", "image_name", "image_file", "name", "filenames", "files", "images", "paths"),
+                  "image", "img", "image_name", "image_file", "name", "filenames", "files", "images"),
     schema.GENERATOR: ("generator", "model", "model_name"),
     schema.SOURCE: ("source", "real_source", "dataset"),
     schema.SPLIT: ("split", "subset", "partition", "set", "phase", "usage", "fold", "data_split"),
@@ -37,8 +37,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     schema.IMAGE_ID: ("image_id",),
 }  # fmt: skip
 # Columns that hold what this table calls a label, if their values are words for real and fake.
-_LABEL_NAMES = re.compile(r"(.*_)?(label|labels|class|classes|class_name|category|target|truth|gt|typ|type|kind|y"
-                          r"|verdict|annotation|answer|real_or_fake|source_type)(_.*)?")  # fmt: skip
+_LABEL_NAMES = re.compile(
+    r"(.*_)?(labels?|class(es)?|category|target|truth|gt|typ|type|kind|y|verdict|annotation|answer)(_.*)?"
+)
 _FLAGS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "f": 0, "t": 1}
 _IMAGE_COLUMNS = ("image", "img", "image_data", "image_bytes", "jpg", "png", "webp")
 _ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}
@@ -113,7 +114,7 @@ def read_manifest(
         tables = stored or [p for p in sorted(path.iterdir()) if p.suffix.lower() in layouts.TABLES]
         if not stored and len(tables) != 1:
             there = ", ".join(p.name for p in tables) or "none"
-            raise InputError(f"layout {layout!r} reads a table, but {path} holds {there}: name the table itself")
+            raise InputError(f"layout {layout!r} reads a table; {path} holds {there}: name the table itself")
         return _read_table(tables, path, root, images_to)
     reals = None if real_root is None else _absolute(real_root)
     if reals is not None and not reals.is_dir():
@@ -145,7 +146,8 @@ def _read_folder(
         notes.append(f"tables beside the images are not read: {names} (give the table itself to use it)")
     raw, known = _add_metadata(raw, listing, path, notes)
     extra = {"left_out": found.counts(), "layout": about["layout"]}
-    return _finish(raw, str(path), path, path.name, known or about["labels"], [*about["notes"], *notes], extra)
+    notes = [*list(about.pop("notes")), *notes]
+    return _finish(raw, str(path), path, path.name, known or about["labels"], notes, extra)
 
 
 def _add_metadata(
@@ -162,7 +164,8 @@ def _add_metadata(
         return raw, None
     known = pd.concat(parts).drop_duplicates(schema.PATH).set_index(schema.PATH)
     rows = known.reindex(raw[schema.PATH]).reset_index(drop=True)
-    notes.append(f"{count(len(files), 'metadata file')} found: {rows.notna().any(axis=1).sum():,} of the images")
+    n = int(rows.notna().any(axis=1).sum())
+    notes.append(f"{count(len(files), 'metadata file')} read, which list {n:,} of the images")
     for column in (schema.CAPTION, schema.SPLIT):
         raw[column] = raw[column].where(raw[column].notna(), rows[column])
     if not rows[schema.LABEL].notna().any():
@@ -171,8 +174,8 @@ def _add_metadata(
         differ = (raw[schema.LABEL].astype("Int8") != rows[schema.LABEL]).fillna(False)
         if differ.any():
             raise InputError(
-                f"{top}: the folders and {files[0].name} give {count(int(differ.sum()), 'image')} different labels; "
-                f"first: {raw[schema.PATH][int(differ.to_numpy().argmax())]}. Mend one of them or remove it"
+                f"{top}: the folders and {files[0].name} give {count(int(differ.sum()), 'image')} different "
+                f"labels; first: {raw[schema.PATH][int(differ.to_numpy().argmax())]}. Mend one or remove it"
             )
         return raw, None
     raw[schema.LABEL] = rows[schema.LABEL]
@@ -202,7 +205,7 @@ def write_manifest(df: pd.DataFrame, path: str | Path) -> None:
         try:
             _files.atomic_write(path, lambda file: df.to_parquet(file, index=False))
         except UnicodeEncodeError:
-            raise InputError(f"{path.name}: a file name is not UTF-8, which Parquet cannot hold; use .csv") from None
+            raise InputError(f"{path.name}: a file name is not UTF-8; write .csv, which holds it") from None
     else:
         data = df.to_csv(index=False, sep=_SEPARATORS[path.suffix.lower()]).encode("utf-8", "surrogateescape")
         _files.atomic_write(path, lambda file: file.write(data))
@@ -238,9 +241,10 @@ def describe_manifest(manifest: pd.DataFrame) -> list[str]:
     report = manifest.attrs.get("report", {})
     label = manifest[schema.LABEL]
     real, fake = (int((label == value).sum()) for value in (schema.REAL, schema.FAKE))
-    none = len(manifest) - real - fake
+    none = len(label) - real - fake
     where = f" in {report['source']}" if report.get("source") else ""
-    lines = [f"{count(len(manifest), 'image')}{where}: {real:,} real, {fake:,} fake, {none:,} without a label"]
+    n = len(manifest)
+    lines = [f"{count(n, 'image')}{where}: {real:,} real, {fake:,} fake, {none:,} without a label"]
     lines.append(f"labels: {report.get('labels') or ('column' if real + fake else 'none')}")
     for name, why in report.get("not_used_as_labels", {}).items():
         lines.append(f"  column {name!r} is not used as label: {why}")
@@ -252,7 +256,7 @@ def describe_manifest(manifest: pd.DataFrame) -> list[str]:
     splits = manifest[schema.SPLIT].value_counts()
     there = [", ".join(f"{n:,} {name}" for name, n in splits.items())] if len(splits) else []
     lines.append(f"splits: {'; '.join([*there, *plan_splits(label, manifest[schema.SPLIT]).notes])}")
-    lines.append(f"captions: {int(manifest[schema.CAPTION].notna().sum()):,} of {len(manifest):,} images have one")
+    lines.append(f"captions: {int(manifest[schema.CAPTION].notna().sum()):,} of {n:,} images have one")
     if unused := report.get("unused_columns"):
         lines.append(f"columns not used: {', '.join(unused)}")
     found = report.get("left_out", {})
@@ -291,7 +295,8 @@ def _arrow_files(path: Path) -> list[Path]:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # Dataset.save_to_disk
         folders = sorted({p.parent for name in ("state.json", "*.arrow") for p in path.rglob(name)})
         return [file for folder in folders for file in _saved_files(folder)]
-    found = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet")) or sorted(path.glob("*.arrow"))
+    places = ("*.parquet", "data/*.parquet", "*.arrow")
+    found = next((files for place in places if (files := sorted(path.glob(place)))), [])
     # img2dataset keeps its own table 00000.parquet beside the folder 00000
     return [file for file in found if not file.with_suffix("").is_dir()]
 
@@ -326,8 +331,8 @@ def _open_arrow(path: Path) -> tuple[Any, Iterator[Any]]:
         raise InputError(f"{path} cannot be read ({error}); fetch it again") from None
 
 
-def _image_column(columns: Iterable[str], holds_bytes: Callable[[str], bool]) -> str | None:
-    return next((c for c in columns if normalise(c) in _IMAGE_COLUMNS and holds_bytes(c)), None)
+def _image_column(columns: Iterable[str]) -> str | None:
+    return next((c for c in columns if normalise(c) in _IMAGE_COLUMNS), None)
 
 
 def _arrow_image_column(columns: Any) -> str | None:
@@ -339,7 +344,7 @@ def _arrow_image_column(columns: Any) -> str | None:
             return any(field.name == "bytes" for field in kind)
         return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
-    return _image_column(columns.names, holds_bytes)
+    return _image_column(filter(holds_bytes, columns.names))
 
 
 def _holds_images(files: list[Path]) -> bool:
@@ -349,13 +354,15 @@ def _holds_images(files: list[Path]) -> bool:
 def _arrow_parts(path: Path, top: Path | None = None) -> Iterator[_Part]:
     columns, batches = _open_arrow(path)
     column = _arrow_image_column(columns)
-    features = json.loads((columns.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    stored = json.loads((columns.metadata or {}).get(b"huggingface", b"{}"))
+    features = stored.get("info", {}).get("features", {})
     names = {c: f["names"] for c, f in features.items() if isinstance(f, dict) and "names" in f}
     try:
         for batch in batches:
             images = batch.column(column).to_pylist() if column else None
             kept = batch.drop_columns([column]) if column else batch
-            yield _Part(_name_classes(kept.to_pandas(), names), images, _split_of_file(path, top or path), column)
+            table = _name_classes(kept.to_pandas(), names)
+            yield _Part(table, images, _split_of_file(path, top or path), column)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error}); fetch it again") from None
 
@@ -363,7 +370,7 @@ def _arrow_parts(path: Path, top: Path | None = None) -> Iterator[_Part]:
 def _dataset_parts(dataset: Any) -> Iterator[_Part]:
     """Read a ``Dataset`` or ``DatasetDict`` object without needing the library, each part with its split."""
     if hasattr(dataset, "items"):
-        parts = [(part, str(split)) for split, part in dataset.items()]
+        parts: list[tuple[Any, str | None]] = [(part, str(split)) for split, part in dataset.items()]
     elif hasattr(dataset, "__iter__"):
         split = getattr(dataset, "split", None)
         parts = [(dataset, str(split) if split is not None else None)]
@@ -374,7 +381,7 @@ def _dataset_parts(dataset: Any) -> Iterator[_Part]:
     for part, split in parts:
         features = getattr(part, "features", None) or {}
         first: dict[str, Any] = next(iter(part), {})
-        column = _image_column(first, lambda name, row=first: not isinstance(row[name], str))
+        column = _image_column([c for c in first if not isinstance(first[c], str)])
         kind = type(features[column]) if column in features else None
         if kind is not None and hasattr(part, "cast_column"):
             part = part.cast_column(column, kind(decode=False))  # the file's own bytes, not decoded pixels
@@ -412,11 +419,12 @@ def _unpack(
                     )
                 if data is not None and images_to is None:
                     raise InputError(
-                        f"{what} holds the images inside (column {column!r}); name a folder to write them to: "
-                        "images_to='images' (each is written once, byte for byte)"
+                        f"{what} holds the images inside (column {column!r}); name a folder to write them "
+                        "to: images_to='images' (each is written once, byte for byte)"
                     )
                 without += data is None and path is not None
-                paths.append(str(path) if data is None and path else _write_image(data, images_to or base, seen))
+                inside = data is not None or not path
+                paths.append(_write_image(data, images_to or base, seen) if inside else str(path))
             table = table.drop(columns=[c for c in table if normalise(c) in ALIASES[schema.PATH]])
             table[schema.PATH] = paths
         if split is not None and not {normalise(c) for c in table} & set(ALIASES[schema.SPLIT]):
@@ -424,14 +432,14 @@ def _unpack(
         tables.append(table)
     if without:
         notes.append(
-            f"{what} holds no bytes in {count(without, 'row')}, only paths on the machine where it was made: if "
-            "those files are not here, export the table again with the images inside (embedded)"
+            f"{what} holds no bytes in {count(without, 'row')}, only paths on the machine where it was made: "
+            "if those files are not here, export the table again with the images inside (embedded)"
         )
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def _write_image(data: bytes | None, folder: Any, seen: Counter[str]) -> str:
-    """Write an image as a file named by its content, once; an equal image gets a number, so no row is lost."""
+    """Write an image as a file named by its content, once; equal images are numbered, so no row is lost."""
     folder = _absolute(folder)
     # a row without an image becomes a missing file, so an error row later on: nothing is dropped quietly
     name = content_id(data)[:32] if data else "no-image-in-row"
@@ -463,7 +471,8 @@ def _read_table(
     base = Path(root).absolute() if root is not None else top if top.is_dir() else top.parent
     notes = list(notes or [])
     if files[0].suffix.lower() in (".parquet", ".arrow"):
-        raw = _unpack((p for file in files for p in _arrow_parts(file, top)), top.name, images_to, base, notes)
+        parts = (part for file in files for part in _arrow_parts(file, top))
+        raw = _unpack(parts, top.name, images_to, base, notes)
     else:
         raw = _read_text_table(files[0], notes)
     return _finish(raw, top.name, base, top.stem if not top.is_dir() else top.name, notes=notes)
@@ -474,7 +483,7 @@ def _read_text_table(path: Path, notes: list[str] | None = None) -> pd.DataFrame
     suffix = path.suffix.lower()
     if suffix not in (*_SEPARATORS, ".jsonl", ".ndjson"):
         known = ", ".join((*_SEPARATORS, ".parquet"))
-        raise InputError(f"{path.name} is no table known here: expected {known}, .jsonl, or a folder of images")
+        raise InputError(f"{path.name} is no table known here: expected {known}, .jsonl, or a folder")
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     try:
         text = data.decode()
@@ -496,19 +505,20 @@ def _read_text_table(path: Path, notes: list[str] | None = None) -> pd.DataFrame
         match = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error))
         if match and match[2] == "2":
             raise InputError(
-                f"{path.name}: its rows have more fields than the header; quote the texts that hold {separator!r}"
+                f"{path.name}: its rows have more fields than the header; quote texts that hold {separator!r}"
             ) from None
-        raise InputError(f"{path.name} cannot be read as a table: {str(error).strip()}; mend that line") from None
+        problem = str(error).strip()
+        raise InputError(f"{path.name} cannot be read as a table: {problem}; mend that line") from None
     first = [str(value) for value in table.iloc[0].fillna("")]
     files = [i for i, name in enumerate(first) if name.lower().endswith(EXTENSIONS)]
     if files:  # the first line is an image already
         table = table.fillna("")
-        words = [i for i in table if all(read_name(w).sure and read_name(w).label is not None for w in set(table[i]))]
-        names = {files[0]: schema.PATH} | {i: schema.LABEL for i in words[:1]}
+        labels = [i for i in table if all(read_name(w).label is not None for w in set(table[i]) - {""})]
+        names = {i: schema.LABEL for i in labels[:1]} | {files[0]: schema.PATH}
         table.columns = [names.get(i, f"column {i + 1}") for i in table]
         if notes is not None:
             what = f"its column {files[0] + 1} is read as the path"
-            notes.append(f"{path.name} has no header line: {what}; add one (path,label,...) to name the others")
+            notes.append(f"{path.name} has no header line: {what}; add one (path,label,...)")
         return table
     table = table.iloc[1:].reset_index(drop=True).fillna("")
     table.columns = [name.strip() for name in first]
@@ -520,8 +530,8 @@ def _only_names_are_odd(text: str, suffix: str, base: Path) -> bool:
     if suffix not in _SEPARATORS:
         return False
     odd = re.compile(r"[\udc80-\udcff]")
-    fields = [f.strip('" \r') for line in text.split("\n") if odd.search(line) for f in re.split(r"[,;\t|]", line)]
-    return all(os.path.lexists(os.path.join(base, f)) for f in fields if odd.search(f))
+    fields = [f.strip('" \r') for f in re.split(r"[,;\t|\n]", text) if odd.search(f)]
+    return all(os.path.lexists(os.path.join(base, field)) for field in fields)
 
 
 def _read_json_lines(text: str, what: str) -> pd.DataFrame:
@@ -551,7 +561,7 @@ def _finish(
     notes: list[str] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> pd.DataFrame:
-    """Columns of any name to the manifest's, checked; `labels` says where those of a folder tree come from."""
+    """Columns of any name to the manifest's, checked; `labels` says where those of a folder come from."""
     if not len(raw):
         raise InputError(f"{what} has no rows; expected one per image")
     notes = list(notes or [])
@@ -568,10 +578,10 @@ def _finish(
     generator = text.get(schema.GENERATOR, empty)
     unused: dict[str, str] = {}
     if labels is None:
-        label, named, labels, used = _find_labels(raw, found, paths, base, what, unused)
+        label, named, labels, read = _find_labels(raw, found, paths, base, what, unused)
         generator = generator.where(generator != "", named)
     else:
-        label, used = raw[schema.LABEL].astype("Int8"), (schema.LABEL,)
+        label, read = raw[schema.LABEL].astype("Int8"), (schema.LABEL,)
     is_real = (label == schema.REAL).fillna(False).astype(bool)
     origin = text.get(schema.SOURCE, empty)
     # "camera" or "LAION" in the generator column of a photograph is where it comes from, not what made it
@@ -590,7 +600,7 @@ def _finish(
     if schema.IMAGE_ID in text:
         df[schema.IMAGE_ID] = text[schema.IMAGE_ID].map(lambda s: s or None)
     _check_paths(df, what, base, notes)
-    used = {*found.values(), *used}
+    used = {*found.values(), *read, *unused}
     df.attrs["report"] = {
         "source": printable(what),
         "images": len(df),
@@ -601,7 +611,7 @@ def _finish(
         "splits": {str(name): int(n) for name, n in df[schema.SPLIT].value_counts().items()},
         "splits_then": plan_splits(df[schema.LABEL], df[schema.SPLIT]).notes,
         "captions": int(df[schema.CAPTION].notna().sum()),
-        "unused_columns": [printable(c) for c in dict.fromkeys(raw.columns) if c not in used and c not in unused],
+        "unused_columns": [printable(c) for c in dict.fromkeys(raw.columns) if c not in used],
         "notes": [printable(note) for note in notes],
         **(extra or {}),
     }
@@ -640,8 +650,8 @@ def _match_columns(raw: pd.DataFrame, what: str, base: Path, notes: list[str]) -
         if there:
             found[column] = there[0]
     if schema.PATH not in found:
-        near = next((m for a in ALIASES[schema.PATH] for m in difflib.get_close_matches(a, original, 1, 0.75)), None)
-        hint = f" Is {original[near]!r} meant? Rename it to 'path'." if near else ""
+        near = [m for a in ALIASES[schema.PATH] for m in difflib.get_close_matches(a, original, 1, 0.75)]
+        hint = f" Is {original[near[0]]!r} meant? Rename it to 'path'." if near else ""
         raise InputError(
             f"{what} has no column 'path' (also read: {', '.join(ALIASES[schema.PATH][1:])}); "
             f"found {', '.join(map(printable, raw.columns))}.{hint}"
@@ -660,7 +670,7 @@ def _all_splits(values: pd.Series) -> bool:
 
 
 def _best_paths(raw: pd.DataFrame, columns: list[str], base: Path, notes: list[str]) -> list[str]:
-    """Put first, of several columns that may hold paths, one whose files exist, or else whose texts end so."""
+    """Of several columns that may hold paths, one whose files exist, or else whose texts end like images."""
 
     def there(name: str) -> tuple[bool, bool]:
         some = [str(v) for v in _column(raw, name).head(20)]
@@ -681,7 +691,8 @@ def _resolve(paths: pd.Series, base: Path, notes: list[str]) -> pd.Series:
         drive = meant.str.match(r"[A-Za-z]:/")
         if drive.any():  # C:/somebody/data/fake/a.png: what of it lies here?
             parts = meant[drive].iloc[0].split("/")
-            cut = next((i for i in range(1, len(parts)) if os.path.lexists(os.path.join(base, *parts[i:]))), 1)
+            here = (i for i in range(1, len(parts)) if os.path.lexists(os.path.join(base, *parts[i:])))
+            cut = next(here, 1)
             meant = meant.mask(drive, meant.map(lambda p: "/".join(p.split("/")[cut:])))
             notes.append(f"paths of another machine are read without {'/'.join(parts[:cut])}/")
         if odd.any():
@@ -763,7 +774,8 @@ def _find_labels(
     exact = next((c for c in raw.columns if normalise(c) in ("label", "labels")), None)
     order = sorted(readings, key=lambda c: (c != exact, _HOW.index(readings[c].how)))
     usable = [c for c in order if readings[c].how not in _UNUSED]
-    unused |= {printable(c): _UNUSED[readings[c].how] for c in order if c not in usable and c != found.get("source")}
+    odd = [c for c in order if c not in usable and c != found.get(schema.SOURCE)]
+    unused |= {printable(c): _UNUSED[readings[c].how] for c in odd}
     if exact is not None and exact not in readings:
         if not usable:
             _refuse_values(_texts(raw, exact, schema.LABEL, what), exact, what)
@@ -772,27 +784,29 @@ def _find_labels(
         near = [c for c in raw.columns if c not in found.values() and c not in unused
                 and difflib.get_close_matches(normalise(c), [schema.LABEL], 1, 0.75)]  # fmt: skip
         if near and not unused:
-            raise InputError(f"{what} has no column 'label'; found {', '.join(map(printable, raw.columns))}. Is "
-                             f"{near[0]!r} meant? Rename it to 'label'.")  # fmt: skip
+            there = ", ".join(map(printable, raw.columns))
+            raise InputError(
+                f"{what} has no column 'label'; found {there}. Is {near[0]!r} meant? Rename it to 'label'."
+            )
         missing = pd.Series(pd.NA, index=raw.index, dtype="Int8")
         return _Labels(missing, pd.Series("", index=raw.index), "none found")
     name, *others = usable
     reading = readings[name]
     label = reading.values
-    says = {f"column {printable(c)!r}": r.values for c, r in readings.items() if c != name and r.how in _HOW[:3]}
-    says |= {f"column {printable(c)!r}": r.values for c, r in readings.items() if r.how == "unnamed words"}
+    says = {c: r.values for c, r in readings.items() if c != name}
     generator = found.get(schema.GENERATOR)
     if generator not in (None, name):
-        says[f"column {printable(generator)!r}"] = _said_by_generators(_texts(raw, generator, generator, what), label)
+        says[generator] = _said_by_generators(_texts(raw, generator, generator, what), label)
     for other, values in says.items():
         wrong = label.notna() & values.notna() & (label != values)
         if wrong.any():
             _contradict(raw, name, other, wrong, label, what)
     by_folder = _said_by_folders(paths, base)
     if by_folder.notna().all() and by_folder.nunique() == 2 and (label != by_folder)[label.notna()].all():
-        _contradict(raw, name, "the folders of the images", label.notna(), label, what)
-    named = reading.text.where(reading.text.map(lambda w: read_name(w).label is None) & (reading.how == "names"), "")
-    where = f"column {printable(name)!r} ({reading.how})" + "".join(f", as does {printable(c)!r}" for c in others[:1])
+        _contradict(raw, name, None, label.notna(), label, what)
+    named = reading.text.map(lambda w: w if reading.how == "names" and read_name(w).label is None else "")
+    where = f"column {printable(name)!r} ({reading.how})"
+    where += f", as does {printable(others[0])!r}" if others else ""
     return _Labels(label.astype("Int8"), named, where, tuple(usable))
 
 
@@ -824,17 +838,17 @@ def _refuse_values(values: pd.Series, name: str, what: str) -> None:
 
 
 def _contradict(
-    raw: pd.DataFrame, name: str, other: str, wrong: pd.Series, label: pd.Series, what: str
+    raw: pd.DataFrame, name: str, other: str | None, wrong: pd.Series, label: pd.Series, what: str
 ) -> None:
     row = int(wrong.to_numpy().argmax())
     read = schema.LABEL_NAMES[int(label.iloc[row])]
     contrary = schema.LABEL_NAMES[1 - int(label.iloc[row])]
-    column = other.removeprefix("column ").strip("'\"")
-    beside = f"{other} has {_column(raw, column).iloc[row]!r}" if column in raw else f"{other} say {contrary}"
+    known = "the folders of the images" if other is None else f"column {printable(other)!r}"
+    beside = f"{known} say {contrary}" if other is None else f"{known} has {_column(raw, other).iloc[row]!r}"
     raise InputError(
-        f"{what}: column {name!r} and {other} contradict each other in {count(int(wrong.sum()), 'row')} of "
-        f"{len(raw):,}; first: row {row + 1} has {name} {_column(raw, name).iloc[row]!r}, read as {read}, but "
-        f"{beside}. Are the labels the other way round (here 0 is real and 1 is fake)? Rename the column to "
+        f"{what}: column {name!r} and {known} contradict each other in {count(int(wrong.sum()), 'row')} of "
+        f"{len(raw):,}; first: row {row + 1} has {name} {_column(raw, name).iloc[row]!r}, read as {read}, "
+        f"but {beside}. Are the labels the other way round (here 0 is real and 1 is fake)? Rename the column to "
         "'is_real' if 1 means real; drop the other column if that one is wrong"
     )
 
@@ -848,14 +862,14 @@ def _check_paths(df: pd.DataFrame, what: str, base: Path, notes: list[str]) -> N
         rows = ", ".join(str(i + 1) for i in df.index[df[schema.PATH] == first][:5])
         problem = "with labels that contradict each other" if len(clash) else "more than once"
         raise InputError(
-            f"{what} lists {n} paths {problem}; first: {printable(first)} (rows {rows}). Keep one row per image"
+            f"{what} lists {n} paths {problem}; first: {printable(first)} (rows {rows}). Keep one row each"
         )
     if not any(os.path.lexists(p) for p in df[schema.PATH]):
         hint = " ".join(f"{note}." for note in notes if "holds no bytes" in note)
-        raise InputError(
-            f"none of the {len(df):,} images of {what} exists; first looked for: {printable(df[schema.PATH].iloc[0])}. "
-            f"{hint or f'Relative paths are read against {base.absolute()}: pass root= if they lie elsewhere'}"
-        )
+        where = f"Relative paths are read against {base.absolute()}: pass root= if they lie elsewhere"
+        first = printable(df[schema.PATH].iloc[0])
+        n = f"{len(df):,}"
+        raise InputError(f"none of the {n} images of {what} exists; first looked for: {first}. {hint or where}")
 
 
 def _texts(raw: pd.DataFrame, name: str, column: str, what: str) -> pd.Series:

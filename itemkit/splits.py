@@ -137,9 +137,10 @@ def plan_splits(label: pd.Series, split: pd.Series) -> Plan:
     carve = _CARVED[frozenset(there)]
     missing = labelled & ~known & ~other
     if carve is None:
-        only = "; all labelled images are of split 'test': nothing here to train on" if len(there) == 1 else ""
-        notes.append(f"splits as given{only}")
-        rows, fractions = none, {}
+        only = "; all labelled images are of split 'test': nothing here to train on"
+        notes.append("splits as given" + only * (len(there) == 1))
+        rows: np.ndarray = none
+        fractions: Mapping[str, float] = {}
     else:
         source, fractions = carve
         new = [f"{share:.0%} {name}".replace("%", " %") for name, share in fractions.items()]
@@ -202,7 +203,8 @@ def _complete(split: np.ndarray, label: pd.Series, ids: pd.Series, plan: Plan, p
     Only so is a set of a dozen images usable; there the split of an image depends on the others after all.
     """
     ends = np.cumsum(list(plan.fractions.values()))
-    spans = {name: (end - share, end) for (name, share), end in zip(plan.fractions.items(), ends, strict=True)}
+    parts = zip(plan.fractions.items(), ends, strict=True)
+    spans = {name: (end - share, end) for (name, share), end in parts}
     rows, moved = np.flatnonzero(plan.rows), 0
     classes = label.to_numpy(dtype=np.float64, na_value=np.nan)[rows]
     for value in (schema.REAL, schema.FAKE):
@@ -253,8 +255,9 @@ def split_validation(y: np.ndarray, fraction: float = 0.5, seed: int = 0) -> tup
         rows = np.flatnonzero(y == label)
         if len(rows) < 2:
             raise InputError(
-                f"{count(len(rows), f'{schema.LABEL_NAMES[label]} validation image')}; at least 2 of each class "
-                "are needed (one to stop the training, one to calibrate), some hundreds for useful thresholds"
+                f"{count(len(rows), f'{schema.LABEL_NAMES[label]} validation image')}; at least 2 of each "
+                "class are needed (one to stop the training, one to calibrate), some hundreds for useful "
+                "thresholds"
             )
         take = min(max(1, round(fraction * len(rows))), len(rows) - 1)
         chosen.append(np.random.default_rng([seed, label]).permutation(rows)[:take])
