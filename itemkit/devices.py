@@ -56,8 +56,8 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         raise InputError(f"device {str(device)!r} is not supported; use 'auto', 'cpu', 'cuda' or 'mps'")
     elif chosen.index:
         raise InputError(
-            f"device {str(device)!r} was asked for, but there is one '{chosen.type}' only. Use device='{chosen.type}'"
-            " (--threads says on how many cores)."
+            f"device {str(device)!r} was asked for, but there is one '{chosen.type}' only. Use "
+            f"device='{chosen.type}'; --threads says on how many cores"
         )
     elif chosen.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("device 'mps' was asked for, but torch sees none here. Use device='cpu' or 'auto'.")

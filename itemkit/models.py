@@ -4,7 +4,7 @@ A model folder is data from anywhere. No code in it runs and nobody is asked; no
 while loading (`itemkit download` fetches), and nothing that a folder lacks is replaced by a library's default
 or by random numbers. Whatever is wrong is said before the weights are read, in one line with one remedy.
 
-Nothing here, and nothing that a fingerprint needs, imports torch: knowing what would be loaded takes no loading.
+Nothing that a fingerprint needs imports torch: to know what would be loaded takes no loading.
 """
 
 from __future__ import annotations
@@ -477,8 +477,8 @@ _OTHER_KEYS = {
 def check_settings(located: Located, folder: Path | None = None) -> None:
     """Refuse a folder whose settings are Git LFS pointers, or lead a library to code.
 
-    All JSON files are read, at any depth of nesting: which of them a library looks at is the library's affair.
-    Python files beside them do no harm as long as nothing names them.
+    All JSON files are read, at any depth of nesting: which of them a library looks at is its own affair. Python
+    files beside them do no harm as long as nothing names them.
 
     Raises
     ------
@@ -695,7 +695,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def from_disk_only() -> Iterator[None]:
-    """Keep the model libraries off the network, quiet, and from running code of a folder, while a model loads.
+    """Keep the libraries off the network, quiet, and from running code of a folder, while a model loads.
 
     Set in the process rather than by HF_HUB_OFFLINE, which is read only once, when the hub's library is
     imported. `check_settings` refuses what asks for code; this is for the way that nobody thought of. With no

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from itemkit.errors import InputError, ModelNotFound
+from itemkit.errors import InputError
 from itemkit.models import (
     Located,
     folder_hash,

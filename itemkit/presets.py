@@ -83,7 +83,7 @@ class Preset:
     precision: str = "auto"
 
     def part(self, name: str) -> Any:
-        """A part as it is given: a model's name or folder, an object, or None; "module:object" is looked up."""
+        """A part as given: a model's name or folder, an object, or None; "module:object" is looked up."""
         value = getattr(self, name)
         return own_part(name, value) if names_object(value) and name != "encoder" else value
 
@@ -202,7 +202,7 @@ class Preset:
         return found
 
     def require(self) -> dict[str, Located | Source]:
-        """Find all files, or raise one `ModelNotFound` that names every model that is missing, and what to do."""
+        """Find all files, or raise one `ModelNotFound` that names all models that are missing."""
         found = self._find()
         missing = [where for where in found.values() if isinstance(where, ModelNotFound)]
         if not missing:
@@ -215,8 +215,8 @@ class Preset:
         for error in absent:
             places.setdefault(error.looked, []).append(error.what)
         facts = [
-            f"{', '.join(names)} {'are' if len(names) > 1 else 'is'} not on this machine (looked in {looked})."
-            for looked, names in places.items()
+            f"{', '.join(names)} {'are' if len(names) > 1 else 'is'} not on this machine (looked in {place})."
+            for place, names in places.items()
         ]
         broken = [str(error) for error in missing if error.reason]
         raise ModelNotFound(" ".join([*broken, *facts]), remedy=remedy)
@@ -342,8 +342,8 @@ def mini_folder() -> Path:
     Returns
     -------
     Path
-        ``mini`` under ITEMKIT_DATA where that is set, else ``data/mini`` of the checkout, else the copy that an
-        installed package carries. It need not exist: whoever reads from it says what is missing.
+        ``mini`` under ITEMKIT_DATA where that is set, else ``data/mini`` of the checkout, else the copy that
+        an installed package carries. It need not exist: whoever reads from it says what is missing.
     """
     if root := os.environ.get("ITEMKIT_DATA"):
         return Path(root).expanduser() / "mini"
@@ -353,7 +353,7 @@ def mini_folder() -> Path:
 
 
 def _split_names(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Take NAME:TAG of an encoder and NAME:MODEL of an object detector apart, as the command line gives them."""
+    """Take NAME:TAG of an encoder and NAME:MODEL of an object detector apart."""
     parts = dict(overrides)
     encoder, localiser = parts.get("encoder"), parts.get("localiser")
     if isinstance(encoder, str) and not encoder.startswith("hf-hub:") and not looks_like_path(encoder):

@@ -1,8 +1,8 @@
 """Third step of the method: where in the image each semantic object is, and the embedding of that region.
 
 Rule for an object that is not there: `whole`, `grid` and `dense` always return their best region, and the
-score (its cosine with the phrase) says how good it is. An object detector that finds nothing above its threshold
-falls back to the whole image with score 0. So every phrase has exactly one region; a caption without objects
+score (its cosine with the phrase) says how good it is. An object detector that finds nothing above its
+threshold falls back to the whole image with score 0. So every phrase has exactly one region; a caption without objects
 has none, and what that means is decided where features are pooled (`misalignment`).
 """
 
@@ -373,8 +373,8 @@ class BoxLocaliser:
     encoder : Encoder
         Embeds what is in the boxes.
     finder : object
-        With ``boxes(image, phrases)``, which returns for each phrase ``(x0, y0, x1, y1, score)`` in pixels of the
-        image, or None where it is not found: then the whole image stands for it with score 0. And with a
+        With ``boxes(image, phrases)``, which returns for each phrase ``(x0, y0, x1, y1, score)`` in pixels of
+        the image, or None where it is not found: then the whole image stands for it with score 0. And with a
         ``version`` or ``fingerprint()``, see `itemkit.models.Models`.
     """
 
