@@ -542,7 +542,7 @@ _ALL = (
     Control(
         "generic_caption", "one caption for all", "Is the text more than a fixed point to measure from?",
         _OURS,
-        lambda item, head, generic: MisalignmentScorer(item, head, lambda f: generic_texts(f, generic)),
+        lambda item, head, generic: MisalignmentScorer(item, head, lambda f: generic_texts(f, np.asarray(generic))),
         ("generic_emb",),
     ),
     Control(

@@ -91,7 +91,7 @@ class Detector:
     ) -> None:
         self.representation = get_representation(representation)
         self.head = head if head is not None else MisalignmentMLP()
-        self.calibration = calibration
+        self.calibration = Calibrator(calibration).method  # refuses an unknown one before the training
         self.selection_fraction = selection_fraction
         self.notes: list[str] = []
 
@@ -349,7 +349,14 @@ class Detector:
         logits, y = self.decision_function(features, ignore), features.labels
         if not len(y):
             raise InputError("no image to evaluate")
-        self._warn_of_seen(features)
+        seen = self.seen(features)
+        uses = {"train": "trained this detector", "val": "stopped its training or calibrated it"}
+        if known := [f"{n} {use}" for part, use in uses.items() if (n := int((seen == part).sum()))]:
+            warnings.warn(
+                f"of the {len(y)} images evaluated here, {' and '.join(known)}: numbers on these are no test "
+                "of it",
+                stacklevel=2,
+            )
         no_threshold = lacking(fpr, len(self.real_scores_), schema.REAL)
         cut = None if no_threshold else self.threshold(fpr).value
         generator = features.table[schema.GENERATOR].fillna("").astype(str).to_numpy()
@@ -392,16 +399,6 @@ class Detector:
         if no_threshold and not both:
             table.loc["called_fake", "note"] = f"not defined: {no_threshold}"
         return table.reset_index()
-
-    def _warn_of_seen(self, features: Features) -> None:
-        where = self.seen(features)
-        uses = {"train": "trained this detector", "val": "stopped its training or calibrated it"}
-        if known := [f"{n} {use}" for part, use in uses.items() if (n := int((where == part).sum()))]:
-            warnings.warn(
-                f"of the {len(where)} images evaluated here, {' and '.join(known)}: numbers on these are no "
-                "test of it",
-                stacklevel=3,
-            )
 
     def promises(self, features: Features) -> pd.DataFrame:
         """Hold what thresholds and verdicts promise against labelled images the detector has not seen.
