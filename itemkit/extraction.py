@@ -520,6 +520,7 @@ class Job:
 
     def open(self) -> None:
         """Make the folder a store that is under way; damaged files are set aside. Needs the lock."""
+        remove_leftovers(self.folder)
         own = {".lock", store.SHARD_FOLDER, MANIFEST_FILE, ERRORS_FILE, RUN_FILE}
         others = sorted(p.name for p in self.folder.iterdir() if p.name not in own and p.suffix != ".damaged")
         if others and not self.known.run:
@@ -528,8 +529,7 @@ class Job:
                 "a new or empty folder for the features"
             )
         (self.folder / store.SHARD_FOLDER).mkdir(exist_ok=True)
-        for folder in (self.folder, self.folder / store.SHARD_FOLDER):
-            remove_leftovers(folder)
+        remove_leftovers(self.folder / store.SHARD_FOLDER)
         for error in self.known.damaged:
             warnings.warn(f"{error.path} is damaged: set aside as {error.path.name}.damaged", stacklevel=2)
             with contextlib.suppress(FileNotFoundError):
@@ -626,13 +626,15 @@ class Job:
                 rest = rest.filter(pa.array(~_relabelled(rest, table)))
             changed |= len(here) + len(rest) < len(old) or not _same_rows(here, new)
             both.append(store.stack([new, rest]) if len(rest) else new)
-        return both[0], both[1], changed
+        manifest, errors = both
+        # a run that was cut short just before its last write
+        changed |= manifest[FEATURE_ID].null_count == len(errors) and not self.run["complete"]
+        return manifest, errors, changed
 
-    def finish(self, stopped: bool) -> None:
+    def finish(self) -> None:
         """Write manifest, errors and run.json."""
         manifest, errors, _ = self._tables()
-        done = manifest[FEATURE_ID].null_count
-        self.run["complete"] = not stopped and done == len(errors)
+        self.run["complete"] = manifest[FEATURE_ID].null_count == len(errors)
         self.run["counts"] = {
             "images": len(manifest),
             "errors": len(errors),
@@ -945,7 +947,7 @@ def extract(
                 done = _report(job, started, clock, size)
                 last = dataclasses.asdict(done)
                 job.run["last_run"] = {key: last[key] for key in last if key not in ("out", "captions")}
-                job.finish(stopped is not None)
+                job.finish()
     done = _report(job, started, clock, size)
     if progress:
         print(done, file=sys.stderr, flush=True)

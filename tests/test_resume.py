@@ -13,17 +13,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from itemkit import _files, store
-from itemkit.decode import DecodeConfig
 from itemkit.errors import StoreError
 from itemkit.extraction import extract
 from itemkit.store import load_features
 
-from fakes import FakeEncoder, FakeLocaliser, FakeParser, Models, fake_models, make_images
+from fakes import fake_models, make_images, same_content
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*without features", "ignore:.*set aside")
 
 N = 40
 
@@ -33,7 +33,7 @@ ZYGOTE = """
 import json, os, signal, sys
 from pathlib import Path
 import torch
-import itemkit.extraction, itemkit.images
+import itemkit.decode, itemkit.extraction, itemkit.steps
 from itemkit.decode import DecodeConfig
 from fakes import fake_models, manifest_of
 torch.set_num_threads(1)
@@ -48,11 +48,18 @@ for line in sys.stdin:
     err = os.open(task["log"], os.O_WRONLY | os.O_CREAT)
     os.dup2(err, 2)
     os.setsid()
+    real = itemkit.decode.load_image
+    def load(data, name="", **options):
+        if "hang" in name:
+            import time
+            time.sleep(600)
+        return real(data, name=name, **options)
+    itemkit.decode.load_image = load
     try:
         images = sorted(Path(task["images"]).glob("*.png"))
         itemkit.extraction.extract(
             manifest_of(images), task["out"], fake_models(delay_s=task["delay"]), batch_size=2, shard_size=4,
-            progress=False, decode=DecodeConfig(loader=task["loader"], threads=2))
+            progress=False, decode=DecodeConfig(threads=2, prefetch=task["prefetch"]))
     except SystemExit as error:
         code = error.code
     except BaseException as error:
@@ -101,10 +108,10 @@ def start(tmp_path_factory):
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])},
     )
 
-    def begin(images, out, delay=0.01, loader="itemkit.images:load_image"):
+    def begin(images, out, delay=0.01, prefetch=0):
         log = logs / f"{len(list(logs.iterdir()))}.log"
         log.touch()  # a run may be killed before it can
-        task = {"images": images, "out": out, "delay": delay, "loader": loader, "log": log}
+        task = {"images": images, "out": out, "delay": delay, "prefetch": prefetch, "log": log}
         zygote.stdin.write(json.dumps(task, default=str) + "\n")
         zygote.stdin.flush()
         return Run(int(zygote.stdout.readline()), log)
@@ -136,18 +143,14 @@ def undisturbed(tmp_path_factory):
 
 def check(out, undisturbed):
     manifest, _, expected = undisturbed
-    read = load_features(out)
-    pd.testing.assert_frame_equal(read.table, expected.table)
-    pd.testing.assert_frame_equal(read.objects, expected.objects, atol=1e-6)
-    for name in ("image_emb", "caption_emb", "region_emb", "phrase_emb", "owner"):
-        np.testing.assert_allclose(getattr(read, name), getattr(expected, name), atol=2e-4)
+    same_content(load_features(out), expected)
     ids = [i for path in store.shard_files(out) for i in pd.read_parquet(path)["feature_id"]]
     assert len(ids) == len(set(ids)) == len(manifest) - 1, "a feature was lost or stored twice"
     assert len(pd.read_parquet(out / "errors.parquet")) == 1
-    assert not list(out.rglob("*tmp*")) and not (out / "decoding.json").exists()
+    assert not list(out.rglob("*tmp*"))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_killed_at_random_moments(start, undisturbed, tmp_path, seed):
     moment = random.Random(seed)
     for _ in range(2):
@@ -181,7 +184,7 @@ def test_stopped_at_every_single_write(tmp_path, monkeypatch):
         raise PowerCut
 
     monkeypatch.setattr(os, "fsync", lambda file: None)  # slow on a busy disk, and no power is cut in truth
-    for module in ("itemkit._files", "itemkit.store"):
+    for module in ("itemkit._files", "itemkit.store"):  # where it is used
         monkeypatch.setattr(f"{module}.atomic_write", write)
     cut, finished = 0, False
     while not finished:
@@ -194,7 +197,7 @@ def test_stopped_at_every_single_write(tmp_path, monkeypatch):
         extract(expected[0], out, fake_models(), batch_size=4, shard_size=4, progress=False)
         check(out, expected)
         cut += 1
-    assert cut > 2 * 10, "run.json; manifest, errors, run.json; 3 shards; manifest, errors, run.json"
+    assert cut > 2 * 7, "run.json; 3 shards; run.json, manifest, errors, run.json"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM)])
@@ -209,12 +212,12 @@ def test_interrupt_keeps_everything_and_says_how_to_go_on(start, undisturbed, tm
     assert status == code and ("KeyboardInterrupt" in said) == (number == signal.SIGINT)
     with pytest.raises(StoreError, match=r"not finished. Run the same `itemkit extract` again"):
         load_features(tmp_path / "out")
-    part = load_features(tmp_path / "out", partial=True)
-    assert 4 <= len(part) < N and not list((tmp_path / "out").rglob("*tmp*"))
-    assert not (tmp_path / "out" / "decoding.json").exists()
+    done = pd.read_parquet(tmp_path / "out" / "manifest.parquet").dropna(subset="feature_id")["path"]
+    assert 4 <= len(done) < N and not list((tmp_path / "out").rglob("*tmp*"))
+    assert len(load_features(tmp_path / "out", rows=[images / name for name in done])) == len(done)
     models = fake_models()
     report = extract(manifest, tmp_path / "out", models, progress=False)
-    assert report.reused == len(part) and models.encoder.images_encoded == N - 1 - len(part)
+    assert report.reused == len(done) and models.encoder.images_encoded == N - 1 - len(done)
     check(tmp_path / "out", undisturbed)
 
 
@@ -230,53 +233,19 @@ def test_second_interrupt_stops_at_once(start, undisturbed, tmp_path):
     check(tmp_path / "out", undisturbed)
 
 
-def test_partial_read_of_a_killed_run_with_user_captions(tmp_path):
-    class Mortal(FakeEncoder):
-        def encode_images(self, pixels, patches=False):
-            if self.images_encoded >= 8:
-                raise PowerCut
-            return super().encode_images(pixels, patches)
-
-    manifest = make_images(tmp_path / "images", 6)
-    manifest = pd.concat([manifest, manifest]).assign(caption=[f"a {i} ball" for i in range(12)])
-    models = Models(Mortal(), None, FakeParser(), FakeLocaliser())
-    options = {"captions": "user", "batch_size": 4, "progress": False}
-    with pytest.raises(PowerCut):
-        extract(manifest, tmp_path / "out", models, **options)
-    part = load_features(tmp_path / "out", partial=True)
-    assert part.table["caption"].tolist() == [f"a {i} ball" for i in range(8)]
-
-
-def test_two_runs_at_once_the_second_is_told(start, undisturbed, tmp_path):
-    manifest, images, _ = undisturbed
-    run = start(images, tmp_path / "out", delay=0.05)
-    wait_for_shards(tmp_path / "out", 1)
-    with pytest.raises(StoreError, match=rf"another run is writing to .*process {run.pid} "):
-        extract(manifest, tmp_path / "out", fake_models(), progress=False)
-    assert run.wait()[0] == 0
-    check(tmp_path / "out", undisturbed)
-
-
-def test_decoder_that_takes_the_process_down_is_isolated_by_the_next_run(start, tmp_path):
-    manifest = make_images(tmp_path / "images", 12)
-    os.rename(tmp_path / "images" / "00009.png", tmp_path / "images" / "crash.png")
-    paths = [path.replace("00009", "crash") for path in manifest["path"]]
-    loader = "loaders:load_or_crash"
-    run = start(tmp_path / "images", tmp_path / "out", 0, loader)
-    assert run.wait() == (None, ""), "died without a word"
-    assert "crash.png" in json.loads((tmp_path / "out" / "decoding.json").read_text())
-    decode = DecodeConfig(loader=loader)  # not isolated: in this process the image would be deadly
-    report = extract(
-        manifest.assign(path=paths), tmp_path / "out", fake_models(), decode=decode, progress=False
-    )
-    assert (report.n, report.errors, report.left) == (12, 1, 0)
-    error = pd.read_parquet(tmp_path / "out" / "errors.parquet").iloc[0]
-    assert error["path"] == "crash.png" and "crashed the decoder" in error["reason"]
-    # known from now on
-    report = extract(
-        manifest.assign(path=paths), tmp_path / "out", fake_models(), decode=decode, progress=False
-    )
-    assert (report.reused, report.errors) == (11, 1)
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_second_interrupt_escapes_a_decoder_that_hangs(start, tmp_path, prefetch):
+    manifest, images, expected = truth(tmp_path, 12)
+    os.rename(images / "00009.png", images / "00009_hang.png")
+    run = start(images, tmp_path / "cut", 0, prefetch)
+    wait_for_shards(tmp_path / "cut", 1)
+    for _ in range(2):
+        time.sleep(0.3)
+        os.kill(run.pid, signal.SIGINT)
+    assert "KeyboardInterrupt" in run.wait()[1]
+    os.rename(images / "00009_hang.png", images / "00009.png")
+    assert extract(manifest, tmp_path / "cut", fake_models(), progress=False).reused >= 4
+    check(tmp_path / "cut", (manifest, images, expected))
 
 
 def test_shards_are_written_after_a_while_even_if_small(tmp_path):
