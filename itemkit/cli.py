@@ -471,7 +471,7 @@ def _to_evaluate(features: Features, store: Path, detector: Any, split: str | No
 
 
 def _compact(table: pd.DataFrame) -> str:
-    """One row per generator, for a terminal; a dash where a metric is not defined."""
+    """One row per generator, for a terminal; a dash, or no column, where a metric is not defined."""
 
     def cell(value: float, low: float, high: float) -> str:
         return "-" if math.isnan(value) else f"{value:.2f} ({low:.2f}-{high:.2f})"
@@ -480,7 +480,8 @@ def _compact(table: pd.DataFrame) -> str:
     cells = [cell(*row) for row in shown[["value", "low", "high"]].itertuples(index=False)]
     wide = shown.assign(cell=cells).pivot(index="generator", columns="metric", values="cell")
     counts = table.drop_duplicates("generator").set_index("generator")[["n_real", "n_fake"]]
-    return counts.join(wide[[name for name in METRICS if name in wide]]).reset_index().to_string(index=False)
+    names = [name for name in METRICS if name in wide and (wide[name] != "-").any()]
+    return counts.join(wide[names]).reset_index().to_string(index=False)
 
 
 def export(args: argparse.Namespace) -> int:

@@ -283,12 +283,11 @@ def test_extract_train_evaluate_detect(
     assert len(re.findall(r"\d\.\d\d \(\d\.\d\d-\d\.\d\d\)", row)) >= 4
     assert "false positives at a requested 1%: not promised" in out
     assert "  20 real images: " in out and "  20 fake images: " in out
-    for split, n in (("train", 40), ("val", 80)):
-        assert cli.main(["evaluate", str(store), "--detector", str(detector), "--split", split]) == 0
-        shown = capsys.readouterr()
-        assert f"itemkit: warning: of the {n} images evaluated here, {n} " in shown.err
-        tail = shown.out.partition("What was promised, and what happened:")[2]
-        assert tail.strip().startswith(f"not checked: all {n} images trained or calibrated this detector")
+    assert cli.main(["evaluate", str(store), "--detector", str(detector), "--split", "train"]) == 0
+    shown = capsys.readouterr()
+    assert "itemkit: warning: of the 40 images evaluated here, 40 " in shown.err
+    tail = shown.out.partition("What was promised, and what happened:")[2]
+    assert tail.strip().startswith("not checked: all 40 images trained or calibrated this detector")
 
     first, broken = data.parent / "images" / "00006.png", tmp_path / "broken.png"
     text = run("detect", first, "--detector", detector, *STUB)
@@ -504,7 +503,6 @@ def test_audit_and_equalise(uneven: Path, tmp_path: Path, run: Run) -> None:
     assert "was equalised with" in run(*words, status=2)
     (uneven / "real" / "00.jpg").write_bytes(b"")
     assert "audit of 47 of 48 images" in run("audit", uneven, status=1)
-    assert "fake" in run("audit", uneven, "--by", "generator", status=1)
 
 
 def test_run_and_study_hand_their_options_on(
