@@ -177,8 +177,8 @@ class AuditReport:
         first, n = self.leaks.iloc[0], len(self.leaks)
         return (
             f"{what}\n{n} of {len(self.table)} properties separate{'s' * (n == 1)} the classes. The "
-            f"strongest, '{first['property']}', reaches AUROC {first['auroc']:.3f} alone: a detector that sees "
-            f"it can score as much without having learnt anything about generated images.{one}"
+            f"strongest, '{first['property']}', reaches AUROC {first['auroc']:.3f} alone: a detector that "
+            f"sees it can score as much without having learnt anything about generated images.{one}"
         )
 
     def _duplicate_sentences(self) -> list[str]:

@@ -848,8 +848,8 @@ def _contradict(
     raise InputError(
         f"{what}: column {name!r} and {known} contradict each other in {count(int(wrong.sum()), 'row')} of "
         f"{len(raw):,}; first: row {row + 1} has {name} {_column(raw, name).iloc[row]!r}, read as {read}, "
-        f"but {beside}. Are the labels the other way round (here 0 is real and 1 is fake)? Rename the column to "
-        "'is_real' if 1 means real; drop the other column if that one is wrong"
+        f"but {beside}. Are the labels the other way round (here 0 is real and 1 is fake)? Rename the column "
+        "to 'is_real' if 1 means real; drop the other column if that one is wrong"
     )
 
 
@@ -868,8 +868,8 @@ def _check_paths(df: pd.DataFrame, what: str, base: Path, notes: list[str]) -> N
         hint = " ".join(f"{note}." for note in notes if "holds no bytes" in note)
         where = f"Relative paths are read against {base.absolute()}: pass root= if they lie elsewhere"
         first = printable(df[schema.PATH].iloc[0])
-        n = f"{len(df):,}"
-        raise InputError(f"none of the {n} images of {what} exists; first looked for: {first}. {hint or where}")
+        hint = f"first looked for: {first}. {hint or where}"
+        raise InputError(f"none of the {len(df):,} images of {what} exists; {hint}")
 
 
 def _texts(raw: pd.DataFrame, name: str, column: str, what: str) -> pd.Series:
