@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
-from scipy.special import logit
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -195,10 +194,9 @@ class PixelCNN(ClassifierMixin, BaseEstimator):
             self.net_ = self._network().to(choose_device(self.device), memory_format=torch.channels_last)
         truth = (np.asarray(y_val) == self.classes_[1]).astype(np.float32)
         optimiser = torch.optim.AdamW(self.net_.parameters(), lr=self.learning_rate, weight_decay=1e-3)
-        best, best_epoch = float("inf"), 0
+        weight, best, best_epoch = _even(codes), float("inf"), 0
         for epoch in range(1, self.epochs + 1):
             self.net_.train()
-            weight = _even(codes)
             for rows in np.array_split(rng.permutation(len(X)), max(1, round(len(X) / self.batch_size))):
                 logits = self._logits(self._batch(X[rows], rng))
                 target, scale = (torch.from_numpy(v[rows]).to(logits.device) for v in (codes, weight))
@@ -264,7 +262,7 @@ class FeatureScorer:
     ----------
     vectors : callable
         Features -> array (n, k), or (n, h, w, 3) for pixels.
-    estimator : scikit-learn classifier
+    estimator : scikit-learn classifier with a ``decision_function``
         Untrained; one whose ``fit`` takes ``X_val, y_val`` is stopped on the validation images.
     """
 
@@ -283,10 +281,7 @@ class FeatureScorer:
 
     def decision_function(self, features: Features) -> np.ndarray:
         """Log-odds or margin of fake."""
-        x = self.vectors(features)
-        if hasattr(self.estimator_, "decision_function"):
-            return np.asarray(self.estimator_.decision_function(x), np.float64)
-        return logit(np.clip(self.estimator_.predict_proba(x)[:, 1], 1e-9, 1 - 1e-9))
+        return np.asarray(self.estimator_.decision_function(self.vectors(features)), np.float64)
 
 
 class MisalignmentScorer(FeatureScorer):
@@ -542,7 +537,7 @@ _ALL = (
     Control(
         "generic_caption", "one caption for all", "Is the text more than a fixed point to measure from?",
         _OURS,
-        lambda item, head, generic: MisalignmentScorer(item, head, lambda f: generic_texts(f, np.asarray(generic))),
+        lambda item, head, emb: MisalignmentScorer(item, head, lambda f: generic_texts(f, np.asarray(emb))),
         ("generic_emb",),
     ),
     Control(

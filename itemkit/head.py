@@ -236,7 +236,8 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
     kind, what = (numbers.Integral, "whole number") if isinstance(low, int) else (numbers.Real, "number")
-    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+    fits = isinstance(value, kind) and not isinstance(value, bool)
+    if not (fits and low <= value <= high):
         raise InputError(f"{name}={value!r}: expected a {what} from {low:g} to {high:g}")
 
 
