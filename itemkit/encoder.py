@@ -142,35 +142,16 @@ _PREPROCESS = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where an encoder's files are and how open_clip must be called to read them.
-
-    Attributes
-    ----------
-    located : Located
-    open_clip_name : str
-        As open_clip takes it: a name, or "local-dir:folder".
-    pretrained : str
-        Tag that was asked for, for the record.
-    checkpoint : Path
-        The one file of weights that is loaded, and hashed.
-    config : dict
-        ``model_cfg``: the architecture.
-    preprocess : dict
-        All of the preprocessing, defaults included.
-    quick_gelu : bool
-        The weights of a tag were trained with another activation than the named architecture has.
-    others : tuple of Path
-        Folders outside of this one of which tokenizer or text tower are read.
-    """
+    """Where an encoder's files are and how open_clip must be called to read them."""
 
     located: Located
-    open_clip_name: str
-    pretrained: str
-    checkpoint: Path
-    config: dict[str, Any]
-    preprocess: dict[str, Any]
-    quick_gelu: bool = False
-    others: tuple[Path, ...] = ()
+    open_clip_name: str  # as open_clip takes it: a name, or "local-dir:folder"
+    pretrained: str  # tag that was asked for, for the record
+    checkpoint: Path  # the one file of weights that is loaded, and hashed
+    config: dict[str, Any]  # the architecture, "model_cfg"
+    preprocess: dict[str, Any]  # defaults included
+    quick_gelu: bool = False  # weights trained with another activation than the named architecture has
+    others: tuple[Path, ...] = ()  # folders elsewhere, of the tokenizer or the text tower
 
     @property
     def local(self) -> bool:

@@ -253,41 +253,23 @@ COPY_WHOLE = "Copy the whole model folder, not only its weights, or fetch it aga
 
 @dataclass(frozen=True)
 class Located:
-    """Where a model was found.
+    """Where a model was found."""
 
-    Attributes
-    ----------
-    what : str
-        What was asked for, in words.
-    path : Path
-        The folder, or the one weights file, that will be read.
-    revision : str
-        Commit of the model hub, or "" for a folder that is not from the hub.
-    name : str
-        Name of the model on the hub, or of the folder.
-    weights : tuple of Path
-        The very files of weights that will be loaded.
-    """
-
-    what: str
-    path: Path
-    revision: str = ""
-    name: str = ""
-    weights: tuple[Path, ...] = ()
+    what: str  # what was asked for, in words
+    path: Path  # the folder, or the one file of weights, that will be read
+    revision: str = ""  # commit of the model hub
+    name: str = ""  # of the model on the hub, or of the folder
+    weights: tuple[Path, ...] = ()  # the very files that will be loaded
 
     def record(self) -> dict[str, str]:
         """Which model this is: name, revision and hash of the files that are loaded."""
-        return {
-            "name": self.name,
-            "revision": self.revision,
-            "files_sha256": folder_hash(self.path, self.weights),
-        }
+        files = folder_hash(self.path, self.weights)
+        return {"name": self.name, "revision": self.revision, "files_sha256": files}
 
     def refuse(self, reason: str, remedy: str = COPY_WHOLE) -> ModelNotFound:
         """Build the error for a model that is here and cannot be used."""
-        return ModelNotFound(
-            self.what, reason=f"cannot be used: {reason}", looked=tidy(self.path), remedy=remedy
-        )
+        reason = f"cannot be used: {reason}"
+        return ModelNotFound(self.what, reason=reason, looked=tidy(self.path), remedy=remedy)
 
 
 def fetch_remedy(preset: str = "", several: bool = False) -> str:
@@ -301,17 +283,7 @@ def fetch_remedy(preset: str = "", several: bool = False) -> str:
 
 
 def not_found(what: str, looked: str | Path, reason: str = "") -> ModelNotFound:
-    """Build the one error for a model that is not on this machine.
-
-    Parameters
-    ----------
-    what : str
-        What was asked for.
-    looked : str or Path
-        Where it was looked for.
-    reason : str
-        What exactly is missing there.
-    """
+    """Build the one error for a model that is not on this machine; ``reason`` is what is missing there."""
     where = f"{tidy(looked)}: {reason}" if reason else tidy(looked)
     return ModelNotFound(what, looked=where, remedy=fetch_remedy())
 
@@ -385,18 +357,6 @@ def cached_snapshot(repository: str, called: str) -> Path:
     ``snapshot_download(local_files_only=True)`` will not do: it refuses a snapshot that lacks any file of the
     repository, also one nobody needs (the same weights in another format), and takes one of which it knows no
     list of files, however little of it there is. What is needed is for the caller to check.
-
-    Parameters
-    ----------
-    repository : str
-        "owner/name".
-    called : str
-        Words for the error.
-
-    Raises
-    ------
-    ModelNotFound
-        Nothing of it is in the cache.
     """
     place = hub_cache() / f"models--{repository.replace('/', '--')}"
     try:
@@ -441,20 +401,12 @@ def require_tokenizer(located: Located, folder: Path | None = None) -> None:
 
 
 def require_vocabulary(located: Located, size: int, room: int | None, reads_text: bool = True) -> None:
-    """Refuse a tokenizer that cannot be this model's own.
+    """Refuse a tokenizer of ``size`` entries that cannot be the own one of a model with room for ``room``.
 
-    Parameters
-    ----------
-    located : Located
-    size : int
-        Entries of the tokenizer.
-    room : int or None
-        Entries of the model's table of words. It is often rounded up, never by a tenth.
-    reads_text : bool
-        False for a model that only writes: a few entries too many then do no harm.
+    A model's table of words is often rounded up, never by a tenth. Where a model only writes, a few entries
+    too many do no harm.
     """
-    most = room and (room if reads_text else room * 1.01)
-    if room and most and not 0.9 * room <= size <= most:
+    if room and not 0.9 * room <= size <= (room if reads_text else room * 1.01):
         raise located.refuse(
             f"its tokenizer has {size:,} entries and its text model {room:,}: one is another's"
         )
@@ -477,12 +429,8 @@ _OTHER_KEYS = {
 def check_settings(located: Located, folder: Path | None = None) -> None:
     """Refuse a folder whose settings are Git LFS pointers, or lead a library to code.
 
-    All JSON files are read, at any depth of nesting: which of them a library looks at is its own affair. Python
-    files beside them do no harm as long as nothing names them.
-
-    Raises
-    ------
-    ModelNotFound
+    All JSON files are read, at any depth of nesting: which of them a library looks at is its own affair.
+    Python files beside them do no harm as long as nothing names them.
     """
     folder = folder or located.path
     for file in sorted(folder.iterdir()):
@@ -543,31 +491,25 @@ def refuse_pointer(file: Path, located: Located) -> None:
 
 
 def check_weights(file: Path, located: Located) -> None:
-    """Refuse a weights file that is a pointer, cut off, an archive of code, or none at all.
-
-    Raises
-    ------
-    ModelNotFound
-        With a remedy for the case.
-    """
+    """Refuse a weights file that is a pointer, cut off, an archive of code, or none at all."""
     refuse_pointer(file, located)
-    if file.suffix == ".json":
-        return
     if file.suffix == ".safetensors":
         _check_safetensors(file, located)
-    elif zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            if any(Path(name).name == "constants.pkl" or "/code/" in name for name in archive.namelist()):
-                raise located.refuse(f"{file.name} is a TorchScript archive, which holds code", _CONVERT)
-    elif file.suffix not in (".npz", ".npy"):
+    elif file.suffix not in (".json", ".npz", ".npy"):
+        try:
+            names = zipfile.ZipFile(file).namelist()
+        except (zipfile.BadZipFile, ValueError, EOFError):
+            names = []
+        if any(Path(name).name == "constants.pkl" or "/code/" in name for name in names):
+            raise located.refuse(f"{file.name} is a TorchScript archive, which holds code", _CONVERT)
         with open(file, "rb") as opened:
-            if opened.read(1) != b"\x80":  # the first byte of torch's older format
-                raise located.refuse(f"{file.name} holds no weights, or only their beginning", COPY_WHOLE)
+            if not names and opened.read(1) != b"\x80":  # the first byte of torch's older format
+                raise located.refuse(f"{file.name} holds no weights, or only their beginning")
 
 
 _CONVERT = (
-    "Convert it once, where you trust its source: load it with the program that wrote it and save its tensors "
-    "alone with safetensors.torch.save_file."
+    "Convert it once, where you trust its source: load it with the program that wrote it, and save the tensors"
+    " alone with safetensors.torch.save_file."
 )
 
 
@@ -591,12 +533,8 @@ def _check_safetensors(file: Path, located: Located) -> None:
 def folder_hash(folder: Path, weights: Sequence[Path] | None = None) -> str:
     """SHA-256 over names and contents of everything in a model folder that changes its numbers.
 
-    Parameters
-    ----------
-    folder : Path
-    weights : sequence of Path, optional
-        The files of weights that are loaded; with them the settings beside them count. Without: every file at
-        any depth, except what Python or a reader leaves behind.
+    These are the given files of weights and the settings beside them; or, without ``weights``, every file at
+    any depth except what Python or a reader leaves behind.
     """
     if weights is None:
         files = [f for f in folder.rglob("*") if f.is_file() and f.suffix not in (".pyc", ".py", ".md")]
@@ -722,19 +660,9 @@ def from_disk_only() -> Iterator[None]:
 
 
 def load_transformer(auto_class: Any, located: Located, **options: Any) -> Any:
-    """Load a transformers model from a folder, whole or not at all.
+    """Load a transformers model with ``auto_class.from_pretrained``, whole or not at all.
 
-    ``from_pretrained`` fills weights that the file lacks with random numbers and only logs it; here that is
-    an error. No code from the folder is run, and no pickle is read other than weights-only.
-
-    Parameters
-    ----------
-    auto_class : transformers model class
-        Anything with ``from_pretrained``.
-    located : Located
-        From `find_folder`.
-    **options
-        Passed on.
+    It fills weights that the file lacks with random numbers and only logs it; here that is an error.
     """
     fixed = {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
     with reading(located), from_disk_only():
@@ -754,18 +682,9 @@ def load_transformer(auto_class: Any, located: Located, **options: Any) -> Any:
 def load_processor(
     located: Located, room: int | None, reads_text: bool = True
 ) -> tuple[Any | None, Any, Any]:
-    """Load what turns pictures and texts into numbers, and check that its vocabulary is the model's.
+    """Load processor (None where a folder has no such thing), image processor and tokenizer.
 
-    Parameters
-    ----------
-    located : Located
-    room, reads_text
-        See `require_vocabulary`.
-
-    Returns
-    -------
-    processor or None, image processor, tokenizer
-        The first where the folder has both as one.
+    ``room`` and ``reads_text``: see `require_vocabulary`.
     """
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 

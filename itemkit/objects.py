@@ -248,8 +248,8 @@ def find_parser(model: str | Path) -> Located:
 # What a pipeline may be built from: spaCy's own functions and components, which read nothing but the folder.
 _OWN = re.compile(r"spacy(-legacy|-curated-transformers)?\.[\w.]+")
 _COMPONENTS = frozenset(
-    "tok2vec curated_transformer tagger morphologizer parser attribute_ruler lemmatizer senter sentencizer ner "
-    "trainable_lemmatizer merge_entities merge_noun_chunks merge_subtokens".split()
+    "tok2vec curated_transformer tagger morphologizer parser attribute_ruler lemmatizer senter sentencizer "
+    "ner trainable_lemmatizer merge_entities merge_noun_chunks merge_subtokens".split()
 )
 
 

@@ -2,8 +2,8 @@
 
 Rule for an object that is not there: `whole`, `grid` and `dense` always return their best region, and the
 score (its cosine with the phrase) says how good it is. An object detector that finds nothing above its
-threshold falls back to the whole image with score 0. So every phrase has exactly one region; a caption without objects
-has none, and what that means is decided where features are pooled (`misalignment`).
+threshold falls back to the whole image with score 0. So every phrase has exactly one region; a caption
+without objects has none, and what that means is decided where features are pooled (`misalignment`).
 """
 
 from __future__ import annotations
