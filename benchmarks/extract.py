@@ -29,12 +29,13 @@ from PIL import Image
 
 from benchmarks.report import Result, table
 from benchmarks.subjects import as_manifest, build, caption_of, read_images
-from itemkit.decode import DecodeConfig, ImageReader, batches
+from itemkit.decode import DecodeConfig, Reader, Task, batches
 from itemkit.devices import dtype_name
 from itemkit.extraction import extract, raise_malloc_thresholds
+from itemkit.features import concat_features
 from itemkit.images import load_image
-from itemkit.steps import Models, Stages
-from itemkit.store import concat_features
+from itemkit.models import Models
+from itemkit.steps import Steps
 
 # Dense arithmetic of the data sheets in TFLOP/s, for the share of the peak; by device and precision.
 PEAK_TFLOPS = {
@@ -89,16 +90,21 @@ def best_batch(
 
 def decode_all(paths: Sequence[str], preprocess: Callable[[Image.Image], Any], config: DecodeConfig) -> int:
     """Decode and preprocess all images as the pipeline does, without any model."""
-    reader = ImageReader(config, preprocess=preprocess)
-    source = batches(range(len(paths)), lambda row: reader.read(row, paths[row]), lambda: 64, config, 0)
-    return sum(len(batch) for batch in source)
+    reader = Reader(config, lambda task, digest: False, preprocess=preprocess)
+    tasks = (Task(row, path, path) for row, path in enumerate(paths))
+    images = 0
+    for batch in batches(tasks, reader, lambda: 64, config):
+        images += len(batch)
+        for item in batch:
+            item.free()
+    return images
 
 
 def naive_loop(paths: Sequence[str], models: Any, captions: Sequence[str | None]) -> None:
     """One image after the other through all steps, nothing shared and nothing kept."""
     parts = []
     for path, caption in zip(paths, captions, strict=True):
-        parts.append(Stages(models)([load_image(path)], [caption]))
+        parts.append(Steps(models)([load_image(path)], [caption]))
     concat_features(parts)
 
 

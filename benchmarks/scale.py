@@ -24,16 +24,16 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from itemkit.decode import DecodeConfig
+from itemkit import decode
 from itemkit.extraction import extract
-from itemkit.steps import Models
+from itemkit.models import Models
 from itemkit.store import load_features
 
 DIM = 64
 FILES = 1000
 
 
-def load_stub(data: bytes, name: str = "") -> Image.Image:
+def load_stub(data: bytes, name: str = "", **options: object) -> Image.Image:
     """A picture of one colour instead of decoding."""
     return Image.new("RGB", (8, 8), (data[0], data[1], 0))
 
@@ -116,8 +116,8 @@ def run(rows: int, scratch: Path) -> None:
     stub = Stub(every=max(rows // 10, 1000))
     models = Models(stub, None, stub, stub)
     print(f"        0 images {resident_mb():7.0f} MB, the manifest of {rows} rows in memory")
-    decode = DecodeConfig(loader="benchmarks.scale:load_stub")
-    options: dict[str, Any] = {"captions": "user", "batch_size": 512, "decode": decode, "progress": False}
+    decode.load_image = decode.open_image = load_stub
+    options: dict[str, Any] = {"captions": "user", "batch_size": 512, "progress": False}
     print(extract(manifest, scratch / "out", models, **options))
     if len(stub.memory) > 1:
         images, memory = np.array(stub.memory).T

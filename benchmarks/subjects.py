@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from itemkit.devices import choose_device, choose_precision
-from itemkit.steps import Models
+from itemkit.models import Models
 
 CAPTION_TOKENS = 20  # of a captioner with random weights, which would not stop by itself
 COLOURS = ("red", "green", "blue", "yellow", "white", "black", "brown", "grey")

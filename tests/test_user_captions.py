@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
 from itemkit.captions import CLEAN_VERSION, clean_caption
-from itemkit.errors import InputError, StoreError
-from itemkit.extraction import POSTED, count_cut, extract, told, with_clean_captions
-from itemkit.steps import Models, featurise, fingerprint
+from itemkit.errors import InputError
+from itemkit.extraction import POSTED, extract, with_clean_captions
+from itemkit.models import Models
+from itemkit.steps import Steps
 from itemkit.store import load_features, read_run
 
 from fakes import FakeEncoder, FakeLocaliser, FakeParser, fake_models, make_images
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*without features")
 
 POST = "RT @joe: #GoldenHour at the sea \U0001f305 https://t.co/abc"
 
@@ -39,7 +40,7 @@ def picture(seed: int = 0) -> Image.Image:
 
 def test_the_models_see_the_cleaned_caption():
     models = readers()
-    features = featurise([picture()], models, [POST])
+    features = Steps(models)([picture()], [POST])
     assert (
         features.table["caption"].tolist() == ["Golden Hour at the sea"] == models.encoder.texts_encoded[:1]
     )
@@ -48,23 +49,13 @@ def test_the_models_see_the_cleaned_caption():
 
 def test_a_caption_of_emoji_only_is_an_error_not_an_empty_text():
     with pytest.raises(InputError, match="nothing that can be read is left of the caption '\U0001f600'"):
-        featurise([picture()], fake_models(), ["\U0001f600"])
+        Steps(fake_models())([picture()], ["\U0001f600"])
 
 
 def test_the_rules_version_is_part_of_the_fingerprint_of_users_captions_only():
     models = fake_models()
-    assert fingerprint(models, "user")["caption_cleaning"] == CLEAN_VERSION
-    assert "caption_cleaning" not in fingerprint(models, "generate")
-
-
-def test_a_store_made_without_cleaning_is_not_continued(tmp_path):
-    manifest = make_images(tmp_path / "images", 4).assign(caption="a red ball")
-    extract(manifest, tmp_path / "out", readers(), captions="user", progress=False)
-    run = read_run(tmp_path / "out")
-    del run["fingerprint"]["caption_cleaning"]
-    (tmp_path / "out" / "run.json").write_text(json.dumps(run))
-    with pytest.raises(StoreError, match=r"extracted otherwise \(caption_cleaning: null there, 2 here\)"):
-        extract(manifest, tmp_path / "out", readers(), captions="user", progress=False)
+    assert models.fingerprint("user")["caption_cleaning"] == CLEAN_VERSION
+    assert "caption_cleaning" not in models.fingerprint("generate")
 
 
 def test_the_manifest_keeps_what_was_posted():
@@ -76,30 +67,6 @@ def test_the_manifest_keeps_what_was_posted():
     assert POSTED not in with_clean_captions(given[1:3])
     assert with_clean_captions(given[["path"]]) is not None
     pd.testing.assert_frame_equal(with_clean_captions(clean)[["path", "caption"]], clean[["path", "caption"]])
-
-
-def test_cut_captions_are_counted_from_the_store(tmp_path):
-    captions = ["a red ball", "one two three four five", "one two three four five six", "a " * 9]
-    manifest = make_images(tmp_path / "images", 4).assign(caption=captions)
-    extract(manifest, tmp_path / "out", readers(ShortSighted()), captions="user", progress=False)
-    run = read_run(tmp_path / "out")
-    shard = pd.read_parquet(tmp_path / "out" / "shards")
-    ids = np.array([bytes.fromhex(one) for one in shard["feature_id"]], "S32")
-    counts = count_cut(tmp_path / "out", run, ids)
-    assert counts == {"cut": 2, "room": 5, "longest": 9, "first": "00002.png"}
-    assert told(counts) == (
-        "2 captions are longer than the 5 tokens the encoder reads, and cut there for it (longest 9, first: "
-        "00002.png); objects were taken from whole captions"
-    )
-    assert count_cut(tmp_path / "out", run, ids[3:]) == {
-        "cut": 1,
-        "room": 5,
-        "longest": 9,
-        "first": "00003.png",
-    }
-    none = count_cut(tmp_path / "out", run, ids[:2])
-    assert none == {"cut": 0, "room": 5} and told(none) == ""
-    assert count_cut(tmp_path / "out", {"fingerprint": {"encoder": {}}}, ids) == {} and told({}) == ""
 
 
 @pytest.mark.parametrize(
@@ -172,7 +139,7 @@ def test_an_extraction_tells_what_it_cut_and_notes_it(tmp_path, capsys):
     manifest = make_images(tmp_path / "images", 4).assign(caption=captions)
     options = {"captions": "user", "batch_size": 2}
     report = extract(manifest, tmp_path / "out", readers(ShortSighted()), **options)
-    line = "1 caption is longer than the 5 tokens the encoder reads, and cut there for it (longest 6, "
+    line = "1 caption longer than the 5 tokens the encoder reads, and cut there for it (longest 6, "
     line += "first: 00001"
     assert line in capsys.readouterr().err and line in str(report)
     assert read_run(tmp_path / "out")["captions"] == {"cut": 1, "room": 5, "longest": 6, "first": "00001.png"}
@@ -183,10 +150,13 @@ def test_an_extraction_tells_what_it_cut_and_notes_it(tmp_path, capsys):
     assert table[POSTED].tolist() == [None, None, None, POST]
 
 
-def test_short_captions_are_not_talked_about(tmp_path):
-    manifest = make_images(tmp_path / "images", 2).assign(caption="a red ball")
-    report = extract(manifest, tmp_path / "out", readers(ShortSighted()), captions="user", progress=False)
-    assert "longer" not in str(report) and report.captions == {"cut": 0, "room": 5}
+def test_cut_captions_are_counted_for_the_rows_that_were_asked_for(tmp_path):
+    captions = ["a red ball", "one two three four five", "one two three four five six", "a " * 9]
+    manifest, out = make_images(tmp_path / "images", 4).assign(caption=captions), tmp_path / "out"
+    for rows, cut in ((slice(4), 2), (slice(3, 4), 1), (slice(2), 0)):
+        options = {"captions": "user", "progress": False}
+        report = extract(manifest[rows], out, readers(ShortSighted()), **options)
+        assert report.captions["cut"] == cut and ("longer" in str(report)) == bool(cut)
 
 
 def test_captions_of_which_nothing_is_left_count_as_missing(tmp_path):
@@ -200,18 +170,3 @@ def test_captions_of_which_nothing_is_left_count_as_missing(tmp_path):
     ]
     extract(manifest, tmp_path / "c", fake_models(), captions="user", missing="generate", progress=False)
     assert load_features(tmp_path / "c").table["caption_source"].tolist() == ["user", "generated", "user"]
-
-
-def test_a_killed_run_with_posted_captions_can_be_read(tmp_path):
-    manifest = make_images(tmp_path / "images", 4).assign(caption=[f"{POST} {i}" for i in range(4)])
-
-    class Mortal(FakeEncoder):
-        def encode_images(self, pixels, patches=False):
-            if self.images_encoded >= 2:
-                raise KeyboardInterrupt
-            return super().encode_images(pixels, patches)
-
-    with pytest.raises(KeyboardInterrupt):
-        extract(manifest, tmp_path / "out", readers(Mortal()), captions="user", batch_size=2, progress=False)
-    part = load_features(tmp_path / "out", partial=True)
-    assert part.table["caption"].tolist() == ["Golden Hour at the sea 0", "Golden Hour at the sea 1"]
