@@ -508,8 +508,8 @@ def check_weights(file: Path, located: Located) -> None:
 
 
 _CONVERT = (
-    "Convert it once, where you trust its source: load it with the program that wrote it, and save the tensors"
-    " alone with safetensors.torch.save_file."
+    "Convert it once, where you trust its source: load it with the program that wrote it, and save its "
+    "tensors alone with safetensors.torch.save_file."
 )
 
 

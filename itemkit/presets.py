@@ -208,18 +208,20 @@ class Preset:
         if not missing:
             return found  # type: ignore[return-value]
         absent = [error for error in missing if not error.reason]  # others are there and cannot be used
-        remedy = fetch_remedy(self.name, len(absent) > 1) if absent else ""
-        if absent and self.name == "mini" and all(tidy(mini_folder()) in error.looked for error in absent):
-            remedy = MINI_REMEDY  # no hub has these
+        models = tidy(mini_folder() / "models")
+        if self.name == "mini" and absent == missing and all(models in error.looked for error in absent):
+            parts = ", ".join(part for part, where in found.items() if where in absent)
+            raise ModelNotFound(f"the mini models ({parts})", looked=models, remedy=MINI_REMEDY)  # on no hub
         places: dict[str, list[str]] = {}  # models looked for in one place share a sentence
         for error in absent:
             places.setdefault(error.looked, []).append(error.what)
-        facts = [
-            f"{', '.join(names)} {'are' if len(names) > 1 else 'is'} not on this machine (looked in {place})."
-            for place, names in places.items()
-        ]
-        broken = [str(error) for error in missing if error.reason]
-        raise ModelNotFound(" ".join([*broken, *facts]), remedy=remedy)
+        facts = [str(error) for error in missing if error.reason]
+        for place, names in places.items():
+            verb = "are" if len(names) > 1 else "is"
+            facts.append(f"{', '.join(names)} {verb} not on this machine (looked in {place}).")
+        raise ModelNotFound(
+            " ".join(facts), remedy=fetch_remedy(self.name, len(absent) > 1) if absent else ""
+        )
 
     def record(self) -> dict[str, Any]:
         """The choices as JSON-ready values without anybody's home folder, to be kept beside results."""
