@@ -131,7 +131,6 @@ def separation(x: np.ndarray, generator: np.ndarray, *, seed: int = 0, k: int = 
     real = generator == schema.REAL_GENERATOR
     for name in dict.fromkeys(generator[~real]):
         fake = generator == name
-        # as many of the one as of the other, so that chance is one half
         rng, each = np.random.default_rng(seed), min(real.sum(), fake.sum())
         rows_used = np.concatenate([rng.permutation(np.flatnonzero(c))[:each] for c in (real, fake)])
         y = fake[rows_used].astype(int)

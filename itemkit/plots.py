@@ -1,6 +1,7 @@
 """Figures from ready data: every function takes axes, draws, returns the axes, and computes nothing else.
 
-Names and captions are data: they are shown as they stand, a dollar sign starts no formula.
+``ax : Axes`` is where it is drawn, and what is returned. Names and captions are data: they are shown as they
+stand, a dollar sign starts no formula.
 """
 
 from __future__ import annotations
@@ -155,14 +156,9 @@ def distributions(ax: Axes, table: pd.DataFrame, value: str, xlabel: str) -> Axe
 
     Parameters
     ----------
-    ax : Axes
     table : DataFrame
         Columns ``generator`` and ``value``.
     value, xlabel : str
-
-    Returns
-    -------
-    Axes
     """
     palette = colours(list(table[schema.GENERATOR]))
     for name, colour in palette.items():
@@ -170,16 +166,8 @@ def distributions(ax: Axes, table: pd.DataFrame, value: str, xlabel: str) -> Axe
         if len(x) < 2:
             continue
         real = name == schema.REAL_GENERATOR
-        sns.kdeplot(
-            x=x,
-            ax=ax,
-            color=colour,
-            fill=real,
-            alpha=0.25 if real else 1.0,
-            lw=1.8,
-            cut=0,
-            label=_label(f"{name} (n={len(x)})"),
-        )
+        shown = {"fill": real, "alpha": 0.25 if real else 1.0, "label": _label(f"{name} (n={len(x)})")}
+        sns.kdeplot(x=x, ax=ax, color=colour, lw=1.8, cut=0, **shown)
         ax.plot(x.median(), 0, marker="^", color=colour, ms=6, clip_on=False, zorder=5)
     ax.set(xlabel=plain(xlabel), ylabel="density", yticks=[])
     ax.spines["left"].set_visible(False)
@@ -200,16 +188,11 @@ def intervals(
 
     Parameters
     ----------
-    ax : Axes
     table : DataFrame
         Columns ``y``, ``hue`` (optional), ``value``, ``low``, ``high``.
     y, hue, xlabel : str
     reference : float, optional
         A vertical line, e.g. at chance.
-
-    Returns
-    -------
-    Axes
     """
     names = list(dict.fromkeys(table[y]))
     hues = list(dict.fromkeys(table[hue])) if hue else [""]
@@ -217,17 +200,8 @@ def intervals(
         part = table[table[hue] == h] if hue else table
         at = np.array([names.index(n) for n in part[y]]) + (j - (len(hues) - 1) / 2) * 0.7 / len(hues)
         error = np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(min=0)
-        ax.errorbar(
-            part["value"],
-            at,
-            xerr=error,
-            fmt="o",
-            ms=4.5,
-            lw=1.4,
-            capsize=0,
-            color=(BLUE, *CYCLE)[j % 8],
-            label=_label(h) if hue else None,
-        )
+        look = {"color": (BLUE, *CYCLE)[j % 8], "label": _label(h) if hue else None}
+        ax.errorbar(part["value"], at, xerr=error, fmt="o", ms=4.5, lw=1.4, capsize=0, **look)
     if reference is not None:
         ax.axvline(reference, color=GREY, lw=1, ls=":", zorder=0)
     ax.set(yticks=range(len(names)), yticklabels=[plain(n) for n in names], xlabel=plain(xlabel))
@@ -244,16 +218,11 @@ def matrix(
 
     Parameters
     ----------
-    ax : Axes
     table : DataFrame
         Columns ``rows``, ``columns`` and ``value``.
     rows, columns, label : str
     chance : float
         Lower end of the colour scale.
-
-    Returns
-    -------
-    Axes
     """
     wide = table.pivot(index=rows, columns=columns, values="value")
     wide = wide.loc[list(dict.fromkeys(table[rows])), list(dict.fromkeys(table[columns]))]
@@ -270,28 +239,17 @@ def matrix(
 
 
 def lines(
-    ax: Axes,
-    table: pd.DataFrame,
-    *,
-    x: str,
-    hue: str,
-    xlabel: str,
-    ylabel: str,
+    ax: Axes, table: pd.DataFrame, *, x: str, hue: str, xlabel: str, ylabel: str,
     palette: Mapping[str, str] | None = None,
-) -> Axes:
+) -> Axes:  # fmt: skip
     """Draw one line with a band for each hue.
 
     Parameters
     ----------
-    ax : Axes
     table : DataFrame
         Columns ``x``, ``hue``, ``value`` and, for the band, ``low`` and ``high``.
     x, hue, xlabel, ylabel : str
     palette : mapping of hue to colour, optional
-
-    Returns
-    -------
-    Axes
     """
     for i, (name, part) in enumerate(table.groupby(hue, sort=False)):
         colour = (palette or {}).get(str(name), (BLUE, *CYCLE)[i % 8])
@@ -309,28 +267,16 @@ def scatter(ax: Axes, xy: np.ndarray, generators: Sequence[str], title: str = ""
 
     Parameters
     ----------
-    ax : Axes
     xy : float array, shape (n, 2)
     generators : sequence of str, length n
     title : str
-
-    Returns
-    -------
-    Axes
     """
     names = np.asarray(generators)
     palette = colours(list(names))
     # one shuffled cloud: drawn class by class, the last class would cover the others
     order = np.random.default_rng(0).permutation(len(xy))
-    ax.scatter(
-        xy[order, 0],
-        xy[order, 1],
-        s=5,
-        lw=0,
-        alpha=0.8,
-        c=[palette[n] for n in names[order]],
-        rasterized=True,
-    )
+    colour_of = [palette[n] for n in names[order]]
+    ax.scatter(*xy[order].T, s=5, lw=0, alpha=0.8, c=colour_of, rasterized=True)
     for name, colour in palette.items():
         if name in names:
             ax.scatter([], [], s=18, color=colour, label=_label(name))
@@ -344,15 +290,10 @@ def show_image(ax: Axes, image: np.ndarray, title: str = "", colour: str | None 
 
     Parameters
     ----------
-    ax : Axes
     image : uint8 array, shape (h, w, 3)
     title : str
         May hold line breaks.
     colour : str, optional
-
-    Returns
-    -------
-    Axes
     """
     _imshow(ax, image)
     ax.set(xticks=[], yticks=[])
@@ -389,10 +330,6 @@ def label_row(ax: Axes, name: str) -> Axes:
     ax : Axes
         The first of the row.
     name : str
-
-    Returns
-    -------
-    Axes
     """
     ax.set_ylabel(plain(name), rotation=0, ha="right", va="center", fontsize=9)
     return ax
@@ -407,19 +344,12 @@ def boxes(ax: Axes, table: pd.DataFrame) -> Axes:
         With the picture shown.
     table : DataFrame
         Columns ``phrase, x0, y0, x1, y1``, pixels of the picture.
-
-    Returns
-    -------
-    Axes
     """
     for i, row in enumerate(table.itertuples()):
         colour = CYCLE[i % len(CYCLE)]
         # half a pixel: imshow puts the centre of a pixel, not its corner, on whole numbers
-        ax.add_patch(
-            Rectangle(
-                (row.x0 - 0.5, row.y0 - 0.5), row.x1 - row.x0, row.y1 - row.y0, fill=False, ec=colour, lw=1.8
-            )
-        )
+        corner, size = (row.x0 - 0.5, row.y0 - 0.5), (row.x1 - row.x0, row.y1 - row.y0)
+        ax.add_patch(Rectangle(corner, *size, fill=False, ec=colour, lw=1.8))
         ax.plot([], [], color=colour, lw=2, label=_label(row.phrase))
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), fontsize=7, ncols=1)
     return ax
@@ -430,15 +360,10 @@ def heat(ax: Axes, image: np.ndarray, heatmap: np.ndarray, title: str = "") -> A
 
     Parameters
     ----------
-    ax : Axes
     image : uint8 array, shape (h, w, 3)
     heatmap : float array, shape (h, w)
         One number for each pixel; nothing is drawn where it is NaN.
     title : str
-
-    Returns
-    -------
-    Axes
     """
     _imshow(ax, image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
     _imshow(ax, heatmap, cmap="magma", alpha=0.65)
@@ -452,7 +377,6 @@ def options(ax: Axes, table: pd.DataFrame, xlabel: str) -> Axes:
 
     Parameters
     ----------
-    ax : Axes
     table : DataFrame
         Rows of one question from `itemkit.ablation.ablation`.
     xlabel : str
