@@ -13,7 +13,7 @@ import math
 import numbers
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -520,6 +520,9 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         del params["device"]
         contents = {
             "params": params,
+            "network": asdict(
+                self.net_.arch
+            ),  # a name alone would be another network once its numbers change
             "classes": self.classes_.tolist(),
             "n_features": self.n_features_in_,
             "best_epoch": self.best_epoch_,
@@ -546,7 +549,8 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
             params["hidden_sizes"] = tuple(params["hidden_sizes"])
         head = cls(**params, device=device)
         try:
-            arch = head.resolved_architecture()
+            head.resolved_architecture()  # refuses numbers that no head can have
+            arch = Architecture(**meta["network"] | {"hidden": tuple(meta["network"]["hidden"])})
             tensors = load_file(folder / "head.safetensors")
             head.mean_, head.scale_ = tensors.pop("input_mean").numpy(), tensors.pop("input_scale").numpy()
             with torch.device("meta"):  # shapes without memory, to hold those of the file against
@@ -555,7 +559,7 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
             head.net_.load_state_dict({k: v.clone() for k, v in tensors.items()}, assign=True)
             if not all(torch.isfinite(t).all() for t in (*tensors.values(), torch.from_numpy(head.mean_))):
                 raise InputError("head.safetensors holds a number that is not finite")
-        except (InputError, SafetensorError, RuntimeError, KeyError) as error:
+        except (InputError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
             raise damaged(folder, one_line(error)) from error
         head.net_.to(where)
         head.n_features_in_, head.classes_ = meta["n_features"], np.array(meta["classes"])
