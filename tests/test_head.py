@@ -279,8 +279,9 @@ def test_a_damaged_folder_is_one_line(trained, damage, tmp_path):
 
 def test_files_made_to_look_whole_are_checked_as_well(trained, tmp_path):
     # whoever can write the checksums can still not make it allocate, or answer with NaN
-    changes = [{"params": {"members": 1000}}, {"params": {"members": 2**40}}, {"network": {"hidden": [2**31] * 2}},
-               {"network": {"hidden": 3}}, {"network": {"depth": 3}}, {}]  # fmt: skip
+    networks = ({"hidden": [2**31] * 2}, {"hidden": 3}, {"depth": 3})
+    changes = [{"params": {"members": 1000}}, {"params": {"members": 2**40}}, {}]
+    changes += [{"network": network} for network in networks]
     for number, change in enumerate(changes):
         folder = shutil.copytree(trained, tmp_path / str(number))
         if not change:
