@@ -211,7 +211,7 @@ class Preset:
         models = tidy(mini_folder() / "models")
         if self.name == "mini" and absent == missing and all(models in error.looked for error in absent):
             parts = ", ".join(part for part, where in found.items() if where in absent)
-            raise ModelNotFound(f"the mini models ({parts})", looked=models, remedy=MINI_REMEDY)  # on no hub
+            raise ModelNotFound(f"preset 'mini' ({parts})", looked=models, remedy=MINI_REMEDY)  # on no hub
         places: dict[str, list[str]] = {}  # models looked for in one place share a sentence
         for error in absent:
             places.setdefault(error.looked, []).append(error.what)

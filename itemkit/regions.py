@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -124,15 +124,15 @@ def embed_boxes(
     -------
     float32 tensor, shape (len(boxes), d)
     """
-    crops = []
-    for image, (x0, y0, x1, y1) in zip(images, boxes, strict=True):
-        left, top = min(int(x0), image.width - 1), min(int(y0), image.height - 1)
-        right, bottom = max(left + 1, math.ceil(x1)), max(top + 1, math.ceil(y1))
-        crops.append(image.crop((left, top, min(right, image.width), min(bottom, image.height))))
     emb = [torch.zeros(0, encoder.dim, device=encoder.device)]
-    for start in range(0, len(crops), batch_size):
-        pixels = stack_pixels(encoder.preprocess, crops[start : start + batch_size])
-        emb.append(encoder.encode_images(pixels).pooled)
+    for start in range(0, len(boxes), batch_size):  # cut out batch by batch: all at once would be large
+        crops = []
+        part = slice(start, start + batch_size)
+        for image, (x0, y0, x1, y1) in zip(images[part], boxes[part], strict=True):
+            left, top = min(int(x0), image.width - 1), min(int(y0), image.height - 1)
+            right, bottom = max(left + 1, math.ceil(x1)), max(top + 1, math.ceil(y1))
+            crops.append(image.crop((left, top, min(right, image.width), min(bottom, image.height))))
+        emb.append(encoder.encode_images(stack_pixels(encoder.preprocess, crops)).pooled)
     return torch.cat(emb)
 
 
@@ -195,14 +195,7 @@ class Whole:
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
 
-    def locate(
-        self,
-        images: Sequence[Image],
-        embedding: ImageEmbedding,
-        phrase_emb: Tensor,
-        owner: Tensor,
-        phrases: Sequence[str] | None = None,
-    ) -> Regions:
+    def locate(self, images, embedding, phrase_emb, owner, phrases=None):  # types: see Localiser
         """See `Localiser.locate`."""
         emb = embedding.pooled[owner]
         size = torch.tensor([image.size for image in images], dtype=torch.float32, device=emb.device)
@@ -245,50 +238,25 @@ class Grid:
         self.encoder, self.scales, self.overlap = encoder, tuple(scales), overlap
         self.batch_size = batch_size or (32 if torch.device(encoder.device).type == "cpu" else 256)
 
-    def locate(
-        self,
-        images: Sequence[Image],
-        embedding: ImageEmbedding,
-        phrase_emb: Tensor,
-        owner: Tensor,
-        phrases: Sequence[str] | None = None,
-    ) -> Regions:
+    def locate(self, images, embedding, phrase_emb, owner, phrases=None):  # types: see Localiser
         """See `Localiser.locate`."""
-        device = embedding.pooled.device
-        boxes, scores, emb = _empty(len(owner), phrase_emb.shape[1], device)
-        for group in self._groups(images, owner.unique().tolist()):
-            found = [box for _, of_image in group for box in of_image]
-            sources = [images[index] for index, of_image in group for _ in of_image]
-            crops = embed_boxes(self.encoder, sources, found, self.batch_size)
-            start = 0
-            for index, of_image in group:
-                emb_of = crops[start : start + len(of_image)]
-                start += len(of_image)
-                laid = torch.tensor(of_image, dtype=torch.float32, device=device).reshape(-1, 4)
-                if self._sees_whole(images[index]):  # this window is embedded already
-                    emb_of = torch.cat([embedding.pooled[index : index + 1], emb_of])
-                    laid = torch.cat([laid.new_tensor([[0, 0, *images[index].size]]), laid])
-                rows = (owner == index).nonzero().squeeze(1)
-                scores[rows], best = (phrase_emb[rows].float() @ emb_of.T).max(dim=1)
-                boxes[rows], emb[rows] = laid[best], emb_of[best]
+        boxes, scores, emb = _empty(len(owner), phrase_emb.shape[1], embedding.pooled.device)
+        laid = {i: windows(*images[i].size, self.scales, self.overlap) for i in owner.unique().tolist()}
+        # the first window of a square image is the image itself, which is embedded already
+        known = {i: int(images[i].width == images[i].height and self.scales[0] == 1) for i in laid}
+        new = [(images[i], box) for i in laid for box in laid[i][known[i] :]]
+        crops = embed_boxes(
+            self.encoder, [image for image, _ in new], [box for _, box in new], self.batch_size
+        )
+        start = 0
+        for i, of_image in laid.items():
+            count = len(of_image) - known[i]
+            emb_of = torch.cat([embedding.pooled[i : i + known[i]], crops[start : start + count]])
+            start += count
+            rows = (owner == i).nonzero().squeeze(1)
+            scores[rows], best = (phrase_emb[rows].float() @ emb_of.T).max(dim=1)
+            boxes[rows], emb[rows] = boxes.new_tensor(of_image)[best], emb_of[best]
         return Regions(boxes, scores, emb)
-
-    def _sees_whole(self, image: Image) -> bool:
-        """Whether the first window is the image itself."""
-        return image.width == image.height and self.scales[0] == 1
-
-    def _groups(self, images: Sequence[Image], indices: list[int]) -> Iterator[list[tuple[int, list[Box]]]]:
-        """Lay the windows, in groups of images that fill a batch but do not hold all crops in memory."""
-        group: list[tuple[int, list[Box]]] = []
-        for index in indices:
-            width, height = images[index].size
-            laid = windows(width, height, self.scales, self.overlap)
-            group.append((index, laid[self._sees_whole(images[index]) :]))
-            if sum(len(boxes) for _, boxes in group) >= self.batch_size:
-                yield group
-                group = []
-        if group:
-            yield group
 
     def fingerprint(self) -> dict[str, Any]:
         """See `Localiser.fingerprint`."""
@@ -299,9 +267,8 @@ class Dense:
     """The encoder's own patch map: one forward pass gives the image and all its regions.
 
     The region's embedding is the mean of the patch embeddings, weighted by the softmax of their cosines with
-    the phrase. The box is drawn around the connected part of the map
-    that holds the best patch. A CLIP trained on captions alone has a weak patch map: look at `heatmap` before
-    trusting the boxes.
+    the phrase. The box is drawn around the connected part of the map that holds the best patch. A CLIP trained
+    on captions alone has a weak patch map: look at `heatmap` before trusting the boxes.
 
     Parameters
     ----------
@@ -329,14 +296,7 @@ class Dense:
         self.encoder, self.level, self._temperature = encoder, level, temperature
         self.temperature = 1 / encoder.logit_scale if temperature is None else temperature
 
-    def locate(
-        self,
-        images: Sequence[Image],
-        embedding: ImageEmbedding,
-        phrase_emb: Tensor,
-        owner: Tensor,
-        phrases: Sequence[str] | None = None,
-    ) -> Regions:
+    def locate(self, images, embedding, phrase_emb, owner, phrases=None):  # types: see Localiser
         """See `Localiser.locate`."""
         if embedding.patches is None:
             raise InputError(
@@ -383,14 +343,7 @@ class BoxLocaliser:
     def __init__(self, encoder: Encoder, finder: Any) -> None:
         self.encoder, self.finder = encoder, finder
 
-    def locate(
-        self,
-        images: Sequence[Image],
-        embedding: ImageEmbedding,
-        phrase_emb: Tensor,
-        owner: Tensor,
-        phrases: Sequence[str] | None = None,
-    ) -> Regions:
+    def locate(self, images, embedding, phrase_emb, owner, phrases=None):  # types: see Localiser
         """See `Localiser.locate`."""
         kind = type(self.finder).__name__
         if phrases is None or len(phrases) != len(owner):

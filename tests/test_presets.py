@@ -100,7 +100,7 @@ def test_a_folder_of_models_can_be_named_outside(fetched: Path, offline: None, m
 def test_missing_mini_models_name_their_own_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ITEMKIT_DATA", str(tmp_path))
     assert mini_folder() == tmp_path / "mini"
-    expected = r"mini models \(captioner, parser, encoder\) .*`git checkout data/mini` brings.*ITEMKIT_DATA"
+    expected = r"preset 'mini' \(captioner, parser, encoder\) .*`git checkout data/mini` brings.*ITEMKIT_DATA"
     with pytest.raises(ModelNotFound, match=expected) as caught:
         get_preset("mini").build("cpu")
     assert "itemkit download" not in str(caught.value)
