@@ -267,8 +267,8 @@ class Dense:
     """The encoder's own patch map: one forward pass gives the image and all its regions.
 
     The region's embedding is the mean of the patch embeddings, weighted by the softmax of their cosines with
-    the phrase. The box is drawn around the connected part of the map that holds the best patch. A CLIP trained
-    on captions alone has a weak patch map: look at `heatmap` before trusting the boxes.
+    the phrase. The box is drawn around the connected part of the map that holds the best patch. A CLIP
+    trained on captions alone has a weak patch map: look at `heatmap` before trusting the boxes.
 
     Parameters
     ----------

@@ -56,7 +56,7 @@ def embed(encoder, images: list[Image.Image], patches: bool = True) -> ImageEmbe
     return encoder.encode_images(torch.stack([encoder.preprocess(image) for image in images]), patches)
 
 
-# -- geometry ------------------------------------------------------------------------------------------------
+# -- geometry ----------------------------------------------------------------------------------------------
 
 
 def test_windows_by_hand() -> None:
@@ -110,7 +110,7 @@ def test_crops_have_at_least_one_pixel() -> None:
     assert (emb @ RED > 0.99).all()
 
 
-# -- whole, grid, dense --------------------------------------------------------------------------------------
+# -- whole, grid, dense ------------------------------------------------------------------------------------
 
 IMAGES = [
     scene((80, 40), ((60, 0, 80, 20), "#ff0000"), ((0, 20, 20, 40), "#00ff00")),
@@ -236,7 +236,7 @@ def test_dense_needs_patches() -> None:
         make_localiser("dense", Colours()).locate(IMAGES, embed(Colours(), IMAGES, False), PHRASES, OWNER)
 
 
-# -- object detectors -----------------------------------------------------------------------------------------------
+# -- object detectors --------------------------------------------------------------------------------------
 
 TEXTS, TEXT_OWNER = ["red ball", "the grass", "blue cup", "dog"], torch.tensor([0, 0, 1, 2])
 
