@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from itemkit.features import concat_features
@@ -57,6 +58,11 @@ def save_detector(out: Path, device: str = "auto") -> Path:
     """
     known = features("mini", None, out, device)
     # the same store as the study's, so whichever comes second finds it made
-    fresh = features("mini", lab_manifest(out, "fresh"), out, device, name="fresh")
-    detector = train_detector(concat_features([known, fresh.split("val")]), device=device)
+    renders = lab_manifest(out, "fresh")
+    fresh = features("mini", renders, out, device, name="fresh")
+    # all 400 of the val split: none of them is to be carved off for training, which has reals enough
+    chosen = fresh.table["path"].isin(renders.loc[renders["split"] == "val", "path"])
+    val = fresh.select(chosen.to_numpy())
+    val = replace(val, table=val.table.assign(split="val"))
+    detector = train_detector(concat_features([known, val]), device=device)
     return Path(detector.save(mini_folder() / "models" / "detector"))
