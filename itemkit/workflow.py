@@ -63,8 +63,6 @@ def lab_manifest(out_dir: str | Path, which: str = "images") -> pd.DataFrame:
     InputError
         ``data/mini`` lacks a file.
     """
-    if which not in LAB_PARTS:
-        raise InputError(f"the laboratory has no part {which!r}; parts: {', '.join(LAB_PARTS)}")
     sources = [mini_folder() / f"{name}.parquet" for name in LAB_PARTS[which]]
     if missing := [tidy(source) for source in sources if not source.is_file()]:
         raise InputError(
@@ -124,10 +122,6 @@ def data_manifest(
         See `lab_manifest`.
     preset : str
         Which models are meant; only the mini ones go with the laboratory's images.
-
-    Returns
-    -------
-    DataFrame
     """
     if isinstance(data, pd.DataFrame):
         return data if "report" in data.attrs else read_manifest(data)
@@ -194,10 +188,10 @@ def features(
         manifest = manifest.assign(**{schema.CAPTION: manifest[schema.PATH].map(captions)})
         made_by.append(int(pd.util.hash_pandas_object(captions).sum()))
         captions = "user"
-    if captions != "generate" or chosen != _as_it_comes(chosen.name):
+    if captions != "generate" or chosen.name not in PRESETS or chosen != get_preset(chosen.name):
         made_by.append(chosen.fingerprint(captions, device))
     if transform is not None:
-        made_by.append(transform.fingerprint() if hasattr(transform, "fingerprint") else repr(transform))
+        made_by.append(getattr(transform, "fingerprint", str)())
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode()).hexdigest()[:8]
     folders = Path(out_dir) / "features"
     store = folders / "-".join(part for part in (chosen.name, name, digest if made_by else "") if part)
@@ -220,10 +214,6 @@ def _replaced(preset: str | Preset, overrides: dict[str, Any]) -> Preset:
     return dataclasses.replace(preset, **{field: getattr(given, field) for field in touched})
 
 
-def _as_it_comes(name: str) -> Preset | None:
-    return get_preset(name) if name in PRESETS else None
-
-
 def _part(
     manifest: pd.DataFrame, splits: Sequence[str], generators: Sequence[str], plain: Path
 ) -> tuple[pd.DataFrame, pd.Series | None]:
@@ -244,10 +234,8 @@ def _part(
         asked &= split.isin(splits)
     if not asked.any():
         counts = ", ".join(f"{k} ({v})" for k, v in split.value_counts().items())
-        raise InputError(
-            f"no image with split in {list(splits)} and generator in {list(generators) or 'any'}; splits "
-            f"there are: {counts or 'none'}"
-        )
+        wanted = f"split in {list(splits) or 'any'} and generator in {list(generators) or 'any'}"
+        raise InputError(f"no image with {wanted}; splits there are: {counts or 'none'}")
     splits_of = split.set_axis(manifest[schema.PATH])[~manifest[schema.PATH].duplicated().to_numpy()]
     return manifest[asked].reset_index(drop=True), splits_of if known else None
 
@@ -265,10 +253,7 @@ def _of(manifest: pd.DataFrame, found: Features, splits_of: pd.Series | None = N
 
 
 def add_pixels(
-    features: Features,
-    side_px: int = 48,
-    transform: Callable[..., Any] | None = None,
-    crop: bool = False,
+    features: Features, side_px: int = 48, transform: Callable[..., Any] | None = None, crop: bool = False
 ) -> Features:
     """Load the images themselves beside their features, for the controls that look at pixels.
 
@@ -296,9 +281,8 @@ def add_pixels(
             image = transform(image, image_id)
         if crop:
             left, top = (max(0, (side - side_px) // 2) for side in image.size)
-            image = image.crop(
-                (left, top, min(image.width, left + side_px), min(image.height, top + side_px))
-            )
+            right, bottom = min(image.width, left + side_px), min(image.height, top + side_px)
+            image = image.crop((left, top, right, bottom))
         if image.size != (side_px, side_px):
             image = image.resize((side_px, side_px))
         pixels[row] = np.asarray(image)
@@ -342,7 +326,9 @@ def train_detector(
     if generators is not None:
         features = features.with_generators(generators)
     detector = Detector(representation, MisalignmentMLP(members=members, device=device))
-    return detector.fit(features.split("train"), features.split("val"))
+    table = features.table  # a handful of images may have none of val, which is no reason not to train
+    val = (table[schema.SPLIT] == "val").fillna(False) & table[schema.LABEL].notna()
+    return detector.fit(features.split("train"), features.select(val.to_numpy(dtype=bool)))
 
 
 def detect(
