@@ -203,7 +203,7 @@ class Study:
 
     def _tabulate(self, runs: Sequence[Run]) -> None:
         y, metrics = self.test[schema.LABEL].to_numpy(int), self.options["metrics"]
-        weights = np.c_[np.ones(len(y), np.float32), self._weights()]  # the sample itself, and its resamples
+        weights = np.c_[np.ones(len(y)), self._weights()]  # the sample itself, and its resamples
         rows: list[dict] = []
         for run in runs:
             s, p = np.asarray(run.test_scores), run.probability()
