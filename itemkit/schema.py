@@ -1,4 +1,4 @@
-"""Names that several modules share: columns, labels, notes, and the version of the feature store."""
+"""Names that several modules share: columns, labels, splits, and the notes that outputs carry."""
 
 REAL, FAKE = 0, 1
 LABEL_NAMES = {REAL: "real", FAKE: "fake"}
@@ -23,11 +23,6 @@ CAPTION_EMB = "caption_emb"
 REGION_EMB = "region_emb"
 PHRASE_EMB = "phrase_emb"
 OBJECTS = "objects"
-# lengths of the embeddings before they are normalised; a store written before 0.2 has none
-IMAGE_NORM = "image_norm"
-CAPTION_NORM = "caption_norm"
-REGION_NORM = "region_norm"
-PHRASE_NORM = "phrase_norm"
 
 SPLITS = ("train", "val", "test")
 
@@ -39,5 +34,3 @@ MINI_WARNING = (
     "the mini models know rendered scenes only: on other images the path is real, the numbers mean nothing; "
     "use --preset fast or paper for results"
 )
-
-SCHEMA_VERSION = 1
