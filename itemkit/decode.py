@@ -261,7 +261,7 @@ def batches(
     config: DecodeConfig,
     prefetch: int = 0,
 ) -> Generator[list[Decoded], None, None]:
-    """Read tasks in order and yield them as batches; the consumer calls ``free`` of each item it is done with.
+    """Read tasks in order, in batches; the consumer calls ``free`` of each item it is done with.
 
     Parameters
     ----------
@@ -272,8 +272,8 @@ def batches(
         Asked before each batch: how many images it may hold. One of large images is cut shorter.
     config : DecodeConfig
     prefetch : int
-        Batches made ahead of the consumer, by a thread. With 0 a batch is decoded while the consumer waits: on
-        a CPU, where decoders and models want the same cores, this was measured to be fastest.
+        Batches made ahead of the consumer, by a thread. With 0 a batch is decoded while the consumer waits:
+        fastest on a CPU, where decoders and models want the same cores.
     """
     source = _in_order(tasks, read, batch_size, config)
     return _ahead(source, prefetch) if prefetch else source

@@ -1,8 +1,8 @@
 """The extraction on a Ray cluster, or on several devices of one machine: the same workers, the same store.
 
-Each Ray task is a shard: a worker reads, decodes, runs the models and writes it; this process plans and notes
-what became of every image. A lost worker costs the shard it was at, which Ray gives to another. Needs the optional
-extra: ``pip install "itemkit[ray]"``. Images and store must lie where every worker can reach them.
+Each Ray task is a shard: a worker reads, decodes, runs the models, writes it; this process plans and lists.
+A lost worker costs the shard it was at, which Ray gives to another. Needs the optional extra:
+``pip install "itemkit[ray]"``. Images and store must lie where every worker can reach them.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ class RayCluster:
         size = max(size, self._options.batch_size or (GPU_BATCH if spread.gpus_per_worker else 1))
         first = job.next_shard
         starts = range(0, len(job.todo), size)
-        shards = [(first + i, list(job.tasks(job.todo[start : start + size]))) for i, start in enumerate(starts)][::-1]
+        shards = [
+            (first + i, list(job.tasks(job.todo[start : start + size]))) for i, start in enumerate(starts)
+        ][::-1]
         pending: dict[Any, tuple[Any, int, list[Task]]] = {}
         try:
             while shards or pending:
@@ -182,13 +184,13 @@ def check_room(ray: Any, spread: RayOptions) -> None:
     ]
     if sum(rooms) < spread.workers:
         raise InputError(
-            f"asked for {spread.workers} Ray workers with {need['CPU']:g} CPUs and {need['GPU']:g} GPUs each; "
-            f"there are {there['CPU']:g} CPUs and {there['GPU']:g} GPUs in all, with room for {sum(rooms)} such "
-            "workers. Ask for fewer or smaller ones, or name a larger cluster (address)"
+            f"asked for {spread.workers} Ray workers with {need['CPU']:g} CPUs and {need['GPU']:g} GPUs "
+            f"each; there are {there['CPU']:g} CPUs and {there['GPU']:g} GPUs in all, with room for "
+            f"{sum(rooms)} such workers. Ask for fewer or smaller ones, or name a larger cluster (address)"
         )
     if there["GPU"] and not need["GPU"]:
         warnings.warn(
-            f"the cluster has {there['GPU']:g} GPUs and the workers get none of them: their models run on the "
-            "CPU. Pass --gpus-per-worker 1 (gpus_per_worker=1)",
+            f"the cluster has {there['GPU']:g} GPUs and the workers get none of them: their models run on "
+            "the CPU. Pass --gpus-per-worker 1 (gpus_per_worker=1)",
             stacklevel=2,
         )

@@ -1,7 +1,7 @@
 """Manifest in, feature store out: batched, cached by content, interruptible anywhere.
 
-A run has three parts. `Job` plans: it lists what the store knows, without a model, a lock or a write. A `Worker`
-makes whole shards of the rest, here or in a Ray cluster. `Job` then notes what became of every image.
+`Job` plans: it lists what the store knows, without a model, a lock or a write. A `Worker` makes whole shards
+of the rest, here or in a Ray cluster. `Job` then notes what became of every image.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ from itemkit.text import count, printable
 if TYPE_CHECKING:
     from itemkit.engine_ray import RayOptions
     from itemkit.presets import Preset
-    from itemkit.steps import Clock
 
 CPU_BATCH, GPU_BATCH = 32, 256
 PACKAGES = ("torch", "open_clip_torch", "transformers", "spacy", "numpy", "pandas", "pyarrow", "pillow")
@@ -95,10 +94,9 @@ class Worker:
     ) -> None:
         from itemkit.steps import Steps
 
-        wrong = differences(run["fingerprint"], json.loads(json.dumps(models.fingerprint(run["fingerprint"]["captions"]))),
-                            ignore=("transform", "decode"))  # fmt: skip
-        if wrong:
-            raise ItemkitError(f"the models that were loaded are not those that were planned with: {wrong[0]}")
+        loaded = json.loads(json.dumps(models.fingerprint(run["fingerprint"]["captions"])))
+        if wrong := differences(run["fingerprint"], loaded, ignore=("transform", "decode")):
+            raise ItemkitError(f"the models that were loaded are not those of the plan: {wrong[0]}")
         raise_malloc_thresholds()
         self.folder, self.run_head, self.options, self._stored = folder, run, options, stored
         self.steps = Steps(models)
@@ -203,11 +201,15 @@ class Worker:
         except Exception as error:
             if is_fatal(error):
                 raise ItemkitError(
-                    f"the device is broken ({reason_of(error)}); what was computed before is kept: run the same "
-                    "command again, on another device if it happens again"
+                    f"the device is broken ({reason_of(error)}); what was computed before is kept: run the "
+                    "same command again, on another device if it happens again"
                 ) from error
             # without its trace, which would keep the batch's tensors alive
-            stage, memory, kept = self.steps.clock.current, is_out_of_memory(error), error.with_traceback(None)
+            stage, memory, kept = (
+                self.steps.clock.current,
+                is_out_of_memory(error),
+                error.with_traceback(None),
+            )
         else:
             self._take(items, features, results)
             return False
@@ -229,7 +231,10 @@ class Worker:
         bad = set(bad_rows(features).tolist())
         for i in sorted(bad):
             result = results[items[i].task.row]
-            result.stage, result.reason = "image", f"{items[i].task.name}: a model gave no finite embedding for it"
+            result.stage, result.reason = (
+                "image",
+                f"{items[i].task.name}: a model gave no finite embedding for it",
+            )
             result.error = ItemkitError(
                 "the models give no finite embeddings: this is not the images' fault. Ask the models with "
                 "`itemkit doctor --deep`; try another device or precision"
@@ -357,8 +362,8 @@ class Known:
         if wrong := differences(self.run.get("fingerprint", run["fingerprint"]), run["fingerprint"]):
             shown = "; ".join(wrong[:4]) + ("; ..." if len(wrong) > 4 else "")
             raise StoreError(
-                f"{folder} was extracted otherwise ({shown}). Its features do not mix with these: give another "
-                "folder, or delete that one first"
+                f"{folder} was extracted otherwise ({shown}). Its features do not mix with these: give "
+                "another folder, or delete that one first"
             )
         columns = [FEATURE_ID, schema.IMAGE_ID, *store.FILE_COLUMNS, schema.CAPTION_TOKENS]
         tables = []
@@ -421,7 +426,9 @@ def _ids(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _sorted(keys: list, values: list, *kinds: str) -> tuple[np.ndarray, np.ndarray]:
-    key, value = (np.concatenate([np.zeros(0, kind), *x]) for x, kind in zip((keys, values), kinds, strict=True))
+    key, value = (
+        np.concatenate([np.zeros(0, kind), *x]) for x, kind in zip((keys, values), kinds, strict=True)
+    )
     order = np.argsort(key, kind="stable")
     return key[order], value[order]
 
@@ -525,8 +532,8 @@ class Job:
         others = sorted(p.name for p in self.folder.iterdir() if p.name not in own and p.suffix != ".damaged")
         if others and not self.known.run:
             raise StoreError(
-                f"{self.folder} holds other files ({printable(', '.join(others[:3]))}) and no {RUN_FILE}: give "
-                "a new or empty folder for the features"
+                f"{self.folder} holds other files ({printable(', '.join(others[:3]))}) and no {RUN_FILE}: "
+                "give a new or empty folder for the features"
             )
         (self.folder / store.SHARD_FOLDER).mkdir(exist_ok=True)
         remove_leftovers(self.folder / store.SHARD_FOLDER)
@@ -581,8 +588,8 @@ class Job:
             raise result.error
         raise ItemkitError(
             f"the step '{result.stage}' failed on {count(self._in_a_row, 'image')} in a row "
-            f"({reason_of(result.error)}), so this is not the images. Mend it, then run the same command again: "
-            "what was computed before is kept"
+            f"({reason_of(result.error)}), so this is not the images. Mend it, then run the same command "
+            "again: what was computed before is kept"
         ) from result.error
 
     # ---- the end
@@ -590,8 +597,8 @@ class Job:
     def _tables(self) -> tuple[pa.Table, pa.Table, bool]:
         """Manifest and errors of the whole store, and whether they are others than those that lie there.
 
-        A store keeps the rows of all its runs. What this run's manifest says of a file, or of a file of the same
-        content, stands; rows of other files stay as they are.
+        A store keeps the rows of all its runs. What this run's manifest says of a file, or of a file of the
+        same content, stands; rows of other files stay as they are.
         """
         for row in np.flatnonzero(np.isin(self.feature, list(self._failed))) if self._failed else ():
             self.errors.setdefault(int(row), self._failed[self.feature[row : row + 1].tobytes()])
@@ -622,7 +629,7 @@ class Job:
         for new, old in ((manifest, self.known.manifest), (errors, self.known.errors)):
             mine = pc.is_in(old[schema.PATH], found[schema.PATH])
             here, rest = old.filter(mine), old.filter(pc.invert(mine))
-            if len(rest) and {schema.LABEL, schema.IMAGE_ID} <= set(rest.column_names) & set(table.column_names):
+            if {schema.LABEL, schema.IMAGE_ID} <= set(rest.column_names) & set(table.column_names):
                 rest = rest.filter(pa.array(~_relabelled(rest, table)))
             changed |= len(here) + len(rest) < len(old) or not _same_rows(here, new)
             both.append(store.stack([new, rest]) if len(rest) else new)
@@ -649,7 +656,7 @@ class Job:
         -------
         dict
             ``cut`` (how many), ``room`` (tokens the encoder reads, start and end included), and where any is
-            cut ``longest`` (in tokens) and ``first`` (name of its image). Empty where the encoder does not say.
+            cut ``longest`` (in tokens) and ``first`` (name of its image). Empty where the encoder is silent.
         """
         room = (self.run["fingerprint"].get("encoder") or {}).get("context_length")
         if not room:
@@ -705,7 +712,9 @@ def _to_arrow(table: pd.DataFrame) -> pa.Table:
     try:
         found = pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata()
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise InputError(f"a column of the manifest mixes kinds of values ({error}); make it one kind") from error
+        raise InputError(
+            f"a column of the manifest mixes kinds of values ({error}); make it one kind"
+        ) from error
     kinds = {name: pa.string() for name in schema.MANIFEST_COLUMNS} | {schema.LABEL: pa.int8()}
     for i, name in enumerate(found.column_names):
         if name in kinds:  # whatever pandas makes of a column that is empty in this part
@@ -737,7 +746,8 @@ class StopSignal:
         if self.requested is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = number
-        print("\nfinishing the batch at hand, then stopping (Ctrl-C again: at once)", file=sys.stderr, flush=True)
+        note = "\nfinishing the batch at hand, then stopping (Ctrl-C again: at once)"
+        print(note, file=sys.stderr, flush=True)
 
     def leave(self) -> None:
         """End the run the way the signal asked for."""
@@ -792,7 +802,9 @@ class ExtractReport:
 
     def __str__(self) -> str:
         parts = [f"{self.reused:,} reused, {self.computed:,} computed"]
-        parts += [count(self.copies, "copy of them" if self.copies == 1 else "copies of them")] * (self.copies > 0)
+        parts += [count(self.copies, "copy of them" if self.copies == 1 else "copies of them")] * (
+            self.copies > 0
+        )
         parts.append(count(self.errors, "error"))
         parts += [f"{self.left:,} left to do"] * (self.left > 0)
         line = f"{count(self.n, 'image')}: {', '.join(parts)}; {self.seconds:.1f} s"
@@ -808,13 +820,15 @@ class ExtractReport:
         for stage, (n, first) in self.reasons.items():
             lines.append(f"{count(n, 'image')} without features (step '{stage}'), the first: {first}")
         if self.errors:
-            again = "; --retry-errors also tries those known to be damaged" if "decode" in self.reasons else ""
+            again = (
+                "; --retry-errors also tries those known to be damaged" if "decode" in self.reasons else ""
+            )
             lines.append(f"all of them with their reasons: {self.out / ERRORS_FILE}{again}")
         if cut := self.captions.get("cut"):
             lines.append(
-                f"{count(cut, 'caption')} longer than the {self.captions['room']} tokens the encoder reads, and "
-                f"cut there for it (longest {self.captions['longest']}, first: {self.captions['first']}); "
-                "objects were taken from whole captions"
+                f"{count(cut, 'caption')} longer than the {self.captions['room']} tokens the encoder reads, "
+                f"and cut there for it (longest {self.captions['longest']}, first: "
+                f"{self.captions['first']}); objects were taken from whole captions"
             )
         return lines
 
@@ -856,8 +870,8 @@ def extract(
     device : str
         For a preset.
     captions : {"generate", "user"}
-        From the captioner, or from the manifest's ``caption`` column, cleaned by `captions.clean_caption`; the
-        original stays as ``caption_posted`` where it changed.
+        From the captioner, or from the manifest's ``caption`` column, cleaned by `captions.clean_caption`;
+        the original stays as ``caption_posted`` where it changed.
     missing : {"raise", "generate", "error"}
         With ``captions="user"``, what to do about images without caption.
     transform : callable with ``fingerprint()``, optional
@@ -907,7 +921,9 @@ def extract(
     if batch_size is not None and batch_size < 1:
         raise InputError(f"got batch_size={batch_size}; give at least 1, or None for the device's default")
     if transform is not None and not hasattr(transform, "fingerprint"):
-        raise InputError(f"transform {transform!r} has no fingerprint(), which the cache needs to tell it apart")
+        raise InputError(
+            f"transform {transform!r} has no fingerprint(), which the cache needs to tell it apart"
+        )
     report = manifest.attrs.get("report")
     manifest = _checked(manifest, captions, missing, limit)
     if isinstance(models, str):
@@ -1006,7 +1022,9 @@ def _checked(manifest: pd.DataFrame, captions: str, missing: str, limit: int | N
     paths = [os.fspath(path) if isinstance(path, os.PathLike) else path for path in manifest[schema.PATH]]
     for row, path in enumerate(paths):
         if not isinstance(path, str) or not path:
-            problem = "no path" if pd.isna(path) or not path else f"{path!r} ({type(path).__name__}) as its path"
+            problem = (
+                "no path" if pd.isna(path) or not path else f"{path!r} ({type(path).__name__}) as its path"
+            )
             raise InputError(f"row {row} of the manifest has {problem}; give a text or drop the row")
     manifest = manifest.assign(**{schema.PATH: pd.Series(paths, dtype=object)})
     if schema.LABEL in manifest:
@@ -1023,9 +1041,9 @@ def _checked(manifest: pd.DataFrame, captions: str, missing: str, limit: int | N
     if without.any() and missing == "raise":
         raise InputError(
             f"{int(without.sum())} of {len(manifest)} images have no caption; first: "
-            f"{printable(manifest[schema.PATH][without].iloc[0])}. Add it (one of links, mentions and emoji only "
-            "counts as none), or pass missing='generate' (the captioner fills in) or missing='error' (an error "
-            "row for each)"
+            f"{printable(manifest[schema.PATH][without].iloc[0])}. Add it (one of links, mentions and emoji "
+            "only counts as none), or pass missing='generate' (the captioner fills in) or missing='error' "
+            "(an error row for each)"
         )
     return manifest
 
@@ -1040,8 +1058,8 @@ def with_clean_captions(manifest: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``caption`` as `captions.clean_caption` gives it, missing where nothing is left; where any changed, also
-        ``caption_posted``, empty where it did not.
+        ``caption`` as `captions.clean_caption` gives it, missing where nothing is left; where any changed,
+        also ``caption_posted``, empty where it did not.
     """
     from itemkit.captions import clean_caption
 

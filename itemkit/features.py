@@ -1,4 +1,4 @@
-"""The table of features in memory: one row per image, one row per semantic object, and all that is done to it."""
+"""The table of features in memory: one row per image, one per semantic object, and all done to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The method on one page: caption, semantic objects, their embeddings, the image's, and each object's region.
+"""The method on one page: caption, semantic objects, embeddings, regions.
 
 ``Steps(models)(images) -> Features`` runs them over a batch. The same object serves a million files
 (`itemkit.extraction`), a few images in a notebook, and a single verdict, so their numbers agree.
@@ -108,7 +108,7 @@ class Steps:
     def caption(
         self, images: Sequence[Image.Image], given: Sequence[str | None] | None = None
     ) -> tuple[list[str], list[str], list[float]]:
-        """Captions of images, whose they are (``user`` or ``generated``), and the log-probability of each word.
+        """Captions of images, whose they are (``user`` or ``generated``), and their mean log-probability.
 
         Parameters
         ----------
@@ -144,7 +144,7 @@ class Steps:
         return [str(text) for text in texts], sources, logprobs
 
     def objects(self, captions: Sequence[str]) -> tuple[list[str], np.ndarray]:
-        """Phrases that the captions name, one image's after the other's, and the image of each, shape (m,)."""
+        """Phrases that the captions name, image by image, and the image of each: int64, shape (m,)."""
         if self.models.parser is None or self.models.localiser is None:
             return [], np.zeros(0, np.int64)  # global features only
         of_each = self.models.parser.objects(captions)

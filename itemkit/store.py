@@ -11,9 +11,9 @@ Features are keyed by content (``feature_id``: hash of the file, joined by the u
 used), labels by path. So a label can be corrected, and a copy of a file added, without computing anything.
 
 The shard is the unit of everything: a worker makes whole shards, a run that goes on lists them, stores are
-merged by putting their shards together. A shard is never changed. Its name ends in the SHA-256 of its bytes and
-its schema names the models, so whatever happens to it is found out. ``run.json`` holds the checksums of the two
-tables, and its own.
+merged by putting their shards together. A shard is never changed. Its name ends in the SHA-256 of its bytes
+and its schema names the models, so whatever happens to it is found out. ``run.json`` holds the checksums of
+the two tables, and its own.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def read_state(folder: Path, name: str, run: dict) -> pa.Table:
 
 
 def write_state(folder: Path, run: dict, manifest: pa.Table, errors: pa.Table) -> None:
-    """Replace both tables and ``run.json`` together: cut short anywhere, the store is as before or unfinished.
+    """Replace both tables and ``run.json``: cut short anywhere, the store is as before or unfinished.
 
     Parameters
     ----------
@@ -302,7 +302,7 @@ def load_features(
         if missing := wanted.keys() - set(manifest[schema.PATH]):
             raise StoreError(
                 f"{count(len(missing), 'image')} of {len(wanted):,} not in {folder}, first: "
-                f"{printable(min(missing))}; run the extraction with all of them again: it computes those only"
+                f"{printable(min(missing))}; run the extraction with all of them: it computes those only"
             )
         table = table[table[schema.PATH].isin(wanted)]
         table = table.iloc[np.argsort(table[schema.PATH].map(wanted), kind="stable")].reset_index(drop=True)
@@ -339,8 +339,8 @@ def _read_tables(folder: Path) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
 
 def _unfinished(folder: Path) -> StoreError:
     return StoreError(
-        f"the extraction into {folder} is not finished. Run the same `itemkit extract` again: it goes on where "
-        "it stopped"
+        f"the extraction into {folder} is not finished. Run the same `itemkit extract` again: it goes on "
+        "where it stopped"
     )
 
 
@@ -451,7 +451,7 @@ def stored_name(path: str, root: str) -> str:
 
 
 def utf8(text: str) -> str:
-    r"""Text that can be stored: what is not UTF-8 (a byte of a Latin-1 file name, half a character) is escaped.
+    r"""Text that can be stored: what is not UTF-8, such as a byte of a Latin-1 file name, is escaped.
 
     >>> utf8(b"caf\xe9.jpg".decode("utf-8", "surrogateescape"))
     'caf\\xe9.jpg'
@@ -459,7 +459,7 @@ def utf8(text: str) -> str:
     return _SURROGATE.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", text)
 
 
-# ---------------------------------------------------------------------------------------------- several stores
+# -------------------------------------------------------------------------------------- several stores
 
 
 def stack(tables: Sequence[pa.Table]) -> pa.Table:
@@ -498,9 +498,9 @@ def contradictions(table: pd.DataFrame) -> dict[int, str]:
         for row in group.itertuples():
             other = group[group[schema.LABEL] != row.label].iloc[0]
             found[int(row.Index)] = (
-                f"{row.path}: labelled {schema.LABEL_NAMES[int(row.label)]}, but {other[schema.PATH]} has the "
-                f"same content and is labelled {schema.LABEL_NAMES[int(other[schema.LABEL])]}; correct one "
-                "label or drop both rows"
+                f"{row.path}: labelled {schema.LABEL_NAMES[int(row.label)]}, but {other[schema.PATH]} has "
+                f"the same content and is labelled {schema.LABEL_NAMES[int(other[schema.LABEL])]}; correct "
+                "one label or drop both rows"
             )
     return found
 
@@ -581,7 +581,7 @@ def merge_stores(parts: Sequence[str | Path], out: str | Path) -> Path:
 
 
 def _first_of_each(table: pa.Table, later: np.ndarray) -> np.ndarray:
-    """Rows, in their order: of each file and caption the first, one that is marked ``later`` only if need be."""
+    """Of each file and caption the first row, one that is marked ``later`` only if there is no other."""
     keys = table.select([c for c in (schema.PATH, schema.CAPTION) if c in table.column_names]).to_pandas()
     order = np.argsort(later, kind="stable")
     return np.sort(order[~keys.iloc[order].duplicated().to_numpy()])

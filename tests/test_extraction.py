@@ -373,7 +373,9 @@ def test_other_kinds_of_values_are_taken(tmp_path):
     extract(mixed, tmp_path / "out", fake_models(), progress=False)
     assert load_features(tmp_path / "out").table["label"].tolist() == [0, pd.NA, 1]
     # another run's column of the same name and another kind becomes text
-    extract(make_images(tmp_path / "i", 1, 5).assign(year=1999), tmp_path / "out", fake_models(), progress=False)
+    extract(
+        make_images(tmp_path / "i", 1, 5).assign(year=1999), tmp_path / "out", fake_models(), progress=False
+    )
     assert sorted(load_features(tmp_path / "out").table["year"]) == ["1999", "x", "x", "y"]
 
 
@@ -384,11 +386,14 @@ def test_texts_as_arrow_keeps_them(tmp_path):
         for captions in ("user", "generate"):
             extract(manifest, tmp_path / captions, fake_models(), captions=captions, progress=False)
             assert len(load_features(tmp_path / captions, rows=manifest)) == 3
-        assert extract(manifest, tmp_path / "user", fake_models(), captions="user", progress=False).reused == 3
+        assert (
+            extract(manifest, tmp_path / "user", fake_models(), captions="user", progress=False).reused == 3
+        )
 
 
 @pytest.mark.parametrize(
-    "option", [{"captions": "none"}, {"missing": "skip"}, {"engine": "spark"}, {"batch_size": 0}, {"limit": 0}]
+    "option",
+    [{"captions": "none"}, {"missing": "skip"}, {"engine": "spark"}, {"batch_size": 0}, {"limit": 0}],
 )
 def test_unknown_options(tmp_path, option):
     with pytest.raises(InputError, match=f"got {next(iter(option))}="):
@@ -587,7 +592,9 @@ def test_memory_that_is_short_for_one_image_costs_its_row_now_and_nobody_elses(t
 
     def load(data, **options):
         tries.append(options["name"])
-        if options["name"] == "00003.png" or (options["name"] == "00004.png" and tries.count("00004.png") == 1):
+        if options["name"] == "00003.png" or (
+            options["name"] == "00004.png" and tries.count("00004.png") == 1
+        ):
             raise MemoryError
         return real(data, **options)
 

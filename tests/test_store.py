@@ -21,7 +21,15 @@ from itemkit.models import Models
 from itemkit.steps import Steps
 from itemkit.store import load_features, merge_stores, shard_files
 
-from fakes import FakeCaptioner, FakeEncoder, FakeLocaliser, FakeParser, fake_models, make_images, same_content
+from fakes import (
+    FakeCaptioner,
+    FakeEncoder,
+    FakeLocaliser,
+    FakeParser,
+    fake_models,
+    make_images,
+    same_content,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +48,9 @@ def made(original, tmp_path):
     """Manifest with one unusable image, and its finished store of three shards."""
     manifest, before = original
     folder = shutil.copytree(before, tmp_path / "made")  # with its times
-    return manifest.assign(path=[path.replace(str(before), str(folder)) for path in manifest["path"]]), folder / "out"
+    return manifest.assign(
+        path=[path.replace(str(before), str(folder)) for path in manifest["path"]]
+    ), folder / "out"
 
 
 def again(manifest, out, **options):
@@ -52,7 +62,7 @@ def again(manifest, out, **options):
 pytestmark = pytest.mark.filterwarnings("ignore:.*without features", "ignore:.*set aside")
 
 
-# ---------------------------------------------------------------------------------------------- what comes back
+# ---------------------------------------------------------------------------------------- what comes back
 
 
 def test_what_is_written_comes_back(made):
@@ -97,7 +107,7 @@ def test_store_and_images_move_together_or_apart(made, tmp_path):
     assert all(map(os.path.isfile, load_features(out).table["path"]))
 
 
-# ----------------------------------------------------------------------------------------------- what is refused
+# ----------------------------------------------------------------------------------------- what is refused
 
 
 def test_what_is_no_store_of_these_models_is_said(made, tmp_path):
@@ -186,7 +196,9 @@ def test_embeddings_that_are_not_finite_are_refused(made):
 def small_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)], capture_output=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)], capture_output=True
+    )
     if done.returncode:
         pytest.skip(f"needs the right to mount a tmpfs: {done.stderr.decode().strip()}")
     yield disk
@@ -232,13 +244,14 @@ def test_leftovers_of_a_killed_run_are_removed(made):
 
 
 def test_lock_ends_with_its_holder(tmp_path):
-    code = f"import os, itemkit._files as f, pathlib\nwith f.folder_lock(pathlib.Path({str(tmp_path)!r})): os._exit(3)"
+    code = "import os, pathlib\nfrom itemkit._files import folder_lock\n"
+    code += f"with folder_lock(pathlib.Path({str(tmp_path)!r})):\n    os._exit(3)"
     assert subprocess.run([os.sys.executable, "-c", code]).returncode == 3
     with _files.folder_lock(tmp_path):
         pass
 
 
-# ------------------------------------------------------------------------------------------------- several stores
+# ------------------------------------------------------------------------------------------- several stores
 
 
 @pytest.fixture
@@ -248,7 +261,9 @@ def parts(tmp_path):
     (tmp_path / "data" / "bad.png").write_bytes(b"no image")
     shutil.copy(a["path"][2], tmp_path / "data" / "copy.png")
     names = [str(tmp_path / "data" / name) for name in ("bad.png", "copy.png")]
-    manifest = pd.concat([a, b[7:], a[2:3].assign(path=names[0]), a[2:3].assign(path=names[1])], ignore_index=True)
+    manifest = pd.concat(
+        [a, b[7:], a[2:3].assign(path=names[0]), a[2:3].assign(path=names[1])], ignore_index=True
+    )
     options = {"batch_size": 4, "shard_size": 4, "progress": False}
     extract(manifest, tmp_path / "whole", fake_models(), **options)
     found = [tmp_path / "parts" / str(i) for i in range(3)]
@@ -284,7 +299,11 @@ def test_what_one_part_could_not_read_is_taken_from_another(tmp_path):
         names = sorted(os.path.basename(path) for path in load_features(merged).table["path"])
         assert names == [f"0000{i}.png" for i in range(5)]
         assert list(pd.read_parquet(merged / "errors.parquet")["path"]) == ["00005.png"]
-        assert json.loads((merged / "run.json").read_text())["counts"] == {"images": 6, "errors": 1, "shards": 2}
+        assert json.loads((merged / "run.json").read_text())["counts"] == {
+            "images": 6,
+            "errors": 1,
+            "shards": 2,
+        }
         report, seen = again(manifest, merged)
         assert (report.reused, report.errors, seen) == (5, 1, 0)
 
