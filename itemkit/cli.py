@@ -127,8 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(run: Callable[[argparse.Namespace], int], text: str) -> Option:
-        about = {"help": text, "description": text, "epilog": STATUS, "formatter_class": _Help}
-        command = commands.add_parser(run.__name__, **about)
+        about: dict[str, Any] = {"help": text, "epilog": STATUS, "formatter_class": _Help}
+        command = commands.add_parser(run.__name__, description=text, **about)
         command.set_defaults(command=run)
         return command.add_argument
 
@@ -342,9 +342,9 @@ def _draw_audit(reports: dict[str, Any], folder: Path) -> None:
     if not len(table):
         raise InputError("--figure draws how well each property separates two classes, and here is one")
     fig = Figure(figsize=(5.5, 0.8 + 0.25 * table["property"].nunique()))
-    about = {"y": "property", "hue": "data" if len(reports) > 1 else None, "reference": 0.5}
+    hue = "data" if len(reports) > 1 else None
     xlabel = "AUROC of this property alone (95 % interval; 0.5 is chance)"
-    plots.intervals(fig.add_subplot(), table, xlabel=xlabel, **about)
+    plots.intervals(fig.add_subplot(), table, y="property", hue=hue, xlabel=xlabel, reference=0.5)
     n = ", ".join(f"{name}: n = {len(report.measurements):,}" for name, report in reports.items())
     plots.save(fig, "audit", table, folder, n)
 

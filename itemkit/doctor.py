@@ -199,9 +199,7 @@ def check_threads() -> Check:
     found = f"{torch.get_num_threads()} on {cores} cores; load of the machine {load:.1f}"
     if torch.get_num_threads() > 1 and load > cores / 2:
         # two processes of two threads on two cores: 2 instead of 40 images/s
-        todo = (
-            "add `--threads 1` (in notebooks OMP_NUM_THREADS=1): threads of busy programs wait for each other"
-        )
+        todo = "add `--threads 1` (in notebooks OMP_NUM_THREADS=1): busy threads wait for each other"
         return Check("threads", WARN, f"{found}: other programs are busy", todo)
     return Check("threads", OK, found)
 
@@ -216,9 +214,7 @@ def check_caches() -> Check:
         if os.access(there, os.W_OK):
             return Check("caches", OK, f"compiled code is kept in {tidy(place)}")
     todo = "set NUMBA_CACHE_DIR to a folder that can be written"
-    return Check(
-        "caches", WARN, "neither the environment nor the home can be written: UMAP compiles anew", todo
-    )
+    return Check("caches", WARN, "neither environment nor home can be written: UMAP compiles anew", todo)
 
 
 def check_disk(folder: Path) -> Check:
@@ -227,9 +223,7 @@ def check_disk(folder: Path) -> Check:
     if not os.access(folder, os.W_OK):
         return Check("disk", WARN, "this folder cannot be written to", "give --out a folder of your own")
     if free < DISK_GB:
-        return Check(
-            "disk", WARN, f"{free:.1f} GB free, {DISK_GB:.0f} GB is enough for mini", "free some space"
-        )
+        return Check("disk", WARN, f"{free:.1f} GB free, mini takes up to {DISK_GB:.0f}", "free some space")
     return Check("disk", OK, f"{free:.0f} GB free in this folder")
 
 
@@ -328,9 +322,10 @@ def photo_cases() -> list[Case]:
     cases = []
     for file, caption, words, phrase, box in _PHOTOS:
         image = load_image(next(folder / file for folder in folders if (folder / file).is_file()))
-        parts = (
-            () if box is None else ((phrase, tuple(v * s for v, s in zip(box, image.size * 2, strict=True))),)
-        )
+        parts: tuple[tuple[str, Box], ...] = ()
+        if box is not None:
+            (x0, y0, x1, y1), (width, height) = box, image.size
+            parts = ((phrase, (x0 * width, y0 * height, x1 * width, y1 * height)),)
         cases.append(Case(image, caption, tuple(words.split()), parts))
     return cases
 

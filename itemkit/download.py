@@ -40,6 +40,7 @@ OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin
 _SIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 Fetched = tuple[str, str, Path]  # repository, revision, and where its files are
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # not the network
 _UNFINISHED = ".cache"  # the hub's notes on a folder, by which it resumes
 
 
@@ -100,7 +101,8 @@ def download(
             there = preset if folder is None else get_preset(preset.name, folder)
             if isinstance(error := there.find().get(part), ModelNotFound):  # the loader's own checks
                 raise error
-            shutil.rmtree(found / _UNFINISHED, ignore_errors=True)
+            if place is not None:
+                shutil.rmtree(place / _UNFINISHED, ignore_errors=True)
             done[part] = {"model": model, "pretrained": tag, "repository": repo, "revision": revision,
                           "folder": FOLDERS[part], "files": _hashes(found)}  # fmt: skip
             report(f"{what}: revision {revision[:12] or '?'}, {count(len(done[part]['files']), 'file')}")
@@ -175,12 +177,7 @@ def _fetch(
         raise
     except Exception as error:  # the hub's library raises errors of several others for a missing network
         cause = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno in (
-            errno.ENOSPC,
-            errno.EACCES,
-            errno.EROFS,
-            errno.EDQUOT,
-        ):
+        if isinstance(cause, OSError) and cause.errno in _DISK:
             raise cause from error
         if isinstance(cause, GatedRepoError):
             consent = "Give it on the model's page, log in with `hf auth login` and run the command again"
@@ -192,9 +189,7 @@ def _fetch(
     return folder, listing[0].commit_hash
 
 
-def _fetch_repository(
-    what: str, preset: str, model: str, tag: str | None, place: Path | None
-) -> dict[str, Any]:
+def _fetch_repository(what: str, preset: str, model: str, tag: str | None, place: Path | None) -> Fetched:
     """A captioner, an object detector, or an encoder in open_clip's own layout; taken as it is."""
     repo = model.removeprefix("hf-hub:")
     weights = OPEN_CLIP_WEIGHTS if repo != model else _WEIGHTS
@@ -254,7 +249,10 @@ def _fetch_parser(what: str, preset: str, model: str, tag: str | None, place: Pa
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)
             data_only = shutil.ignore_patterns("__pycache__", "*.py")
-            found = Path(shutil.copytree(found, place, ignore=data_only))
+            (place / _UNFINISHED).mkdir(
+                parents=True
+            )  # should this end here, the next run knows its own folder
+            found = Path(shutil.copytree(found, place, ignore=data_only, dirs_exist_ok=True))
         version = json.loads((found / "meta.json").read_text(encoding="utf-8")).get("version", "")
         return "", str(version), found
 
