@@ -603,7 +603,9 @@ def read_description(folder: Path, name: str, form: str, files: Sequence[str]) -
             raise ValueError("it is larger than any that itemkit writes")
         meta = json.loads(path.read_bytes())
         found = {file: _sha256(folder / file) for file in files}
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise damaged(folder, f"{Path(error.filename or path).name}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise damaged(folder, f"cannot read {name}: {one_line(error)}") from error
     if not isinstance(meta, dict) or meta.get("format") != form:
         other = meta.get("format") if isinstance(meta, dict) else None
