@@ -116,7 +116,7 @@ def _head(features: Features) -> list[str]:
     if errors := (features.run.get("counts") or {}).get("errors"):
         lines += ["", f"{count(errors, 'image')} could not be used; errors.parquet of the store says why."]
     fit = pd.concat([table[[schema.GENERATOR]], cosines(features)], axis=1).groupby(
-        schema.GENERATOR, sort=False
+        schema.GENERATOR, sort=False, dropna=False
     )
     shown = fit[["global_cosine", "mean_local_cosine"]].median().round(3).astype(str)
     shown.insert(0, "images", fit.size())
@@ -135,16 +135,11 @@ def _of_detector(detector: Detector, features: Features, fpr: float, fnr: float)
     wide = table.assign(shown=shown).pivot(index="generator", columns="metric", values="shown")
     wide = wide.loc[list(dict.fromkeys(table["generator"]))].reset_index()
     lines += markdown_table(wide[["generator", *(c for c in COLUMNS if c in wide)]])
-    try:
+    with contextlib.suppress(InputError):  # too few for this rate, which the last lines say
         lines += ["", detector.threshold(fpr).statement]
-    except InputError as reason:
-        lines += ["", f"Threshold withheld: {printable(reason)}."]
-    verdicts = detector.verdict(test, fpr, fnr)
-    counts = verdicts["verdict"].value_counts()
+    counts = detector.verdict(test, fpr, fnr)["verdict"].value_counts()
     lines += ["", f"Verdicts: {', '.join(f'{n:,} {verdict}' for verdict, n in counts.items())}."]
-    if "withheld" in counts:
-        lines += [f"Withheld: {printable(verdicts['because'][verdicts['verdict'] == 'withheld'].iloc[0])}."]
-    return lines
+    return lines + [f"Withheld: {printable(reason)}." for reason in detector.lacking(fpr, fnr)]
 
 
 def _of_figures(folder: Path, since: float) -> list[str]:
