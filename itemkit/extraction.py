@@ -456,12 +456,13 @@ class Job:
         self.known = Known(folder, run, retry_errors)
         kept = ("created", "root", "complete", "checksums")
         self.run = run | {key: self.known.run[key] for key in kept if key in self.known.run}
+        self.paths = manifest[schema.PATH].tolist()
         # the images lie elsewhere than the store has noted
         self.moved = bool(self.known.run) and not store.store_root(folder, self.run).is_dir()
-        if self.moved:
-            self.run["root"] = run["root"]
+        if self.moved or not self.known.run:
+            whole = (store.absolute(path) for path in self.paths if store.utf8(path) == path)
+            self.run["root"] = store.portable_root(store.common_root(whole), folder)
         self.root = str(store.store_root(folder, self.run))
-        self.paths = manifest[schema.PATH].tolist()
         self.names = [store.stored_name(path, self.root) for path in self.paths]
         captions = manifest[schema.CAPTION].tolist() if schema.CAPTION in manifest else [None] * len(manifest)
         by_user = run["fingerprint"]["captions"] == "user"
@@ -945,7 +946,7 @@ def extract(
     parts = cluster.fingerprint(captions) if cluster else fingerprint_of(models, device, captions)
     parts["transform"] = None if transform is None else transform.fingerprint()
     parts["decode"] = None if decode.least_side is None else {"least_side": decode.least_side}
-    run = _run_head(manifest, folder, parts, config, report)
+    run = _run_head(parts, config, report)
     run["dim"] = int(parts["encoder"].get("dim") or models.encoder.dim)
 
     def plan() -> Job:
@@ -1072,11 +1073,8 @@ def with_clean_captions(manifest: pd.DataFrame) -> pd.DataFrame:
     return manifest.assign(**{POSTED: given.where(changed, None)}) if changed.any() else manifest
 
 
-def _run_head(
-    manifest: pd.DataFrame, folder: Path, parts: dict[str, Any], config: dict | None, report: dict | None
-) -> dict[str, Any]:
+def _run_head(parts: dict[str, Any], config: dict | None, report: dict | None) -> dict[str, Any]:
     parts = json.loads(json.dumps(parts))  # as it will be read back: tuples become lists
-    paths = (os.path.abspath(path) for path in manifest[schema.PATH] if store.utf8(path) == path)
     versions = {"itemkit": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -1086,7 +1084,6 @@ def _run_head(
         "schema_version": store.SCHEMA_VERSION,
         "complete": False,
         "created": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "root": store.portable_root(store.common_root(paths), folder),
         "fingerprint": parts,
         "fingerprint_hash": store.fingerprint_hash(parts),
         "config": config,

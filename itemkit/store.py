@@ -443,9 +443,15 @@ def store_root(folder: Path, run: dict) -> Path:
     return Path(os.path.abspath(Path(folder) / run["root"]))
 
 
+def absolute(path: str) -> str:
+    """As ``os.path.abspath``, without its cost where there is nothing to do: a manifest has many paths."""
+    done = path.startswith("/") and os.sep == "/" and "//" not in path and "/." not in path
+    return path if done else os.path.abspath(path)
+
+
 def stored_name(path: str, root: str) -> str:
     """Path as noted in a store: with forward slashes below the root, absolute elsewhere, always UTF-8."""
-    path, prefix = os.path.abspath(path), root.rstrip(os.sep) + os.sep
+    path, prefix = absolute(path), root.rstrip(os.sep) + os.sep
     name = path[len(prefix) :].replace(os.sep, "/") if path.startswith(prefix) else path
     return utf8(name)
 
