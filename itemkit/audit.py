@@ -538,18 +538,15 @@ def held_out_auroc(
 ) -> tuple[float, float, float]:
     """AUROC of "fake" that one property reaches on images which the scoring was not fitted to.
 
-    Each fold is scored by what was fitted to the other folds, and images are compared within their fold only.
-    Pooling the scores of all folds instead would count against the property: where a fold happens to hold
-    more fakes of a category, the rest holds fewer, and their common score is lower.
+    Each fold is scored by what was fitted to the other folds, and images are compared within their fold only:
+    pooled, a fold with more fakes of a category would lower their common score.
 
     Parameters
     ----------
-    values : Series
-        The property.
+    values, groups : Series
+        The property; images of one group are kept in one fold.
     y : int array
         1 fake, 0 real.
-    groups : Series
-        Images of one group are kept in one fold.
     kind : {"category", "number", "text"}
         Scored by the share of fakes in the category, a small decision tree, or a bag of words with logistic
         regression.
@@ -576,11 +573,8 @@ def held_out_auroc(
         drawn = (
             metrics.stratified_weights(y[test], n, rng) for n in metrics.bootstrap_chunks(test.sum(), n_boot)
         )
-        replicates.append(
-            np.concatenate(
-                [metrics.replicate(y[test], scores, weights, ["auroc"])["auroc"] for weights in drawn]
-            )
-        )
+        draws = [metrics.replicate(y[test], scores, weights, ["auroc"])["auroc"] for weights in drawn]
+        replicates.append(np.concatenate(draws))
         pairs.append(int((y[test] == 0).sum()) * int((y[test] == 1).sum()))
     if not pairs:
         return np.nan, np.nan, np.nan
@@ -600,11 +594,7 @@ def _folds(y: np.ndarray, groups: pd.Series, rng: np.random.Generator) -> np.nda
 
 
 def _score_category(train: pd.Series, y: np.ndarray, test: pd.Series) -> np.ndarray:
-    counts = (
-        pd.DataFrame({"value": train.fillna("-").to_numpy(), "y": y})
-        .groupby("value")["y"]
-        .agg(["sum", "count"])
-    )
+    counts = pd.Series(y).groupby(train.fillna("-").to_numpy()).agg(["sum", "count"])
     rate = (counts["sum"] + y.mean()) / (counts["count"] + 1)  # one image's worth of prior
     return test.fillna("-").map(rate).fillna(y.mean()).to_numpy(dtype=float)
 

@@ -173,6 +173,12 @@ def content_hash(path: str | Path) -> str:
     return content_id(read_bytes(path))
 
 
+def reads(path: str) -> bool:
+    """Whether there is a reader here for the format that a file's ending names; true for other endings."""
+    needs = {".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF", ".avif": "AVIF"}
+    return needs.get(os.path.splitext(path)[1].lower(), "PNG") in _formats()
+
+
 def looks_like_image(head: bytes) -> bool:
     """Whether the first bytes of a file (32 are enough) are those of an image, whatever its name is."""
     return any(re.match(pattern, head, re.DOTALL) for pattern, _, _ in _IMAGES)

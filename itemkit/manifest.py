@@ -21,7 +21,7 @@ import pandas as pd
 
 from itemkit import _files, layouts, schema
 from itemkit.errors import InputError
-from itemkit.images import EXTENSIONS, ImageError, content_id, open_image
+from itemkit.images import EXTENSIONS, ImageError, content_id, open_image, reads
 from itemkit.layouts import normalise, read_name
 from itemkit.splits import plan_splits
 from itemkit.text import count, did_you_mean, printable
@@ -146,6 +146,11 @@ def _read_folder(
         notes.append(f"tables beside the images are not read: {names} (give the table itself to use it)")
     raw, known = _add_metadata(raw, listing, path, notes)
     extra = {"left_out": found.counts(), "layout": about["layout"]}
+    if closed := sum(not reads(path) for path in raw[schema.PATH]):
+        notes.append(
+            f"{count(closed, 'image')} in HEIC, HEIF or AVIF cannot be read here and will be error rows: "
+            'pip install "itemkit[heic]"'
+        )
     notes = [*list(about.pop("notes")), *notes]
     return _finish(raw, str(path), path, path.name, known or about["labels"], notes, extra)
 

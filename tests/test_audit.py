@@ -111,7 +111,9 @@ def test_unreadable_and_unlabelled_images_are_told(tmp_path):
     assert report.errors["path"].tolist() == df["path"][[3, 7]].tolist()
     assert report.errors["kind"].tolist() == ["not an image", "missing"] and report.left_out == 2
     text = report.to_text()
-    assert text.startswith("PARTIAL audit of 37 of 39 images: 2 could not be read (1 not an image, 1 missing)")
+    assert text.startswith(
+        "PARTIAL audit of 37 of 39 images: 2 could not be read (1 not an image, 1 missing)"
+    )
     assert "2 images could not be read; first: " in text and "1 image without a label left out" in text
 
 
@@ -122,7 +124,9 @@ def test_one_class_is_described_and_none_readable_refused(tmp_path):
         text = report.to_text()
         for words in ("One class only", "The file format: JPEG 100%.", "The width: median"):
             assert words in text
-        assert report.table["auroc"].isna().all() and not len(report.leaks) and not len(ranking({"x": report}))
+        assert (
+            report.table["auroc"].isna().all() and not len(report.leaks) and not len(ranking({"x": report}))
+        )
     for path in df["path"]:
         Path(path).unlink()
     with pytest.raises(InputError, match="none of the 30 images can be read; first: .*no such file"):

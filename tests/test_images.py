@@ -218,10 +218,12 @@ def test_a_large_image_with_alpha_takes_eight_bytes_a_pixel(tmp_path):
 def broken() -> dict[str, bytes]:
     rng, files = np.random.default_rng(0), {}
     noise = Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8))
-    good = {kind: encode(noise, kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP", "JPEG2000", "AVIF")}
+    kinds = ("PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP", "JPEG2000", "AVIF")
+    good = {kind: encode(noise, kind) for kind in kinds}
     good |= {f"TIFF {c}": encode(noise, "TIFF", compression=c) for c in ("tiff_lzw", "tiff_deflate", "jpeg")}
     for kind, data in good.items():
-        files |= {f"{kind} cut at {share}": data[: max(12, int(share * len(data)))] for share in (0.03, 0.4, 0.9)}
+        for share in (0.03, 0.4, 0.9):
+            files[f"{kind} cut at {share}"] = data[: max(12, int(share * len(data)))]
         bad = bytearray(data)
         for position in rng.integers(30, len(bad), 40):
             bad[position] ^= 0xFF
@@ -275,8 +277,16 @@ def test_sixty_broken_files_give_an_image_or_a_reason_in_plain_words(capfd):
     expected = {
         "not an image": ("page", "pointer", "json", "pdf", "zip", "film", "words", "zeros", "noise"),
         "too large": ("bomb", "strip", "tall strip", "ppm bomb"),
-        "unsupported": ("jpeg of 12 bits", "bmp of 2 bits", "bmp of unknown compression", "float", "negative"),
-        "truncated": [f"{kind} cut at {share}" for kind in ("PNG", "JPEG", "BMP") for share in (0.03, 0.4, 0.9)],
+        "unsupported": (
+            "jpeg of 12 bits",
+            "bmp of 2 bits",
+            "bmp of unknown compression",
+            "float",
+            "negative",
+        ),
+        "truncated": [
+            f"{kind} cut at {share}" for kind in ("PNG", "JPEG", "BMP") for share in (0.03, 0.4, 0.9)
+        ],
         "empty": ("empty",),
     }
     assert {name: kinds[name] for names in expected.values() for name in names} == {

@@ -62,10 +62,14 @@ def test_is_fake_column(csv):
 @pytest.mark.parametrize(
     ("column", "real", "fake"),
     [
-        ("class", "real", "fake"), ("category", "photo", "AI"), ("target", "real", "ai"), ("type", "real", "generated"),
-        ("ground_truth", "human", "AI"), ("label_name", "natural", "synthetic"), ("real_or_fake", "real", "fake"),
-        ("is_ai", "0", "1"), ("isFake", "False", "True"), ("ai_generated", "no", "yes"), ("deepfake", "0", "1"),
-        ("is_synthetic", "0.0", "1.0"), ("is_real", "1", "0"), ("human", "1", "0"), ("Authentic", "TRUE", "FALSE"),
+        ("class", "real", "fake"), ("category", "photo", "AI"), ("target", "real", "ai"),
+        ("type", "real", "generated"),
+        ("ground_truth", "human", "AI"), ("label_name", "natural", "synthetic"),
+        ("real_or_fake", "real", "fake"),
+        ("is_ai", "0", "1"), ("isFake", "False", "True"), ("ai_generated", "no", "yes"),
+        ("deepfake", "0", "1"),
+        ("is_synthetic", "0.0", "1.0"), ("is_real", "1", "0"), ("human", "1", "0"),
+        ("Authentic", "TRUE", "FALSE"),
         ("labels", "0", "1"), ("kind", "original", "manipulated"), ("generator", "real", "sdxl"),
     ],
 )  # fmt: skip
@@ -80,7 +84,10 @@ def test_numbers_that_do_not_say_which_is_fake_are_not_used_but_named(csv, colum
     df = read_manifest(csv(f"path,{column}\na0.png,0\na1.png,1\n"))
     assert df["label"].isna().all()
     text = "\n".join(describe_manifest(df))
-    assert f"column '{column}' is not used as label: it holds 0 and 1" in text and "rename it to 'is_fake'" in text
+    assert (
+        f"column '{column}' is not used as label: it holds 0 and 1" in text
+        and "rename it to 'is_fake'" in text
+    )
     assert "no image has a label" in text
 
 
@@ -99,7 +106,8 @@ def test_labels_of_another_kind_give_way_and_unused_columns_are_named(csv):
     [
         ("generator", "real", "sdxl"), ("model", "nature", "my own"), ("generator", "", "sdxl"),
         ("source_type", "real", "ai"), ("real_or_fake", "real", "fake"), ("is_real", "1", "0"),
-        ("human", "True", "False"), ("is_fake", "0", "1"), ("source", "real", "fake"), ("origin", "photo", "generated"),
+        ("human", "True", "False"), ("is_fake", "0", "1"), ("source", "real", "fake"),
+        ("origin", "photo", "generated"),
     ],
 )  # fmt: skip
 def test_labels_that_another_column_contradicts_are_refused(csv, column, real, fake):
@@ -108,7 +116,10 @@ def test_labels_that_another_column_contradicts_are_refused(csv, column, real, f
     with pytest.raises(InputError) as error:
         read_manifest(csv(rows.format(1, 0, 0)))
     text = str(error.value)
-    assert f"column 'label' and column '{column}' contradict each other" in text and "'is_real' if 1 means real" in text
+    assert (
+        f"column 'label' and column '{column}' contradict each other" in text
+        and "'is_real' if 1 means real" in text
+    )
     assert "Are the labels the other way round (here 0 is real and 1 is fake)?" in text
 
 
@@ -116,7 +127,9 @@ def test_labels_that_the_folders_contradict_are_refused(csv, tmp_path):
     for name in ("REAL/x.png", "FAKE/y.png"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
-    with pytest.raises(InputError, match="column 'label' and the folders of the images contradict each other"):
+    with pytest.raises(
+        InputError, match="column 'label' and the folders of the images contradict each other"
+    ):
         read_manifest(csv("path,label\nREAL/x.png,1\nFAKE/y.png,0\n"))
     assert read_manifest(csv("path,label\nREAL/x.png,0\nFAKE/y.png,1\n"))["label"].tolist() == [0, 1]
 
@@ -148,7 +161,9 @@ def test_a_table_without_a_header_line(csv):
     df = read_manifest(csv("a0.png,real,7\na1.png,fake,8\n"))
     assert len(df) == 2 and df["label"].tolist() == [0, 1]
     assert "has no header line: its column 1 is read as the path" in "\n".join(describe_manifest(df))
-    assert read_manifest(csv("0,a0.png\n1,a1.png\n"))["label"].isna().all(), "0 and 1 do not say which is fake"
+    assert read_manifest(csv("0,a0.png\n1,a1.png\n"))["label"].isna().all(), (
+        "0 and 1 do not say which is fake"
+    )
 
 
 def test_json_lines(csv):

@@ -1,4 +1,4 @@
-"""Splits follow from the content of the images: nothing moves, copies stay together, what is missing is carved."""
+"""Splits follow from the content: nothing moves, copies stay together, what is missing is carved."""
 
 from __future__ import annotations
 
@@ -75,7 +75,10 @@ def test_one_split_alone():
 def test_complete_splits_stay_as_they_are_and_gaps_are_filled():
     full = table(600, ("train", "val", "test"))
     filled, note = fill_splits(full)
-    assert filled["split"].tolist() == full["split"].tolist() and note == "splits as given (200 train, 200 val, 200 test)"
+    assert (
+        filled["split"].tolist() == full["split"].tolist()
+        and note == "splits as given (200 train, 200 val, 200 test)"
+    )
     some, note = fill_splits(table(800, ("train", "val", "test", None)))
     assert some["split"].notna().all() and "200 labelled images without a split" in note
 
@@ -127,6 +130,8 @@ def test_validation_images_are_divided_class_by_class():
     y = np.repeat([0, 1], [30, 11])
     select, rest = split_validation(y, seed=3)
     assert sorted([*select, *rest]) == list(range(41)) and np.bincount(y[select]).tolist() == [15, 6]
-    assert split_validation(y, seed=3)[0].tolist() == select.tolist() != split_validation(y, seed=4)[0].tolist()
+    assert (
+        split_validation(y, seed=3)[0].tolist() == select.tolist() != split_validation(y, seed=4)[0].tolist()
+    )
     with pytest.raises(InputError, match="1 real validation image; at least 2 of each class"):
         split_validation([0, 1, 1])
