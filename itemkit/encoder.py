@@ -312,9 +312,8 @@ def _named_source(name: str, pretrained: str | None) -> Source:
     if words:
         require_tokenizer(located, others[0])
     settings = {k: v for k, v in tag.items() if k in ("mean", "std", "interpolation", "resize_mode")}
-    settings = json.loads(json.dumps(_PREPROCESS | settings)) | {
-        "size": _size(config["vision_cfg"]["image_size"])
-    }
+    settings = json.loads(json.dumps(_PREPROCESS | settings))  # tuples become lists, as they are read back
+    settings["size"] = _size(config["vision_cfg"].get("image_size", 224))
     # open_clip only warns when a tag was trained with another activation than the named architecture has
     # (ViT-L-14 with "openai", "metaclip_400m", "dfn2b" ...) and then computes wrong embeddings.
     gelu = bool(tag.get("quick_gelu"))

@@ -192,7 +192,7 @@ def differences(
 
 def _short(value: Any) -> str:
     text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 48 else text[:45] + "..."
+    return text if len(text) <= 32 else text[:24] + "..."  # a hash need not be read to its end
 
 
 def names_object(text: Any) -> bool:

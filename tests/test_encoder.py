@@ -252,6 +252,8 @@ def test_other_families(name: str, tmp_path: Path) -> None:
     pixels = torch.stack([encoder.preprocess(image) for image in pictures(2)])
     assert encoder.patch_grid == grid
     reference, _, transform = open_clip.create_model_and_transforms(f"local-dir:{path}")
+    theirs = json.loads(json.dumps(dict(reference.visual.preprocess_cfg)))
+    assert encoder.fingerprint()["preprocess"] | {"size": theirs["size"]} == theirs
     tokenizer = open_clip.get_tokenizer(f"local-dir:{path}")
     texts = ["a red Ball", "A blue cup, on the grass!", "ball " * 99]
     with torch.no_grad():
