@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from itemkit import engine_ray
 from itemkit.engine_ray import RayOptions, check_room, start_ray
 from itemkit.errors import InputError, ItemkitError, MissingExtra
 from itemkit.extraction import extract
+from itemkit.models import Models
 from itemkit.store import load_features
 
-from fakes import deadly_models, fake_models, make_images, manifest_of, png, same_content
+from fakes import (
+    FakeCaptioner,
+    FakeEncoder,
+    FakeLocaliser,
+    FakeParser,
+    deadly_models,
+    fake_models,
+    make_images,
+    manifest_of,
+    png,
+    same_content,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without features")
 
@@ -58,6 +73,92 @@ def test_gpus_that_no_worker_gets_are_pointed_out(recwarn):
     assert not recwarn.list
     with pytest.warns(UserWarning, match="has 2 GPUs and the workers get none .*--gpus-per-worker 1"):
         check_room(Cluster(1), RayOptions())
+
+
+class Dies(BaseException):
+    """Takes a worker of the stand-in below down."""
+
+
+class OneProcess(Cluster):
+    """Stands in for Ray, in this process and one call after the other."""
+
+    class exceptions:
+        RayError = type("RayError", (Exception,), {})
+        RayTaskError = type("RayTaskError", (RayError,), {})
+
+    def put(self, value):
+        return value
+
+    def kill(self, actor):
+        pass
+
+    def wait(self, refs, timeout):
+        return refs[:1], refs[1:]
+
+    def get(self, ref):
+        try:
+            return ref.call()
+        except Dies as error:
+            raise self.exceptions.RayError("The actor died unexpectedly") from error
+        except Exception as error:
+            failed = self.exceptions.RayTaskError(str(error))
+            failed.cause = error
+            raise failed from error
+
+    def remote(self, target=None, **needs):
+        if target is None:
+            return self.remote
+        if not isinstance(target, type):
+            return SimpleNamespace(remote=lambda *args: SimpleNamespace(call=lambda: target(*args)))
+
+        def actor(*args):
+            made = []  # when first asked, as Ray does: an actor that fails then fails its calls
+
+            def make(*more):
+                if not made:
+                    made.append(target(*args))
+                try:
+                    return made[0].make(*more)
+                except Dies:
+                    made.clear()  # it is started anew
+                    raise
+
+            return SimpleNamespace(make=SimpleNamespace(remote=lambda *more: Ref(lambda: make(*more))))
+
+        return SimpleNamespace(options=lambda **options: SimpleNamespace(remote=actor))
+
+
+class Ref:
+    """A reference that can be a key."""
+
+    def __init__(self, call):
+        self.call = call
+
+
+def test_what_is_planned_for_workers_is_all_there_in_the_end(monkeypatch, tmp_path):
+    class Deadly(FakeCaptioner):
+        def caption(self, images):
+            if any(image.width == 31 for image in images):
+                raise Dies
+            return super().caption(images)
+
+    monkeypatch.setattr(engine_ray, "start_ray", lambda spread: OneProcess())
+    manifest = make_images(tmp_path / "images", 20)
+    (tmp_path / "images" / "00003.png").write_bytes(png(3, (31, 9)))
+    (tmp_path / "images" / "00009.png").write_bytes(b"not an image")
+    models = Models(FakeEncoder(), Deadly(), FakeParser(), FakeLocaliser())
+    options = {"engine": "ray", "progress": False, "batch_size": 2, "shard_size": 8}
+    report = extract(manifest, tmp_path / "out", models, **options)
+    assert (report.computed, report.errors, report.left) == (18, 2, 0)
+    errors = pd.read_parquet(tmp_path / "out" / "errors.parquet")
+    assert errors["stage"].tolist() == ["worker", "decode"]
+    assert "00003.png: the worker died on it" in errors["reason"][0]
+    extract(manifest, tmp_path / "local", fake_models(), progress=False)
+    local = load_features(tmp_path / "local")
+    same_content(load_features(tmp_path / "out"), local.select(np.delete(np.arange(19), 3)))
+    assert extract(manifest, tmp_path / "out", fake_models(), progress=False).computed == 1
+    with pytest.raises(ItemkitError, match="a Ray worker failed .*no memory left for a second copy"):
+        extract(manifest, tmp_path / "new", Homeless(), **options)
 
 
 @pytest.fixture(scope="module")
