@@ -41,6 +41,16 @@ DETECTORS = tuple(name for name, options in LOCALISERS.items() if "model" in opt
 """Localisers that are models of their own."""
 
 
+def _unknown(what: str, word: str, known: Iterable[str]) -> InputError:
+    from itemkit.text import did_you_mean
+
+    return InputError(f"{what}.{did_you_mean(word, known)} Known: {', '.join(known)}.")
+
+
+def _by_name(part: Any) -> bool:
+    return isinstance(part, (str, Path))
+
+
 @dataclass(frozen=True)
 class Preset:
     """A named choice of models and their options.
@@ -81,6 +91,21 @@ class Preset:
     parser_options: Mapping[str, Any] = field(default_factory=dict)
     localiser_options: Mapping[str, Any] = field(default_factory=dict)
     precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        from itemkit.captions import Decoding
+        from itemkit.objects import ObjectRules
+
+        known = {
+            "captioner": [*(f.name for f in dataclasses.fields(Decoding)), "batch_size"],
+            "parser": [f.name for f in dataclasses.fields(ObjectRules)],
+        }
+        if isinstance(self.localiser, str) and self.localiser in LOCALISERS:
+            known["localiser"] = [*LOCALISERS[self.localiser], "batch_size", "device"]
+        for part, names in known.items():
+            if _by_name(getattr(self, part)):
+                for key in set(getattr(self, f"{part}_options")) - set(names):
+                    raise _unknown(f"{part} '{getattr(self, part)}' has no option '{key}'", key, names)
 
     def part(self, name: str) -> Any:
         """A part as given: a model's name or folder, an object, or None; "module:object" is looked up."""
@@ -386,16 +411,6 @@ def _from_folder(preset: Preset, folder: Path) -> Preset:
     if "model" in preset.localiser_options:
         changes["localiser_options"] = {**preset.localiser_options, "model": str(folder / "detector")}
     return dataclasses.replace(preset, **changes)
-
-
-def _unknown(what: str, word: str, known: Iterable[str]) -> InputError:
-    from itemkit.text import did_you_mean
-
-    return InputError(f"{what}.{did_you_mean(word, known)} Known: {', '.join(known)}.")
-
-
-def _by_name(part: Any) -> bool:
-    return isinstance(part, (str, Path))
 
 
 def _jsonable(value: Any) -> Any:

@@ -197,6 +197,19 @@ def test_a_name_may_say_which_weights(fetched: Path, offline: None) -> None:
     assert get_preset("fast", localiser="whole").localiser_options == {}
 
 
+@pytest.mark.parametrize(
+    ("part", "options", "hint"),
+    [
+        ("captioner", {"num_beam": 3}, "num_beams"),
+        ("parser", {"max_object": 3}, "max_objects"),
+        ("localiser", {"scale": (1.0,)}, "scales"),
+    ],
+)
+def test_unknown_options_are_named_before_anything_is_looked_for(part: str, options: dict, hint: str) -> None:
+    with pytest.raises(InputError, match=f"{part} '.*' has no option .*Did you mean '{hint}'"):
+        get_preset("mini", **{f"{part}_options": options})
+
+
 def test_unknown_names() -> None:
     with pytest.raises(
         InputError, match="preset 'papre' is unknown. Did you mean 'paper'. Known: mini, fast, paper"
