@@ -590,7 +590,8 @@ def _finish(
     is_real = (label == schema.REAL).fillna(False).astype(bool)
     origin = text.get(schema.SOURCE, empty)
     # "camera" or "LAION" in the generator column of a photograph is where it comes from, not what made it
-    kept = generator.where(is_real & ~generator.map(_is_real_word), "")
+    plain = {name: _is_real_word(name) for name in generator.unique()}
+    kept = generator.where(is_real & ~generator.map(plain).astype(bool), "")
     origin = origin.where(origin != "", kept)
     df = pd.DataFrame(
         {
@@ -809,7 +810,10 @@ def _find_labels(
     by_folder = _said_by_folders(paths, base)
     if by_folder.notna().all() and by_folder.nunique() == 2 and (label != by_folder)[label.notna()].all():
         _contradict(raw, name, None, label.notna(), label, what)
-    named = reading.text.map(lambda w: w if reading.how == "names" and read_name(w).label is None else "")
+    named = pd.Series("", index=raw.index)
+    if reading.how == "names":
+        names = {w: "" if read_name(w).label is not None else w for w in reading.text.unique()}
+        named = reading.text.map(names)
     where = f"column {printable(name)!r} ({reading.how})"
     where += f", as does {printable(others[0])!r}" if others else ""
     return _Labels(label.astype("Int8"), named, where, tuple(usable))
@@ -817,18 +821,23 @@ def _find_labels(
 
 def _said_by_generators(text: pd.Series, label: pd.Series) -> pd.Series:
     """What the names of generators say: `real` real, a known one fake; all are if only "reals" have one."""
-    says = text.map(lambda w: 1.0 if layouts.GENERATOR_NAMES.match(normalise(w)) else np.nan)
-    says = says.mask(text.map(lambda w: read_name(w).label == schema.REAL and read_name(w).sure > 0), 0.0)
+    said = {}
+    for word in text.unique():
+        name, known = read_name(word), layouts.GENERATOR_NAMES.match(normalise(word))
+        said[word] = 0.0 if name.label == schema.REAL and name.sure else 1.0 if known else np.nan
+    says = text.map(said)
     if not (text[label == schema.FAKE] != "").any() and text[label == schema.REAL].nunique() > 1:
         return says.mask(text != "", 1.0)
     return says
 
 
 def _said_by_folders(paths: pd.Series, base: Path) -> pd.Series:
-    folders = paths.map(lambda p: os.path.dirname(os.path.relpath(p, base)))
-    words = {f: {n.label for n in map(read_name, Path(f).parts) if n.sure == 2 and n.label is not None}
-             for f in folders.unique()}  # fmt: skip
-    return folders.map(lambda f: float(next(iter(words[f]))) if len(words[f]) == 1 else np.nan)
+    folders, said = paths.map(os.path.dirname), {}
+    for folder in folders.unique():
+        names = map(read_name, Path(os.path.relpath(folder, base)).parts)
+        labels = {name.label for name in names if name.sure == 2 and name.label is not None}
+        said[folder] = float(labels.pop()) if len(labels) == 1 else np.nan
+    return folders.map(said)
 
 
 def _refuse_values(values: pd.Series, name: str, what: str) -> None:
