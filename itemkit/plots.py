@@ -7,8 +7,10 @@ stand, a dollar sign starts no formula.
 from __future__ import annotations
 
 import io
+import shutil
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +122,8 @@ def save(fig: Figure, name: str, table: pd.DataFrame, folder: str | Path, note: 
         drawn = io.BytesIO()
         # no date inside, so the same figure gives the same file
         fig.savefig(drawn, format=ending, metadata={"CreationDate": None} if ending == "pdf" else None)
-        atomic_write(folder / f"{name}.{ending}", lambda file, drawn=drawn: file.write(drawn.getbuffer()))
+        drawn.seek(0)
+        atomic_write(folder / f"{name}.{ending}", partial(shutil.copyfileobj, drawn))
     write_csv(table, folder / f"{name}.csv")
     return [folder / f"{name}.{ending}" for ending in ("pdf", "png", "csv")]
 
@@ -200,7 +203,7 @@ def intervals(
         part = table[table[hue] == h] if hue else table
         at = np.array([names.index(n) for n in part[y]]) + (j - (len(hues) - 1) / 2) * 0.7 / len(hues)
         error = np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(min=0)
-        look = {"color": (BLUE, *CYCLE)[j % 8], "label": _label(h) if hue else None}
+        look: dict[str, Any] = {"color": (BLUE, *CYCLE)[j % 8], "label": _label(h) if hue else None}
         ax.errorbar(part["value"], at, xerr=error, fmt="o", ms=4.5, lw=1.4, capsize=0, **look)
     if reference is not None:
         ax.axvline(reference, color=GREY, lw=1, ls=":", zorder=0)
@@ -276,7 +279,8 @@ def scatter(ax: Axes, xy: np.ndarray, generators: Sequence[str], title: str = ""
     # one shuffled cloud: drawn class by class, the last class would cover the others
     order = np.random.default_rng(0).permutation(len(xy))
     colour_of = [palette[n] for n in names[order]]
-    ax.scatter(*xy[order].T, s=5, lw=0, alpha=0.8, c=colour_of, rasterized=True)
+    x, y = xy[order].T
+    ax.scatter(x, y, s=5, lw=0, alpha=0.8, c=colour_of, rasterized=True)
     for name, colour in palette.items():
         if name in names:
             ax.scatter([], [], s=18, color=colour, label=_label(name))
@@ -310,14 +314,14 @@ def _imshow(ax: Axes, image: np.ndarray, **options: Any) -> None:
     ax.imshow(image[::step, ::step], extent=(-0.5, width - 0.5, height - 0.5, -0.5), **options)
 
 
-def blank(axes: Iterable[Axes]) -> None:
+def blank(axes: np.ndarray) -> None:
     """Hide ticks and frames, so that axes on which nothing is shown leave no trace.
 
     Parameters
     ----------
-    axes : array or sequence of Axes
+    axes : array of Axes
     """
-    for ax in np.ravel(axes):
+    for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
 

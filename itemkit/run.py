@@ -280,6 +280,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    if hasattr(error, "ename"):  # papermill's own: the cell and its error
-        return f"code cell {error.exec_count} ends in {error.ename}: {one_line(str(error.evalue))}"
+    if name := getattr(error, "ename", ""):  # papermill's own: the cell and its error
+        cell, text = getattr(error, "exec_count", "?"), one_line(str(getattr(error, "evalue", "")))
+        return f"code cell {cell} ends in {name}: {text}"
     return f"{type(error).__name__}: {one_line(error)}"
