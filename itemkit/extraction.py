@@ -321,7 +321,9 @@ def free_memory() -> None:
 
 
 def raise_malloc_thresholds() -> bool:
-    """Let glibc keep large buffers between batches instead of fetching them from the system each time.
+    """Let glibc keep the buffers of a batch instead of fetching them from the system each time.
+
+    Not those of huge images, and not in an arena for each decoding thread: what is kept there is lost.
 
     Returns
     -------
@@ -331,8 +333,9 @@ def raise_malloc_thresholds() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    # numbers from malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
-    return all(libc.mallopt(option, size) for option, size in ((-3, 1 << 30), (-1, 1 << 30), (-2, 64 << 20)))
+    # numbers from malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
+    options = ((-3, 128 << 20), (-1, 512 << 20), (-2, 64 << 20), (-8, 2))
+    return all([libc.mallopt(option, value) for option, value in options])
 
 
 # ---------------------------------------------------------------------------------------------- the plan
