@@ -33,7 +33,7 @@ from itemkit.metrics import (
     two_sided_p,
 )
 from itemkit.protocols import Protocol
-from itemkit.text import did_you_mean, markdown_table, one_line, write_csv
+from itemkit.text import count, did_you_mean, markdown_table, one_line, write_csv
 
 FORMAT = "itemkit study 1"
 POOLED = "pooled_unseen"
@@ -539,7 +539,7 @@ def to_markdown(
         f"Made by itemkit {made['itemkit']} with preset {made['preset'] or 'none'}, models "
         f"{made['models'] or 'unknown'}; {(y == schema.REAL).sum():,} real and {(y == schema.FAKE).sum():,} "
         f"fake test images; seeds {', '.join(map(str, seeds))}.",
-        f"Values in per cent: mean over {len(seeds)} seeds ({100 * LEVEL:.0f} % interval over test images, "
+        f"Values in per cent: mean over {count(len(seeds), 'seed')} ({100 * LEVEL:.0f} % interval over test images, "
         f"{study.options['n_boot']} resamples; ± standard deviation over seeds).",
     ]
     shown = [protocol.metric, *(p.metric for p in protocol.published)]
