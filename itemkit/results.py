@@ -213,13 +213,13 @@ class Study:
                 found = replicate(y[mask], s[mask], weights[mask], defined, run.threshold, p[mask], True)
                 seen = name != POOLED and self._seen(run.train_generator, name)
                 cell = dict(zip(KEY, (run.detector, run.train_generator, name, run.seed), strict=False))
-                count = {"n_real": int((y[mask] == 0).sum()), "n_fake": int((y[mask] == 1).sum())}
+                images = {"n_real": int((y[mask] == 0).sum()), "n_fake": int((y[mask] == 1).sum())}
                 for metric in metrics:
                     value, *drawn = found.get(metric, [float("nan")])
                     self._replicates[(*cell.values(), metric)] = np.asarray(drawn)
                     low, high = metric_interval(metric, value, np.asarray(drawn), LEVEL)
                     about = {"metric": metric, "value": float(value), "low": low, "high": high}
-                    rows.append(cell | {"seen": seen} | about | count)
+                    rows.append(cell | {"seen": seen} | about | images)
         new = pd.DataFrame(rows)
         self.table = new if self.table.empty else pd.concat([self.table, new], ignore_index=True)
 
@@ -539,8 +539,8 @@ def to_markdown(
         f"Made by itemkit {made['itemkit']} with preset {made['preset'] or 'none'}, models "
         f"{made['models'] or 'unknown'}; {(y == schema.REAL).sum():,} real and {(y == schema.FAKE).sum():,} "
         f"fake test images; seeds {', '.join(map(str, seeds))}.",
-        f"Values in per cent: mean over {count(len(seeds), 'seed')} ({100 * LEVEL:.0f} % interval over test images, "
-        f"{study.options['n_boot']} resamples; ± standard deviation over seeds).",
+        f"Values in per cent: mean over {count(len(seeds), 'seed')} ({100 * LEVEL:.0f} % interval over test "
+        f"images, {study.options['n_boot']} resamples; ± standard deviation over seeds).",
     ]
     shown = [protocol.metric, *(p.metric for p in protocol.published)]
     # beside an accuracy, what the best threshold for the test images would have given: never a result
