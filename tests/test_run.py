@@ -115,7 +115,7 @@ def test_models_of_a_run_reach_the_notebooks(
 
 
 def test_prose_about_the_laboratory_does_not_stand_below_other_figures(tmp_path: Path) -> None:
-    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "language": "python"}})
+    notebook = nbformat.v4.new_notebook(metadata={"language_info": {"name": "python"}})
     lab = nbformat.v4.new_markdown_cell("## Recap\n\nNo interval touches 0.5.", metadata={"tags": ["lab"]})
     code = nbformat.v4.new_code_cell("DATA = ''", metadata={"tags": ["parameters"]})
     shown = nbformat.v4.new_code_cell("print(DATA)")
