@@ -18,17 +18,12 @@ from itemkit.errors import InputError
 from itemkit.text import count
 
 FRACTIONS = {"train": 0.7, "val": 0.15, "test": 0.15}
-_HALF = {"val": 0.5, "test": 0.5}
-_MOST = {"train": 0.85, "val": 0.15}
-# the splits that labelled images have -> the one that is divided (None: nothing is), and into what
-_CARVED: dict[frozenset[str], tuple[str, Mapping[str, float]] | None] = {
-    frozenset(("train", "val", "test")): None,
-    frozenset(("train", "test")): ("train", _MOST),
-    frozenset(("train", "val")): ("val", _HALF),
-    frozenset(("val", "test")): ("val", {"train": 0.7, "val": 0.3}),
-    frozenset(("train",)): ("train", FRACTIONS),
-    frozenset(("val",)): ("val", FRACTIONS),
-    frozenset(("test",)): None,
+# The splits that labelled images have -> the one that is divided, and into what. Of others none is: images
+# to calibrate or to test on are never turned into images to train on.
+_CARVED: dict[tuple[str, ...], tuple[str, Mapping[str, float]]] = {
+    ("train",): ("train", FRACTIONS),
+    ("train", "test"): ("train", {"train": 0.85, "val": 0.15}),
+    ("train", "val"): ("val", {"val": 0.5, "test": 0.5}),
 }
 
 
@@ -55,31 +50,8 @@ def place(image_ids: Iterable[str], salt: str = "") -> np.ndarray:
     return np.fromiter((digits(str(i)) for i in image_ids), np.float64) / 16**13
 
 
-def by_content(
-    image_ids: Iterable[str], fractions: Mapping[str, float] = FRACTIONS, salt: str = ""
-) -> np.ndarray:
-    """Split of each image from its content alone.
-
-    Parameters
-    ----------
-    image_ids : iterable of str
-        See `place`.
-    fractions : mapping
-        Share of each split; they add up to 1. The shares hold on average: with 1,000 images to about 1 %.
-    salt : str
-        See `place`.
-
-    Returns
-    -------
-    object array of str
-    """
-    if set(fractions) - set(schema.SPLITS) or abs(sum(fractions.values()) - 1) > 1e-6:
-        known = ", ".join(schema.SPLITS)
-        raise InputError(f"fractions are {dict(fractions)}; give shares of {known} that add up to 1")
-    return _divide(place(image_ids, salt), fractions)
-
-
-def _divide(places: np.ndarray, fractions: Mapping[str, float]) -> np.ndarray:
+def divide(places: np.ndarray, fractions: Mapping[str, float] = FRACTIONS) -> np.ndarray:
+    """Split of each image from its `place`, an object array; ``fractions`` of the splits add up to 1."""
     ends = np.cumsum(list(fractions.values()))[:-1]
     return np.array(list(fractions), dtype=object)[np.searchsorted(ends, places, side="right")]
 
@@ -93,9 +65,9 @@ class Plan:
     rows : bool array
         Images that get a split or another one.
     fractions : mapping
-        Into what they are divided; empty if they are not.
+        Into what they are divided.
     salt : str
-        Of the draw.
+        Of the draw: a given split may itself be a draw by content, so another is needed to divide it.
     notes : list of str
         The same in words.
     """
@@ -107,59 +79,45 @@ class Plan:
 
 
 def plan_splits(label: pd.Series, split: pd.Series) -> Plan:
-    """Say what will be divided into what, from the labels and splits that a table has.
-
-    Parameters
-    ----------
-    label, split : Series
-        Columns of a manifest.
-
-    Returns
-    -------
-    Plan
-    """
-    labelled = label.notna().to_numpy(dtype=bool)
-    given = split.where(split.notna(), None).to_numpy(dtype=object)
-    known = np.isin(given.astype(str), schema.SPLITS)
-    there = {str(s) for s in given[labelled & known]}
-    none = np.zeros(len(given), dtype=bool)
+    """Say what will be divided into what, from the columns ``label`` and ``split`` of a manifest."""
+    labelled, known, absent = label.notna().to_numpy(), split.isin(schema.SPLITS), split.isna().to_numpy()
+    there = tuple(name for name in schema.SPLITS if (labelled & (split == name).fillna(False)).any())
+    rows, fractions, salt, notes = np.zeros(len(label), dtype=bool), FRACTIONS, "", []
     if not labelled.any():
-        return Plan(none, {}, "", ["no image has a label, so there is nothing to train or test on"])
-    other = labelled & ~known & (given != None)  # noqa: E711 - element by element
-    notes = []
-    if other.any():
-        names = ", ".join(sorted({repr(s) for s in given[other]})[:5])
+        return Plan(rows, fractions, salt, ["no image has a label, so there is nothing to train or test on"])
+    if (other := labelled & ~known.to_numpy() & ~absent).any():
+        names = ", ".join(sorted(map(repr, split[other].unique()))[:5])
         fate = "are left out of training and test" if there else "are divided as if they had none"
         notes.append(f"{count(int(other.sum()), 'image')} of split {names} (none of train, val, test) {fate}")
     if not there:
         notes.append("no splits given: train 70 %, val 15 %, test 15 % by the content of each file")
-        return Plan(labelled, FRACTIONS, "", notes)
-    carve = _CARVED[frozenset(there)]
-    missing = labelled & ~known & ~other
-    if carve is None:
-        only = "; all labelled images are of split 'test': nothing here to train on"
-        notes.append("splits as given" + only * (len(there) == 1))
-        rows: np.ndarray = none
-        fractions: Mapping[str, float] = {}
+        return Plan(labelled, fractions, salt, notes)
+    missing = int((labelled & absent).sum())
+    if there in _CARVED and label.nunique() == 2:
+        source, fractions = _CARVED[there]
+        rows, salt = labelled & (split == source).fillna(False).to_numpy(dtype=bool), "carve"
+        new = ", ".join(f"{100 * share:.0f} % {name}" for name, share in fractions.items())
+        lacking = " and ".join(name for name in schema.SPLITS if name not in there)
+        notes.append(f"no image has split {lacking}: {source!r} is divided into {new} by content")
+    elif there in _CARVED:
+        notes.append("splits as given: with labels of one class only, none is divided")
+    elif "train" in there or missing:
+        notes.append("splits as given")
     else:
-        source, fractions = carve
-        new = [f"{share:.0%} {name}".replace("%", " %") for name, share in fractions.items()]
-        absent = " and ".join(s for s in schema.SPLITS if s not in there)
-        notes.append(f"no image has split {absent}: {source!r} is divided into {', '.join(new)} by content")
-        rows = labelled & (given == source)
-    if missing.any():
-        n = count(int(missing.sum()), "labelled image")
+        notes.append(f"splits as given: only {' and '.join(there)} here, so nothing trains")
+    if missing:
+        n = count(missing, "labelled image")
         notes.append(f"{n} without a split beside others with one: filled by content (70 / 15 / 15 %)")
-    return Plan(rows, fractions, "carve", notes)
+    return Plan(rows, fractions, salt, notes)
 
 
 def fill_splits(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Give every labelled image a split, and carve one that is missing.
+    """Give every labelled image a split, and carve a val or test split that is missing.
 
-    Splits that are given stay. With none at all, all images are divided 70 / 15 / 15 by their content; of two
-    of the three, the third is carved (val from train, test from val, train from val); an image without a
-    split beside others that have one gets that of its copy, or one by its content. Images without a label get
-    none.
+    Splits that are given stay. With none at all, all images are divided 70 / 15 / 15 by their content. With
+    labels of both classes and a train split, a missing val is carved from train and a missing test from val;
+    train is never carved. An image without a split beside others that have one gets that of its copy, or one
+    by its content. Images without a label get none.
 
     Parameters
     ----------
@@ -173,56 +131,50 @@ def fill_splits(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     note : str
         What was done, in words.
     """
-    label, ids = table[schema.LABEL], table[schema.IMAGE_ID].astype(str)
-    plan = plan_splits(label, table[schema.SPLIT])
-    split = table[schema.SPLIT].where(table[schema.SPLIT].notna(), None).to_numpy(dtype=object).copy()
+    plain = table.reset_index(drop=True)
+    label, ids = plain[schema.LABEL], plain[schema.IMAGE_ID].astype(str)
+    split = plain[schema.SPLIT].astype(object)
+    plan = plan_splits(label, split)
     notes = list(plan.notes)
-    if plan.rows.any():
-        places = place(ids[plan.rows], plan.salt)
-        split[plan.rows] = _divide(places, plan.fractions)
-        moved = _complete(split, label, ids, plan, places)
-        if moved:
-            what = "was taken from its neighbour split" if moved == 1 else "were taken from neighbour splits"
-            notes.append(f"{count(moved, 'image')} {what} so that each split has both classes")
-    empty = label.notna().to_numpy(dtype=bool) & (split == None)  # noqa: E711
+    drawn, moved = _draw(ids[plan.rows], label[plan.rows], plan)
+    split[plan.rows] = drawn
+    if moved:
+        what = "was taken from its neighbour split" if moved == 1 else "were taken from neighbour splits"
+        notes.append(f"{count(moved, 'image')} {what} so that each split has both classes")
+    empty = label.notna() & split.isna()
     if empty.any():
-        known = pd.Series(split, index=ids)[~(split == None)]  # noqa: E711
-        copies = ids[empty].map(known[~known.index.duplicated()])
-        split[empty] = copies.where(copies.notna(), by_content(ids[empty])).to_numpy()
+        copies = split.set_axis(ids).dropna()
+        drawn = pd.Series(divide(place(ids[empty])), index=ids.index[empty])
+        split[empty] = ids[empty].map(copies[~copies.index.duplicated()]).fillna(drawn)
     pairs = pd.DataFrame({"id": ids, "label": label}).dropna().drop_duplicates()
-    if n := int(pairs["id"].duplicated().sum()):
-        notes.append(f"{count(n, 'picture')} labelled both real and fake: one of the labels is wrong")
-    found = pd.Series(split)[label.notna().to_numpy()].value_counts()
-    counts = ", ".join(f"{int(found[s]):,} {s}" for s in schema.SPLITS if s in found)
-    return table.assign(**{schema.SPLIT: split}), "; ".join(notes) + (f" ({counts})" if counts else "")
+    if wrong := int(pairs["id"].duplicated().sum()):
+        notes.append(f"{count(wrong, 'picture')} labelled both real and fake: one of the labels is wrong")
+    found = split[label.notna()].value_counts()
+    counts = ", ".join(f"{found[s]:,} {s}" for s in schema.SPLITS if s in found)
+    filled = split.where(split.notna(), None).to_numpy()
+    return table.assign(**{schema.SPLIT: filled}), "; ".join(notes) + (f" ({counts})" if counts else "")
 
 
-def _complete(split: np.ndarray, label: pd.Series, ids: pd.Series, plan: Plan, places: np.ndarray) -> int:
-    """Where a carved split lacks a class of which there are three images, move the one nearest to its border.
+def _draw(ids: pd.Series, label: pd.Series, plan: Plan) -> tuple[pd.Series, int]:
+    """Split of each of these images, and how many pictures had to move.
 
-    Only so is a set of a dozen images usable; there the split of an image depends on the others after all.
+    A class of three pictures or more is in every split: where the draw has left it out of one, the picture
+    nearest to that split's border moves. Only so is a set of a dozen images usable; there the split of an
+    image depends on the others after all.
     """
-    ends = np.cumsum(list(plan.fractions.values()))
-    parts = zip(plan.fractions.items(), ends, strict=True)
-    spans = {name: (end - share, end) for (name, share), end in parts}
-    rows, moved = np.flatnonzero(plan.rows), 0
-    classes = label.to_numpy(dtype=np.float64, na_value=np.nan)[rows]
-    for value in (schema.REAL, schema.FAKE):
-        mine = classes == value
-        if len(set(ids.iloc[rows[mine]])) < 3 or mine.sum() > 1000:  # hash draws never miss a large class
-            continue
-        for name, (low, high) in spans.items():
-            here = split[rows]
-            if (mine & (here == name)).any():
-                continue
-            distance = np.maximum(np.maximum(low - places, places - high), 0)
-            spare = [s for s in spans if len(set(ids.iloc[rows[mine & (here == s)]])) > 1]
-            able = mine & np.isin(here.astype(str), spare)
-            if able.any():
-                nearest = np.flatnonzero(able)[distance[able].argmin()]
-                split[rows[ids.iloc[rows].to_numpy() == ids.iloc[rows[nearest]]]] = name
+    one = pd.DataFrame({"id": ids, "label": label}).drop_duplicates("id").set_index("id")
+    one["place"] = place(one.index, plan.salt)
+    one["split"], moved = divide(one["place"].to_numpy(), plan.fractions), 0
+    for _, mine in one.groupby("label"):
+        high = 0.0
+        for name, share in plan.fractions.items():
+            low, high = high, high + share
+            now = one.loc[mine.index, "split"]
+            if len(mine) >= 3 and name not in set(now):
+                distance = np.maximum(low - mine["place"], mine["place"] - high)
+                one.loc[distance[now.duplicated(keep=False)].idxmin(), "split"] = name
                 moved += 1
-    return moved
+    return ids.map(one["split"]), moved
 
 
 def split_validation(y: np.ndarray, fraction: float = 0.5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

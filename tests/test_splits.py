@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from itemkit.errors import InputError
-from itemkit.splits import by_content, fill_splits, place, split_validation
+from itemkit.splits import divide, fill_splits, place, split_validation
 
 
 def table(n: int, splits: tuple[str | None, ...] = (None,), first: int = 0, labels=(0, 1)) -> pd.DataFrame:
@@ -36,13 +36,10 @@ def test_adding_images_moves_none_and_order_does_not_matter():
 
 
 def test_the_split_is_the_first_digits_of_the_content_hash():
-    assert by_content(["0" * 64, "b3" + "0" * 62, "f" * 64]).tolist() == ["train", "train", "test"]
     assert place(["8" + "0" * 63])[0] == 0.5
-    assert by_content(["f" * 64], {"train": 1.0}).tolist() == ["train"]
-    with pytest.raises(InputError, match="add up to 1"):
-        by_content(["f" * 64], {"train": 0.5})
-    with pytest.raises(InputError, match="give shares of train, val, test"):
-        by_content(["f" * 64], {"learn": 1.0})
+    ids = ["0" * 64, "b3" + "0" * 62, "f" * 64, "c0" + "0" * 62]
+    df = pd.DataFrame({"image_id": ids, "label": [0, 1, 0, 1], "split": None})
+    assert fill_splits(df)[0]["split"].tolist() == ["train", "train", "test", "val"]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +47,6 @@ def test_the_split_is_the_first_digits_of_the_content_hash():
     [
         (("train", "test"), {"test": 500}, "val", 0.15),
         (("train", "val"), {"train": 500}, "test", 0.5),
-        (("test", "val"), {"test": 500}, "train", 0.7),
     ],
 )
 def test_of_two_splits_the_third_is_carved_and_said(given, kept, carved, share):
@@ -65,11 +61,25 @@ def test_of_two_splits_the_third_is_carved_and_said(given, kept, carved, share):
     assert (filled.loc[untouched, "split"] == next(iter(kept))).all()
 
 
-def test_one_split_alone():
+def test_train_alone_is_divided():
     assert sizes(fill_splits(table(400, ("train",)))[0]).keys() == {"train", "val", "test"}
-    assert sizes(fill_splits(table(400, ("val",)))[0]).keys() == {"train", "val", "test"}
-    filled, note = fill_splits(table(400, ("test",)))
-    assert sizes(filled) == {"test": 400} and "nothing here to train on" in note
+
+
+@pytest.mark.parametrize("given", [("val",), ("test",), ("val", "test")])
+@pytest.mark.parametrize("labels", [(0, 1), (0,), (1,)])
+def test_train_is_never_carved(given, labels):
+    df = table(400, given, labels=labels)
+    filled, note = fill_splits(df)
+    assert filled["split"].tolist() == df["split"].tolist() and "nothing trains" in note
+
+
+@pytest.mark.parametrize("given", [("train",), ("train", "test"), ("train", "val")])
+def test_of_one_class_nothing_is_carved(given):
+    df = table(400, given, labels=(0, pd.NA))
+    filled, note = fill_splits(df)
+    has_label = df["label"].notna()
+    assert filled.loc[has_label, "split"].tolist() == df.loc[has_label, "split"].tolist()
+    assert note.startswith("splits as given: with labels of one class only, none is divided (")
 
 
 def test_complete_splits_stay_as_they_are_and_gaps_are_filled():
@@ -104,13 +114,13 @@ def test_without_a_label_no_split():
     assert df["split"].isna().all(), "the input was changed"
 
 
-@pytest.mark.parametrize("given", [(None,), ("train", "test"), ("train", "val"), ("test", "val")])
+@pytest.mark.parametrize("given", [(None,), ("train",), ("train", "test"), ("train", "val")])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_dozen_images_have_both_classes_in_every_split(given, seed):
     filled, note = fill_splits(table(24, given, first=1000 * seed))
     assert filled.groupby("split")["label"].nunique().to_dict() == {"train": 2, "val": 2, "test": 2}
-    hashed = given == (None,) and (by_content(filled["image_id"]) != filled["split"]).any()
-    assert not hashed or "so that each split has both classes" in note
+    moved = given == (None,) and (divide(place(filled["image_id"])) != filled["split"]).any()
+    assert not moved or "so that each split has both classes" in note
 
 
 def test_other_words_than_train_val_test():
