@@ -168,11 +168,6 @@ def content_id(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def content_hash(path: str | Path) -> str:
-    """Give the content name (see `content_id`) of a file; `ImageError` where it cannot be read."""
-    return content_id(read_bytes(path))
-
-
 def reads(path: str) -> bool:
     """Whether there is a reader here for the format that a file's ending names; true for other endings."""
     needs = {".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF", ".avif": "AVIF"}
@@ -221,7 +216,7 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
 
 
 def load_image(
-    source: str | Path | bytes, name: str | None = None, least_side: int | None = None
+    source: str | Path | bytes | Image.Image, name: str | None = None, least_side: int | None = None
 ) -> Image.Image:
     """Decode an image to upright 8-bit sRGB.
 
@@ -231,7 +226,7 @@ def load_image(
 
     Parameters
     ----------
-    source : path, or the file's bytes
+    source : path, the file's bytes, or what `open_image` gave for it
     name : str, optional
         What messages call it.
     least_side : int, optional
@@ -250,8 +245,9 @@ def load_image(
     MemoryError
         There is no room for it now, which says nothing about the file.
     """
-    name = name or ("image bytes" if isinstance(source, bytes) else str(source))
-    image = open_image(source, name)
+    if name is None:
+        name = str(source) if isinstance(source, str | Path) else "image bytes"
+    image = source if isinstance(source, Image.Image) else open_image(source, name)
     try:
         if least_side is not None:
             image.draft(None, (least_side, least_side))  # does nothing to other formats
@@ -476,11 +472,6 @@ class EqualiseConfig:
             raise InputError(f"JPEG quality is {self.quality}; choose 1 to 100")
         if self.subsampling not in SUBSAMPLINGS:
             raise InputError(f"chroma subsampling is {self.subsampling!r}; choose {', '.join(SUBSAMPLINGS)}")
-
-    @property
-    def extension(self) -> str:
-        """File extension of the codec."""
-        return ".jpg" if self.codec == "jpeg" else ".png"
 
 
 def equalise(image: Image.Image, config: EqualiseConfig | None = None) -> Image.Image:

@@ -63,7 +63,6 @@ class Perturbation:
         Returns
         -------
         PIL.Image.Image
-            The changed image; the same object if nothing changes.
         """
         if image.mode != "RGB":
             raise InputError(
@@ -79,16 +78,9 @@ class Perturbation:
         return {"name": self.name, "family": self.family, "strength": self.strength, "version": VERSION}
 
 
-def _identity(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    return image
-
-
-def _jpeg(image: Image.Image, rng: np.random.Generator, quality: int) -> Image.Image:
+def _jpeg(image: Image.Image, rng: np.random.Generator, low: int, high: int) -> Image.Image:
+    quality = low if low == high else int(rng.integers(low, high + 1))
     return Image.open(BytesIO(jpeg_bytes(image, quality))).convert("RGB")
-
-
-def _jpeg_random(image: Image.Image, rng: np.random.Generator, low: int, high: int) -> Image.Image:
-    return _jpeg(image, rng, int(rng.integers(low, high + 1)))
 
 
 def _webp(image: Image.Image, rng: np.random.Generator, quality: int) -> Image.Image:
@@ -133,7 +125,7 @@ def _social(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Crop a little, scale and recompress, by amounts drawn per image, as sharing sites do. Our choice."""
     image = _crop(image, rng, rng.uniform(0.85, 1.0))
     image = _resize(image, rng, rng.uniform(0.6, 1.0))
-    return _jpeg_random(image, rng, 65, 90)
+    return _jpeg(image, rng, 65, 90)
 
 
 def _check(what: str, value: float, low: float, high: float) -> None:
@@ -144,7 +136,7 @@ def _check(what: str, value: float, low: float, high: float) -> None:
 def jpeg(quality: int) -> Perturbation:
     """JPEG at a quality of 1-100, chroma at half resolution as most sites store it."""
     _check("JPEG quality", quality, 1, 100)
-    step = partial(_jpeg, quality=int(quality))
+    step = partial(_jpeg, low=int(quality), high=int(quality))
     return Perturbation(f"jpeg_q{quality}", "jpeg", 100 - quality, f"q {quality}", step)
 
 
@@ -152,7 +144,7 @@ def jpeg_random(low: int = 50, high: int = 95) -> Perturbation:
     """JPEG at a quality drawn for each image, the same on every run and for both classes."""
     _check("JPEG quality", low, 1, 100)
     _check("JPEG quality", high, low, 100)
-    step = partial(_jpeg_random, low=low, high=high)
+    step = partial(_jpeg, low=low, high=high)
     return Perturbation(f"jpeg_random_{low}_{high}", "jpeg", 100 - high, f"q {low}-{high}", step)
 
 
@@ -166,21 +158,21 @@ def webp(quality: int) -> Perturbation:
 def blur(sigma_px: float) -> Perturbation:
     """Gaussian blur with a standard deviation in pixels; 0 changes nothing."""
     _check("blur sigma", sigma_px, 0, 100)
-    step = partial(_blur, sigma_px=float(sigma_px)) if sigma_px else _identity
+    step = partial(_blur, sigma_px=float(sigma_px))
     return Perturbation(f"blur_{sigma_px:g}px", "blur", float(sigma_px), f"{sigma_px:g} px", step)
 
 
 def noise(std_255: float) -> Perturbation:
     """Gaussian noise per pixel and channel with a standard deviation in 1/255; 0 changes nothing."""
     _check("noise standard deviation", std_255, 0, 255)
-    step = partial(_noise, std_255=float(std_255)) if std_255 else _identity
+    step = partial(_noise, std_255=float(std_255))
     return Perturbation(f"noise_{std_255:g}", "noise", float(std_255), f"{std_255:g}/255", step)
 
 
 def resize(factor: float) -> Perturbation:
     """Scale both sides by a factor of at most 1, and leave the image so; 1 changes nothing."""
     _check("resize factor", factor, 0.01, 1)
-    step = partial(_resize, factor=float(factor)) if factor != 1 else _identity
+    step = partial(_resize, factor=float(factor))
     return Perturbation(f"resize_x{factor:g}", "resize", 1 - factor, f"× {factor:g}", step)
 
 
@@ -195,19 +187,17 @@ def resize_px(side_px: int) -> Perturbation:
 def crop(fraction: float) -> Perturbation:
     """Keep the centre, a fraction of each side; 1 changes nothing."""
     _check("crop fraction", fraction, 0.01, 1)
-    step = partial(_crop, fraction=float(fraction)) if fraction != 1 else _identity
+    step = partial(_crop, fraction=float(fraction))
     return Perturbation(f"crop_{fraction:g}", "crop", 1 - fraction, f"{fraction:g} of side", step)
 
 
 def chain(*parts: Perturbation, strength: float = 1.0) -> Perturbation:
     """Apply several perturbations one after the other."""
-    if not parts:
-        raise InputError("a chain needs at least one perturbation, got none")
     name = "+".join(part.name for part in parts)
     return Perturbation(name, "chain", strength, name, partial(_chain, steps=tuple(p.apply for p in parts)))
 
 
-CLEAN = Perturbation("clean", "clean", 0.0, "clean", _identity)
+CLEAN = Perturbation("clean", "clean", 0.0, "clean", partial(_chain, steps=()))
 SOCIAL = Perturbation("social", "chain", 3.0, "social media", _social)
 
 #: The union of the grids of GenImage, SIDBench, CNNDetection and SPAI.

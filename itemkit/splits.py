@@ -17,7 +17,7 @@ from itemkit import schema
 from itemkit.errors import InputError
 from itemkit.text import count
 
-FRACTIONS = {"train": 0.7, "val": 0.15, "test": 0.15}
+FRACTIONS: Mapping[str, float] = {"train": 0.7, "val": 0.15, "test": 0.15}
 # The splits that labelled images have -> the one that is divided, and into what. Of others none is: images
 # to calibrate or to test on are never turned into images to train on.
 _CARVED: dict[tuple[str, ...], tuple[str, Mapping[str, float]]] = {

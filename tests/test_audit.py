@@ -56,7 +56,7 @@ def alike(number, label):
 
 
 def test_classes_that_are_alike_show_no_leak(tmp_path):
-    report = audit(manifest(tmp_path, 120, alike), n_boot=200)
+    report = audit(manifest(tmp_path, 120, alike))
     for name in ("format", "size", "width", "height", "aspect", "jpeg_quality", "metadata", "colour_mode"):
         row = report.table.set_index("property").loc[name]
         assert row["low"] <= 0.5 + 1e-9 and row["auroc"] < 0.6, row
@@ -78,7 +78,7 @@ def test_each_planted_leak_is_found_and_named(tmp_path):
     def captions(number, label):
         return f"highly detailed, {number}, artstation" if label else f"A dog is {number} running ."
 
-    report = audit(manifest(tmp_path, 120, make, captions), n_boot=200)
+    report = audit(manifest(tmp_path, 120, make, captions))
     found = auroc_of(report)
     for name in ("format", "size", "width", "height", "metadata", "caption_vocabulary"):
         assert found[name] > 0.9, (name, found[name])
@@ -86,7 +86,7 @@ def test_each_planted_leak_is_found_and_named(tmp_path):
     rows = report.table.set_index("property")
     assert rows.loc["jpeg_quality", ["n_real", "n_fake"]].tolist() == [120, 12]
     assert rows.loc["format", "verdict"] == "decides"
-    assert "'JPEG' in 10% of fakes and 100% of real images" in rows.loc["format", "sentence"]
+    assert "fakes 'PNG' 90%, 'JPEG' 10%; real images 'JPEG' 100%" in rows.loc["format", "sentence"]
     assert "'artstation'" in rows.loc["caption_vocabulary", "sentence"]
     assert report.table["auroc"].dropna().is_monotonic_decreasing
     text = report.to_text()
@@ -98,7 +98,7 @@ def test_too_few_images_with_a_property_are_not_judged(tmp_path):
         kind = ".png" if label and number > 10 else ".jpg"
         return picture(number), kind, {}
 
-    row = audit(manifest(tmp_path, 40, make), n_boot=50).table.set_index("property").loc["jpeg_quality"]
+    row = audit(manifest(tmp_path, 40, make)).table.set_index("property").loc["jpeg_quality"]
     assert np.isnan(row["auroc"]) and row["verdict"] == "not measurable" and row["n_fake"] == 5
 
 
@@ -107,7 +107,7 @@ def test_unreadable_and_unlabelled_images_are_told(tmp_path):
     Path(df["path"][3]).write_bytes(b"not an image")
     Path(df["path"][7]).unlink()
     df.loc[5, "label"] = pd.NA
-    report = audit(df, n_boot=50)
+    report = audit(df)
     assert report.errors["path"].tolist() == df["path"][[3, 7]].tolist()
     assert report.errors["kind"].tolist() == ["not an image", "missing"] and report.left_out == 2
     text = report.to_text()
@@ -122,7 +122,7 @@ def test_one_class_is_described_and_none_readable_refused(tmp_path):
     for part in (df[df["label"] == 0], df.assign(label=pd.array([pd.NA] * 30, dtype="Int8"))):
         report = audit(part)
         text = report.to_text()
-        for words in ("One class only", "The file format: JPEG 100%.", "The width: median"):
+        for words in ("One class only", "The file format: 'JPEG' 100%.", "The width: median"):
             assert words in text
         assert (
             report.table["auroc"].isna().all() and not len(report.leaks) and not len(ranking({"x": report}))
@@ -140,17 +140,24 @@ def test_a_leak_of_one_generator_is_not_lost_in_the_whole(tmp_path):
 
     df = manifest(tmp_path, 60, make)
     df["generator"] = [("real", "odd" if i % 8 == 1 else "plain")[i % 2] for i in range(120)]
-    report = audit(df, n_boot=50)
+    report = audit(df)
     pooled = report.table.set_index("property").loc["jpeg_quality", "auroc"]
     parts = report.parts.set_index(["set", "property"])["auroc"]
     assert parts["odd", "jpeg_quality"] == 1 and pooled < 0.75 and parts["plain", "jpeg_quality"] < 0.65
     assert report.parts.iloc[0]["set"] == "odd" and "In 'odd' alone" in report.headline()
-    assert re.search(r"Worst of single sets.*\n\n +odd +\w+ +1\.000  decides", report.to_text())
-    assert not len(audit(df, by=None, n_boot=20).parts)
+    assert re.search(r"Worst of single sets.*\n\n +set .*\n +odd +\w+ +1\.000 .* decides", report.to_text())
+    assert not len(audit(df, by=None).parts)
     by_source = df.assign(source=["a" if i % 16 < 8 else "b" for i in range(120)])
-    assert set(audit(by_source, by="source", n_boot=20).parts["set"]) == {"a", "b"}
+    assert set(audit(by_source, by="source").parts["set"]) == {"a", "b"}
     with pytest.raises(InputError, match="by='label': expected 'generator', 'source' or None"):
         audit(df, by="label")
+
+
+def test_files_cut_off_are_left_out(tmp_path):
+    df = manifest(tmp_path, 12, different)
+    for path in df["path"][:2]:
+        Path(path).write_bytes(Path(path).read_bytes()[:-200])
+    assert audit(df).errors["kind"].tolist() == ["truncated"] * 2
 
 
 def test_names_that_are_not_utf8_and_broken_files_do_not_end_it(tmp_path):
@@ -159,7 +166,7 @@ def test_names_that_are_not_utf8_and_broken_files_do_not_end_it(tmp_path):
     os.rename(df["path"][0], odd)
     df.loc[0, "path"] = odd
     df.loc[1, "path"] = os.fsdecode(os.fsencode(tmp_path) + b"/gone\xe9.jpg")
-    report = audit(df, n_boot=20)
+    report = audit(df)
     assert len(report.measurements) == 23 and report.to_text().encode()
     with pytest.warns(UserWarning, match="1 of 24 images cannot be read"):
         assert len(equalise_folder(df, tmp_path / "eq", EqualiseConfig(size=32))) == 23
@@ -167,7 +174,7 @@ def test_names_that_are_not_utf8_and_broken_files_do_not_end_it(tmp_path):
 
 def test_extra_columns_do_not_disturb(tmp_path):
     df = manifest(tmp_path, 15, alike).assign(width=1, image_id="x", format="?")
-    assert len(audit(df, n_boot=20).table) == 13
+    assert len(audit(df).table) == 13
 
 
 def test_measure_by_hand(tmp_path):
@@ -197,8 +204,8 @@ def test_measure_by_hand(tmp_path):
 # ---- scores of one property
 
 
-def auroc(values, y, groups, kind, **options) -> tuple[float, float, float]:
-    return held_out_auroc(pd.Series(values), y, pd.Series(groups), kind, n_boot=100, **options)
+def auroc(values, y, groups, kind) -> tuple[float, float, float]:
+    return held_out_auroc(pd.Series(values), y, pd.Series(groups), kind)
 
 
 @pytest.mark.parametrize("kind", ["category", "number", "text"])
@@ -215,7 +222,7 @@ def test_a_property_without_meaning_scores_chance(kind):
     y = np.repeat([0, 1], [200, 100])
     points = [auroc(draw(np.random.default_rng(i)), y, range(300), kind)[0] for i in range(12)]
     assert (
-        np.mean(points) == pytest.approx(0.5, abs=3 * np.std(points) / np.sqrt(12)) and np.std(points) < 0.06
+        np.mean(points) == pytest.approx(0.5, abs=3 * np.std(points) / np.sqrt(12)) and np.std(points) < 0.07
     )
 
 
@@ -252,10 +259,10 @@ def test_groups_are_not_split_over_folds():
 def test_interval_covers_as_often_as_it_says():
     rng = np.random.default_rng(0)
     hits = 0
-    for trial in range(30):
+    for _ in range(30):
         y = np.repeat([0, 1], 150)
         values = np.where(rng.random(300) < np.where(y, 0.7, 0.3), "a", "b")
-        _, low, high = auroc(values, y, range(300), "category", seed=trial)
+        _, low, high = auroc(values, y, range(300), "category")
         hits += low <= 0.7 <= high  # 0.7 * 0.7 + (0.7 * 0.3 + 0.3 * 0.7) / 2
     assert hits >= 25  # 95 % of 30 is 28.5; fewer than 25 would happen once in 300 runs
 
@@ -301,7 +308,7 @@ def test_many_copies_give_one_pair_each_and_flat_images_none():
 def test_duplicates_are_in_the_report(tmp_path):
     df = manifest(tmp_path, 15, alike)
     Path(df["path"][1]).write_bytes(Path(df["path"][0]).read_bytes())
-    report = audit(df, n_boot=20)
+    report = audit(df)
     assert "Pairs of exact copies: 1, 0 across splits, 1 across classes" in report.to_text()
 
 
@@ -316,11 +323,11 @@ def different(number, label):
 
 def test_equalised_folder_closes_the_leaks(tmp_path):
     df = manifest(tmp_path / "raw", 60, different)
-    first = audit(df, n_boot=20)
+    first = audit(df)
     before = auroc_of(first)
     config = EqualiseConfig(size=48, quality=88)
     copy = equalise_folder(df, tmp_path / "eq", config)
-    report = audit(read_manifest(tmp_path / "eq" / "manifest.csv"), n_boot=20)
+    report = audit(read_manifest(tmp_path / "eq" / "manifest.csv"))
     after = auroc_of(report)
     for name in ("format", "size", "width", "height", "aspect"):
         assert before[name] > 0.95 and abs(after[name] - 0.5) < 0.03
@@ -330,8 +337,8 @@ def test_equalised_folder_closes_the_leaks(tmp_path):
     assert table["property"][:2].tolist() == [first.table["property"][0]] * 2, "one property, both states"
     assert table["data"][:2].tolist() == ["raw", "equal"] and table["value"].notna().all()
     text = report.to_text(before=first)
-    assert "property              before   AUROC" in text
-    assert re.search(rf"size +{before['size']:.3f} +0.500  0.500 - 0.500", text)
+    assert "property            before  AUROC" in text
+    assert re.search(rf"size +{before['size']:.3f} +0.500 +0.500 - 0.500", text)
     strongest = first.leaks.iloc[0]["property"]
     assert (
         f"'{strongest}', reaches AUROC 1.000 alone: a detector that sees it can score as much"
@@ -377,7 +384,7 @@ def test_enlarging_one_class_only_is_warned_about(tmp_path):
 @pytest.mark.real
 def test_real_images_leak_before_and_not_after(real_dir, tmp_path):
     df = read_manifest(real_dir / "index.csv")
-    report = audit(df, n_boot=200)
+    report = audit(df)
     found = auroc_of(report)
     # fakes are 256, 512 or 559 px squares, 89 % of them PNG; photographs are JPEG of other sizes
     assert found["size"] > 0.99 and found["width"] > 0.99 and 0.92 < found["format"] < 0.96
@@ -386,6 +393,6 @@ def test_real_images_leak_before_and_not_after(real_dir, tmp_path):
     assert len(report.duplicates) == 1 and report.duplicates["distance"].tolist() == [10]
     sample = pd.concat([df[df["label"] == 0].head(150), df[df["label"] == 1].iloc[::3]])
     equalise_folder(sample, tmp_path / "eq", EqualiseConfig(size=64))
-    after = auroc_of(audit(read_manifest(tmp_path / "eq" / "manifest.csv"), n_boot=50))
+    after = auroc_of(audit(read_manifest(tmp_path / "eq" / "manifest.csv")))
     for name in ("format", "size", "width", "height", "aspect", "jpeg_quality", "jpeg_subsampling"):
         assert abs(after[name] - 0.5) < 0.03

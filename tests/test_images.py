@@ -24,7 +24,6 @@ from itemkit.images import (
     EqualiseConfig,
     ImageError,
     bound_aspect,
-    content_hash,
     content_id,
     equalise,
     equalised_bytes,
@@ -320,7 +319,7 @@ def test_names_that_are_not_utf8_have_printable_reasons(tmp_path):
         load_image(path)
     assert r"caf\udce9\x1b.png: no such file" in error.value.reason and error.value.reason.encode()
     Path(path).write_bytes(encode(smooth(), "PNG"))
-    assert load_image(path).size == (40, 30) and content_hash(path) == content_id(encode(smooth(), "PNG"))
+    assert load_image(path).size == (40, 30)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow comments on broken tags
