@@ -77,13 +77,8 @@ _TROUBLES = (
      f"{_AGAIN}, or {_PNG}"),
     (r"", "damaged", "is a damaged or incomplete {format}", _AGAIN),
 )  # fmt: skip
-_FILE_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
+_FILE_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
+               stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}  # fmt: skip
 
 
 class ImageError(InputError):
@@ -134,9 +129,11 @@ def read_bytes(path: str | Path) -> bytes:
         # the type is looked at before opening: opening a device can already have effects
         mode = os.stat(name).st_mode
         if not stat.S_ISREG(mode):
-            kind = next((text for test, text in _FILE_KINDS if test(mode)), "not a regular file")
+            kind = _FILE_KINDS.get(stat.S_IFMT(mode), "not a regular file")
             raise ImageError(name, "not a file", f"is {kind}, not an image file", "name the image itself")
-        with open(name, "rb", opener=_open_at_once) as file:
+        # should the file have become a pipe since then, opening it still returns at once
+        at_once = getattr(os, "O_NONBLOCK", 0)
+        with open(name, "rb", opener=lambda path, flags: os.open(path, flags | at_once)) as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_FILE_BYTES:
                 problem = f"has {size:,} bytes, the limit is {MAX_FILE_BYTES:,}"
@@ -146,9 +143,9 @@ def read_bytes(path: str | Path) -> bytes:
         broken = os.path.islink(name)
         problem = f"links to {os.readlink(name)}, which does not exist" if broken else "no such file"
         raise ImageError(name, "missing", problem, "check the path or drop the row") from None
+    except ImageError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, ImageError):
-            raise
         loop = isinstance(error, OSError) and error.errno == errno.ELOOP
         why = getattr(error, "strerror", None) or error
         problem = "is a link that points to itself" if loop else f"cannot be opened ({why})"
@@ -156,11 +153,6 @@ def read_bytes(path: str | Path) -> bytes:
     if not data:
         raise ImageError(name, "empty", "is empty (0 bytes)", _AGAIN)
     return data
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    # should the file have become a pipe since it was looked at, opening it still returns at once
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def content_id(data: bytes) -> str:
@@ -202,10 +194,7 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
         See :func:`read_bytes`; or not an image, damaged, or of more pixels than `MAX_PIXELS`, `MAX_SIDE`.
     """
     name = name or ("image bytes" if isinstance(source, bytes) else str(source))
-    data = source if isinstance(source, bytes) else read_bytes(source)
-    if not data:
-        raise ImageError(name, "empty", "is empty (0 bytes)", _AGAIN)
-    image = _open(name, data)
+    image = _open(name, source if isinstance(source, bytes) else read_bytes(source))
     width, height = image.size
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         problem = f"has {width:,} x {height:,} pixels, the limit is {MAX_PIXELS:,}, or {MAX_SIDE:,} a side"
@@ -266,20 +255,11 @@ def load_image(
 
 
 def bound_aspect(image: Image.Image) -> Image.Image:
-    """Crop the ends off a strip that is more than some `MAX_ASPECT` times as long as wide.
+    """Crop the ends off a strip of over `MAX_ASPECT` times its width, to between that and 2 more.
 
     Encoders resize the shorter side to theirs and keep the centre square; of 20,000 x 1 pixels that would
     make an image of gigabytes on the way. The crop takes whole multiples of the shorter side off both ends,
     so the centre square that is left is the same to the pixel wherever the resized length is a whole number.
-
-    Parameters
-    ----------
-    image : PIL.Image.Image
-
-    Returns
-    -------
-    PIL.Image.Image
-        The same object if nothing is cropped; else the ratio is between `MAX_ASPECT` and 2 more.
     """
     width, height = image.size
     short, long = sorted(image.size)
@@ -316,6 +296,8 @@ def _silence_libtiff() -> None:
 def _open(name: str, data: bytes) -> Image.Image:
     """As `PIL.Image.open`, which says "cannot identify" whatever the decoder said, and warns about sizes."""
     trouble = None
+    if not data:
+        raise ImageError(name, "empty", "is empty (0 bytes)", _AGAIN)
     for kind in _formats():
         factory, accept = Image.OPEN[kind]
         accepted = accept is None or accept(data[:16])
@@ -474,12 +456,12 @@ class EqualiseConfig:
             raise InputError(f"chroma subsampling is {self.subsampling!r}; choose {', '.join(SUBSAMPLINGS)}")
 
 
-def equalise(image: Image.Image, config: EqualiseConfig | None = None) -> Image.Image:
+def equalise(image: Image.Image, config: EqualiseConfig) -> Image.Image:
     """Crop the centre square of an RGB image, resize it and send it through the codec.
 
     Returns ``config.size`` square pixels, as a reader of the equalised file would see them.
     """
-    return load_image(equalised_bytes(image, config or EqualiseConfig()), name="equalised image")
+    return load_image(equalised_bytes(image, config), name="equalised image")
 
 
 def equalised_bytes(image: Image.Image, config: EqualiseConfig) -> bytes:
@@ -487,6 +469,5 @@ def equalised_bytes(image: Image.Image, config: EqualiseConfig) -> bytes:
     square = ImageOps.fit(image, (config.size, config.size), Image.Resampling.BICUBIC)
     if config.codec == "jpeg":
         return jpeg_bytes(square, config.quality, config.subsampling)
-    buffer = BytesIO()
-    square.save(buffer, "PNG")
+    square.save(buffer := BytesIO(), "PNG")
     return buffer.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
@@ -24,7 +25,6 @@ from itemkit.images import (
     EqualiseConfig,
     ImageError,
     bound_aspect,
-    content_id,
     equalise,
     equalised_bytes,
     jpeg_bytes,
@@ -91,11 +91,8 @@ def test_palette_with_a_transparent_entry():
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.putpixel((1, 0), 1)
-    assert np.asarray(load_image(encode(image, "PNG", transparency=0)))[0].tolist() == [
-        [255] * 3,
-        [0, 0, 255],
-    ]
-    assert np.asarray(load_image(encode(image, "PNG")))[0].tolist() == [[255, 0, 0], [0, 0, 255]]
+    for options, first in (({"transparency": 0}, [255] * 3), ({}, [255, 0, 0])):
+        assert np.asarray(load_image(encode(image, "PNG", **options)))[0].tolist() == [first, [0, 0, 255]]
 
 
 def test_cmyk_and_one_bit():
@@ -274,23 +271,17 @@ def test_sixty_broken_files_give_an_image_or_a_reason_in_plain_words(capfd):
         assert time.process_time() - begun < 2, name
     assert capfd.readouterr().err == "", "a library wrote to the terminal"
     expected = {
-        "not an image": ("page", "pointer", "json", "pdf", "zip", "film", "words", "zeros", "noise"),
-        "too large": ("bomb", "strip", "tall strip", "ppm bomb"),
-        "unsupported": (
-            "jpeg of 12 bits",
-            "bmp of 2 bits",
-            "bmp of unknown compression",
-            "float",
-            "negative",
+        "not an image": "page pointer json pdf zip film words zeros noise",
+        "too large": "bomb, strip, tall strip, ppm bomb",
+        "unsupported": "jpeg of 12 bits, bmp of 2 bits, bmp of unknown compression, float, negative",
+        "truncated": ", ".join(
+            f"{kind} cut at {s}" for kind in ("PNG", "JPEG", "BMP") for s in (0.03, 0.4, 0.9)
         ),
-        "truncated": [
-            f"{kind} cut at {share}" for kind in ("PNG", "JPEG", "BMP") for share in (0.03, 0.4, 0.9)
-        ],
-        "empty": ("empty",),
+        "empty": "empty",
     }
-    assert {name: kinds[name] for names in expected.values() for name in names} == {
-        name: kind for kind, names in expected.items() for name in names
-    }
+    for kind, names in expected.items():
+        for name in names.split(", " if "," in names else " "):
+            assert kinds[name] == kind, name
     for name in kinds:
         if "cut" in name:
             assert kinds[name] in ("truncated", "damaged"), name
@@ -323,20 +314,15 @@ def test_names_that_are_not_utf8_have_printable_reasons(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow comments on broken tags
-def test_random_bytes_never_escape_as_another_error():
-    rng = np.random.default_rng(0)
-    good = [
-        encode(smooth(), kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "AVIF", "JPEG2000")
-    ]
-    for data in good:
-        for _ in range(30):
-            bad = bytearray(data)
-            for position in rng.integers(0, len(bad), 8):
-                bad[position] = rng.integers(256)
-            try:
-                load_image(bytes(bad))
-            except ImageError:
-                pass
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "AVIF", "JPEG2000"])
+def test_random_bytes_never_escape_as_another_error(kind):
+    rng, data = np.random.default_rng(0), encode(smooth(), kind)
+    for _ in range(30):
+        bad = bytearray(data)
+        for position in rng.integers(0, len(bad), 8):
+            bad[position] = rng.integers(256)
+        with contextlib.suppress(ImageError):
+            load_image(bytes(bad))
 
 
 def test_empty_missing_folder_and_links(tmp_path):
@@ -422,10 +408,6 @@ def test_no_memory_now_is_not_a_damaged_file(monkeypatch, where, error):
     assert load_image(data).size == (40, 30)
 
 
-def test_content_id_is_sha256():
-    assert content_id(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-
-
 # ---- JPEG settings and the equaliser
 
 
@@ -439,10 +421,8 @@ def test_jpeg_quality_and_subsampling_are_read_back(quality):
 
 
 def test_jpeg_quality_of_foreign_tables_is_the_nearest():
-    tables = [
-        [min(255, value + 1) for value in t]
-        for t in open_image(jpeg_bytes(smooth(), 80)).quantization.values()
-    ]
+    standard = open_image(jpeg_bytes(smooth(), 80)).quantization.values()
+    tables = [[min(255, value + 1) for value in table] for table in standard]
     image = open_image(encode(smooth(), "JPEG", qtables=tables))
     assert abs(jpeg_quality(image) - 80) <= 3
     with pytest.raises(InputError, match="a PNG image has no quantisation tables"):
