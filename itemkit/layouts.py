@@ -13,12 +13,10 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from itemkit import schema
@@ -118,200 +116,135 @@ def normalise(text: object) -> str:
 # ---- looking
 
 
-@dataclass
-class Scan:
-    """What lies below a folder.
+class Tree:
+    """What lies below a folder, and the labels and splits that the folders' names say.
+
+    Images are known by their ending or else by their first bytes. Links are followed: a folder that several
+    lead to (reals shared by several sets) is listed under each of them.
 
     Attributes
     ----------
-    root : Path
     folders : dict
         Folder (see `Parts`) -> sorted names of its images.
+    children : dict
+        Folder -> names of the folders in it.
     captions : dict
-        Folder -> names, less the ending, of images with a text of the same name beside; and the ending.
-    metadata : list of Path
-        ``metadata.csv`` or ``.jsonl`` files as the ImageFolder layout of ``datasets`` has them.
-    tables : list of Path
-        Other tables, at the top and in ``data/``.
-    left_out, by_content : Counter
-        Files that are no images, and images taken although their name does not say so, by ending.
-    unreadable : list of str
-        Folders and files that could not be looked into.
-    hidden, links_back : int
-        Hidden files and folders, and links that lead back to where they lie; both are skipped.
+        Path of an image -> path of the text or JSON file of the same name beside it.
+    metadata, tables : list of Path
+        Files ``metadata.csv`` or ``.jsonl`` of an ImageFolder; other tables, at the top and in ``data/``.
+    skipped : dict
+        Numbers of files by ending that are no images (``left_out``) or are some although their name does not
+        say so (``by_content``); folders and files that are ``unreadable``; numbers of ``hidden`` ones and of
+        links that lead back to where they lie (``links_back``).
+    reals : str or None
+        Name of a second tree, which has the photographs.
     """
 
-    root: Path
-    folders: dict[Parts, list[str]] = field(default_factory=dict)
-    captions: dict[Parts, dict[str, str]] = field(default_factory=dict)
-    metadata: list[Path] = field(default_factory=list)
-    tables: list[Path] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-    by_content: Counter[str] = field(default_factory=Counter)
-    unreadable: list[str] = field(default_factory=list)
-    hidden: int = 0
-    links_back: int = 0
+    def __init__(self, root: Path, reals: str | None = None) -> None:
+        self.root, self.reals = root, reals
+        self.folders: dict[Parts, list[str]] = {}
+        self.children: dict[Parts, set[str]] = defaultdict(set)
+        self.captions: dict[str, str] = {}
+        self.metadata: list[Path] = []
+        self.tables: list[Path] = []
+        self.skipped: dict[str, Any] = {"left_out": Counter(), "by_content": Counter(), "unreadable": [],
+                                        "hidden": 0, "links_back": 0}  # fmt: skip
+        for folder, subfolders, files in os.walk(root, followlinks=True, onerror=self._shut):
+            if _leads_back(Path(folder), root):
+                self.skipped["links_back"] += 1
+                subfolders.clear()
+                continue
+            visible = sorted(d for d in subfolders if not d.startswith(".") and d != "__MACOSX")
+            self.skipped["hidden"] += len(subfolders) - len(visible)
+            subfolders[:] = visible
+            self._add(Path(folder), sorted(files))
+        # img2dataset keeps the table 00000.parquet beside the folder 00000
+        inside = set(map(normalise, self.children[()]))
+        self.tables = [t for t in self.tables if t.suffix != ".parquet" or normalise(t.stem) not in inside]
 
-    def __len__(self) -> int:
-        return sum(map(len, self.folders.values()))
+    def _shut(self, error: OSError) -> None:
+        self.skipped["unreadable"].append(printable(error.filename))
 
-    def counts(self) -> dict[str, object]:
-        """Give what was not taken, for the report."""
-        counted = {name: dict(getattr(self, name).most_common()) for name in ("left_out", "by_content")}
-        rest = {"unreadable": self.unreadable, "hidden": self.hidden, "links_back": self.links_back}
-        return {**counted, **rest}
+    def _add(self, here: Path, files: list[str]) -> None:
+        parts = here.relative_to(self.root).parts
+        images: list[str] = []
+        others: dict[str, str] = {}  # name -> ending
+        texts: dict[str, str] = {}  # stem -> name; of two the .txt, which comes last
+        for name in files:
+            stem, ending = os.path.splitext(name)
+            ending = ending.lower()
+            if name.startswith("."):
+                self.skipped["hidden"] += name != ".DS_Store"
+            elif ending in EXTENSIONS:
+                images.append(name)
+            elif ending not in _NO_IMAGES and self._sniff(here / name):
+                images.append(name)
+                self.skipped["by_content"][ending or "(no ending)"] += 1
+            else:
+                others[name] = ending or "(no ending)"
+                if ending in (".json", ".txt"):
+                    texts[stem] = name
+                elif ending in TABLES and stem == "metadata":
+                    self.metadata.append(here / name)
+                elif ending in TABLES and parts in ((), ("data",)):
+                    self.tables.append(here / name)
+        for name in images:
+            if text := texts.get(os.path.splitext(name)[0]):
+                self.captions[str(here / name)] = str(here / text)
+                others.pop(text, None)
+        self.skipped["left_out"].update(others.values())
+        if images:
+            self.folders[parts] = images
+            for i, part in enumerate(parts):
+                self.children[parts[:i]].add(part)
+
+    def _sniff(self, path: Path) -> bool:
+        if not path.is_file():
+            return False
+        try:
+            with path.open("rb") as file:
+                return looks_like_image(file.read(64))
+        except OSError as error:
+            self._shut(error)
+            return False
 
     def require_images(self) -> None:
         """Raise an `InputError` that says what is there if there is no image."""
         if not self.folders:
-            there = ", ".join(f"{n:,} {e}" for e, n in self.left_out.most_common(5)) or "nothing"
-            shut = f"; cannot look into {', '.join(self.unreadable[:3])}" if self.unreadable else ""
+            left_out, unreadable = self.skipped["left_out"], self.skipped["unreadable"]
+            there = ", ".join(f"{n:,} {e}" for e, n in left_out.most_common(5)) or "nothing"
+            shut = f"; cannot look into {', '.join(unreadable[:3])}" if unreadable else ""
             raise InputError(
                 f"no image below {self.root}: looked for {' '.join(EXTENSIONS)}; found {there}{shut}. "
                 "Check the folder, or give a CSV or Parquet table"
             )
 
-
-def scan(root: Path) -> Scan:
-    """List the images below a folder, by ending or else by their first bytes; links are followed.
-
-    A folder that several links lead to (reals shared by several sets) is listed under each of them.
-    """
-    found = Scan(root)
-
-    def shut(error: OSError) -> None:
-        found.unreadable.append(printable(error.filename))
-
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=shut):
-        here = Path(folder)
-        if _leads_back(here, root):
-            found.links_back += 1
-            subfolders.clear()
-            continue
-        visible = sorted(d for d in subfolders if not d.startswith(".") and d != "__MACOSX")
-        found.hidden += len(subfolders) - len(visible)
-        subfolders[:] = visible
-        _scan_files(found, here, here.relative_to(root).parts, sorted(files))
-    inside = {normalise(parts[0]) for parts in found.folders if parts}
-    # img2dataset keeps the table 00000.parquet beside the folder 00000
-    found.tables = [t for t in found.tables if t.suffix != ".parquet" or normalise(t.stem) not in inside]
-    return found
-
-
-def _scan_files(found: Scan, here: Path, parts: Parts, files: list[str]) -> None:
-    images: list[str] = []
-    texts: dict[str, str] = {}
-    for name in files:
-        stem, ending = os.path.splitext(name)
-        ending = ending.lower()
-        if name.startswith("."):
-            found.hidden += name != ".DS_Store"
-        elif ending in EXTENSIONS:
-            images.append(name)
-        elif ending in _NO_IMAGES or not (looks := _sniff(found, here / name)):
-            if ending in (".txt", ".json"):
-                texts[stem] = min(ending, texts.get(stem, ending), key=(".txt", ".json").index)
-            if stem == "metadata" and ending in TABLES:
-                found.metadata.append(here / name)
-            elif ending in TABLES and parts in ((), ("data",)):
-                found.tables.append(here / name)
-            found.left_out[ending or "(no ending)"] += 1
-        elif looks:
-            images.append(name)
-            found.by_content[ending or "(no ending)"] += 1
-    if images:
-        found.folders[parts] = images
-        beside = {stem: texts[stem] for stem in (os.path.splitext(n)[0] for n in images) if stem in texts}
-        if beside:
-            found.captions[parts] = beside
-            found.left_out.subtract(beside.values())
-            found.left_out = +found.left_out
-
-
-def _sniff(found: Scan, path: Path) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        with open(path, "rb") as file:
-            return looks_like_image(file.read(64))
-    except OSError:
-        found.unreadable.append(printable(path))
-        return False
-
-
-def _leads_back(folder: Path, root: Path) -> bool:
-    """Whether a folder is a link to one that it lies in itself: to follow it would never end."""
-    if folder == root or not folder.is_symlink():
-        return False
-    target = folder.resolve()
-    above = folder.parents[: len(folder.relative_to(root).parts)]
-    return any(parent.resolve().is_relative_to(target) for parent in above)
-
-
-def read_captions(found: Scan) -> dict[str, str]:
-    """Captions from texts beside the images (img2dataset and trainers keep them so): path -> caption."""
-    captions = {}
-    for parts, beside in found.captions.items():
-        here = found.root.joinpath(*parts)
-        for name in found.folders[parts]:
-            stem = os.path.splitext(name)[0]
-            if stem not in beside:
-                continue
-            with contextlib.suppress(OSError, ValueError):
-                text = (here / (stem + beside[stem])).read_text("utf-8", "replace")[:10_000]
-                if beside[stem] == ".json":
-                    kept = json.loads(text)
-                    text = next((kept[k] for k in _CAPTION_KEYS if isinstance(kept.get(k), str)), "")
-                captions[str(here / name)] = " ".join(text.split())
-    return captions
-
-
-# ---- labels and splits of folders
-
-
-class Tree:
-    """The folders of a scan, with their labels and splits."""
-
-    def __init__(self, found: Scan) -> None:
-        self.root, self.found = found.root, found
-        self.children: dict[Parts, set[str]] = defaultdict(set)
-        for parts in found.folders:
-            for i, name in enumerate(parts):
-                self.children[parts[:i]].add(name)
-        self.splits = {parts: self._split(parts) for parts in found.folders}
-
     @cached_property
     def labels(self) -> dict[Parts, tuple[int, int]]:
-        """Of each folder with a label: which component says it, and the label."""
-        found = {parts: at for parts in self.found.folders if (at := self._label(parts)) is not None}
+        """Folder with a label -> which of its parts says it, and the label."""
+        names = map(read_name, set().union(*self.children.values()))
+        words = {name.label for name in names if name.sure}
+        found = {parts: at for parts in self.folders if (at := self._label(parts, words)) is not None}
         if not found:  # folders 0 and 1, if there are these two and no other
-            for parts in self.found.folders:
-                for i in range(len(parts)):
+            for parts in self.folders:
+                for i, part in enumerate(parts):
                     numbers = {name: read_name(name).number for name in self.children[parts[:i]]}
                     if sorted(numbers.values(), key=str) == ["0", "1"]:
-                        found.setdefault(parts, (i, int(numbers[parts[i]] or 0)))
+                        found.setdefault(parts, (i, int(numbers[part] or 0)))
         return found
 
-    def _beside(self, parts: Parts, i: int, label: int) -> bool:
-        """Whether the other label's word stands beside a component."""
-        return any(read_name(n).label == 1 - label for n in self.children[parts[:i]])
-
-    def _counts(self, parts: Parts, i: int) -> bool:
-        name = read_name(parts[i])
-        if name.label is None or name.sure == 2 or normalise(parts[i]) in _CONTAINERS:
-            return name.label is not None and name.sure == 2
-        return (name.sure == 1 and (1 - name.label) in self._words) or self._beside(parts, i, name.label)
-
-    @cached_property
-    def _words(self) -> set[int | None]:
-        """Labels that some whole name of the tree has."""
-        names = {name for children in self.children.values() for name in children}
-        return {read_name(name).label for name in names if read_name(name).sure}
-
-    def _label(self, parts: Parts) -> tuple[int, int] | None:
-        at = [(i, int(read_name(name).label or 0)) for i, name in enumerate(parts) if self._counts(parts, i)]
-        # photos/fake beside photos/real, gan/fake beside gan/real: the one with its opposite beside it counts
-        at = [(i, label) for i, label in at if self._beside(parts, i, label)] or at
+    def _label(self, parts: Parts, words: set[int | None]) -> tuple[int, int] | None:
+        """Part that says the label; `words` are the labels that whole names of the tree have."""
+        paired, single = [], []  # photos/fake beside photos/real: the part with its opposite beside it counts
+        for i, part in enumerate(parts):
+            name = read_name(part)
+            if name.label is None or (name.sure < 2 and normalise(part) in _CONTAINERS):
+                continue
+            if any(read_name(n).label == 1 - name.label for n in self.children[parts[:i]]):
+                paired.append((i, name.label))
+            elif name.sure == 2 or (name.sure == 1 and 1 - name.label in words):
+                single.append((i, name.label))
+        at = paired or single
         if len({label for _, label in at}) > 1:
             names = ", ".join(parts[i] for i, _ in at)
             raise InputError(
@@ -320,14 +253,14 @@ class Tree:
             )
         return at[0] if at else None
 
-    def _split(self, parts: Parts) -> str | None:
-        """Split from the folders; `train` beside `car` and `dog` is a class of pictures, no split."""
+    def split(self, parts: Parts) -> str | None:
+        """Split of a folder; `train` beside `car` and `dog` is a class of pictures, no split."""
         splits: dict[str, str] = {}
-        for i, name in enumerate(parts):
-            split = read_name(name).split
+        for i, part in enumerate(parts):
+            name = read_name(part).split
             beside = [read_name(n).split is not None for n in self.children[parts[:i]]]
-            if split and (all(beside) if splits else 2 * sum(beside) >= len(beside)):
-                splits[split] = name
+            if name and (all(beside) if splits else 2 * sum(beside) >= len(beside)):
+                splits[name] = part
         if len(splits) > 1:
             raise InputError(
                 f"{self.root}: '{'/'.join(parts)}' lies under folders of several splits: "
@@ -339,23 +272,82 @@ class Tree:
         """Label folders by name, with their numbers of images."""
         names: Counter[str] = Counter()
         for parts, (i, _) in self.labels.items():
-            names[parts[i]] += len(self.found.folders[parts])
+            names[parts[i]] += len(self.folders[parts])
         return dict(names.most_common())
+
+    @cached_property
+    def contest(self) -> list[Parts]:
+        """Test images as contests hand them out: under no label folder, the others being of both classes."""
+        loose = [parts for parts in self.folders if parts not in self.labels]
+        both = {label for _, label in self.labels.values()} == {schema.REAL, schema.FAKE}
+        return loose if both and all(self.split(parts) == "test" for parts in loose) else []
+
+    def beside_real(self, parts: Parts) -> int | None:
+        """Deepest part that stands beside a folder `real` (or is it)."""
+        depths = range(len(parts) - 1, -1, -1)
+        return next((i for i in depths if "real" in map(normalise, self.children[parts[:i]])), None)
+
+
+def _leads_back(folder: Path, root: Path) -> bool:
+    """Whether a folder is a link to one that it lies in itself: to follow it would never end."""
+    if folder == root or not folder.is_symlink():
+        return False
+    target = folder.resolve()
+    above = folder.parents[: len(folder.relative_to(root).parts)]
+    return any(parent.resolve().is_relative_to(target) for parent in above)
 
 
 # ---- layouts: what label, generator and source each folder's images have
 
-Facts = tuple[int | None, str, str]  # label, generator, source
+Facts = dict[Parts, tuple[int | None, str, str]]
 
 
-def _name_genimage(root: Path, before: Parts, _: Parts) -> tuple[str, str]:
+def _by_label(tree: Tree, namer: Callable[..., tuple[str, str]], words: tuple[str, ...] = ()) -> Facts:
+    """Trees whose label is one folder, named by `words` (real, fake) or else by any word for them.
+
+    `namer` finds generator and source from the root, the parts above the label, the label and those below.
+    """
+    facts: Facts = {}
+    for parts in tree.folders:
+        if words:
+            names = [normalise(p) for p in parts]
+            at = next(((i, words.index(n)) for i, n in enumerate(names) if n in words), None)
+        else:
+            at = tree.labels.get(parts)
+        if at is not None:
+            i, label = at
+            facts[parts] = (label, *namer(tree.root, parts[:i], parts[i], parts[i + 1 :]))
+        elif not words and parts in tree.contest:
+            facts[parts] = (None, "unknown", tree.root.name)
+        else:
+            raise InputError(
+                f"{tree.root}: '{'/'.join(parts) or '.'}' has no label folder. Each path needs one of "
+                f"{', '.join(words) or 'real, fake or their likes'}; move it, choose another layout= or "
+                "give a table"
+            )
+    return facts
+
+
+def _names(parts: Iterable[str]) -> list[str]:
+    """Names that may be those of generators or sources: no splits, no mere numbers."""
+    return [p for p in parts if not (read_name(p).split or normalise(p) in _CONTAINERS or p.isdigit())]
+
+
+def _name_plain(root: Path, before: Parts, own: str, after: Parts) -> tuple[str, str]:
+    outer, inner = _names(before), _names(after)
+    made = [name for name in outer if read_name(name).label != schema.REAL]  # photos/fake: not by "photos"
+    may_say = [] if read_name(own).sure else [own]  # fake_sdxl
+    return (inner[:1] or made[-1:] or may_say or ["unknown"])[0], (outer[-1:] or [root.name])[0]
+
+
+def _name_genimage(root: Path, before: Parts, *_: object) -> tuple[str, str]:
     names = _names((root.parent.name, root.name, *before))
     wrapped = [m[1].lower() for m in map(_GENIMAGE_DOWNLOAD.fullmatch, names) if m]
     name = _GENIMAGE_NAMES.get(wrapped[-1], wrapped[-1]) if wrapped else (["unknown"] + names)[-1]
     return name, name
 
 
-def _name_forensynths(root: Path, before: Parts, _: Parts) -> tuple[str, str]:
+def _name_forensynths(root: Path, before: Parts, *_: object) -> tuple[str, str]:
     chain = (root.name, *before)
     known = [p for p in chain if normalise(p) in _CLASS_LEVEL]
     splits = [i for i, p in enumerate(chain) if read_name(p).split]
@@ -364,50 +356,8 @@ def _name_forensynths(root: Path, before: Parts, _: Parts) -> tuple[str, str]:
     return name, name
 
 
-def _name_plain(root: Path, before: Parts, after: Parts) -> tuple[str, str]:
-    outer, inner = _names(before), _names(after)
-    made = [name for name in outer if read_name(name).label != schema.REAL]  # photos/fake: not by "photos"
-    return (inner[:1] or made[-1:] or ["unknown"])[0], (outer[-1:] or [root.name])[0]
-
-
-def _names(parts: Iterable[str]) -> list[str]:
-    """Names that may be those of generators or sources: no splits, no mere numbers."""
-    return [p for p in parts if not (read_name(p).split or normalise(p) in _CONTAINERS or p.isdigit())]
-
-
-def _by_label(namer: Callable, words: tuple[str, ...] = ()) -> Callable[[Tree], dict[Parts, Facts]]:
-    """Build a reader of trees whose label is one folder, named by `words` (real, fake) if they are given.
-
-    `namer` finds generator and source around it.
-    """
-
-    def reader(tree: Tree) -> dict[Parts, Facts]:
-        facts: dict[Parts, Facts] = {}
-        for parts in tree.found.folders:
-            at = tree.labels.get(parts)
-            if words:
-                names = [normalise(p) for p in parts]
-                at = next(((i, words.index(n)) for i, n in enumerate(names) if n in words), None)
-            if at is None:
-                raise InputError(
-                    f"{tree.root}: '{'/'.join(parts) or '.'}' has no label folder. Each path needs one of "
-                    f"{', '.join(words) or 'real, fake or their likes'}; move it, choose another layout= or "
-                    "give a table"
-                )
-            name, source = namer(tree.root, parts[: at[0]], parts[at[0] + 1 :])
-            if namer is _name_plain and name == "unknown" and read_name(parts[at[0]]).sure == 0:
-                name = parts[at[0]]  # fake_sdxl: its name may well say which
-            facts[parts] = (at[1], name, source)
-        return facts
-
-    return reader
-
-
-_FORENSYNTHS = _by_label(_name_forensynths, ("0_real", "1_fake"))
-
-
-def _forensynths(tree: Tree) -> dict[Parts, Facts]:
-    facts = _FORENSYNTHS(tree)
+def _forensynths(tree: Tree) -> Facts:
+    facts = _by_label(tree, _name_forensynths, ("0_real", "1_fake"))
     reals = {source for label, _, source in facts.values() if label == schema.REAL}
     for parts, (label, name, source) in facts.items():
         if source not in reals:  # UniversalFakeDetect: several diffusion sets share the reals of another
@@ -416,11 +366,11 @@ def _forensynths(tree: Tree) -> dict[Parts, Facts]:
     return facts
 
 
-def _generators(tree: Tree) -> dict[Parts, Facts]:
+def _generators(tree: Tree) -> Facts:
     """`real` beside one folder per generator, at any depth (DiffusionForensics)."""
-    facts: dict[Parts, Facts] = {}
-    for parts in tree.found.folders:
-        depth = _beside_real(tree, parts)
+    facts: Facts = {}
+    for parts in tree.folders:
+        depth = tree.beside_real(parts)
         if depth is None:
             raise InputError(
                 f"{tree.root}: '{'/'.join(parts) or '.'}' lies beside no folder 'real'. Expected real and "
@@ -431,30 +381,24 @@ def _generators(tree: Tree) -> dict[Parts, Facts]:
     return facts
 
 
-def _beside_real(tree: Tree, parts: Parts) -> int | None:
-    """Deepest component that stands beside a folder `real` (or is it)."""
-    depths = range(len(parts) - 1, -1, -1)
-    return next((i for i in depths if "real" in map(normalise, tree.children[parts[:i]])), None)
-
-
-def _two_roots(tree: Tree, source: str | None = None) -> dict[Parts, Facts]:
+def _two_roots(tree: Tree) -> Facts:
     """Fakes, one folder per generator (DRCT-2M, Synthbuster); a folder named after a photo set is real."""
-    facts: dict[Parts, Facts] = {}
-    for parts in tree.found.folders:
+    facts: Facts = {}
+    for parts in tree.folders:
         names = _names(parts) or [tree.root.name]
         photos = [n for n in names if normalise(n) in _PHOTO_SETS]
-        fake = (schema.FAKE, names[-1], source or tree.root.name)
+        fake = (schema.FAKE, names[-1], tree.reals or tree.root.name)
         facts[parts] = (schema.REAL, "", photos[0]) if photos else fake
     return facts
 
 
-def _unlabelled(tree: Tree) -> dict[Parts, Facts]:
-    return dict.fromkeys(tree.found.folders, (None, "unknown", tree.root.name))
+def _unlabelled(tree: Tree) -> Facts:
+    return dict.fromkeys(tree.folders, (None, "unknown", tree.root.name))
 
 
-FOLDER_LAYOUTS: dict[str, Callable[..., dict[Parts, Facts]]] = {
-    "folder": _by_label(_name_plain),
-    "genimage": _by_label(_name_genimage, ("nature", "ai")),
+FOLDER_LAYOUTS: dict[str, Callable[[Tree], Facts]] = {
+    "folder": partial(_by_label, namer=_name_plain),
+    "genimage": partial(_by_label, namer=_name_genimage, words=("nature", "ai")),
     **dict.fromkeys(("forensynths", "ufd", "cnndetection", "aigibench", "fatformer"), _forensynths),
     **dict.fromkeys(("generators", "diffusionforensics"), _generators),
     **dict.fromkeys(("two_roots", "drct", "synthbuster"), _two_roots),
@@ -462,12 +406,12 @@ FOLDER_LAYOUTS: dict[str, Callable[..., dict[Parts, Facts]]] = {
 }
 
 
-def read_folder(found: Scan, layout: str, real_root: Path | None) -> tuple[pd.DataFrame, dict[str, Any]]:
+def read_folder(tree: Tree, layout: str, real_root: Path | None) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Read a folder tree in one of :data:`FOLDER_LAYOUTS`; ``auto`` decides from the folder names.
 
     Parameters
     ----------
-    found : Scan
+    tree : Tree
         Of the folder of all images, or of the fakes when `real_root` is given.
     layout : str
     real_root : Path, optional
@@ -479,97 +423,105 @@ def read_folder(found: Scan, layout: str, real_root: Path | None) -> tuple[pd.Da
         Raw rows ``path, label, generator, source, split, caption``, sorted by path.
     report : dict
         ``layout``, ``labels`` (where they come from) and ``notes``.
+
+    Raises
+    ------
+    InputError
+        No image; folder names that leave the layout, a label or a split open.
     """
-    found.require_images()
-    tree = Tree(found)
+    tree.require_images()
     notes: list[str] = []
+    by_words = layout in ("auto", "folder")
     if layout == "auto":
-        layout, facts = _detect(tree, real_root, notes)
-    elif FOLDER_LAYOUTS[layout] is _two_roots:
-        facts = _two_roots(tree, real_root.name if real_root else None)
-    elif real_root is None:
-        facts = FOLDER_LAYOUTS[layout](tree)
-    else:
+        layout = _detect(tree, real_root, notes)
+    reader = FOLDER_LAYOUTS[layout]
+    if real_root is not None and reader is not _two_roots:
         raise InputError(
             f"layout {layout!r} has its photographs in the same tree, but real_root='{real_root}' was given "
             "too; leave real_root out, or pass layout='two_roots'"
         )
-    tables = [_rows(tree, facts)]
-    none = "none: no folder is named after real or fake, so the images are read without labels"
-    labels = none if layout == "unlabelled" else f"the folders, as layout {layout!r} has them"
-    if used := tree.used() if FOLDER_LAYOUTS[layout] not in (_two_roots, _unlabelled) else {}:
+    tables = [_rows(tree, reader(tree))]
+    labels = f"the folders, as layout {layout!r} has them"
+    if reader is _unlabelled:
+        labels = "none: no folder is named after real or fake, so the images are read without labels"
+    elif real_root is not None:
+        photos = Tree(real_root)
+        photos.require_images()
+        for key, value in photos.skipped.items():
+            tree.skipped[key] += value
+        tables.append(_rows(photos, dict.fromkeys(photos.folders, (schema.REAL, "", real_root.name))))
+        labels = f"all of {tree.root.name} fake, all of {real_root.name} real"
+    elif by_words and (used := tree.used()):
         labels = "folders " + ", ".join(f"{printable(name)} ({n:,})" for name, n in list(used.items())[:8])
         if set(used) == {"0", "1"}:
             notes.append("folders 0 and 1 are read as 0 = real and 1 = fake; give a table if it is otherwise")
-    if real_root is not None:
-        photos = scan(real_root)
-        photos.require_images()
-        for name in ("left_out", "by_content"):
-            getattr(found, name).update(getattr(photos, name))
-        found.unreadable += photos.unreadable
-        facts = dict.fromkeys(photos.folders, (schema.REAL, "", real_root.name))
-        tables.append(_rows(Tree(photos), facts))
-        labels = f"all of {found.root.name} fake, all of {real_root.name} real"
     return pd.concat(tables, ignore_index=True), {"layout": layout, "labels": labels, "notes": notes}
 
 
-def _rows(tree: Tree, facts: dict[Parts, Facts]) -> pd.DataFrame:
+def _rows(tree: Tree, facts: Facts) -> pd.DataFrame:
     """One row per image from the facts of its folder."""
-    folders = tree.found.folders
-    sizes = [len(folders[parts]) for parts in facts]
-    paths = [os.path.join(tree.root, *parts, name) for parts in facts for name in folders[parts]]
-    columns: list[Any] = [paths]
-    for values in (*zip(*facts.values(), strict=True), [tree.splits[parts] for parts in facts]):
-        columns.append(np.repeat(np.array(values, dtype=object), sizes))
-    names = (schema.PATH, schema.LABEL, schema.GENERATOR, schema.SOURCE, schema.SPLIT)
-    table = pd.DataFrame(dict(zip(names, columns, strict=True)))
-    captions = read_captions(tree.found)
-    table[schema.CAPTION] = table[schema.PATH].map(captions).astype(object)
-    order = np.argsort(table[schema.PATH].str.replace(os.sep, "\0").to_numpy(dtype=object), kind="stable")
-    return table.iloc[order].reset_index(drop=True)
+    rows = []
+    for parts, fact in facts.items():
+        here, split = os.path.join(tree.root, *parts), tree.split(parts)
+        rows += [(os.path.join(here, name), *fact, split) for name in tree.folders[parts]]
+    names = [schema.PATH, schema.LABEL, schema.GENERATOR, schema.SOURCE, schema.SPLIT]
+    table = pd.DataFrame(rows, columns=names, dtype=object)
+    table[schema.CAPTION] = [_read_caption(tree.captions.get(path)) for path in table[schema.PATH]]
+    # folder by folder: a/z before a.png
+    return table.sort_values(schema.PATH, key=lambda p: p.str.replace(os.sep, "\0"), ignore_index=True)
 
 
-def _detect(tree: Tree, real_root: Path | None, notes: list[str]) -> tuple[str, dict[Parts, Facts]]:
+def _read_caption(path: str | None) -> str | None:
+    """Caption from a text beside an image (img2dataset and trainers keep them so)."""
+    if path is None:
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        text = Path(path).read_text("utf-8", "replace")
+        if path.lower().endswith(".json"):
+            kept = json.loads(text)
+            kept = [kept.get(key) for key in _CAPTION_KEYS] if isinstance(kept, dict) else []
+            text = next((value for value in kept if isinstance(value, str)), "")
+        return " ".join(text[:10_000].split())
+    return None
+
+
+def _detect(tree: Tree, real_root: Path | None, notes: list[str]) -> str:
     """Find the layout of a tree from its folder names; several answers are an error, never a choice."""
     root, used = tree.root, tree.used()
-    what = ", ".join(f"{name} ({count(n, 'image')})" for name, n in used.items())
     if real_root is not None:
         if used:
+            what = ", ".join(f"{name} ({count(n, 'image')})" for name, n in used.items())
             raise InputError(
                 f"{root} holds label folders of its own: {what}; but real_root='{real_root}' was given too. "
                 "Pass layout='two_roots' to take all of the first as fake, or leave real_root out"
             )
-        return "two_roots", _two_roots(tree, real_root.name)
+        return "two_roots"
     if not used:
-        layout = _detect_unlabelled(tree)
-        return layout, FOLDER_LAYOUTS[layout](tree)
-    loose = [parts for parts in tree.found.folders if parts not in tree.labels]
+        return _detect_unlabelled(tree)
+    loose = [parts for parts in tree.folders if parts not in tree.labels]
+    n = sum(len(tree.folders[parts]) for parts in loose)
     if not loose:
         names = set(map(normalise, used))
         known = {"genimage": {"ai", "nature"}, "forensynths": {"0_real", "1_fake"}}
-        layout = next((name for name, words in known.items() if names <= words), "folder")
-        return layout, FOLDER_LAYOUTS[layout](tree)
-    n = sum(len(tree.found.folders[parts]) for parts in loose)
-    both = {label for _, label in tree.labels.values()} == {schema.REAL, schema.FAKE}
-    if both and all(tree.splits[parts] == "test" for parts in loose):  # as contests hand them out
+        return next((name for name, words in known.items() if names <= words), "folder")
+    if tree.contest:
         notes.append(f"{count(n, 'image')} of split 'test' lie under no label folder: read without a label")
-        facts = dict.fromkeys(loose, (None, "unknown", root.name))
-        labelled = Tree(Scan(root, {p: f for p, f in tree.found.folders.items() if p not in facts}))
-        return "folder", {**FOLDER_LAYOUTS["folder"](labelled), **facts}
-    depths = {parts: _beside_real(tree, parts) for parts in tree.found.folders}
+        return "folder"
+    depths = {parts: tree.beside_real(parts) for parts in tree.folders}
     if all(depth is not None for depth in depths.values()):
-        bases = {normalise((*parts[:d],)[-1] if d else root.name) for parts, d in depths.items()}
-        beside = {parts[depths[parts] or 0] for parts in loose}
+        bases = {normalise(parts[d - 1] if d else root.name) for parts, d in depths.items()}
         if bases <= _DIFFUSION_FORENSICS:
-            return "diffusionforensics", _generators(tree)
+            return "diffusionforensics"
+        beside = sorted({parts[depths[parts] or 0] for parts in loose})
+        listed = ", ".join(beside[:8])
         if all(GENERATOR_NAMES.match(normalise(name)) for name in beside):
-            notes.append(f"folders beside 'real' are read as generators: {', '.join(sorted(beside)[:8])}")
-            return "generators", _generators(tree)
+            notes.append(f"folders beside 'real' are read as generators: {listed}")
+            return "generators"
         raise InputError(
-            f"{root}: beside 'real' there are {', '.join(sorted(beside)[:8])}, which are no label names. "
+            f"{root}: beside 'real' there are {listed}, which are no label names. "
             "If they are generators, pass layout='generators'"
         )
-    first = "/".join((*loose[0], tree.found.folders[loose[0]][0]))
+    first = "/".join((*loose[0], tree.folders[loose[0]][0]))
     raise InputError(
         f"{root}: {sum(used.values()):,} images lie under {', '.join(used)} and {n:,} under no label folder "
         f"(first: {first}). Move them, or give a table"
@@ -578,9 +530,9 @@ def _detect(tree: Tree, real_root: Path | None, notes: list[str]) -> tuple[str, 
 
 def _detect_unlabelled(tree: Tree) -> str:
     root = tree.root
-    if all(_SYNTHBUSTER_FILE.fullmatch(name) for names in tree.found.folders.values() for name in names):
+    if all(_SYNTHBUSTER_FILE.fullmatch(name) for names in tree.folders.values() for name in names):
         return "synthbuster"
-    names = {normalise(p) for parts in tree.found.folders for p in parts}
+    names = {normalise(p) for parts in tree.folders for p in parts}
     names |= {normalise(root.name), normalise(root.parent.name)}
     if names & {"train2017", "val2017"}:
         if any(name.startswith("drct") for name in names):
@@ -589,8 +541,8 @@ def _detect_unlabelled(tree: Tree) -> str:
             f"{root} has train2017/val2017, as both DRCT-2M (fakes) and MSCOCO (photographs) do. Pass "
             "layout='drct' with real_root= the MSCOCO folder, or layout='unlabelled'"
         )
-    if tree.found.tables:
-        tables = ", ".join(t.name for t in tree.found.tables[:5])
+    if tree.tables:
+        tables = ", ".join(t.name for t in tree.tables[:5])
         raise InputError(
             f"{root} has no label folders but holds {tables}: read that table instead, or pass "
             "layout='unlabelled'"

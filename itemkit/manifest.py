@@ -12,7 +12,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,9 +44,13 @@ _LABEL_NAMES = re.compile(
 _FLAGS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "f": 0, "t": 1}
 _IMAGE_COLUMNS = ("image", "img", "image_data", "image_bytes", "jpg", "png", "webp")
 _ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}
-TABLE_LAYOUTS = ("csv", "grip", "parquet", "openfake", "communityforensics", "datasets")
+_SEPARATED, _JSON_LINES, _ARROW = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".parquet", ".arrow")
+# layout of a table -> endings of its files, by which they are found in a folder
+TABLE_LAYOUTS = {
+    **dict.fromkeys(("csv", "grip"), (*_SEPARATED, *_JSON_LINES)),
+    **dict.fromkeys(("parquet", "openfake", "communityforensics", "datasets"), _ARROW),
+}
 LAYOUTS = ("auto", *TABLE_LAYOUTS, *layouts.FOLDER_LAYOUTS)
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _SHARD = re.compile(r"(\w+?)-\d{5}-of-\d{5}")  # how hub data sets name their files: train-00000-of-00002
 
 
@@ -66,7 +71,8 @@ def read_manifest(
         files or one written by ``Dataset.save_to_disk``.
     layout : str
         One of `LAYOUTS`. ``auto`` decides from what it finds: folders named after real and fake go before a
-        table that lies beside them; more than one other answer is an error that lists them.
+        table that lies beside them; more than one other answer is an error that lists them. Any other name
+        decides instead.
     root : path, optional
         Folder against which the table's relative paths are read; default is the table's own folder.
     real_root : path, optional
@@ -92,101 +98,118 @@ def read_manifest(
     """
     if layout not in LAYOUTS:
         raise InputError(f"no layout {layout!r};{did_you_mean(layout, LAYOUTS)} Known: {', '.join(LAYOUTS)}")
-    if not isinstance(source, (str, os.PathLike)):
-        base = Path(root or os.curdir)
-        if isinstance(source, pd.DataFrame):
-            return _finish(source, "the table", base, "table")
-        notes: list[str] = []
-        raw = _unpack(_dataset_parts(source), "the data set", images_to, base, notes)
-        return _finish(raw, "the data set", base, "dataset", notes=notes)
+    if isinstance(source, (str, os.PathLike)):
+        return _read_path(_absolute(source), layout, root, real_root, images_to)
+    base, notes = Path(root or os.curdir), list[str]()
+    if isinstance(source, pd.DataFrame):
+        return _finish(source, "the table", base, "table", notes)
+    raw = _unpack(_dataset_parts(source), "the data set", base, images_to, notes)
+    return _finish(raw, "the data set", base, "dataset", notes)
 
-    path = _absolute(source)
+
+def _absolute(path: Any) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _read_path(path: Path, layout: str, root: Any, real_root: Any, images_to: Any) -> pd.DataFrame:
     if not path.exists():
         raise InputError(
             f"{path}: no such file or folder; give a CSV, TSV or Parquet table, or a folder of images"
         )
-    if not path.is_dir():
-        if layout in layouts.FOLDER_LAYOUTS or real_root is not None:
-            raise InputError(f"{path} is a table; layout={layout!r} and real_root= are for folders of images")
-        return _read_table([path], path, root, images_to)
+    folder = path.is_dir()
+    if (not folder or layout in TABLE_LAYOUTS) and (
+        layout in layouts.FOLDER_LAYOUTS or real_root is not None
+    ):
+        raise InputError(f"{path} is a table; layout={layout!r} and real_root= are for folders of images")
+    base = Path(root).absolute() if root is not None else path if folder else path.parent
+    read = partial(
+        _read_table, top=path, base=base, source=path.name if folder else path.stem, images_to=images_to
+    )
+    if not folder:
+        return read([path])
     stored = _arrow_files(path)
     if layout in TABLE_LAYOUTS:
-        tables = stored or [p for p in sorted(path.iterdir()) if p.suffix.lower() in layouts.TABLES]
-        if not stored and len(tables) != 1:
-            there = ", ".join(p.name for p in tables) or "none"
-            raise InputError(f"layout {layout!r} reads a table; {path} holds {there}: name the table itself")
-        return _read_table(tables, path, root, images_to)
+        endings = TABLE_LAYOUTS[layout]
+        files = stored if endings is _ARROW else [p for p in path.iterdir() if p.suffix.lower() in endings]
+        if not files or (len(files) > 1 and files is not stored):
+            there = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix.lower() in layouts.TABLES))
+            raise InputError(
+                f"layout {layout!r} reads a table ({', '.join(endings)}); {path} holds {there or 'none'}: "
+                "name the table itself"
+            )
+        return read(files)
     reals = None if real_root is None else _absolute(real_root)
     if reals is not None and not reals.is_dir():
         raise InputError(f"real_root {reals} is not a folder")
-    return _read_folder(path, layout, reals, stored, root, images_to)
+    return _read_folder(path, layout, reals, stored, read)
 
 
 def _read_folder(
-    path: Path, layout: str, real_root: Path | None, stored: list[Path], root: Any, images_to: Any
+    path: Path, layout: str, real_root: Path | None, stored: list[Path], read: Callable[..., pd.DataFrame]
 ) -> pd.DataFrame:
     """Folder tree, or the table in it where no folder names a label."""
-    found = layouts.scan(path)
-    listing = found.metadata if not stored else []
-    tables = [*stored, *(t for t in found.tables if t not in stored)]
-    notes = []
-    if layout == "auto":
-        labelled = bool(found.folders) and bool(layouts.Tree(found).labels)
-        if not labelled and real_root is None and stored and (not found.folders or _holds_images(stored)):
-            n = len(found)
-            notes = [f"{count(n, 'image file')} beside the table {stored[0].name}: not read"] if n else []
-            return _read_table(stored, path, root, images_to, notes)
-        if not found.folders and len(tables) == 1:
-            return _read_table(tables, path, root, images_to)
-        if not labelled and listing:
+    tree = layouts.Tree(path, reals=real_root.name if real_root else None)
+    listing = [] if stored else tree.metadata
+    tables = list(dict.fromkeys([*stored, *tree.tables]))
+    notes: list[str] = []
+    use_labels = layout != "unlabelled"
+    if layout == "auto" and real_root is None and not tree.labels:
+        if stored and (not tree.folders or _image_column(_open_arrow(stored[0])[0]) is not None):
+            n = sum(map(len, tree.folders.values()))
+            return read(
+                stored,
+                notes=[f"{count(n, 'image file')} beside the table {stored[0].name}: not read"] * (n > 0),
+            )
+        if not tree.folders and len(tables) == 1:
+            return read(tables)
+        if listing:
             layout = "unlabelled"
-    raw, about = layouts.read_folder(found, layout, real_root)
+    raw, about = layouts.read_folder(tree, layout, real_root)
+    notes += about["notes"]
     if tables:
         names = ", ".join(t.name for t in tables[:3]) + (" ..." if len(tables) > 3 else "")
         notes.append(f"tables beside the images are not read: {names} (give the table itself to use it)")
-    raw, known = _add_metadata(raw, listing, path, notes)
-    extra = {"left_out": found.counts(), "layout": about["layout"]}
+    labels = (_add_metadata(raw, listing, path, use_labels, notes) if listing else None) or about["labels"]
     if closed := sum(not reads(path) for path in raw[schema.PATH]):
         notes.append(
             f"{count(closed, 'image')} in HEIC, HEIF or AVIF cannot be read here and will be error rows: "
             'pip install "itemkit[heic]"'
         )
-    notes = [*list(about.pop("notes")), *notes]
-    return _finish(raw, str(path), path, path.name, known or about["labels"], notes, extra)
+    df = _finish(raw, str(path), path, path.name, notes, labels)
+    df.attrs["report"] |= {"left_out": tree.skipped, "layout": about["layout"]}
+    return df
 
 
 def _add_metadata(
-    raw: pd.DataFrame, files: list[Path], top: Path, notes: list[str]
-) -> tuple[pd.DataFrame, str | None]:
-    """Captions, and labels where the folders have none, from the ``metadata`` files of an ImageFolder."""
-    parts = []
-    for file in files:
-        table = _read_text_table(file) if file.suffix != ".parquet" else next(_arrow_parts(file)).table
-        table = _finish(table, file.name, file.parent, top.name, notes=[])
-        parts.append(table)
-        notes += [f"{file.name}: {line}" for line in table.attrs["report"]["notes"]]
-    if not parts:
-        return raw, None
-    known = pd.concat(parts).drop_duplicates(schema.PATH).set_index(schema.PATH)
-    rows = known.reindex(raw[schema.PATH]).reset_index(drop=True)
+    raw: pd.DataFrame, files: list[Path], top: Path, use_labels: bool, notes: list[str]
+) -> str | None:
+    """Fill in captions, and labels where the folders have none, from ``metadata`` files; say which labels."""
+    parts = [_read_table([file], file, file.parent, top.name) for file in files]
+    for file, part in zip(files, parts, strict=True):
+        notes += [f"{file.name}: {line}" for line in part.attrs["report"]["notes"]]
+    rows = pd.concat(parts).drop_duplicates(schema.PATH).set_index(schema.PATH)
+    rows = rows.reindex(raw[schema.PATH]).reset_index(drop=True)
     n = int(rows.notna().any(axis=1).sum())
     notes.append(f"{count(len(files), 'metadata file')} read, which list {n:,} of the images")
     for column in (schema.CAPTION, schema.SPLIT):
         raw[column] = raw[column].where(raw[column].notna(), rows[column])
     if not rows[schema.LABEL].notna().any():
-        return raw, None
-    if raw[schema.LABEL].notna().any():
-        differ = (raw[schema.LABEL].astype("Int8") != rows[schema.LABEL]).fillna(False)
-        if differ.any():
-            raise InputError(
-                f"{top}: the folders and {files[0].name} give {count(int(differ.sum()), 'image')} different "
-                f"labels; first: {raw[schema.PATH][int(differ.to_numpy().argmax())]}. Mend one or remove it"
-            )
-        return raw, None
-    raw[schema.LABEL] = rows[schema.LABEL]
-    for column in (schema.GENERATOR, schema.SOURCE):
-        raw[column] = rows[column].where(rows[column].notna(), raw[column])
-    return raw, f"{files[0].name}, {parts[0].attrs['report']['labels']}"
+        return None
+    if not use_labels:
+        notes.append(f"labels of {files[0].name} are not used, as layout 'unlabelled' was asked for")
+        return None
+    if raw[schema.LABEL].isna().all():
+        raw[schema.LABEL] = rows[schema.LABEL]
+        for column in (schema.GENERATOR, schema.SOURCE):
+            raw[column] = rows[column].where(rows[column].notna(), raw[column])
+        return f"{files[0].name}, {parts[0].attrs['report']['labels']}"
+    differ = (raw[schema.LABEL].astype("Int8") != rows[schema.LABEL]).fillna(False)
+    if differ.any():
+        raise InputError(
+            f"{top}: the folders and {files[0].name} give {count(int(differ.sum()), 'image')} different "
+            f"labels; first: {raw[schema.PATH][int(differ.to_numpy().argmax())]}. Mend one or remove it"
+        )
+    return None
 
 
 def write_manifest(df: pd.DataFrame, path: str | Path) -> None:
@@ -200,7 +223,7 @@ def write_manifest(df: pd.DataFrame, path: str | Path) -> None:
         A folder made of this file and the images beside it can be moved as a whole.
     """
     path = _absolute(path)
-    if path.suffix.lower() not in (*_SEPARATORS, ".parquet"):
+    if path.suffix.lower() not in (*_SEPARATED, ".parquet"):
         raise InputError(f"cannot write a manifest as {path.name!r}; end the name in .csv, .tsv or .parquet")
     prefix = str(path.parent) + os.sep
     df = df.assign(**{schema.PATH: [p.removeprefix(prefix).replace(os.sep, "/") for p in df[schema.PATH]]})
@@ -212,7 +235,9 @@ def write_manifest(df: pd.DataFrame, path: str | Path) -> None:
         except UnicodeEncodeError:
             raise InputError(f"{path.name}: a file name is not UTF-8; write .csv, which holds it") from None
     else:
-        data = df.to_csv(index=False, sep=_SEPARATORS[path.suffix.lower()]).encode("utf-8", "surrogateescape")
+        data = df.to_csv(index=False, sep="\t" if path.suffix.lower() == ".tsv" else ",").encode(
+            "utf-8", "surrogateescape"
+        )
         _files.atomic_write(path, lambda file: file.write(data))
 
 
@@ -268,10 +293,9 @@ def describe_manifest(manifest: pd.DataFrame) -> list[str]:
     for key, words in (("left_out", "left out, no image by ending or content"),
                        ("by_content", "taken by their content, whatever the ending says")):  # fmt: skip
         if found.get(key):
-            listed = ", ".join(f"{n:,} {ending}" for ending, n in found[key].items())
+            listed = ", ".join(f"{n:,} {ending}" for ending, n in Counter(found[key]).most_common())
             lines.append(f"{words}: {listed}")
-    if found.get("unreadable"):
-        shut = found["unreadable"]
+    if shut := found.get("unreadable"):
         lines.append(f"could not be read: {count(len(shut), 'folder or file')}: {', '.join(shut[:5])}")
     for key, words in (("hidden", "hidden and skipped"), ("links_back", "links that lead back, skipped")):
         if found.get(key):
@@ -279,20 +303,31 @@ def describe_manifest(manifest: pd.DataFrame) -> list[str]:
     return [printable(line) for line in [*lines, *(f"note: {note}" for note in report.get("notes", []))]]
 
 
-# ---- tables with images inside, and tables on disk
+# ---- tables: whatever they are stored as, a data frame
 
 
 class _Part(NamedTuple):
-    """Some rows of a table: its columns less the images, the images, the split that its file name says."""
+    """Some rows of a table, the column that holds images if one does, the split that its file's name says."""
 
     table: pd.DataFrame
-    images: list[Any] | None
-    split: str | None
-    column: str | None = None
+    images: str | None = None
+    split: str | None = None
 
 
-def _absolute(path: Any) -> Path:
-    return Path(os.path.abspath(os.path.expanduser(path)))
+def _read_table(
+    files: list[Path], top: Path, base: Path, source: str, images_to: Any = None, notes: Iterable[str] = ()
+) -> pd.DataFrame:
+    """One table in one or several files; `top` is the file or the folder of them."""
+    notes = list(notes)
+
+    def parts() -> Iterator[_Part]:
+        for file in files:
+            if file.suffix.lower() in _ARROW:
+                yield from _arrow_parts(file, top)
+            else:
+                yield _Part(_read_text(file, base, notes))
+
+    return _finish(_unpack(parts(), top.name, base, images_to, notes), top.name, base, source, notes)
 
 
 def _arrow_files(path: Path) -> list[Path]:
@@ -317,7 +352,7 @@ def _saved_files(folder: Path) -> list[Path]:
     return named or sorted(p for p in folder.glob("*.arrow") if not p.name.startswith("cache-"))
 
 
-def _open_arrow(path: Path) -> tuple[Any, Iterator[Any]]:
+def _open_arrow(path: Path) -> tuple[Any, Iterable[Any]]:
     """Schema and record batches of a Parquet file, or of an Arrow file (stream as ``datasets``, or file)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -327,111 +362,96 @@ def _open_arrow(path: Path) -> tuple[Any, Iterator[Any]]:
             file = pq.ParquetFile(path)
             return file.schema_arrow, file.iter_batches(batch_size=256)
         try:
-            stream = pa.ipc.open_stream(pa.memory_map(str(path)))
-            return stream.schema, iter(stream)
+            table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
         except pa.ArrowInvalid:
-            whole = pa.ipc.open_file(pa.memory_map(str(path)))
-            return whole.schema, (whole.get_batch(i) for i in range(whole.num_record_batches))
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        return table.schema, table.to_batches(max_chunksize=256)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}); fetch it again") from None
 
 
-def _image_column(columns: Iterable[str]) -> str | None:
-    return next((c for c in columns if normalise(c) in _IMAGE_COLUMNS), None)
-
-
-def _arrow_image_column(columns: Any) -> str | None:
+def _image_column(columns: Any) -> str | None:
+    """Column of an Arrow schema that holds images as bytes, alone or with their path."""
     import pyarrow as pa
 
-    def holds_bytes(name: str) -> bool:
-        kind = columns.field(name).type
+    def holds_bytes(kind: Any) -> bool:
         if pa.types.is_struct(kind):
             return any(field.name == "bytes" for field in kind)
         return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
-    return _image_column(filter(holds_bytes, columns.names))
+    inside = (c.name for c in columns if normalise(c.name) in _IMAGE_COLUMNS and holds_bytes(c.type))
+    return next(inside, None)
 
 
-def _holds_images(files: list[Path]) -> bool:
-    return _arrow_image_column(_open_arrow(files[0])[0]) is not None
-
-
-def _arrow_parts(path: Path, top: Path | None = None) -> Iterator[_Part]:
+def _arrow_parts(path: Path, top: Path) -> Iterator[_Part]:
     columns, batches = _open_arrow(path)
-    column = _arrow_image_column(columns)
     stored = json.loads((columns.metadata or {}).get(b"huggingface", b"{}"))
     features = stored.get("info", {}).get("features", {})
     names = {c: f["names"] for c, f in features.items() if isinstance(f, dict) and "names" in f}
+    shard = _SHARD.match(path.stem)
+    places = [shard[1] if shard else path.stem, *path.relative_to(top).parts[:-1]]
+    split = next((split for name in places if (split := read_name(name).split)), None)
     try:
         for batch in batches:
-            images = batch.column(column).to_pylist() if column else None
-            kept = batch.drop_columns([column]) if column else batch
-            table = _name_classes(kept.to_pandas(), names)
-            yield _Part(table, images, _split_of_file(path, top or path), column)
+            yield _Part(_name_classes(batch.to_pandas(), names), _image_column(columns), split)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error}); fetch it again") from None
 
 
 def _dataset_parts(dataset: Any) -> Iterator[_Part]:
     """Read a ``Dataset`` or ``DatasetDict`` object without needing the library, each part with its split."""
-    if hasattr(dataset, "items"):
-        parts: list[tuple[Any, str | None]] = [(part, str(split)) for split, part in dataset.items()]
-    elif hasattr(dataset, "__iter__"):
-        split = getattr(dataset, "split", None)
-        parts = [(dataset, str(split) if split is not None else None)]
-    else:
+    if not hasattr(dataset, "__iter__"):
         raise InputError(
             f"cannot read a {type(dataset).__name__}; give a path, a DataFrame or a datasets object"
         )
-    for part, split in parts:
+    single = [(getattr(dataset, "split", None), dataset)]
+    for split, part in dataset.items() if hasattr(dataset, "items") else single:
         features = getattr(part, "features", None) or {}
         first: dict[str, Any] = next(iter(part), {})
-        column = _image_column([c for c in first if not isinstance(first[c], str)])
-        kind = type(features[column]) if column in features else None
-        if kind is not None and hasattr(part, "cast_column"):
-            part = part.cast_column(column, kind(decode=False))  # the file's own bytes, not decoded pixels
-        rows = [dict(row) for row in part]
-        images = [row.pop(column) for row in rows] if column else None
+        inside = (c for c in first if normalise(c) in _IMAGE_COLUMNS and not isinstance(first[c], str))
+        column = next(inside, None)
+        if hasattr(features.get(column), "decode") and hasattr(part, "cast_column"):
+            # the file's own bytes, not decoded pixels
+            part = part.cast_column(column, type(features[column])(decode=False))
         names = {c: f.names for c, f in features.items() if getattr(f, "names", None)}
-        yield _Part(_name_classes(pd.DataFrame(rows), names), images, split, column)
+        rows = pd.DataFrame([dict(row) for row in part])
+        yield _Part(_name_classes(rows, names), column, None if split is None else str(split))
 
 
 def _name_classes(table: pd.DataFrame, names: dict[str, list[str]]) -> pd.DataFrame:
     """Numbers of classes to their names: class 0 may well be called 'fake'."""
-    for column, words in names.items():
-        if column in table:
-            known = dict(enumerate(words))
-            table[column] = [known.get(value, value) for value in table[column]]
+    for column in table.columns.intersection(list(names)):
+        known = dict(enumerate(names[column]))
+        table[column] = [known.get(value, value) for value in table[column]]
     return table
 
 
-def _unpack(
-    parts: Iterable[_Part], what: str, images_to: Any, base: Path, notes: list[str]
-) -> pd.DataFrame:
+def _unpack(parts: Iterable[_Part], what: str, base: Path, images_to: Any, notes: list[str]) -> pd.DataFrame:
     """Rows of tables that may hold images inside; these are written to `images_to`."""
     tables, seen, without = [], Counter[str](), 0
-    for table, images, split, column in parts:
-        if images is not None:
-            paths = []
-            for value in images:
-                data, path = value, None
-                if isinstance(value, dict):
-                    data, path = value.get("bytes"), value.get("path")
-                if data is not None and not isinstance(data, bytes):
-                    raise InputError(
-                        f"column {column!r} holds {type(data).__name__}; expected the bytes of image files. "
-                        "Cast the column of a datasets object to Image(decode=False)"
-                    )
-                if data is not None and images_to is None:
-                    raise InputError(
-                        f"{what} holds the images inside (column {column!r}); name a folder to write them "
-                        "to: images_to='images' (each is written once, byte for byte)"
-                    )
-                without += data is None and path is not None
-                inside = data is not None or not path
-                paths.append(_write_image(data, images_to or base, seen) if inside else str(path))
-            table = table.drop(columns=[c for c in table if normalise(c) in ALIASES[schema.PATH]])
-            table[schema.PATH] = paths
+    for table, column, split in parts:
+        if column is not None:
+            values = [v if isinstance(v, dict) else {"bytes": v} for v in table[column]]
+            rows = [(v.get("bytes"), v.get("path")) for v in values]
+            inside = [data for data, _ in rows if data is not None]
+            if odd := [type(data).__name__ for data in inside if not isinstance(data, bytes)]:
+                raise InputError(
+                    f"column {column!r} holds {odd[0]}; expected the bytes of image files. "
+                    "Cast the column of a datasets object to Image(decode=False)"
+                )
+            if inside and images_to is None:
+                raise InputError(
+                    f"{what} holds the images inside (column {column!r}); name a folder to write them "
+                    "to: images_to='images' (each is written once, byte for byte)"
+                )
+            without += sum(data is None and path is not None for data, path in rows)
+            table = table.drop(
+                columns=[c for c in table if c == column or normalise(c) in ALIASES[schema.PATH]]
+            )
+            table[schema.PATH] = [
+                str(path) if data is None and path else _write_image(data, images_to or base, seen)
+                for data, path in rows
+            ]
         if split is not None and not {normalise(c) for c in table} & set(ALIASES[schema.SPLIT]):
             table[schema.SPLIT] = split
         tables.append(table)
@@ -463,42 +483,32 @@ def _write_image(data: bytes | None, folder: Any, seen: Counter[str]) -> str:
     return str(target)
 
 
-def _split_of_file(file: Path, top: Path) -> str | None:
-    match = _SHARD.match(file.stem)
-    names = [match[1] if match else file.stem, *(file.parent.relative_to(top).parts if top.is_dir() else ())]
-    return next((split for name in names if (split := read_name(name).split)), None)
-
-
-def _read_table(
-    files: list[Path], top: Path, root: Any, images_to: Any, notes: list[str] | None = None
-) -> pd.DataFrame:
-    """One table in one or several files."""
-    base = Path(root).absolute() if root is not None else top if top.is_dir() else top.parent
-    notes = list(notes or [])
-    if files[0].suffix.lower() in (".parquet", ".arrow"):
-        parts = (part for file in files for part in _arrow_parts(file, top))
-        raw = _unpack(parts, top.name, images_to, base, notes)
-    else:
-        raw = _read_text_table(files[0], notes)
-    return _finish(raw, top.name, base, top.stem if not top.is_dir() else top.name, notes=notes)
-
-
-def _read_text_table(path: Path, notes: list[str] | None = None) -> pd.DataFrame:
+def _read_text(path: Path, base: Path, notes: list[str]) -> pd.DataFrame:
     """CSV, TSV or JSON lines; values are text as it stands: a caption "None" or "NA" is a caption."""
     suffix = path.suffix.lower()
-    if suffix not in (*_SEPARATORS, ".jsonl", ".ndjson"):
-        known = ", ".join((*_SEPARATORS, ".parquet"))
-        raise InputError(f"{path.name} is no table known here: expected {known}, .jsonl, or a folder")
+    if suffix not in (*_SEPARATED, *_JSON_LINES):
+        raise InputError(
+            f"{path.name} is no table known here: expected .csv, .tsv, .parquet, .jsonl, or a folder"
+        )
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        text = data.decode("utf-8", "surrogateescape")
         # names of files may be of any encoding; a table whose texts are of another one is a mistake
-        if not _only_names_are_odd(text, suffix, path.parent):
+        text = data.decode("utf-8", "surrogateescape")
+        fields = (f.strip('" \r') for f in re.split(r"[,;\t|\n]", text) if re.search("[\udc80-\udcff]", f))
+        if suffix in _JSON_LINES or not all(os.path.lexists(os.path.join(base, field)) for field in fields):
             raise InputError(f"{path.name} is not UTF-8 text ({error}); save it as UTF-8") from None
-    if suffix not in _SEPARATORS:
-        return _read_json_lines(text, path.name)
+    if suffix in _JSON_LINES:
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                rows += [dict(json.loads(line))] if line.strip() else []
+            except (ValueError, TypeError) as error:
+                raise InputError(
+                    f"{path.name}: line {number} is not JSON ({error}); expected an object per line, mend it"
+                ) from None
+        return pd.DataFrame(rows)
     head = text.lstrip("\r\n").split("\n", 1)[0]
     separator = "\t" if suffix == ".tsv" else max(",;\t|", key=head.count)
     try:
@@ -521,105 +531,65 @@ def _read_text_table(path: Path, notes: list[str] | None = None) -> pd.DataFrame
         labels = [i for i in table if all(read_name(w).label is not None for w in set(table[i]) - {""})]
         names = {i: schema.LABEL for i in labels[:1]} | {files[0]: schema.PATH}
         table.columns = [names.get(i, f"column {i + 1}") for i in table]
-        if notes is not None:
-            what = f"its column {files[0] + 1} is read as the path"
-            notes.append(f"{path.name} has no header line: {what}; add one (path,label,...)")
+        what = f"its column {files[0] + 1} is read as the path"
+        notes.append(f"{path.name} has no header line: {what}; add one (path,label,...)")
         return table
     table = table.iloc[1:].reset_index(drop=True).fillna("")
     table.columns = [name.strip() for name in first]
     return table
 
 
-def _only_names_are_odd(text: str, suffix: str, base: Path) -> bool:
-    """Whether what is not UTF-8 in a table are names of files that exist."""
-    if suffix not in _SEPARATORS:
-        return False
-    odd = re.compile(r"[\udc80-\udcff]")
-    fields = [f.strip('" \r') for f in re.split(r"[,;\t|\n]", text) if odd.search(f)]
-    return all(os.path.lexists(os.path.join(base, field)) for field in fields)
-
-
-def _read_json_lines(text: str, what: str) -> pd.DataFrame:
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{what}: line {number} is not JSON ({error}); mend that line") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{what}: line {number} holds {type(row).__name__}; expected an object per line")
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
 # ---- raw columns of any name to the manifest's columns
 
 
 def _finish(
-    raw: pd.DataFrame,
-    what: str,
-    base: Path,
-    source: str,
-    labels: Any = None,
-    notes: list[str] | None = None,
-    extra: dict[str, Any] | None = None,
+    raw: pd.DataFrame, what: str, base: Path, source: str, notes: list[str], labels: str | None = None
 ) -> pd.DataFrame:
     """Columns of any name to the manifest's, checked; `labels` says where those of a folder come from."""
     if not len(raw):
         raise InputError(f"{what} has no rows; expected one per image")
-    notes = list(notes or [])
-    raw = raw.reset_index(drop=True)
-    raw.columns = [str(c) for c in raw.columns]
+    raw = _drop_copies(raw.reset_index(drop=True).rename(columns=str), what)
     found = _match_columns(raw, what, base, notes)
-    text = {column: _texts(raw, name, column, what) for column, name in found.items()}
-    paths = text[schema.PATH]
-    if (paths == "").any():
-        row = int((paths == "").argmax()) + 1
+    empty = pd.Series("", index=raw.index, dtype=object)
+    text = {c: _texts(raw, found[c], what, c == schema.CAPTION) if c in found else empty for c in ALIASES}
+    if (text[schema.PATH] == "").any():
+        row = int((text[schema.PATH] == "").argmax()) + 1
         raise InputError(f"{what}: row {row} has no {found[schema.PATH]!r}; fill or drop it")
-    paths = _resolve(paths, base, notes)
-    empty = pd.Series("", index=raw.index)
-    generator = text.get(schema.GENERATOR, empty)
-    unused: dict[str, str] = {}
+    paths = _resolve(text[schema.PATH], base, notes)
     if labels is None:
-        label, named, labels, read = _find_labels(raw, found, paths, base, what, unused)
-        generator = generator.where(generator != "", named)
+        read = _find_labels(raw, found, text[schema.GENERATOR], paths, base, what)
     else:
-        label, read = raw[schema.LABEL].astype("Int8"), (schema.LABEL,)
-    is_real = (label == schema.REAL).fillna(False).astype(bool)
-    origin = text.get(schema.SOURCE, empty)
+        read = _Labels(raw[schema.LABEL].astype("Int8"), labels, (schema.LABEL,), {})
+    is_real = (read.values == schema.REAL).fillna(False).astype(bool)
+    generator = text[schema.GENERATOR].where(text[schema.GENERATOR] != "", read.generator)
     # "camera" or "LAION" in the generator column of a photograph is where it comes from, not what made it
-    plain = {name: _is_real_word(name) for name in generator.unique()}
-    kept = generator.where(is_real & ~generator.map(plain).astype(bool), "")
-    origin = origin.where(origin != "", kept)
+    origin = generator.where(is_real & ~generator.map(_is_real_word).astype(bool), "")
+    origin = text[schema.SOURCE].where(text[schema.SOURCE] != "", origin)
     df = pd.DataFrame(
         {
             schema.PATH: paths,
-            schema.LABEL: label,
+            schema.LABEL: read.values,
             schema.GENERATOR: generator.mask(generator == "", "unknown").mask(is_real, schema.REAL_GENERATOR),
             schema.SOURCE: origin.mask(origin == "", source),
-            schema.SPLIT: text.get(schema.SPLIT, empty).map(_split),
-            schema.CAPTION: text.get(schema.CAPTION, empty).map(lambda s: s or None),
+            schema.SPLIT: text[schema.SPLIT].map(lambda s: read_name(s).split or s.casefold() or None),
+            schema.CAPTION: text[schema.CAPTION].where(text[schema.CAPTION] != "", None),
         }
     ).astype({schema.SPLIT: object, schema.CAPTION: object})
-    if schema.IMAGE_ID in text:
-        df[schema.IMAGE_ID] = text[schema.IMAGE_ID].map(lambda s: s or None)
+    if schema.IMAGE_ID in found:
+        df[schema.IMAGE_ID] = text[schema.IMAGE_ID].where(text[schema.IMAGE_ID] != "", None)
     _check_paths(df, what, base, notes)
-    used = {*found.values(), *read, *unused}
     df.attrs["report"] = {
         "source": printable(what),
         "images": len(df),
         "real": int((df[schema.LABEL] == schema.REAL).sum()),
         "fake": int((df[schema.LABEL] == schema.FAKE).sum()),
-        "labels": labels,
-        "not_used_as_labels": unused,
+        "labels": read.where,
+        "not_used_as_labels": {printable(name): why for name, why in read.unused.items()},
         "splits": {str(name): int(n) for name, n in df[schema.SPLIT].value_counts().items()},
         "splits_then": plan_splits(df[schema.LABEL], df[schema.SPLIT]).notes,
         "captions": int(df[schema.CAPTION].notna().sum()),
-        "unused_columns": [printable(c) for c in dict.fromkeys(raw.columns) if c not in used],
+        "unused_columns": [printable(c) for c in raw if c not in {*found.values(), *read.used, *read.unused}],
         "notes": [printable(note) for note in notes],
-        **(extra or {}),
     }
     return df
 
@@ -629,30 +599,40 @@ def _is_real_word(value: str) -> bool:
     return name.label == schema.REAL and name.sure == 2
 
 
-def _split(value: str) -> str | None:
-    return read_name(value).split or value.casefold() or None
+def _drop_copies(raw: pd.DataFrame, what: str) -> pd.DataFrame:
+    """Of columns with one name, the first; it is an error if they differ and this table might read them."""
+    names = np.array([normalise(c) for c in raw.columns])
+    for name in {*(a for aliases in ALIASES.values() for a in aliases), schema.LABEL}:
+        alike = raw.loc[:, names == name].astype(str)
+        if alike.shape[1] > 1 and alike.ne(alike.iloc[:, 0], axis=0).any(axis=None):
+            twice = " and ".join(map(repr, alike.columns))
+            raise InputError(f"{what} has the columns {twice} with different values; rename or drop one")
+    return raw.loc[:, ~raw.columns.duplicated()]
 
 
 def _match_columns(raw: pd.DataFrame, what: str, base: Path, notes: list[str]) -> dict[str, str]:
     """Manifest column -> the raw column that holds it."""
-    names: dict[str, list[int]] = {}
-    for i, name in enumerate(raw.columns):
-        names.setdefault(normalise(name), []).append(i)
-    wanted = {*(a for aliases in ALIASES.values() for a in aliases), schema.LABEL}
-    for name, places in names.items():
-        if len(places) > 1 and name in wanted:
-            first, *others = (raw.iloc[:, i].astype(str).to_numpy() for i in places)
-            if not all((first == other).all() for other in others):
-                twice = " and ".join(repr(raw.columns[i]) for i in places)
-                raise InputError(f"{what} has the columns {twice} with different values; rename or drop one")
-    original = {name: raw.columns[places[0]] for name, places in names.items()}
+    original = {normalise(name): name for name in reversed(raw.columns)}
+
+    def holds_files(name: str) -> tuple[bool, bool]:
+        some = raw[name].head(20).astype(str)
+        exist = (v and os.path.isfile(os.path.join(base, v.replace("\\", "/"))) for v in some)
+        return any(exist), any(v.lower().endswith(EXTENSIONS) for v in some)
+
+    def holds_splits(name: str) -> bool:  # "set" or "fold" may hold anything
+        words = set(raw[name].dropna().astype(str)) - {""}
+        sure = normalise(name) in ALIASES[schema.SPLIT][:3]
+        return sure or (bool(words) and all(read_name(word).split for word in words))
+
     found = {}
     for column, aliases in ALIASES.items():
         there = [original[a] for a in aliases if a in original]
         if column == schema.PATH and len(there) > 1:
-            there = _best_paths(raw, there, base, notes)
-        if column == schema.SPLIT:  # "set" or "fold" may hold anything
-            there = [c for c in there if normalise(c) in aliases[:3] or _all_splits(_column(raw, c))]
+            best = max(there, key=holds_files)  # of equals the first
+            notes.append(f"of the columns {', '.join(there)}, {best!r} is read as the path")
+            there = [best]
+        if column == schema.SPLIT:
+            there = list(filter(holds_splits, there))
         if there:
             found[column] = there[0]
     if schema.PATH not in found:
@@ -663,29 +643,6 @@ def _match_columns(raw: pd.DataFrame, what: str, base: Path, notes: list[str]) -
             f"found {', '.join(map(printable, raw.columns))}.{hint}"
         )
     return found
-
-
-def _column(raw: pd.DataFrame, name: str) -> pd.Series:
-    column = raw[name]
-    return column.iloc[:, 0] if isinstance(column, pd.DataFrame) else column
-
-
-def _all_splits(values: pd.Series) -> bool:
-    words = {str(v) for v in values.dropna().unique() if str(v)}
-    return bool(words) and all(read_name(word).split for word in words)
-
-
-def _best_paths(raw: pd.DataFrame, columns: list[str], base: Path, notes: list[str]) -> list[str]:
-    """Of several columns that may hold paths, one whose files exist, or else whose texts end like images."""
-
-    def there(name: str) -> tuple[bool, bool]:
-        some = [str(v) for v in _column(raw, name).head(20)]
-        exist = any(v and os.path.isfile(os.path.join(base, v.replace("\\", "/"))) for v in some)
-        return exist, any(v.lower().endswith(EXTENSIONS) for v in some)
-
-    best = max(columns, key=there)  # of equals the first
-    notes.append(f"of the columns {', '.join(columns)}, {best!r} is read as the path")
-    return [best]
 
 
 def _resolve(paths: pd.Series, base: Path, notes: list[str]) -> pd.Series:
@@ -707,166 +664,6 @@ def _resolve(paths: pd.Series, base: Path, notes: list[str]) -> pd.Series:
     return paths.map(lambda p: os.path.abspath(os.path.join(base, p)))
 
 
-# ---- labels of a table
-
-
-class _Labels(NamedTuple):
-    """Labels, the generators that the same column names, where they come from, and the columns used."""
-
-    values: pd.Series
-    generator: pd.Series
-    where: str
-    used: tuple[str, ...] = ()
-
-
-class _Reading(NamedTuple):
-    """What a column says about each row (0, 1, nan), how (a key of `_HOW`), and whether of both classes."""
-
-    values: pd.Series
-    how: str
-    both: bool
-    text: pd.Series
-
-
-# How a column may say labels, the surest first.
-_HOW = ("flags", "words", "names", "unclear flags", "unnamed words")
-_UNUSED = {
-    "unclear flags": "it holds 0 and 1 without saying which is fake; rename it to 'is_fake' or 'is_real'",
-    "unnamed words": "its values look like labels; rename it to 'label' to use them",
-}
-
-
-def _read_label_column(name: str, text: pd.Series) -> _Reading | None:
-    """Read a column as labels, as far as its name and its values say so without doubt."""
-    words = [w for w in text.unique() if w]
-    if not words or len(words) > 2000:
-        return None
-    plain, key = normalise(name), {w: w.casefold() for w in words}
-    exact = plain in ("label", "labels")
-    means = read_name(re.sub(r"^(is|was|isa)_", "", plain))
-    if all(key[w] in _FLAGS for w in words):
-        flag = text.map(lambda w: _FLAGS.get(w.casefold(), np.nan)).astype(float)
-        if exact or (means.label is not None and means.sure and "label" not in plain):
-            flag = 1 - flag if means.label == schema.REAL else flag
-            return _Reading(flag, "flags", flag.nunique() > 1, text)
-        like = _LABEL_NAMES.fullmatch(plain) or means.label is not None
-        return _Reading(flag * np.nan, "unclear flags", False, text) if like else None
-    known = {w: n.label for w in words if (n := read_name(w)).label is not None and n.sure}
-    known |= {w: _FLAGS[key[w]] for w in words if exact and key[w] in _FLAGS}
-    values, both = text.map(known).astype(float), len(set(known.values())) > 1
-    if len(known) == len(words):
-        like = exact or _LABEL_NAMES.fullmatch(plain) or "real" in plain or "fake" in plain
-        named = "words" if like else "unnamed words"
-        return _Reading(values, named, both, text) if like or both else None
-    if plain == "typ" or (plain in ALIASES[schema.GENERATOR] and schema.REAL in known.values()):
-        return _Reading(values.mask((text != "") & values.isna(), schema.FAKE), "names", True, text)
-    return None
-
-
-def _find_labels(
-    raw: pd.DataFrame, found: dict[str, str], paths: pd.Series, base: Path, what: str, unused: dict[str, str]
-) -> _Labels:
-    """Labels from the column that says them without doubt; what may be some but is not used goes to `unused`.
-
-    Raises an `InputError` where another column, or the folders of the images, say the contrary.
-    """
-    taken = {found.get(c) for c in (schema.PATH, schema.SPLIT, schema.CAPTION, schema.IMAGE_ID)}
-    readings = {}
-    for name in dict.fromkeys(raw.columns):
-        with contextlib.suppress(InputError):  # lists, bytes
-            reading = _read_label_column(name, _texts(raw, name, name, what)) if name not in taken else None
-            if reading is not None:
-                readings[name] = reading
-    exact = next((c for c in raw.columns if normalise(c) in ("label", "labels")), None)
-    order = sorted(readings, key=lambda c: (c != exact, _HOW.index(readings[c].how)))
-    usable = [c for c in order if readings[c].how not in _UNUSED]
-    odd = [c for c in order if c not in usable and c != found.get(schema.SOURCE)]
-    unused |= {printable(c): _UNUSED[readings[c].how] for c in odd}
-    if exact is not None and exact not in readings:
-        if not usable:
-            _refuse_values(_texts(raw, exact, schema.LABEL, what), exact, what)
-        unused[printable(exact)] = "its values are no words for real and fake"
-    if not usable:
-        near = [c for c in raw.columns if c not in found.values() and c not in unused
-                and difflib.get_close_matches(normalise(c), [schema.LABEL], 1, 0.75)]  # fmt: skip
-        if near and not unused:
-            there = ", ".join(map(printable, raw.columns))
-            raise InputError(
-                f"{what} has no column 'label'; found {there}. Is {near[0]!r} meant? Rename it to 'label'."
-            )
-        missing = pd.Series(pd.NA, index=raw.index, dtype="Int8")
-        return _Labels(missing, pd.Series("", index=raw.index), "none found")
-    name, *others = usable
-    reading = readings[name]
-    label = reading.values
-    says = {c: r.values for c, r in readings.items() if c != name}
-    generator = found.get(schema.GENERATOR)
-    if generator not in (None, name):
-        says[generator] = _said_by_generators(_texts(raw, generator, generator, what), label)
-    for other, values in says.items():
-        wrong = label.notna() & values.notna() & (label != values)
-        if wrong.any():
-            _contradict(raw, name, other, wrong, label, what)
-    by_folder = _said_by_folders(paths, base)
-    if by_folder.notna().all() and by_folder.nunique() == 2 and (label != by_folder)[label.notna()].all():
-        _contradict(raw, name, None, label.notna(), label, what)
-    named = pd.Series("", index=raw.index)
-    if reading.how == "names":
-        names = {w: "" if read_name(w).label is not None else w for w in reading.text.unique()}
-        named = reading.text.map(names)
-    where = f"column {printable(name)!r} ({reading.how})"
-    where += f", as does {printable(others[0])!r}" if others else ""
-    return _Labels(label.astype("Int8"), named, where, tuple(usable))
-
-
-def _said_by_generators(text: pd.Series, label: pd.Series) -> pd.Series:
-    """What the names of generators say: `real` real, a known one fake; all are if only "reals" have one."""
-    said = {}
-    for word in text.unique():
-        name, known = read_name(word), layouts.GENERATOR_NAMES.match(normalise(word))
-        said[word] = 0.0 if name.label == schema.REAL and name.sure else 1.0 if known else np.nan
-    says = text.map(said)
-    if not (text[label == schema.FAKE] != "").any() and text[label == schema.REAL].nunique() > 1:
-        return says.mask(text != "", 1.0)
-    return says
-
-
-def _said_by_folders(paths: pd.Series, base: Path) -> pd.Series:
-    folders, said = paths.map(os.path.dirname), {}
-    for folder in folders.unique():
-        names = map(read_name, Path(os.path.relpath(folder, base)).parts)
-        labels = {name.label for name in names if name.sure == 2 and name.label is not None}
-        said[folder] = float(labels.pop()) if len(labels) == 1 else np.nan
-    return folders.map(said)
-
-
-def _refuse_values(values: pd.Series, name: str, what: str) -> None:
-    counts = values[values != ""].value_counts()
-    bad = {v: n for v, n in counts.items() if v.casefold() not in _FLAGS and read_name(v).label is None}
-    if bad:
-        listed = ", ".join(f"{value!r} ({n} rows)" for value, n in list(bad.items())[:8])
-        raise InputError(
-            f"{what}: {len(bad)} unknown values in column {name!r}: {listed}. "
-            "Expected 0 or real or nature, 1 or fake or ai, or empty where unknown"
-        )
-
-
-def _contradict(
-    raw: pd.DataFrame, name: str, other: str | None, wrong: pd.Series, label: pd.Series, what: str
-) -> None:
-    row = int(wrong.to_numpy().argmax())
-    read = schema.LABEL_NAMES[int(label.iloc[row])]
-    contrary = schema.LABEL_NAMES[1 - int(label.iloc[row])]
-    known = "the folders of the images" if other is None else f"column {printable(other)!r}"
-    beside = f"{known} say {contrary}" if other is None else f"{known} has {_column(raw, other).iloc[row]!r}"
-    raise InputError(
-        f"{what}: column {name!r} and {known} contradict each other in {count(int(wrong.sum()), 'row')} of "
-        f"{len(raw):,}; first: row {row + 1} has {name} {_column(raw, name).iloc[row]!r}, read as {read}, "
-        f"but {beside}. Are the labels the other way round (here 0 is real and 1 is fake)? Rename the column "
-        "to 'is_real' if 1 means real; drop the other column if that one is wrong"
-    )
-
-
 def _check_paths(df: pd.DataFrame, what: str, base: Path, notes: list[str]) -> None:
     twice = df[df[schema.PATH].duplicated(keep=False)]
     if len(twice):
@@ -886,29 +683,157 @@ def _check_paths(df: pd.DataFrame, what: str, base: Path, notes: list[str]) -> N
         raise InputError(f"none of the {len(df):,} images of {what} exists; {hint}")
 
 
-def _texts(raw: pd.DataFrame, name: str, column: str, what: str) -> pd.Series:
-    """Values of one column as text, empty where missing; of several captions the first that is not empty."""
-    values, several = _column(raw, name), column == schema.CAPTION
-    texts = []
-    for number, value in enumerate(map(_first, values) if several else values, 1):
-        if isinstance(value, str):
-            texts.append(value.strip())
-            continue
-        if pd.api.types.is_list_like(value) or isinstance(value, bytes):
-            more = ", or a list of texts" if several else ""
-            raise InputError(
-                f"{what}: row {number} of column {name!r} holds {type(value).__name__}; expected one "
-                f"text for each image{more}. Convert the column first"
-            )
-        texts.append("" if value is None or pd.isna(value) else str(value).strip())
-    return pd.Series(texts, index=raw.index, dtype=object)
+def _texts(raw: pd.DataFrame, name: str, what: str, several: bool = False) -> pd.Series:
+    """Values of one column as text, empty where missing; `several`: of a list the first that is not empty."""
+    values = raw[name].astype(object)
+    if several:
+        values = values.map(_first)
+    odd = values.map(lambda v: isinstance(v, bytes) or pd.api.types.is_list_like(v)).astype(bool)
+    if odd.any():
+        row = int(odd.to_numpy().argmax())
+        more = ", or a list of texts" if several else ""
+        raise InputError(
+            f"{what}: row {row + 1} of column {name!r} holds {type(values[row]).__name__}; expected one "
+            f"text for each image{more}. Convert the column first"
+        )
+    return values.where(values.notna(), "").map(str).str.strip().astype(object)
 
 
 def _first(captions: object) -> object:
     """First caption of a list or array that is not empty; anything else as it is."""
     if not isinstance(captions, (list, tuple, np.ndarray)):
         return captions
-    for caption in captions:
-        if caption is not None and not (isinstance(caption, str) and not caption.strip()):
-            return caption
+    return next((c for c in captions if c is not None and not (isinstance(c, str) and not c.strip())), None)
+
+
+# ---- labels of a table
+
+
+class _Labels(NamedTuple):
+    """Labels of a table, where they come from, columns read for them, columns that are not and why."""
+
+    values: pd.Series
+    where: str
+    used: tuple[str, ...]
+    unused: dict[str, str]
+    generator: Any = ""  # names of generators that stand among the labels
+
+
+# How a column may say labels, the surest first.
+_HOW = ("flags", "words", "names", "unclear flags", "unnamed words")
+_UNUSED = {
+    "unclear flags": "it holds 0 and 1 without saying which is fake; rename it to 'is_fake' or 'is_real'",
+    "unnamed words": "its values look like labels; rename it to 'label' to use them",
+}
+
+
+def _read_label_column(name: str, text: pd.Series) -> tuple[str, pd.Series] | None:
+    """How a column says labels (one of `_HOW`), and which (0, 1, nan); None if it says none without doubt."""
+    words = [w for w in text.unique() if w]
+    if not words or len(words) > 2000:
+        return None
+    plain = normalise(name)
+    exact = plain in ("label", "labels")
+    like = exact or _LABEL_NAMES.fullmatch(plain) is not None
+    means = read_name(re.sub(r"^(is|was|isa)_", "", plain))
+    flags = {w: _FLAGS[w.casefold()] for w in words if w.casefold() in _FLAGS}
+    if len(flags) == len(words):
+        values = text.map(flags).astype(float)
+        if exact or (means.label is not None and means.sure and "label" not in plain):
+            return "flags", 1 - values if means.label == schema.REAL else values
+        return ("unclear flags", values * np.nan) if like or means.label is not None else None
+    known = {w: n.label for w in words if (n := read_name(w)).label is not None and n.sure}
+    known |= flags if exact else {}
+    values = text.map(known).astype(float)
+    if len(known) == len(words):
+        like = like or "real" in plain or "fake" in plain
+        return ("words" if like else "unnamed words", values) if like or values.nunique() > 1 else None
+    if plain == "typ" or (plain in ALIASES[schema.GENERATOR] and schema.REAL in known.values()):
+        return "names", values.mask((text != "") & values.isna(), schema.FAKE)
     return None
+
+
+def _find_labels(
+    raw: pd.DataFrame, found: dict[str, str], generators: pd.Series, paths: pd.Series, base: Path, what: str
+) -> _Labels:
+    """Labels from the column that says them without doubt.
+
+    Raises an `InputError` where another column, or the folders of the images, say the contrary.
+    """
+    taken = {found.get(c) for c in (schema.PATH, schema.SPLIT, schema.CAPTION, schema.IMAGE_ID)}
+    readings = {}
+    for name in raw.columns:
+        with contextlib.suppress(InputError):  # lists, bytes
+            if name not in taken and (reading := _read_label_column(name, _texts(raw, name, what))):
+                readings[name] = reading
+    exact = next((c for c in raw.columns if normalise(c) in ("label", "labels")), None)
+    order = sorted(readings, key=lambda c: (c != exact, _HOW.index(readings[c][0])))
+    usable = [c for c in order if readings[c][0] not in _UNUSED]
+    unused = {c: _UNUSED[readings[c][0]] for c in order if c not in (*usable, found.get(schema.SOURCE))}
+    if exact is not None and exact not in readings:
+        values = pd.Series("") if usable else _texts(raw, exact, what)
+        counts = values[values != ""].value_counts()
+        bad = [v for v in counts.index if v.casefold() not in _FLAGS and read_name(v).label is None]
+        if bad:
+            listed = ", ".join(f"{value!r} ({counts[value]} rows)" for value in bad[:8])
+            raise InputError(
+                f"{what}: {len(bad)} unknown values in column {exact!r}: {listed}. "
+                "Expected 0 or real or nature, 1 or fake or ai, or empty where unknown"
+            )
+        unused[exact] = "its values are no words for real and fake"
+    if not usable:
+        near = [c for c in raw.columns if c not in found.values()
+                and difflib.get_close_matches(normalise(c), [schema.LABEL], 1, 0.75)]  # fmt: skip
+        if near and not unused:
+            there = ", ".join(map(printable, raw.columns))
+            raise InputError(
+                f"{what} has no column 'label'; found {there}. Is {near[0]!r} meant? Rename it to 'label'."
+            )
+        return _Labels(pd.Series(pd.NA, index=raw.index, dtype="Int8"), "none found", (), unused)
+    name, *others = usable
+    how, label = readings[name]
+    # what says labels too -> which, and the words by which it does
+    says = {f"column {c!r}": (values, raw[c]) for c, (_, values) in readings.items() if c != name}
+    if found.get(schema.GENERATOR) not in (None, name):
+        values = _said_by_generators(generators, label)
+        says[f"column {found[schema.GENERATOR]!r}"] = (values, generators)
+    folders = paths.map(os.path.dirname).map(lambda folder: os.path.relpath(folder, base))
+    values = folders.map({folder: _said_by_folder(folder) for folder in folders.unique()})
+    if values.notna().all() and values.nunique() == 2 and (label != values)[label.notna()].all():
+        says["the folders of the images"] = (values, folders)
+    for other, (values, shown) in says.items():
+        wrong = np.flatnonzero(label.notna() & values.notna() & (label != values))
+        if len(wrong):
+            row = wrong[0]
+            read, contrary = (schema.LABEL_NAMES[int(v[row])] for v in (label, values))
+            raise InputError(
+                f"{what}: column {name!r} and {other} contradict each other in {count(len(wrong), 'row')} of "
+                f"{len(raw):,}; first: row {row + 1} has {name} {raw[name][row]!r}, read as {read}, but "
+                f"{shown[row]!r} of {other} is read as {contrary}. Are the labels the other way round (here "
+                "0 is real and 1 is fake)? Rename the column to 'is_real' if 1 means real; drop the other "
+                "column if that one is wrong"
+            )
+    where = f"column {printable(name)!r} ({how})" + (f", as does {printable(others[0])!r}" if others else "")
+    named: Any = ""
+    if how == "names":
+        words = _texts(raw, name, what)
+        named = words.mask(words.map(lambda word: read_name(word).label is not None).astype(bool), "")
+    return _Labels(label.astype("Int8"), where, tuple(usable), unused, named)
+
+
+def _said_by_generators(text: pd.Series, label: pd.Series) -> pd.Series:
+    """What the names of generators say: `real` real, a known one fake; all are if only "reals" have one."""
+    said = {}
+    for word in text.unique():
+        name, known = read_name(word), layouts.GENERATOR_NAMES.match(normalise(word))
+        said[word] = 0.0 if name.label == schema.REAL and name.sure else 1.0 if known else np.nan
+    says = text.map(said)
+    if not (text[label == schema.FAKE] != "").any() and text[label == schema.REAL].nunique() > 1:
+        return says.mask(text != "", 1.0)
+    return says
+
+
+def _said_by_folder(folder: str) -> float:
+    names = map(read_name, Path(folder).parts)
+    labels = {name.label for name in names if name.sure == 2 and name.label is not None}
+    return float(labels.pop()) if len(labels) == 1 else np.nan
