@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from itemkit import __version__
 from itemkit.errors import InputError, ItemkitError
 
-Option = Callable[..., argparse.Action]
-
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -51,11 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         Exit status: 0 done, 1 done but something was left out or failed in part, 2 not done.
     """
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # a caption in any script ends no run, whatever the terminal knows
-        if hasattr(stream, "reconfigure"):
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a caption in any script ends no run, whatever the terminal knows
             stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
     try:
@@ -79,11 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _say(line: object) -> None:
-    """Print a line for the reader, not the result: on stderr, so that a pipe stays clean."""
+def _print(*lines: object, file: Any = None) -> None:
+    """Print lines of a result; what data wrote into them cannot act on the terminal, nor begin a new one."""
     from itemkit.text import printable
 
-    print(printable(line), file=sys.stderr, flush=True)
+    for line in lines:
+        print(printable(line), file=file, flush=True)
+
+
+def _say(*lines: object) -> None:
+    """Print lines for the reader, not the result: on stderr, so that a pipe stays clean."""
+    _print(*lines, file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------ the options
@@ -120,44 +121,63 @@ def _share(text: str) -> float:
     return share
 
 
+def _options(*parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Options that several commands share."""
+    return argparse.ArgumentParser(add_help=False, parents=parents)
+
+
 def _parser() -> argparse.ArgumentParser:
     about = "Detect generated images by their misalignment with their own captions."
     parser = _Parser(prog="itemkit", description=about, epilog=STATUS)
     parser.add_argument("--version", action="version", version=f"itemkit {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(run: Callable[[argparse.Namespace], int], text: str) -> Option:
-        about: dict[str, Any] = {"help": text, "epilog": STATUS, "formatter_class": _Help}
-        command = commands.add_parser(run.__name__, description=text, **about)
+    parts = _options()
+    for part, kinds in PARTS.items():
+        parts.add_argument(f"--{part}", help=f"another {part}: {kinds}")
+    machine = _options()
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    few = "processor threads; 1 is quickest beside other busy programs. Without it one per core"
+    machine.add_argument("--threads", type=_positive, metavar="N", help=few)
+    models = _options(machine, parts)
+    models.add_argument("--preset", default="mini", help="mini, fast or paper")
+    models.add_argument("--models", help="folder of models made by `itemkit download --to FOLDER`")
+    images = _options()
+    images.add_argument("--layout", default="auto", help="how the folder is laid out; auto finds out")
+    images.add_argument("--root", metavar="FOLDER", help="what a table's relative paths start from")
+    images.add_argument("--real-root", metavar="FOLDER", help="second tree, with the real images")
+    images.add_argument(
+        "--images-to", metavar="FOLDER", help="where to write images that a table holds inside"
+    )
+    rates = _options()
+    rates.add_argument(
+        "--fpr", type=_share, default=0.05, help="share of real images that may be called fake"
+    )
+    rates.add_argument(
+        "--fnr", type=_share, default=0.05, help="share of fake images that may be called real"
+    )
+
+    def add(run: Callable[[argparse.Namespace], int], *shared: argparse.ArgumentParser) -> Callable[..., Any]:
+        about: dict[str, Any] = {"help": run.__doc__, "description": run.__doc__, "epilog": STATUS}
+        command = commands.add_parser(run.__name__, parents=shared, formatter_class=_Help, **about)
         command.set_defaults(command=run)
         return command.add_argument
 
-    option = add(doctor, "Is this machine ready: packages, devices, models; one line each, with a remedy.")
-    _model_options(option)
+    option = add(doctor, models)
     option("--deep", action="store_true", help="also load the models and ask them known questions")
 
-    option = add(run, "The whole method: features, a detector, all notebooks with their figures, a summary.")
+    option = add(run, images, rates, models)
     option("--data", help="CSV, Parquet or folder; without it the mini laboratory's images")
     option("--out", default="results", type=Path, help="folder for everything made")
-    _data_options(option)
-    _rates(option)
-    _model_options(option)
 
-    option = add(audit, "What besides content tells the classes apart: format, size, quality, captions ...")
+    option = add(audit, images)
     option("manifest", help="CSV, Parquet or folder")
-    _data_options(option)
-    sets = ("generator", "source", "none")
-    option("--by", default="generator", choices=sets, help="judge each of these by itself, too")
+    option("--by", default="generator", choices=("generator", "source"), help="judge each by itself, too")
     option("--csv", type=Path, help="also write the table")
-    option("--figure", type=Path, metavar="FOLDER", help="also draw it: audit.pdf, .png and .csv")
     option("--equalise", type=Path, metavar="FOLDER", help="write a copy with equal size and codec")
-    option("--size", type=_positive, metavar="PX", help="side of the equalised squares; 224 without it")
-    option("--codec", choices=("jpeg", "png"), help="codec of the equalised images; jpeg without it")
-    option("--quality", type=_positive, help="JPEG quality of the equalised images; 90 without it")
 
-    option = add(extract, "Features of all images of a manifest; run it again to go on where it stopped.")
+    option = add(extract, images, models)
     option("manifest", help="CSV, Parquet or folder")
-    _data_options(option)
     option("--out", required=True, type=Path, help="the feature store to make or to continue")
     option("--captions", default="generate", choices=("generate", "user"), help="whose captions")
     missing = ("raise", "generate", "error")
@@ -173,40 +193,33 @@ def _parser() -> argparse.ArgumentParser:
     option("--scaled-jpeg", type=_positive, metavar="PIXELS", help=scaled)
     option("--perturb", help="apply a perturbation first, e.g. jpeg_q50")
     option("--retry-errors", action="store_true", help="try images again that were found to be damaged")
-    _model_options(option)
 
-    option = add(train, "Train a detector on the train split of a feature store, calibrate it on val.")
+    option = add(train, rates, machine)
     option("features", type=Path, help="feature store")
     option("--out", required=True, type=Path, help="folder for the detector")
     option("--representation", default="absolute", help="which misalignment")
     option("--train-on", nargs="+", metavar="GENERATOR", help="fakes of these generators only")
     option("--members", type=_positive, default=5, help="heads whose answers are averaged")
-    _rates(option)
-    _machine_options(option)
 
-    option = add(evaluate, "Metrics with intervals on the test split, for each generator.")
+    option = add(evaluate, rates, machine)
     option("features", type=Path, help="feature store")
     option("--detector", required=True, type=Path, help="folder of a detector")
     option("--split", help="split to evaluate; without it test, or all of a set that came without splits")
     option("--csv", type=Path, help="also write all metrics, one row each")
-    _rates(option)
-    _machine_options(option)
 
-    option = add(detect, "Answer for single images: p(fake), verdict, caption, and evidence per object.")
+    option = add(detect, rates, models)
     option("images", nargs="+", help="image files, or folders of them")
     option("--detector", type=Path, help="folder of a detector; without it the preset's own")
     option("--caption", help="use this caption instead of a generated one (one image)")
     option("--json", action="store_true", help="one JSON object per image and line")
-    _rates(option)
-    _model_options(option)
 
-    option = add(export, "Embeddings of a feature store in the files of other tools.")
+    option = add(export)
     option("features", type=Path, help="feature store")
     option("--to", required=True, type=Path, metavar="FOLDER", help="a new or empty folder")
     kinds = "clip-retrieval: images and captions as it keeps them, float16; numpy: everything, with objects"
     option("--format", required=True, choices=("clip-retrieval", "numpy"), help=kinds)
 
-    option = add(study, "Misalignment beside every control, raw and equalised: a protocol, or your images.")
+    option = add(study, images, models)
     each = "without it: train on each generator of --data, test on each"
     option("--protocol", help=f"genimage, ufd19, forensynths or mini; {each}")
     option("--data", metavar="ROOT", help="CSV, Parquet or folder; mini has images of its own")
@@ -219,44 +232,11 @@ def _parser() -> argparse.ArgumentParser:
     option("--skip-missing", action="store_true", help="go on without test sets that are not there")
     option("--per-set", type=_positive, metavar="N", help="at most N images of a set, class and split")
     option("--jobs", type=_positive, default=os.cpu_count() or 1, help="processes that train side by side")
-    _data_options(option)
-    _model_options(option)
 
-    option = add(download, "Fetch the models of a preset once, where a model hub can be reached.")
+    option = add(download, parts)
     option("--preset", required=True, help="fast or paper")
     option("--to", type=Path, metavar="FOLDER", help="fill a folder for a machine without a network")
-    _part_options(option)
     return parser
-
-
-def _machine_options(option: Option) -> None:
-    option("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    few = "processor threads; 1 is quickest beside other busy programs. Without it one per core"
-    option("--threads", type=_positive, metavar="N", help=few)
-
-
-def _part_options(option: Option) -> None:
-    for part, kinds in PARTS.items():
-        option(f"--{part}", help=f"another {part}: {kinds}")
-
-
-def _model_options(option: Option) -> None:
-    option("--preset", default="mini", help="mini, fast or paper")
-    option("--models", help="folder of models made by `itemkit download --to FOLDER`")
-    _machine_options(option)
-    _part_options(option)
-
-
-def _data_options(option: Option) -> None:
-    option("--layout", default="auto", help="how the folder is laid out; auto finds out")
-    option("--root", metavar="FOLDER", help="what a table's relative paths start from")
-    option("--real-root", metavar="FOLDER", help="second tree, with the real images")
-    option("--images-to", metavar="FOLDER", help="where to write images that a table holds inside")
-
-
-def _rates(option: Option) -> None:
-    option("--fpr", type=_share, default=0.05, help="share of real images that may be called fake")
-    option("--fnr", type=_share, default=0.05, help="share of fake images that may be called real")
 
 
 def _preset(args: argparse.Namespace, use_variable: bool = True) -> Preset:
@@ -272,16 +252,15 @@ def _manifest(args: argparse.Namespace, data: str) -> pd.DataFrame:
 
     options = {"root": args.root, "real_root": args.real_root, "images_to": args.images_to}
     manifest = read_manifest(data, args.layout, **options)
-    for line in describe_manifest(manifest):
-        _say(line)
+    _say(*describe_manifest(manifest))
     return manifest
 
 
-# ----------------------------------------------------------------------------------------------- the commands
+# ------------------------------------------------------------- the commands; their first lines are the help
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """Say whether this machine is ready."""
+    """Is this machine ready: packages, devices, models; one line each, with a remedy."""
     from itemkit.doctor import FAIL, run_doctor, summary
 
     checks = []
@@ -293,64 +272,35 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the whole method."""
+    """The whole method: features, a detector, all notebooks with their figures, a summary."""
     from itemkit.run import run_all
 
     manifest = None if args.data is None else _manifest(args, args.data)
-    rates = {"fpr": args.fpr, "fnr": args.fnr}
-    failed = run_all(_preset(args), manifest, args.out, args.device, **rates)
-    return int(bool(failed))
+    return int(bool(run_all(_preset(args), manifest, args.out, args.device, fpr=args.fpr, fnr=args.fnr)))
 
 
 def audit(args: argparse.Namespace) -> int:
-    """Print the audit of a data set, and equalise it if asked to."""
+    """What besides content tells the classes apart: format, size, quality, captions ..."""
     import pandas as pd
 
     from itemkit.audit import audit, equalise_folder
-    from itemkit.images import EqualiseConfig
     from itemkit.text import write_csv
 
-    given = {k: getattr(args, k) for k in ("size", "codec", "quality") if getattr(args, k) is not None}
-    if given and not args.equalise:
-        raise InputError(f"--{next(iter(given))} goes with --equalise FOLDER, which says where to write")
-    config = EqualiseConfig(**given)
     manifest = _manifest(args, args.manifest)
-    options: dict[str, Any] = {"by": None if args.by == "none" else args.by, "progress": True}
-    first = audit(manifest, **options)
-    _print(*first.to_text().split("\n"))
-    reports = {"as they are": first}
+    report = audit(manifest, by=args.by, progress=True)
+    left_out = report.left_out
+    _print(*report.to_text().split("\n"))
     if args.csv:
-        write_csv(pd.concat([first.table.assign(set="all"), first.parts]), args.csv)
+        write_csv(pd.concat([report.table.assign(set="all"), report.parts]), args.csv)
     if args.equalise:
-        equalised = equalise_folder(manifest, args.equalise, config, progress=True)
-        _print("", f"After equalising into {args.equalise}:", "")
-        reports["equalised"] = audit(equalised, **options)
-        _print(*reports["equalised"].to_text(before=first).split("\n"))
-    if args.figure:
-        _draw_audit(reports, args.figure)
-    return int(any(report.left_out for report in reports.values()))
-
-
-def _draw_audit(reports: dict[str, Any], folder: Path) -> None:
-    from matplotlib.figure import Figure
-
-    from itemkit import plots
-    from itemkit.audit import ranking
-
-    plots.style()
-    table = ranking(reports)
-    if not len(table):
-        raise InputError("--figure draws how well each property separates two classes, and here is one")
-    fig = Figure(figsize=(5.5, 0.8 + 0.25 * table["property"].nunique()))
-    hue = "data" if len(reports) > 1 else None
-    xlabel = "AUROC of this property alone (95 % interval; 0.5 is chance)"
-    plots.intervals(fig.add_subplot(), table, y="property", hue=hue, xlabel=xlabel, reference=0.5)
-    n = ", ".join(f"{name}: n = {len(report.measurements):,}" for name, report in reports.items())
-    plots.save(fig, "audit", table, folder, n)
+        after = audit(equalise_folder(manifest, args.equalise, progress=True), by=args.by, progress=True)
+        left_out += after.left_out
+        _print("", f"After equalising into {args.equalise}:", "", *after.to_text(before=report).split("\n"))
+    return int(left_out > 0)
 
 
 def extract(args: argparse.Namespace) -> int:
-    """Compute features of a manifest's images."""
+    """Features of all images of a manifest; run it again to go on where it stopped."""
     from itemkit import schema
     from itemkit.decode import DecodeConfig
     from itemkit.extraction import extract
@@ -364,28 +314,22 @@ def extract(args: argparse.Namespace) -> int:
     if args.engine == "ray":
         from itemkit.engine_ray import RayOptions
 
-        per_worker = {"gpus_per_worker": args.gpus_per_worker, "cpus_per_worker": args.cpus_per_worker}
-        ray = RayOptions(address=args.address, workers=args.workers, **per_worker)
+        ray = RayOptions(args.address, args.workers, args.cpus_per_worker, args.gpus_per_worker)
+    same = ("device", "engine", "captions", "missing", "batch_size", "limit", "retry_errors")
     report = extract(
         manifest,
         args.out,
         preset,
-        device=args.device,
-        engine=args.engine,
         ray=ray,
-        captions=args.captions,
-        missing=args.missing,
-        batch_size=args.batch_size,
-        limit=args.limit,
         transform=get_perturbation(args.perturb) if args.perturb else None,
         decode=DecodeConfig(threads=args.threads, least_side=args.scaled_jpeg),
-        retry_errors=args.retry_errors,
+        **{name: getattr(args, name) for name in same},
     )
     return int(bool(report.errors or report.left))
 
 
 def train(args: argparse.Namespace) -> int:
-    """Train a detector on stored features."""
+    """Train a detector on the train split of a feature store, calibrate it on val."""
     from itemkit.workflow import train_detector
 
     features = _features(args.features)
@@ -403,7 +347,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Print a detector's metrics, and whether its promises are kept."""
+    """Metrics with intervals on the test split, for each generator; and what was promised."""
     from itemkit import schema
     from itemkit.calibrate import promise_sentences
     from itemkit.detector import Detector
@@ -413,35 +357,30 @@ def evaluate(args: argparse.Namespace) -> int:
     detector = Detector.load(args.detector, args.device)
     test, which = _to_evaluate(features, args.features, detector, args.split)
     table, made = detector.evaluate(test, args.fpr), features.provenance
-    _print(f"{count(len(test), 'image')}: {which}")
-    _print(f"made with itemkit {made['itemkit']}, preset {made['preset']}, models {made['models']}")
-    _print(f"95 % intervals over images; threshold at {100 * args.fpr:g} % false positives", "")
-    _print(*_compact(table).split("\n"))
     notes = table.loc[table["metric"].isin(METRICS), "note"].unique()
-    _print(*(f"  - {note}" for note in notes if note))
+    _print(
+        f"{count(len(test), 'image')}: {which}",
+        f"made with itemkit {made['itemkit']}, preset {made['preset']}, models {made['models']}",
+        f"95 % intervals over images; threshold at {100 * args.fpr:g} % false positives",
+        "",
+        *_compact(table).split("\n"),
+        *(f"  - {note}" for note in notes if note),
+        "",
+        f"Verdicts at --fpr {args.fpr:g} and --fnr {args.fnr:g}:",
+    )
     verdicts = detector.verdict(test, args.fpr, args.fnr)["verdict"]
-    _print("", f"Verdicts at --fpr {args.fpr:g} and --fnr {args.fnr:g}:")
     for label, answers in verdicts.groupby(test.labels):
         shares = ", ".join(f"{n:,} {answer}" for answer, n in answers.value_counts().items())
         _print(f"  {count(len(answers), f'{schema.LABEL_NAMES[label]} image')}: {shares}")
-    _print("", "What was promised, and what happened:")
     try:
         lines = promise_sentences(detector.promises(test))
     except InputError as reason:  # the detector knows all of these images; their metrics stand all the same
         lines = [f"not checked: {reason}"]
-    _print(*(f"  {line}" for line in lines))
+    _print("", "What was promised, and what happened:", *(f"  {line}" for line in lines))
     if args.csv:
         about = {"about" if key == "note" else key: value for key, value in made.items()}
         write_csv(table.assign(**about), args.csv)
     return 0
-
-
-def _print(*lines: str) -> None:
-    """Print lines of a result; what data wrote into them cannot act on the terminal, nor begin a new one."""
-    from itemkit.text import printable
-
-    for line in lines:
-        print(printable(line), flush=True)
 
 
 def _features(store: Path) -> Features:
@@ -485,7 +424,7 @@ def _compact(table: pd.DataFrame) -> str:
 
 
 def export(args: argparse.Namespace) -> int:
-    """Write a store's embeddings in another layout."""
+    """Embeddings of a feature store in the files of other tools."""
     from itemkit import schema
     from itemkit.export import export_clip_retrieval, export_numpy
     from itemkit.store import load_features
@@ -502,7 +441,7 @@ def export(args: argparse.Namespace) -> int:
 
 
 def study(args: argparse.Namespace) -> int:
-    """Run a protocol, or the comparison of one's own generators, and print its table."""
+    """Misalignment beside every control, raw and equalised: a protocol, or your images."""
     from itemkit.protocols import get_protocol
     from itemkit.study import run_study
 
@@ -521,7 +460,7 @@ def study(args: argparse.Namespace) -> int:
 
 
 def detect(args: argparse.Namespace) -> int:
-    """Judge single images."""
+    """Answer for single images: p(fake), verdict, caption, and evidence per object."""
     from itemkit.workflow import detect
 
     if args.caption is not None and (len(args.images) > 1 or os.path.isdir(args.images[0])):
@@ -563,13 +502,13 @@ def _answer(answer: dict[str, Any]) -> Iterable[str]:
 
 
 def download(args: argparse.Namespace) -> int:
-    """Fetch a preset's models."""
-    from itemkit.download import MODELS_FILE, download
+    """Fetch the models of a preset once, where a model hub can be reached."""
+    from itemkit.download import download
 
     # ITEMKIT_MODELS may be set already, for the runs to come, and name the very folder that is to be filled
     download(_preset(args, use_variable=False), args.to, report=_print)
     if args.to:
-        _print(f"what was fetched is noted in {args.to / MODELS_FILE}; use it with --models {args.to}")
+        _print(f"use it with --models {args.to}")
     return 0
 
 

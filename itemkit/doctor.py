@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import math
 import os
 import platform
 import shutil
@@ -142,21 +143,19 @@ def check_packages() -> Iterator[Check]:
 def check_package(requirement: Requirement, tested: str | None, optional: bool) -> Check:
     """Look for one package, and import it where a broken installation is known to happen."""
     name = requirement.name
-    extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
-    install = f"pip install '{name}{extras}{f'=={tested}' if tested else requirement.specifier}'"
+    install = f"pip install '{f'{name}=={tested}' if tested else f'{name}{requirement.specifier}'}'"
     try:
         installed = metadata.version(name)
+        if not requirement.specifier.contains(installed, prereleases=True):
+            return Check(name, FAIL, f"{installed}, needed is {requirement.specifier}", install)
+        if name in _IMPORTED:
+            importlib.import_module(_IMPORTED[name])
     except metadata.PackageNotFoundError:
         if optional:
             return Check(name, OK, f"not installed; optional, comes with `{install}`")
         return Check(name, FAIL, "not installed", install)
-    if not requirement.specifier.contains(installed, prereleases=True):
-        return Check(name, FAIL, f"{installed}, needed is {requirement.specifier}", install)
-    if name in _IMPORTED:
-        try:
-            importlib.import_module(_IMPORTED[name])
-        except Exception as error:  # whatever a broken installation raises is the finding
-            return Check(name, FAIL, f"{installed} cannot be imported: {one_line(error)}", install)
+    except Exception as error:  # whatever a broken installation raises is the finding
+        return Check(name, FAIL, f"{installed} cannot be imported: {one_line(error)}", install)
     note = f"; {_torchvision.state()}" if name == "torchvision" else ""
     # '2.13.0+cpu' and '2.13.0' are the same release
     if tested and Version(installed).public != Version(tested).public:
@@ -175,10 +174,9 @@ def check_devices(device: str = "auto") -> Iterator[Check]:
         name, version = torch.cuda.get_device_name(index), torch.version.cuda
         yield Check(f"gpu cuda:{index}", OK, f"{name}, {memory}, CUDA {version}")
     if not torch.cuda.device_count() and shutil.which("nvidia-smi"):
-        built = f"a driver is here, but torch {torch.__version__} is built without CUDA"
-        blind = "a driver is here, but torch sees no device"
+        why = "sees no device" if torch.version.cuda else "is built without CUDA"
         todo = "check nvidia-smi and CUDA_VISIBLE_DEVICES, or install a CUDA build of the same torch version"
-        yield Check("gpu", WARN, built if torch.version.cuda is None else blind, todo)
+        yield Check("gpu", WARN, f"a driver is here, but torch {torch.__version__} {why}", todo)
     try:
         chosen = choose_device(device)
         torch.ones(8, 8, device=chosen).matmul(torch.ones(8, 8, device=chosen)).sum().item()
@@ -206,10 +204,13 @@ def check_threads() -> Check:
 
 def check_caches() -> Check:
     """Look for a place where numba, which UMAP uses, may keep what it compiles."""
-    spec, home = find_spec("umap"), Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    chosen = os.environ.get("NUMBA_CACHE_DIR")
-    places = [Path(chosen)] if chosen else [Path(spec.origin).parent] if spec and spec.origin else []
-    for place in (*places, *(() if chosen else (home,))):
+    if chosen := os.environ.get("NUMBA_CACHE_DIR"):
+        places = [Path(chosen)]
+    else:
+        places = [Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")]
+        if (spec := find_spec("umap")) and spec.origin:
+            places.insert(0, Path(spec.origin).parent)
+    for place in places:
         there = next((folder for folder in (place, *place.parents) if folder.exists()), place)
         if os.access(there, os.W_OK):
             return Check("caches", OK, f"compiled code is kept in {tidy(place)}")
@@ -233,48 +234,42 @@ def check_disk(folder: Path) -> Check:
 def check_models(preset: Preset) -> Iterator[Check]:
     """Find every model of a preset, check and hash its files, without loading it."""
     try:
-        places = preset.find()
-    except ItemkitError as error:
-        yield Check("models", FAIL, str(error), "correct the name")
-        return
-    made_of = {}
-    if not any(isinstance(place, ModelNotFound) for place in places.values()):
-        try:
+        places, made_of = preset.find(), {}
+        if not any(isinstance(place, ModelNotFound) for place in places.values()):
             made_of = preset.fingerprint()
-        except ItemkitError as error:  # a part of one's own that does not say which answers it gives
-            yield Check("models", FAIL, str(error), "see above")
+    except ItemkitError as error:  # an unknown name, or a part of one's own that lacks a version
+        yield Check("models", FAIL, str(error), "see above")
+        return
     for part in PARTS:
         model, place = getattr(preset, part), places.get(part)
         if isinstance(place, ModelNotFound):
             found = ModelNotFound(place.what, reason=place.reason, looked=place.looked)
             yield Check(part, FAIL, str(found), _remedy(preset, place))
         elif place is not None:
-            digest = made_of.get(part, {})  # as in the run.json of a store
-            digest = digest.get("weights_sha256") or digest.get("files_sha256") or ""
+            # as in the run.json of a store
+            digest = made_of.get(part, {}).get("weights_sha256") or made_of.get(part, {}).get("files_sha256")
             yield Check(part, OK, tidy(place.path) + (f", sha256 {digest[:12]}" if digest else ""))
-        elif model is None:
-            yield Check(part, OK, "left out")
+        elif part == "localiser" and isinstance(model, str) and model in LOCALISERS:
+            yield Check(part, OK, f"'{model}', works with the encoder")
         else:
             own = f"your own, {model}" if isinstance(model, str) else "given as an object"
-            builtin = part == "localiser" and model in LOCALISERS
-            yield Check(part, OK, f"'{model}', works with the encoder" if builtin else own)
+            yield Check(part, OK, "left out" if model is None else own)
 
 
 def _remedy(preset: Preset, error: ModelNotFound) -> str:
-    """What a loader advises, with the preset's name, which it does not know."""
-    if not error.remedy.startswith(fetch_remedy()):
+    if error.reason:  # it is there, and its loader knows what is wrong with it
         return error.remedy
-    if preset.name == "mini" and tidy(mini_folder()) in error.looked:
-        return MINI_REMEDY
-    return fetch_remedy(preset.name) + error.remedy.removeprefix(fetch_remedy())
+    on_no_hub = preset.name == "mini" and tidy(mini_folder()) in error.looked
+    return MINI_REMEDY if on_no_hub else fetch_remedy(preset.name)
 
 
-Box = tuple[float, float, float, float]
+# -------------------------------------------------------------------------------------------- the deep test
 
 # Share of the cases that must be right; our choice. A random encoder finds the right one of n captions in one
 # of n cases. 0.9 leaves room for one odd image; a captioner may name a subject by a word that nobody listed.
 # No localiser was ever measured on these photographs, so a weak one is told, not condemned.
 NEEDED = {"encoder": 0.9, "captioner": 0.7, "localiser": 0.5}
+PHOTOS_FILE = Path(__file__).with_name("photos.csv")  # boxes as fractions of the sides, marked by eye
 
 
 @dataclass(frozen=True)
@@ -283,36 +278,14 @@ class Case:
 
     image: Image.Image
     caption: str  # fits it and none of the other cases
-    words: tuple[str, ...] = ()  # a generated caption should hold one of these
-    parts: tuple[tuple[str, Box], ...] = ()  # objects to point at; boxes in pixels, x0, y0, x1, y1
-
-
-# file, caption, words, an object with its box as fractions of width and height (marked by eye)
-_PHOTOS: tuple[tuple[str, str, str, str, Box | None], ...] = (
-    ("astronaut.png", "a smiling astronaut in an orange space suit in front of an American flag",
-     "astronaut woman suit", "a space shuttle", (0.69, 0.0, 0.90, 0.54)),
-    ("chelsea.png", "the face of a ginger cat", "cat kitten", "the nose of a cat", (0.48, 0.74, 0.66, 0.90)),
-    ("coffee.png", "a cup of coffee on a wooden table", "coffee cup espresso tea",
-     "a metal spoon", (0.53, 0.58, 0.69, 0.82)),
-    ("rocket.jpg", "a rocket on its launch pad at night", "rocket missile launch space",
-     "a rocket", (0.46, 0.28, 0.56, 1.0)),
-    ("camera.png", "a black and white photo of a man looking through a camera on a tripod",
-     "man camera photographer tripod", "a camera on a tripod", (0.43, 0.25, 0.78, 1.0)),
-    ("coins.png", "rows of old coins", "coin coins money", "", None),
-    ("motorcycle_left.png", "a red motorcycle parked in a garage", "motorcycle motorbike bike",
-     "the front wheel of a motorcycle", (0.69, 0.56, 0.94, 0.93)),
-    ("hubble_deep_field.jpg", "distant galaxies and stars in the dark sky", "galaxies galaxy stars space",
-     "", None),
-    ("page.png", "a page of printed text", "text page paper book document words", "", None),
-    ("china.jpg", "a Chinese pagoda among trees beside a lake", "pagoda temple tower building palace",
-     "a pagoda", (0.10, 0.07, 0.58, 0.88)),
-    ("flower.jpg", "a close-up of an orange dahlia", "flower dahlia petals",
-     "an orange flower", (0.26, 0.19, 0.70, 0.84)),
-)  # fmt: skip
+    words: tuple[str, ...]  # a generated caption should hold one of these
+    phrase: str = ""  # an object to point at
+    box: tuple[float, ...] | None = None  # where it is; pixels, x0, y0, x1, y1
 
 
 def photo_cases() -> list[Case]:
     """Photographs that come with scikit-image and scikit-learn, with captions and a few boxes."""
+    import pandas as pd
     import skimage
     import sklearn
 
@@ -320,13 +293,11 @@ def photo_cases() -> list[Case]:
 
     folders = Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets" / "images"
     cases = []
-    for file, caption, words, phrase, box in _PHOTOS:
-        image = load_image(next(folder / file for folder in folders if (folder / file).is_file()))
-        parts: tuple[tuple[str, Box], ...] = ()
-        if box is not None:
-            (x0, y0, x1, y1), (width, height) = box, image.size
-            parts = ((phrase, (x0 * width, y0 * height, x1 * width, y1 * height)),)
-        cases.append(Case(image, caption, tuple(words.split()), parts))
+    for row in pd.read_csv(PHOTOS_FILE).itertuples(index=False):
+        image = load_image(next(folder / row.file for folder in folders if (folder / row.file).is_file()))
+        box = (row.x0 * image.width, row.y0 * image.height, row.x1 * image.width, row.y1 * image.height)
+        part = () if math.isnan(row.x0) else (row.phrase, box)
+        cases.append(Case(image, row.caption, tuple(row.words.split()), *part))
     return cases
 
 
@@ -337,17 +308,12 @@ def mini_cases() -> list[Case]:
 
     file = mini_folder() / "cases.parquet"
     if not file.is_file():
-        raise ModelNotFound("the questions for the mini models", looked=tidy(file))
-    rows = pd.read_parquet(file).itertuples(index=False)
-    return [
-        Case(
-            Image.open(io.BytesIO(row.image)).convert("RGB"),
-            row.caption,
-            (row.phrase.split()[-1],),
-            ((row.phrase, (row.x0, row.y0, row.x1, row.y1)),),
-        )
-        for row in rows
-    ]
+        raise ModelNotFound("the questions for the mini models", looked=tidy(file), remedy=MINI_REMEDY)
+    cases = []
+    for row in pd.read_parquet(file).itertuples(index=False):
+        image, subject = Image.open(io.BytesIO(row.image)).convert("RGB"), row.phrase.split()[-1]
+        cases.append(Case(image, row.caption, (subject,), row.phrase, (row.x0, row.y0, row.x1, row.y1)))
+    return cases
 
 
 def ask_models(preset: Preset, device: str = "auto") -> Iterator[Check]:
@@ -390,22 +356,21 @@ def ask_localiser(localiser: Any, encoder: Any, cases: Sequence[Case]) -> Check:
     """Ask whether the centre of each located box lies on the object."""
     import torch
 
-    cases = [case for case in cases if case.parts]
-    parts = [part for case in cases for part in case.parts]
-    phrases = [phrase for phrase, _ in parts]
+    cases = [case for case in cases if case.box is not None]
+    phrases = [case.phrase for case in cases]
     regions = localiser.locate(
         [case.image for case in cases],
         _embed(encoder, cases, patches=localiser.needs_patches),
         encoder.encode_texts(phrases),
-        torch.tensor([row for row, case in enumerate(cases) for _ in case.parts]),
+        torch.arange(len(cases)),
         phrases=phrases,
     )
     misses = []
-    for (phrase, (x0, y0, x1, y1)), found in zip(parts, regions.boxes.tolist(), strict=True):
-        x, y = (found[0] + found[2]) / 2, (found[1] + found[3]) / 2
+    for case, (left, top, right, bottom) in zip(cases, regions.boxes.tolist(), strict=True):
+        (x0, y0, x1, y1), x, y = case.box, (left + right) / 2, (top + bottom) / 2
         if not (x0 <= x <= x1 and y0 <= y <= y1):
-            misses.append(f"'{phrase}' is placed at ({x:.0f}, {y:.0f})")
-    return _judge("localiser", "the box points at the object", len(parts), misses)
+            misses.append(f"'{case.phrase}' is placed at ({x:.0f}, {y:.0f})")
+    return _judge("localiser", "the box points at the object", len(cases), misses)
 
 
 def _embed(encoder: Any, cases: Sequence[Case], patches: bool = False) -> Any:
@@ -423,8 +388,6 @@ def _judge(part: str, question: str, total: int, misses: Sequence[str]) -> Check
         detail += f" ({'; '.join(misses[:3])}{more})"
     if total and right >= NEEDED[part] * total:
         return Check(f"deep {part}", OK, detail)
-    todo = (
-        "compare weights, preprocessing and tokenizer with where the model comes from; do not extract with it"
-    )
+    todo = "compare weights, preprocessing and tokenizer with the model's source; do not extract with it"
     status = WARN if part == "localiser" else FAIL
     return Check(f"deep {part}", status, f"{detail}, needed {NEEDED[part]:.0%}", todo)

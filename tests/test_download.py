@@ -6,7 +6,6 @@ import itemkit  # noqa: F401  (first: it repairs the torchvision import)
 
 # isort: split
 
-import hashlib
 import json
 import shutil
 import socket
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import open_clip
 import pytest
 import spacy
@@ -104,8 +104,8 @@ class Hub:
 def hub(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """The hub, an empty cache, an open_clip model whose weights lie there, and spaCy's own steps recorded."""
     hub = Hub(shelf, tmp_path / "cache")
-    monkeypatch.setattr(download, "_snapshot", hub)
-    monkeypatch.setattr(download, "_require_answer", lambda what, preset, address: None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    monkeypatch.setattr(download, "_require_answer", lambda wanted, address: None)
     monkeypatch.setattr(download, "_note_absent", hub.note_absent)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub.cache))
     body = json.loads((shelf / "tiny" / "clip" / "open_clip_config.json").read_text())
@@ -113,15 +113,14 @@ def hub(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, TINY, body["model_cfg"])
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, TINY, {"made_up": TINY_TAG})
 
-    def install(what: str, preset: str, model: str, target: Path | None) -> None:
+    def install(wanted: Any, scratch: Path) -> None:
         """What pip leaves behind: a package with code, around the pipeline's data."""
-        assert target is not None
-        hub.fetched.append(model)
-        inner = target / model / f"{model}-3.8.0"
+        hub.fetched.append(wanted.model)
+        inner = scratch / wanted.model / f"{wanted.model}-3.8.0"
         inner.parent.mkdir(parents=True)
         (inner.parent / "__init__.py").write_text("")
         nlp = spacy.blank("en")
-        nlp.meta["name"], nlp.meta["version"] = "made_up", "3.8.0"
+        nlp.meta["name"], nlp.meta["version"] = "made_up_sm", "3.8.0"
         nlp.to_disk(inner)
 
     monkeypatch.setattr(download, "_install_parser", install)
@@ -154,23 +153,15 @@ def test_a_folder_holds_everything_and_works_without_a_network(
     hub: Hub, tiny: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     to, lines = tmp_path / "models", []
-    notes = download.download(tiny, to, report=lines.append)
-    assert {p.name for p in to.iterdir()} == {*download.FOLDERS.values(), "models.json"}
-    assert json.loads((to / "models.json").read_text()) == notes
-    assert [line.split()[0] for line in lines[::2]] == ["captioner", "parser", "localiser", "encoder"]
-    # no code, no card, no weights but safetensors, no notes of the hub
+    revisions = download.download(tiny, to, report=lines.append)
+    assert {p.name for p in to.iterdir()} == set(download.FOLDERS.values())
+    assert revisions == {"captioner": COMMIT, "parser": "3.8.0", "localiser": COMMIT, "encoder": COMMIT}
+    assert [line.split()[0] for line in lines[::2]] == list(revisions)
+    # no code, no card, no weights but safetensors
     names = [p.relative_to(to).as_posix() for p in to.rglob("*") if p.is_file()]
-    assert not [n for n in names if n.endswith((".py", ".md", ".h5")) or ".cache" in n or "onnx" in n]
+    assert not [n for n in names if n.endswith((".py", ".md", ".h5")) or "onnx" in n]
     assert [n for n in names if n.endswith(".bin")] == ["parser/vocab/lookups.bin"]  # spaCy's own, no pickle
     assert {"captioner/model.safetensors", "encoder/open_clip_model.safetensors"} <= set(names)
-    for entry in notes["models"].values():
-        assert entry["files"]
-        for name, digest in entry["files"].items():
-            assert hashlib.sha256((to / entry["folder"] / name).read_bytes()).hexdigest() == digest
-    captioner, encoder = notes["models"]["captioner"], notes["models"]["encoder"]
-    assert (captioner["model"], captioner["revision"]) == ("tiny/blip", COMMIT)
-    assert (encoder["model"], encoder["pretrained"], encoder["repository"]) == (TINY, "made_up", "tiny/clip")
-    assert notes["models"]["parser"]["revision"] == "3.8.0"
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     found = get_preset("tiny", to).find()
@@ -191,37 +182,45 @@ def test_a_folder_holds_everything_and_works_without_a_network(
     assert torch.equal(by_name.encode_images(pixels).pooled, by_folder.encode_images(pixels).pooled)
 
 
-def test_a_second_run_fetches_nothing_and_mends_what_is_damaged(
-    hub: Hub, tiny: Preset, tmp_path: Path
-) -> None:
-    to, lines = tmp_path / "models", []
+def test_a_second_run_fetches_only_what_is_damaged(hub: Hub, tiny: Preset, tmp_path: Path) -> None:
+    to = tmp_path / "models"
     first = download.download(tiny, to)
     hub.fetched.clear()
-    assert download.download(tiny, to, report=lines.append) == first
-    assert hub.fetched == [] and len(lines) == 4 and all(line.endswith("there already") for line in lines)
     weights = to / "captioner" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert download.download(tiny, to)["models"] == first["models"]
-    assert hub.fetched == ["tiny/blip/model.safetensors"]
+    assert download.download(tiny, to) == first
+    # and the encoder's settings, over which its tag's own are written
+    assert hub.fetched == ["tiny/blip/model.safetensors", "tiny/clip/open_clip_config.json"]
 
 
 def test_an_interrupted_run_goes_on(hub: Hub, tiny: Preset, tmp_path: Path) -> None:
-    to = tmp_path / "models"
     hub.fails_at = 3
     with pytest.raises(KeyboardInterrupt):
-        download.download(tiny, to)
-    assert not (to / "models.json").exists() and len(hub.fetched) == 3
+        download.download(tiny, tmp_path / "models")
+    assert len(hub.fetched) == 3
     hub.fails_at = -1
-    download.download(tiny, to)
-    assert len(hub.fetched) == len(set(hub.fetched)) and (to / "models.json").exists()
+    download.download(tiny, tmp_path / "models")
+    assert len(hub.fetched) == len(set(hub.fetched)) > 3
+
+
+def test_weights_of_the_model_before_do_not_stay(hub: Hub, tiny: Preset, tmp_path: Path) -> None:
+    only = {"encoder": tmp_path, "parser": None, "localiser": "whole"}
+    download.download(get_preset("tiny", **only), tmp_path / "models")
+    other = hub.root / "tiny" / "old"
+    shutil.copytree(hub.root / "tiny" / "blip", other)
+    (other / "model.safetensors").unlink()
+    torch.save({"a": torch.zeros(1)}, other / "pytorch_model.bin")
+    download.download(get_preset("tiny", captioner="tiny/old", **only), tmp_path / "models")
+    shutil.rmtree(other)
+    names = {p.name for p in (tmp_path / "models" / "captioner").iterdir()}
+    assert "pytorch_model.bin" in names and "model.safetensors" not in names
 
 
 def test_without_a_folder_the_cache_is_filled_and_the_loaders_find_it(hub: Hub, tiny: Preset) -> None:
     preset = get_preset("tiny", parser=None)
     with pytest.raises(ModelNotFound, match="'tiny/blip'"):
         preset.build("cpu")
-    notes = download.download(preset)
-    assert set(notes["models"]) == {"captioner", "localiser", "encoder"}
+    assert set(download.download(preset)) == {"captioner", "localiser", "encoder"}
     assert not list(hub.cache.rglob("*.py")) and not list(hub.cache.rglob("*.bin"))
     found = preset.find()
     assert found["captioner"].revision == found["encoder"].revision == COMMIT
@@ -243,7 +242,7 @@ def test_pickled_weights_are_taken_only_where_there_is_nothing_else(
     if part == "captioner":
         others["encoder"] = shelf / "tiny" / "clip"  # an encoder given as a folder is left out
     preset = get_preset("tiny", **({"localiser": "whole"} | others))
-    assert list(download.download(preset, tmp_path / "models")["models"]) == [part]
+    assert list(download.download(preset, tmp_path / "models")) == [part]
     options = {"captioner": None, "parser": None, "localiser": "whole"}
     if part == "captioner":
         options |= {"captioner": tmp_path / "models" / part, "encoder": shelf / "tiny" / "clip"}
@@ -272,9 +271,9 @@ def test_the_command_fills_a_folder_that_is_already_named_for_the_runs_to_come(
     for _ in range(2):  # not there yet, and there
         assert cli.main(["download", "--preset", "tiny", "--to", str(to), "--localiser", "whole"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "captioner 'tiny/blip': fetching ..."
-    assert lines[1].startswith(f"captioner 'tiny/blip': revision {COMMIT[:12]}, ")
-    assert lines[-1] == f"what was fetched is noted in {to / 'models.json'}; use it with --models {to}"
+    assert lines[0] == "captioner 'tiny/blip': fetching what is missing ..."
+    assert lines[1] == f"captioner 'tiny/blip': revision {COMMIT[:12]} is there"
+    assert lines[-1] == f"use it with --models {to}"
     assert not (to / "detector").exists()
 
 
@@ -309,19 +308,14 @@ def test_a_pointer_of_git_lfs_is_no_model(hub: Hub, shelf: Path, tiny: Preset, t
         download.download(get_preset("tiny", parser=None), tmp_path / "models")
 
 
-def test_a_folder_of_somebody_else_is_left_alone(hub: Hub, tiny: Preset, tmp_path: Path) -> None:
-    mine = tmp_path / "models" / "captioner"
+@pytest.mark.parametrize("part", ["captioner", "parser"])
+def test_a_folder_of_somebody_else_is_left_alone(part: str, hub: Hub, tiny: Preset, tmp_path: Path) -> None:
+    mine = tmp_path / "models" / part
     mine.mkdir(parents=True)
-    (mine / "precious").write_text("x")
-    with pytest.raises(
-        InputError, match="captioner was not made by `itemkit download`; choose another folder"
-    ):
+    (mine / "meta.json").write_text("[]")
+    with pytest.raises(InputError, match=f"{part} was not made by this `itemkit download`; choose another"):
         download.download(tiny, tmp_path / "models")
-    assert [p.name for p in mine.iterdir()] == ["precious"]
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "models.json").write_text("[]")
-    with pytest.raises(InputError, match="models.json is not what `itemkit download` writes"):
-        download.download(tiny, tmp_path / "other")
+    assert [p.name for p in mine.iterdir()] == ["meta.json"] and hub.fetched == []
 
 
 def test_the_mini_models_are_not_on_a_hub() -> None:
@@ -377,12 +371,13 @@ def test_offline_mode_of_the_hub_is_named(monkeypatch: pytest.MonkeyPatch, tmp_p
         download.download(get_preset("fast"), tmp_path / "models")
 
 
-def test_a_failed_install_repeats_what_spacy_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_install_repeats_what_spacy_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wanted = download._Wanted("fast", "parser", "x", None, None)
     monkeypatch.setattr(download, "_require_answer", lambda *given: None)
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(ModelNotFound, match="`python -m spacy download x` failed: silently"):
-        download._install_parser("parser 'x'", "fast", "x", None)
+        download._install_parser(wanted, tmp_path)
     slow = subprocess.TimeoutExpired("x", 900.0)
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(slow))
     with pytest.raises(ModelNotFound, match="no end of the download in 900 s"):
-        download._install_parser("parser 'x'", "fast", "x", None)
+        download._install_parser(wanted, tmp_path)
