@@ -55,10 +55,6 @@ def test_label_words(csv, real, fake):
     assert read_manifest(csv(f"path,label\na0.png,{real}\na1.png,{fake}\n"))["label"].tolist() == [0, 1]
 
 
-def test_is_fake_column(csv):
-    assert read_manifest(csv("path,is_fake\na0.png,False\na1.png,True\n"))["label"].tolist() == [0, 1]
-
-
 @pytest.mark.parametrize(
     ("column", "real", "fake"),
     [
@@ -84,11 +80,8 @@ def test_numbers_that_do_not_say_which_is_fake_are_not_used_but_named(csv, colum
     df = read_manifest(csv(f"path,{column}\na0.png,0\na1.png,1\n"))
     assert df["label"].isna().all()
     text = "\n".join(describe_manifest(df))
-    assert (
-        f"column '{column}' is not used as label: it holds 0 and 1" in text
-        and "rename it to 'is_fake'" in text
-    )
-    assert "no image has a label" in text
+    assert f"column '{column}' is not used as label: it holds 0 and 1" in text
+    assert "rename it to 'is_fake'" in text and "no image has a label" in text
 
 
 def test_labels_of_another_kind_give_way_and_unused_columns_are_named(csv):
@@ -113,23 +106,16 @@ def test_labels_of_another_kind_give_way_and_unused_columns_are_named(csv):
 def test_labels_that_another_column_contradicts_are_refused(csv, column, real, fake):
     rows = f"path,label,{column}\na0.png,{{}},{real}\na1.png,{{}},{fake}\na2.png,{{}},{fake}\n"
     assert read_manifest(csv(rows.format(0, 1, 1)))["label"].tolist() == [0, 1, 1]
-    with pytest.raises(InputError) as error:
+    says = rf"column 'label' and column '{column}' contradict .*other way round .*'is_real' if 1 means real"
+    with pytest.raises(InputError, match=says):
         read_manifest(csv(rows.format(1, 0, 0)))
-    text = str(error.value)
-    assert (
-        f"column 'label' and column '{column}' contradict each other" in text
-        and "'is_real' if 1 means real" in text
-    )
-    assert "Are the labels the other way round (here 0 is real and 1 is fake)?" in text
 
 
 def test_labels_that_the_folders_contradict_are_refused(csv, tmp_path):
     for name in ("REAL/x.png", "FAKE/y.png"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
-    with pytest.raises(
-        InputError, match="column 'label' and the folders of the images contradict each other"
-    ):
+    with pytest.raises(InputError, match="'label' and the folders of the images contradict each other"):
         read_manifest(csv("path,label\nREAL/x.png,1\nFAKE/y.png,0\n"))
     assert read_manifest(csv("path,label\nREAL/x.png,0\nFAKE/y.png,1\n"))["label"].tolist() == [0, 1]
 
@@ -161,17 +147,16 @@ def test_a_table_without_a_header_line(csv):
     df = read_manifest(csv("a0.png,real,7\na1.png,fake,8\n"))
     assert len(df) == 2 and df["label"].tolist() == [0, 1]
     assert "has no header line: its column 1 is read as the path" in "\n".join(describe_manifest(df))
-    assert read_manifest(csv("0,a0.png\n1,a1.png\n"))["label"].isna().all(), (
-        "0 and 1 do not say which is fake"
-    )
+    assert read_manifest(csv("0,a0.png\n1,a1.png\n"))["label"].isna().all()  # which is fake?
 
 
 def test_json_lines(csv):
     text = '{"file_name": "a0.png", "label": 0, "text": "x"}\n\n{"file_name": "a1.png", "label": 1}\n'
     df = read_manifest(csv(text, "t.jsonl"))
     assert df["label"].tolist() == [0, 1] and df["caption"].tolist() == ["x", None]
-    with pytest.raises(InputError, match=r"t\.jsonl: line 2 is not JSON"):
-        read_manifest(csv('{"path": "a0.png"}\n{"path', "t.jsonl"))
+    for line in ('{"path', "[1]"):
+        with pytest.raises(InputError, match=r"t\.jsonl: line 2 is not JSON .*expected an object per line"):
+            read_manifest(csv('{"path": "a0.png"}\n' + line, "t.jsonl"))
 
 
 def test_what_will_become_of_the_splits_is_said(csv):
@@ -237,9 +222,8 @@ def test_origin_of_a_photograph_is_not_its_generator(csv):
 
 
 def test_splits_are_named_alike(csv):
-    df = read_manifest(
-        csv("path,split\na0.png,Training\na1.png,validation\na2.png,test\na3.png,\na4.png,Fold7\n")
-    )
+    splits = ("Training", "validation", "test", "", "Fold7")
+    df = read_manifest(csv("path,split\n" + "".join(f"a{i}.png,{s}\n" for i, s in enumerate(splits))))
     assert df["split"].tolist() == ["train", "val", "test", None, "fold7"]
 
 
@@ -291,9 +275,7 @@ def test_single_missing_files_are_no_error_here(csv):
 def test_no_labels_is_fine_until_they_are_needed(csv):
     df = read_manifest(csv("path\na0.png\na1.png\n"))
     assert df["label"].isna().all()
-    with pytest.raises(
-        InputError, match="Training needs real and fake.* 0 real, 0 fake and 2 without a label"
-    ):
+    with pytest.raises(InputError, match="Training needs real and fake.* 0 real, 0 fake and 2 without"):
         require_two_classes(df, "Training")
     require_two_classes(read_manifest(csv("path,label\na0.png,0\na1.png,1\n")))
 
