@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from itemkit.errors import InputError
-from itemkit.models import Located, find_folder, load_processor, load_transformer, quiet
+from itemkit.models import find_folder, load_processor, load_transformer, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -157,8 +157,7 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if (
-            self.num_beams < 1
-            or self.max_new_tokens < 1
+            min(self.num_beams, self.max_new_tokens) < 1
             or not 0 <= self.min_new_tokens <= self.max_new_tokens
         ):
             raise InputError(f"decoding options do not fit together: {asdict(self)}")
@@ -175,14 +174,13 @@ class Captioner:
         processor: Any | None = None,
         *,
         decoding: Decoding = Decoding(),
-        batch_size: int | None = None,
         record: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.processor = model, processor
         self.image_processor, self.tokenizer = image_processor, tokenizer
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.batch_size = batch_size or (CPU_BATCH if self.device.type == "cpu" else GPU_BATCH)
+        self.batch_size = CPU_BATCH if self.device.type == "cpu" else GPU_BATCH
         room = _room(model)
         if room is not None and decoding.max_new_tokens > room:
             least = min(decoding.min_new_tokens, room)
@@ -272,8 +270,6 @@ def load_captioner(
     model: str | Path,
     device: str | torch.device = "auto",
     precision: str = "auto",
-    *,
-    batch_size: int | None = None,
     **decoding: Any,
 ) -> Captioner:
     """Load a captioning model from this machine.
@@ -285,8 +281,6 @@ def load_captioner(
         model with a processor and `generate`.
     device, precision
         See `itemkit.devices`.
-    batch_size : int, optional
-        Images at a time; default 32 on a CPU and 128 on a GPU. Does not change the captions in float32.
     **decoding
         Fields of `Decoding`: num_beams, min_new_tokens, max_new_tokens, prompt.
 
@@ -314,16 +308,8 @@ def load_captioner(
         tokenizer,
         processor,
         decoding=options,
-        batch_size=batch_size,
-        record=captioner_fingerprint(located, precision, options),
+        record=located.fingerprint(precision=precision, decoding=asdict(options)),
     )
-
-
-def captioner_fingerprint(located: Located, precision: str, decoding: Decoding) -> dict[str, Any]:
-    """What `Captioner.fingerprint` will say once the model is loaded from there."""
-    return {
-        "kind": "transformers", **located.record(), "precision": precision, "decoding": asdict(decoding),
-    }  # fmt: skip
 
 
 def _mean_until_end(tokens: Tensor, logprobs: Tensor, end_ids: Sequence[int]) -> Tensor:

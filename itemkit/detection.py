@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +21,7 @@ from itemkit.models import (
     find_folder,
     load_processor,
     load_transformer,
-    localiser_fingerprint,
+    localiser_settings,
     quiet,
 )
 from itemkit.regions import BoxLocaliser
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
 
 class ObjectDetector(BoxLocaliser):
     """An object detector that scores boxes for phrases; the base of both."""
-
-    kind = ""
 
     def __init__(
         self, encoder: Encoder, model: Any, processor: Any, threshold: float, record: dict[str, Any]
@@ -72,8 +69,6 @@ class ObjectDetector(BoxLocaliser):
 class Owlv2(ObjectDetector):
     """Owlv2: each phrase is a query of its own."""
 
-    kind = "owlv2"
-
     def detect(self, image: Image, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
         """See `ObjectDetector.detect`."""
         with quiet():
@@ -96,14 +91,13 @@ class Owlv2(ObjectDetector):
 class GroundingDino(ObjectDetector):
     """Grounding DINO: one prompt for all phrases, "cat. red ball."; the best token speaks for its phrase."""
 
-    kind = "grounding_dino"
-
     def detect(self, image: Image, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
         """See `ObjectDetector.detect`."""
-        parts = [
-            self._detect(image, phrases[start : start + self._fit(phrases[start:])])
-            for start in self._chunks(phrases)
-        ]
+        parts, start = [], 0
+        while start < len(phrases):
+            count = self._fit(phrases[start:])
+            parts.append(self._detect(image, phrases[start : start + count]))
+            start += count
         # Candidates of different prompts are different boxes: stacked, with no confidence for other prompts.
         total = sum(boxes.shape[0] for boxes, _ in parts)
         confidence = torch.zeros(total, len(phrases), device=self.device)
@@ -129,13 +123,6 @@ class GroundingDino(ObjectDetector):
         boxes = _corners(out.pred_boxes[0].float())
         return boxes * boxes.new_tensor([width, height, width, height]), torch.stack(columns, dim=1)
 
-    def _chunks(self, phrases: Sequence[str]) -> list[int]:
-        starts, start = [], 0
-        while start < len(phrases):
-            starts.append(start)
-            start += self._fit(phrases[start:])
-        return starts
-
     def _fit(self, phrases: Sequence[str]) -> int:
         """How many phrases fit one prompt; what is beyond the model's text length would be cut silently."""
         room = int(getattr(self.model.config, "max_text_len", 256))
@@ -160,36 +147,22 @@ def _corners(boxes: Tensor) -> Tensor:
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
 
 
-def load_owlv2(
-    encoder: Encoder,
-    model: str | Path = LOCALISERS["owlv2"]["model"],
-    threshold: float = LOCALISERS["owlv2"]["threshold"],
-    device: str | torch.device = "auto",
-    precision: str = LOCALISERS["owlv2"]["precision"],
-) -> Owlv2:
-    """Load Owlv2 from this machine; parameters as in `load_grounding_dino`."""
-    return _load(Owlv2, encoder, model, threshold, device, precision)
-
-
-def load_grounding_dino(
-    encoder: Encoder,
-    model: str | Path = LOCALISERS["grounding_dino"]["model"],
-    threshold: float = LOCALISERS["grounding_dino"]["threshold"],
-    device: str | torch.device = "auto",
-    precision: str = LOCALISERS["grounding_dino"]["precision"],
-) -> GroundingDino:
-    """Load Grounding DINO from this machine.
+def load_detector(
+    name: str, encoder: Encoder, device: str | torch.device = "auto", **options: Any
+) -> ObjectDetector:
+    """Load an object detector from this machine.
 
     Parameters
     ----------
+    name : {"owlv2", "grounding_dino"}
     encoder : Encoder
         Embeds the regions found.
-    model : str or Path
-        Transformers folder or hub name.
-    threshold : float
-        Least confidence; below it the whole image is returned with score 0. Default: the model's own.
-    device, precision
-        See `itemkit.devices`. The default precision is float32: on a CPU bfloat16 gains this model nothing.
+    device : str or torch.device
+        See `devices.choose_device`.
+    **options
+        ``model``: transformers folder or hub name; ``threshold``: least confidence, below it the whole image
+        is returned with score 0; ``precision``: see `devices.choose_precision`. Defaults in
+        `models.LOCALISERS`: the threshold is the model's own; on a CPU bfloat16 gains Grounding DINO nothing.
 
     Raises
     ------
@@ -198,22 +171,16 @@ def load_grounding_dino(
     InputError
         The model is of another kind.
     """
-    return _load(GroundingDino, encoder, model, threshold, device, precision)
-
-
-def _load(
-    kind: type[Any], encoder: Encoder, model: Any, threshold: float, device: Any, precision: str
-) -> Any:
     from transformers import AutoModelForZeroShotObjectDetection
 
-    located = find_folder(model, "object detector")
+    options = LOCALISERS[name] | options
+    located = find_folder(options["model"], "object detector")
     chosen = choose_device(device)
-    dtype = choose_precision(precision, chosen)
+    dtype = choose_precision(options["precision"], chosen)
     network = load_transformer(AutoModelForZeroShotObjectDetection, located, dtype=dtype)
-    if (found := network.config.model_type.replace("-", "_")) != kind.kind:
-        raise InputError(f"{located.what} is of the kind '{found}', expected '{kind.kind}'")
+    if (found := network.config.model_type.replace("-", "_")) != name:
+        raise InputError(f"{located.what} is of the kind '{found}', expected '{name}'")
     processor, _, _ = load_processor(located, network.config.text_config.vocab_size)
-    options = {"threshold": threshold, "precision": precision}
-    return kind(
-        encoder, network.to(chosen), processor, threshold, localiser_fingerprint(kind.kind, options, located)
-    )
+    record = located.fingerprint(**localiser_settings(name, options))
+    kind = {"owlv2": Owlv2, "grounding_dino": GroundingDino}[name]
+    return kind(encoder, network.to(chosen), processor, options["threshold"], record)

@@ -7,26 +7,27 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from itemkit.errors import InputError
 from itemkit.models import (
     Located,
-    cached_snapshot,
+    check_file,
     check_settings,
-    check_weights,
+    choose_weights,
     file_hash,
+    find_place,
     folder_hash,
     from_disk_only,
-    hub_cache,
     looks_like_path,
     not_found,
     reading,
     require_tokenizer,
     require_vocabulary,
     tidy,
+    unknown,
 )
 
 if TYPE_CHECKING:
@@ -129,79 +130,67 @@ _WEIGHTS = (
 )  # fmt: skip
 # What open_clip's own tokenizers take; any other option of a folder would reach transformers' loader.
 _TOKENIZER_OPTIONS = frozenset({"clean", "strip_sep_token", "language", "additional_special_tokens"})
-_OPENAI = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
 # open_clip's defaults for what a folder's preprocess_cfg leaves open
 _PREPROCESS = {
-    "mode": "RGB",
-    **_OPENAI,
-    "interpolation": "bicubic",
-    "resize_mode": "shortest",
-    "fill_color": 0,
-}
+    "mode": "RGB", "mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711],
+    "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0,
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Source:
+@dataclass(frozen=True, kw_only=True)
+class Source(Located):
     """Where an encoder's files are and how open_clip must be called to read them."""
 
-    located: Located
     open_clip_name: str  # as open_clip takes it: a name, or "local-dir:folder"
-    pretrained: str  # tag that was asked for, for the record
-    checkpoint: Path  # the one file of weights that is loaded, and hashed
+    pretrained: str = ""  # tag that was asked for, for the record
     config: dict[str, Any]  # the architecture, "model_cfg"
     preprocess: dict[str, Any]  # defaults included
     quick_gelu: bool = False  # weights trained with another activation than the named architecture has
-    others: tuple[Path, ...] = ()  # folders elsewhere, of the tokenizer or the text tower
+    folders: tuple[Path, ...]  # of its settings, its tokenizer and its text tower
 
-    @property
-    def local(self) -> bool:
-        """Whether the encoder is a folder, with its own configuration and tokenizer."""
-        return self.open_clip_name.startswith("local-dir:")
-
-    def fingerprint(self, precision: str) -> dict[str, Any]:
-        """What `Encoder.fingerprint` will say once the model is loaded from there."""
-        size = self.preprocess["size"]
-        architecture = {**self.config, "force_quick_gelu": self.quick_gelu}
-        found = {
+    def fingerprint(self, **settings: Any) -> dict[str, Any]:
+        """See `Located.fingerprint`."""
+        architecture = json.dumps({**self.config, "force_quick_gelu": self.quick_gelu}, sort_keys=True)
+        return {
             "kind": "open_clip",
-            "name": self.located.name,
+            "name": self.name,
             "pretrained": self.pretrained,
-            "revision": self.located.revision,
-            "weights_sha256": file_hash(self.checkpoint),
-            "precision": precision,
+            "revision": self.revision,
+            "weights_sha256": file_hash(self.weights[0]),
             "context_length": self.config["text_cfg"].get("context_length", 77),
-            "image_size": size,
+            "image_size": self.preprocess["size"],
             "dim": self.config["embed_dim"],
             "preprocess": self.preprocess,
-            "architecture_sha256": hashlib.sha256(
-                json.dumps(architecture, sort_keys=True).encode()
-            ).hexdigest(),
-        }
-        folders = (self.located.path,) * self.local + self.others  # for their settings and tokenizer
-        return found | {"files_sha256": " ".join(folder_hash(folder, ()) for folder in folders)}
+            "architecture_sha256": hashlib.sha256(architecture.encode()).hexdigest(),
+            "files_sha256": " ".join(folder_hash(folder, ()) for folder in self.folders),
+        } | settings
 
 
 def find_encoder(model: str | Path, pretrained: str | None = None) -> Source:
     """Find an encoder's files and check them, without loading. Parameters and errors as in `load_encoder`."""
-    if looks_like_path(model):
-        folder = Path(model).expanduser()
-        return _folder_source(Located(f"encoder '{tidy(folder)}'", folder, "", folder.name))
-    name = str(model)
-    if name.startswith("hf-hub:"):
-        folder = cached_snapshot(name.removeprefix("hf-hub:"), f"encoder '{name}'")
-        return _folder_source(Located(f"encoder '{name}'", folder, folder.name, name))
-    return _named_source(name, pretrained)
+    if looks_like_path(model) or str(model).startswith("hf-hub:"):
+        source = _folder_source(find_place(model, "encoder"))
+    else:
+        source = _named_source(str(model), pretrained)
+    with open(source.weights[0], "rb") as file:
+        names = file.read(2**20)  # of the tensors: they stand first in all formats
+    if b"vision_model.embeddings" in names or b"text_model.embeddings" in names:
+        raise source.refuse(f"{source.weights[0].name} is in transformers' format", _TRANSFORMERS_REMEDY)
+    return source
+
+
+_TRANSFORMERS_REMEDY = (
+    "The encoder is read in open_clip's format: name a model of open_clip instead (ViT-B-32:openai, "
+    "hf-hub:owner/name), or a folder that `itemkit download` wrote."
+)
 
 
 def _folder_source(located: Located) -> Source:
     folder, what = located.path, located.what
-    if not folder.is_dir():
-        raise not_found(what, folder, "a file, not a folder" if folder.exists() else "no such folder")
     if not (folder / CONFIG_FILE).is_file():
         if (folder / "config.json").is_file():
-            raise located.refuse(
-                f"it is a transformers folder, which has no {CONFIG_FILE}", _TRANSFORMERS_REMEDY
-            )
+            reason = f"it is a transformers folder, which has no {CONFIG_FILE}"
+            raise located.refuse(reason, _TRANSFORMERS_REMEDY)
         raise not_found(what, folder, f"no {CONFIG_FILE}, which open_clip's local-dir format has")
     check_settings(located)
     try:
@@ -212,47 +201,26 @@ def _folder_source(located: Located) -> Source:
         preprocess = {key: preprocess.get(key, value) for key, value in _PREPROCESS.items()} | {"size": size}
         [[float(number) for number in preprocess[key]] for key in ("mean", "std")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{CONFIG_FILE} is not as open_clip writes it ({type(error).__name__}: {error})"
+        raise located.refuse(reason) from None
+    if foreign := set(text.get("tokenizer_kwargs") or ()) - _TOKENIZER_OPTIONS:
         raise located.refuse(
-            f"{CONFIG_FILE} is not as open_clip writes it ({type(error).__name__}: {error})"
-        ) from None
-    if unknown := set(text.get("tokenizer_kwargs") or ()) - _TOKENIZER_OPTIONS:
-        raise located.refuse(
-            f"{CONFIG_FILE} gives the tokenizer the option '{min(unknown)}'",
+            f"{CONFIG_FILE} gives the tokenizer the option '{min(foreign)}'",
             f"Remove it; tokenizer_kwargs may have {', '.join(sorted(_TOKENIZER_OPTIONS))}.",
         )
-    if any(sign in str(vision.get("timm_model_name", "")) for sign in ":/\\"):
-        raise located.refuse(
-            f"{CONFIG_FILE} takes its image tower from '{vision['timm_model_name']}', outside of the folder",
-            "Name a model of timm itself in timm_model_name.",
-        )
     others = (_outside(located, str(text["hf_model_name"])),) if text.get("hf_model_name") else ()
-    files = [
-        f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".bin", ".pth") and f.is_file()
-    ]
-    files.sort(
-        key=lambda f: (_WEIGHTS.index(f.name) if f.name in _WEIGHTS else 99, f.suffix != ".safetensors")
-    )
-    if not files:
-        raise not_found(what, folder, "no weights (open_clip_model.safetensors)")
-    check_weights(files[0], located)
-    _refuse_transformers(files[0], located)
+    rest = [f.name for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".bin", ".pth")]
+    rest.sort(key=lambda name: not name.endswith(".safetensors"))
+    weights = choose_weights(located, [*_WEIGHTS, *rest])
     if text.get("hf_tokenizer_name"):
         require_tokenizer(located)
-    return Source(located, f"local-dir:{folder}", "", files[0], config, preprocess, others=others)
-
-
-_TRANSFORMERS_REMEDY = (
-    "The encoder is read in open_clip's format: name a model of open_clip instead (ViT-B-32:openai, "
-    "hf-hub:owner/name), or a folder that `itemkit download` wrote."
-)
-
-
-def _refuse_transformers(checkpoint: Path, located: Located) -> None:
-    """Refuse weights that transformers wrote: it has other names for the same tensors."""
-    with open(checkpoint, "rb") as file:
-        names = file.read(2**20)  # the names stand first in both formats
-    if b"vision_model.embeddings" in names or b"text_model.embeddings" in names:
-        raise located.refuse(f"{checkpoint.name} is in transformers' format", _TRANSFORMERS_REMEDY)
+    return Source(
+        **{**asdict(located), "weights": weights},
+        open_clip_name=f"local-dir:{folder}",
+        config=config,
+        preprocess=preprocess,
+        folders=(folder, *others),
+    )
 
 
 def _size(size: int | Sequence[int]) -> list[int]:
@@ -266,9 +234,9 @@ def _outside(located: Located, name: str) -> Path:
         raise located.refuse(
             f"it takes its text tower from the folder '{name}'", "Name a model of a hub there."
         )
-    folder = cached_snapshot(name, f"{located.what}, its text model '{name}'")
-    check_settings(located, folder)
-    return folder
+    other = find_place(name, f"{located.what}, its text model")
+    check_settings(other)
+    return other.path
 
 
 def _named_source(name: str, pretrained: str | None) -> Source:
@@ -297,13 +265,9 @@ def _named_source(name: str, pretrained: str | None) -> Source:
     elif not file.is_file():
         if looks_like_path(pretrained) or file.suffix:
             raise not_found(what, file)
-        raise InputError(
-            f"encoder '{name}' has no weights called '{pretrained}'.{did_you_mean(pretrained, tags)} "
-            f"Known: {', '.join(tags)}."
-        )
-    located = Located(what, file, revision, name)
-    check_weights(file, located)
-    _refuse_transformers(file, located)
+        raise unknown(f"encoder '{name}' has no weights called '{pretrained}'", pretrained, tags)
+    located = Located(what, file, revision, name, (file,))
+    check_file(file, located, weights=True)
     config = open_clip.get_model_config(clean)
     text = config["text_cfg"]
     words = text.get("hf_tokenizer_name")
@@ -316,25 +280,29 @@ def _named_source(name: str, pretrained: str | None) -> Source:
     settings["size"] = _size(config["vision_cfg"].get("image_size", 224))
     # open_clip only warns when a tag was trained with another activation than the named architecture has
     # (ViT-L-14 with "openai", "metaclip_400m", "dfn2b" ...) and then computes wrong embeddings.
-    gelu = bool(tag.get("quick_gelu"))
-    return Source(located, clean, tidy(pretrained), file, config, settings, gelu, others)
+    return Source(
+        **asdict(located),
+        open_clip_name=clean,
+        pretrained=tidy(pretrained),
+        config=config,
+        preprocess=settings,
+        quick_gelu=bool(tag.get("quick_gelu")),
+        folders=others,
+    )
 
 
 def _cached_checkpoint(tag: dict[str, Any], what: str) -> tuple[Path, str]:
     """Look up a tag's weights where open_clip would have put them."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
 
     if "file" in tag:
         return Path(tag["file"]), ""
     if tag.get("hf_hub"):
         repo, _, file = tag["hf_hub"].rpartition("/")
-        file = file or "open_clip_pytorch_model.bin"
-        safe = (
-            "open_clip_model.safetensors"
-            if file == "open_clip_pytorch_model.bin"
-            else str(Path(file).with_suffix(".safetensors"))
-        )
-        for candidate in (safe, file):
+        safe = str(Path(file).with_suffix(".safetensors")) if file else "open_clip_model.safetensors"
+        if file == "open_clip_pytorch_model.bin":
+            safe = "open_clip_model.safetensors"
+        for candidate in (safe, file or "open_clip_pytorch_model.bin"):
             found = try_to_load_from_cache(repo, candidate)
             if isinstance(found, str):
                 return Path(found), Path(found).parent.name
@@ -342,7 +310,7 @@ def _cached_checkpoint(tag: dict[str, Any], what: str) -> tuple[Path, str]:
         found_file = Path("~/.cache/clip").expanduser() / tag["url"].rpartition("/")[2]
         if found_file.is_file():
             return found_file, ""
-    raise not_found(what, hub_cache())
+    raise not_found(what, constants.HF_HUB_CACHE)
 
 
 # -- the encoder ---------------------------------------------------------------------------------------------
@@ -542,13 +510,10 @@ def load_encoder(
     from itemkit.devices import choose_device, choose_precision
 
     source = find_encoder(model, pretrained)
-    located = source.located
     chosen = choose_device(device)
-    logging.disable(
-        logging.WARNING
-    )  # open_clip warns of the random numbers that are replaced two lines below
+    logging.disable(logging.WARNING)  # open_clip warns of the random numbers that are replaced below
     try:
-        with reading(located), from_disk_only():
+        with reading(source), from_disk_only():
             # filled from the very file that was hashed: left to itself, open_clip chooses one
             network = open_clip.create_model(
                 source.open_clip_name,
@@ -556,7 +521,7 @@ def load_encoder(
                 pretrained_text=False,
                 force_quick_gelu=source.quick_gelu,
             )
-            open_clip.load_checkpoint(network, str(source.checkpoint), weights_only=True)
+            open_clip.load_checkpoint(network, str(source.weights[0]), weights_only=True)
             tokenizer = open_clip.get_tokenizer(source.open_clip_name)
             tokenizer(["a text"])  # it may lack what it needs to pad
             preprocess = PreprocessCfg(**source.preprocess | {"size": tuple(source.preprocess["size"])})
@@ -565,13 +530,13 @@ def load_encoder(
         logging.disable(logging.NOTSET)
     inner = getattr(tokenizer, "tokenizer", None)
     size = getattr(tokenizer, "vocab_size", 0) if inner is None else len(inner)
-    require_vocabulary(located, size, getattr(getattr(network, "text", network), "vocab_size", None))
+    require_vocabulary(source, size, getattr(getattr(network, "text", network), "vocab_size", None))
     scale = float(network.logit_scale.detach().float().exp().max())  # before it is rounded to fewer bits
     return Encoder(
         network.to(device=chosen, dtype=choose_precision(precision, chosen)),
         transform,
         tokenizer,
-        name=located.name,
+        name=source.name,
         logit_scale=scale,
-        record=source.fingerprint(precision),
+        record=source.fingerprint(precision=precision),
     )

@@ -18,10 +18,9 @@ import re
 import sys
 import traceback
 import warnings
-import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +194,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 32 else text[:24] + "..."  # a hash need not be read to its end
 
 
+def unknown(what: str, word: str, known: Iterable[str]) -> InputError:
+    """Build the error for a word that is not among the known ones."""
+    from itemkit.text import did_you_mean
+
+    return InputError(f"{what}.{did_you_mean(word, known)} Known: {', '.join(known) or 'none'}.")
+
+
 def names_object(text: Any) -> bool:
     """Whether a text is ``module:object``, for a part of the user's own."""
     return isinstance(text, str) and bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text))
@@ -220,29 +226,34 @@ def own_part(name: str, text: str) -> Any:
     finally:
         sys.path.remove(os.getcwd())
     if not hasattr(found, attribute):
-        from itemkit.text import did_you_mean
-
-        hint = did_you_mean(attribute, [key for key in vars(found) if not key.startswith("_")])
-        raise InputError(f"{name} '{text}': module '{module}' has no '{attribute}'.{hint}")
+        names = [key for key in vars(found) if not key.startswith("_")]
+        raise unknown(f"{name} '{text}': module '{module}' has no '{attribute}'", attribute, names)
     part = getattr(found, attribute)
     return part() if isinstance(part, type) else part
 
 
-def localiser_fingerprint(
-    name: str, options: Mapping[str, Any], located: Located | None = None
-) -> dict[str, Any]:
-    """What changes the regions of a localiser given by name; ``located`` is an object detector's folder."""
-    known = LOCALISERS[name]
-    found = {"kind": name} | {key: options.get(key, value) for key, value in known.items() if key != "model"}
-    if name == "grid":
-        found["max_steps"] = GRID_MAX_STEPS
-    return found if located is None else found | located.record()
+def check_localiser(name: str, options: Iterable[str]) -> None:
+    """Refuse a localiser's name, or an option of it, that nobody knows."""
+    if name not in LOCALISERS:
+        known = [*LOCALISERS, "your own as module:object"]
+        raise unknown(f"localiser '{name}' is unknown", name, known)
+    known = [*LOCALISERS[name], *(["device"] if "model" in LOCALISERS[name] else [])]
+    for key in options:
+        if key not in known:
+            raise unknown(f"localiser '{name}' has no option '{key}'", key, known)
+
+
+def localiser_settings(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a localiser given by name and options changes the regions, its weights apart."""
+    settings = {key: options.get(key, value) for key, value in LOCALISERS[name].items() if key != "model"}
+    steps = {"max_steps": GRID_MAX_STEPS} if name == "grid" else {}
+    return {"kind": name, **settings, **steps}
 
 
 # -- finding -------------------------------------------------------------------------------------------------
 
 _MODEL_FILES = ("config.json", "open_clip_config.json", "config.cfg")
-# transformers' own order: the first that is there is what it loads
+# transformers' own order
 _TRANSFORMERS_WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
@@ -253,7 +264,7 @@ COPY_WHOLE = "Copy the whole model folder, not only its weights, or fetch it aga
 
 @dataclass(frozen=True)
 class Located:
-    """Where a model was found."""
+    """A model's files on this machine, and what can be said of the model before it is loaded."""
 
     what: str  # what was asked for, in words
     path: Path  # the folder, or the one file of weights, that will be read
@@ -261,10 +272,14 @@ class Located:
     name: str = ""  # of the model on the hub, or of the folder
     weights: tuple[Path, ...] = ()  # the very files that will be loaded
 
-    def record(self) -> dict[str, str]:
-        """Which model this is: name, revision and hash of the files that are loaded."""
+    def fingerprint(self, **settings: Any) -> dict[str, Any]:
+        """Everything that changes the model's numbers: its files, and the settings it is used with.
+
+        The one source, before and after loading: the loaded model keeps what this returns.
+        """
         files = folder_hash(self.path, self.weights)
-        return {"name": self.name, "revision": self.revision, "files_sha256": files}
+        found = {"kind": "transformers", "name": self.name, "revision": self.revision, "files_sha256": files}
+        return found | settings
 
     def refuse(self, reason: str, remedy: str = COPY_WHOLE) -> ModelNotFound:
         """Build the error for a model that is here and cannot be used."""
@@ -304,11 +319,32 @@ def looks_like_path(model: str | Path) -> bool:
     return any((Path(text) / file).is_file() for file in _MODEL_FILES)
 
 
-def hub_cache() -> Path:
-    """Folder in which the Hugging Face hub keeps what was downloaded."""
+def find_place(model: str | Path, part: str) -> Located:
+    """Find the folder of a model, given as such or by its hub name; what is in it is for the caller to check.
+
+    A hub name is looked up in the hub's local cache, main revision, be it whole or in part.
+    ``snapshot_download(local_files_only=True)`` will not do: it refuses a snapshot that lacks any file of the
+    repository, also one nobody needs (the same weights in another format), and takes one of which it knows no
+    list of files, however little of it there is.
+    """
+    if looks_like_path(model):
+        folder = Path(model).expanduser()
+        what = f"{part} '{tidy(folder)}'"
+        if not folder.is_dir():
+            raise not_found(what, folder, "a file, not a folder" if folder.exists() else "no such folder")
+        return Located(what, folder, "", folder.name)
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE)
+    cache = Path(constants.HF_HUB_CACHE)
+    what = f"{part} '{model}'"
+    place = cache / f"models--{str(model).removeprefix('hf-hub:').replace('/', '--')}"
+    try:
+        folder = place / "snapshots" / (place / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        raise not_found(what, cache) from None
+    if not folder.is_dir():
+        raise not_found(what, place, "its files are missing")
+    return Located(what, folder, folder.name, str(model))
 
 
 def find_folder(model: str | Path, what: str) -> Located:
@@ -326,68 +362,45 @@ def find_folder(model: str | Path, what: str) -> Located:
     ModelNotFound
         Neither a folder nor in the cache, or the folder is not whole, damaged, or asks for code of its own.
     """
-    if looks_like_path(model):
-        folder, revision = Path(model).expanduser(), ""
-        called, name = f"{what} '{tidy(folder)}'", folder.name
-        if not folder.is_dir():
-            raise not_found(called, folder, "a file, not a folder" if folder.exists() else "no such folder")
-    else:
-        called, name = f"{what} '{model}'", str(model)
-        folder = cached_snapshot(str(model), called)
-        revision = folder.name
-    located = Located(called, folder, revision, name)
+    located = find_place(model, what)
+    folder = located.path
     if (folder / "adapter_config.json").is_file():
         raise located.refuse("it is an adapter of another model", "Merge both, and give the merged folder.")
     if not (folder / "config.json").is_file():
-        raise not_found(called, folder, "no config.json")
+        raise not_found(located.what, folder, "no config.json")
     check_settings(located)
-    weights = tuple(_transformers_weights(located))
-    for file in weights:
-        check_weights(file, located)
+    weights = choose_weights(located, _TRANSFORMERS_WEIGHTS)
     require_tokenizer(located)
     if not (folder / "preprocessor_config.json").is_file():
         if "image_processor" not in _read_json(folder / "processor_config.json"):
             raise located.refuse("preprocessor_config.json is missing, so its image size would be guessed")
-    return Located(called, folder, revision, name, weights)
+    return replace(located, weights=weights)
 
 
-def cached_snapshot(repository: str, called: str) -> Path:
-    """Find the folder in which the hub's cache keeps a repository's main revision, whole or in part.
+def choose_weights(located: Located, order: Sequence[str]) -> tuple[Path, ...]:
+    """The files of weights that a library loads: the first of ``order`` that is there, and what it lists.
 
-    ``snapshot_download(local_files_only=True)`` will not do: it refuses a snapshot that lacks any file of the
-    repository, also one nobody needs (the same weights in another format), and takes one of which it knows no
-    list of files, however little of it there is. What is needed is for the caller to check.
+    Raises
+    ------
+    ModelNotFound
+        None, not whole, damaged, or of a kind that is not loaded.
     """
-    place = hub_cache() / f"models--{repository.replace('/', '--')}"
-    try:
-        folder = place / "snapshots" / (place / "refs" / "main").read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        raise not_found(called, hub_cache()) from None
-    if not folder.is_dir():
-        raise not_found(called, place, "its files are missing")
-    return folder
-
-
-def _transformers_weights(located: Located) -> list[Path]:
-    """The files that transformers loads from a folder, an index of several included."""
     folder = located.path
-    for name in _TRANSFORMERS_WEIGHTS:
-        file = folder / name
-        if not file.is_file():
-            continue
-        if file.suffix != ".json":
-            return [file]
-        parts = _read_json(file).get("weight_map")
+    first = next((folder / name for name in order if (folder / name).is_file()), None)
+    if first is None:
+        raise not_found(located.what, folder, f"no weights ({order[0]}, or its index)")
+    files = [first]
+    if first.suffix == ".json":
+        parts = _read_json(first).get("weight_map")
         names = sorted({str(part) for part in parts.values()}) if isinstance(parts, dict) else []
         if not names or any(part != Path(part).name for part in names):
-            raise located.refuse(f"{name} does not list files of this folder")
+            raise located.refuse(f"{first.name} does not list files of this folder")
         if lost := [part for part in names if not (folder / part).is_file()]:
             raise not_found(located.what, folder, f"the weights are not whole, e.g. {lost[0]} is missing")
-        return [file, *(folder / part for part in names)]
-    if parts := sorted(folder.glob("*-of-*.safetensors")) or sorted(folder.glob("*-of-*.bin")):
-        stem = re.sub(r"-\d+-of-\d+", "", parts[0].name)
-        raise not_found(located.what, folder, f"the weights are not whole, e.g. {stem}.index.json is missing")
-    raise not_found(located.what, folder, "no weights (model.safetensors or pytorch_model.bin)")
+        files += [folder / part for part in names]
+    for file in files:
+        check_file(file, located, weights=True)
+    return tuple(files)
 
 
 def require_tokenizer(located: Located, folder: Path | None = None) -> None:
@@ -414,16 +427,42 @@ def require_vocabulary(located: Located, size: int, room: int | None, reads_text
 
 # -- folders are not trusted ---------------------------------------------------------------------------------
 
-_POINTER = b"version https://git-lfs.github.com/spec/"
-# what makes a library run code of a folder or fetch it, whatever its value is
-_CODE_KEYS = frozenset({"auto_map", "trust_remote_code", "custom_pipelines", "custom_generate"})
-_CODE_KEYS |= {"use_kernels", "allow_all_kernels", "kernel_config"}
-_ATTENTION_KEYS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
-_ATTENTION = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")  # others are fetched as kernels
-_OTHER_KEYS = {
-    "quantization_config": ("weights are quantised", "Use the model in full precision."),
-    "transformers_weights": ("weights have another name", "Name them model.safetensors; remove the key."),
-}
+_CONVERT = (
+    "Convert it once, where you trust its source: load it with the program that wrote it, and save its "
+    "tensors alone with safetensors.torch.save_file."
+)
+# keys of settings, the texts that are harmless as their values (None: no value but an empty one), what they
+# make a library do, and what to do about it
+_FORBIDDEN = (
+    (
+        "auto_map|trust_remote_code|custom_pipelines|custom_generate|use_kernels|allow_all_kernels"
+        "|kernel_config", None, "asks for code of the folder's own, which itemkit never runs",
+        "Use a model that the installed libraries know; if they know this one, remove the key.",
+    ),
+    (
+        "_?(attn|experts)_implementation(_internal)?", "eager|sdpa|flex_attention|(grouped|batched)_mm",
+        "asks for code from a model hub", "Remove the key.",
+    ),
+    (
+        "timm_model_name", r"[^:/\\]*", "takes the image tower from outside of the folder",
+        "Name a model of timm itself there.",
+    ),
+    ("quantization_config", None, "says that the weights are quantised", "Use it in full precision."),
+    (
+        "transformers_weights", None, "says that the weights have another name",
+        "Name them model.safetensors, and remove the key.",
+    ),
+)  # fmt: skip
+# whether only in weights, what stands at a file's beginning or end, what that means, what to do about it
+_SIGNATURES = (
+    (
+        False, rb"\Aversion https://git-lfs\.github\.com/spec/", "is a Git LFS pointer, not the file itself",
+        "Run `git lfs pull` in that folder, or copy the file from where it is whole.",
+    ),
+    (True, rb"constants\.pkl|/code/", "is a TorchScript archive, which holds code", _CONVERT),
+    # torch writes a zip archive, in older versions a pickle
+    (True, rb"\A(?!\x80|PK.*PK\x05\x06)", "holds no weights, or only their beginning", COPY_WHOLE),
+)  # fmt: skip
 
 
 def check_settings(located: Located, folder: Path | None = None) -> None:
@@ -432,43 +471,30 @@ def check_settings(located: Located, folder: Path | None = None) -> None:
     All JSON files are read, at any depth of nesting: which of them a library looks at is its own affair.
     Python files beside them do no harm as long as nothing names them.
     """
-    folder = folder or located.path
-    for file in sorted(folder.iterdir()):
+    for file in sorted((folder or located.path).iterdir()):
         if file.suffix not in _CONFIG_SUFFIXES or not file.is_file():
             continue
-        refuse_pointer(file, located)
+        check_file(file, located)
         if file.suffix != ".json" or file.name in ("tokenizer.json", "vocab.json"):
             continue
         for key, value in pairs(_read_json(file)):
-            if key in _CODE_KEYS and value:
-                raise located.refuse(
-                    f"{file.name} asks for code of the folder's own ('{key}'), which itemkit never runs",
-                    "Use a model that the installed libraries know; if they know this one, remove the key.",
-                )
-            if _ATTENTION_KEYS.fullmatch(key) and any(x not in _ATTENTION for x in _texts(value)):
-                raise located.refuse(
-                    f"{file.name} asks for code from a model hub ('{key}')", f"Remove '{key}' from it."
-                )
-            if key in _OTHER_KEYS and value:
-                reason, remedy = _OTHER_KEYS[key]
-                raise located.refuse(f"its {reason} ('{key}' in {file.name})", remedy)
+            for keys, harmless, reason, remedy in _FORBIDDEN:
+                if value and re.fullmatch(keys, key):
+                    texts = [x for _, x in pairs(value) if isinstance(x, str)]
+                    if harmless is None or not all(re.fullmatch(harmless, text) for text in texts):
+                        raise located.refuse(f"{file.name} {reason} ('{key}')", remedy)
 
 
 def pairs(value: Any) -> Iterator[tuple[str, Any]]:
-    """All keys of nested JSON with their values."""
-    waiting = [value]  # no recursion: how deep it is is the file's choice
+    """A value of nested JSON and all values in it, with their keys; the key of a list's items is ""."""
+    waiting = [("", value)]  # no recursion: how deep it is is the file's choice
     while waiting:
-        value = waiting.pop()
+        key, value = waiting.pop()
+        yield key, value
         if isinstance(value, dict):
-            yield from value.items()
-        if isinstance(value, (dict, list)):
-            waiting.extend(value.values() if isinstance(value, dict) else value)
-
-
-def _texts(value: Any) -> list[str]:
-    """All texts in a value of nested JSON."""
-    inner = [x for _, x in pairs(value)] if isinstance(value, (dict, list)) else [value]
-    return [x for x in inner if isinstance(x, str)]
+            waiting.extend(value.items())
+        elif isinstance(value, list):
+            waiting.extend(("", item) for item in value)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -480,57 +506,31 @@ def _read_json(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def refuse_pointer(file: Path, located: Located) -> None:
-    """Refuse a file that git left as a pointer to its content."""
+def check_file(file: Path, located: Located, weights: bool = False) -> None:
+    """Refuse a file of settings or weights that is a pointer, cut off, or an archive of code."""
+    size, part = file.stat().st_size, 2**20
     with open(file, "rb") as opened:
-        if opened.read(len(_POINTER)) == _POINTER:
-            raise located.refuse(
-                f"{file.name} is a Git LFS pointer, not the file itself",
-                "Run `git lfs pull` in that folder, or copy the file from where it is whole.",
-            )
-
-
-def check_weights(file: Path, located: Located) -> None:
-    """Refuse a weights file that is a pointer, cut off, an archive of code, or none at all."""
-    refuse_pointer(file, located)
+        ends = opened.read(part)
+        opened.seek(max(part, size - part))
+        ends += opened.read()
+    pickled = weights and file.suffix not in (".safetensors", ".json", ".npz", ".npy")
+    for in_pickles, pattern, reason, remedy in _SIGNATURES:
+        if (pickled or not in_pickles) and re.search(pattern, ends, re.DOTALL):
+            raise located.refuse(f"{file.name} {reason}", remedy)
     if file.suffix == ".safetensors":
-        _check_safetensors(file, located)
-    elif file.suffix not in (".json", ".npz", ".npy"):
+        from safetensors import SafetensorError, safe_open
+
         try:
-            names = zipfile.ZipFile(file).namelist()
-        except (zipfile.BadZipFile, ValueError, EOFError):
-            names = []
-        if any(Path(name).name == "constants.pkl" or "/code/" in name for name in names):
-            raise located.refuse(f"{file.name} is a TorchScript archive, which holds code", _CONVERT)
-        with open(file, "rb") as opened:
-            if not names and opened.read(1) != b"\x80":  # the first byte of torch's older format
-                raise located.refuse(f"{file.name} holds no weights, or only their beginning")
-
-
-_CONVERT = (
-    "Convert it once, where you trust its source: load it with the program that wrote it, and save its "
-    "tensors alone with safetensors.torch.save_file."
-)
-
-
-def _check_safetensors(file: Path, located: Located) -> None:
-    size = file.stat().st_size
-    with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        try:
-            header = json.loads(opened.read(length)) if length <= min(size - 8, 2**27) else None
-            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-            whole = 8 + length + max(ends, default=0)
-        except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
-            raise located.refuse(f"{file.name} is damaged: it does not begin as safetensors do") from None
-    if size != whole:
-        raise located.refuse(f"{file.name} is damaged: it has {size:,} bytes, and should have {whole:,}")
+            with safe_open(file, "np"):  # reads the table of contents and compares it with the file's length
+                pass
+        except (SafetensorError, OSError, ValueError) as error:
+            raise located.refuse(f"{file.name} is damaged ({error})") from None
 
 
 # -- hashing -------------------------------------------------------------------------------------------------
 
 
-def folder_hash(folder: Path, weights: Sequence[Path] | None = None) -> str:
+def folder_hash(folder: Path, weights: Iterable[Path] | None = None) -> str:
     """SHA-256 over names and contents of everything in a model folder that changes its numbers.
 
     These are the given files of weights and the settings beside them; or, without ``weights``, every file at
@@ -613,11 +613,8 @@ def quiet() -> Iterator[None]:
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
-    verbosity, bars, hub_bars = (
-        logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-        not are_progress_bars_disabled(),
-    )
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_bars = not are_progress_bars_disabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
@@ -689,20 +686,15 @@ def load_processor(
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     options = {"local_files_only": True, "trust_remote_code": False}
-    folder = located.path
     # folders written before transformers 4.4x name their processor in preprocessor_config.json
-    named = (folder / "processor_config.json", folder / "preprocessor_config.json")
-    processor = None
+    files = [located.path / f"{name}_config.json" for name in ("processor", "preprocessor")]
+    named = any("processor_class" in _read_json(file) for file in files)
     with reading(located), from_disk_only():
-        if any("processor_class" in _read_json(file) for file in named):
-            processor = AutoProcessor.from_pretrained(folder, **options)
-    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-        processor = None
-    with reading(located), from_disk_only():
-        if processor is not None:
+        processor = AutoProcessor.from_pretrained(located.path, **options) if named else None
+        if hasattr(processor, "image_processor") and hasattr(processor, "tokenizer"):
             images, tokenizer = processor.image_processor, processor.tokenizer
         else:
-            images = AutoImageProcessor.from_pretrained(folder, **options)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            processor, images = None, AutoImageProcessor.from_pretrained(located.path, **options)
+            tokenizer = AutoTokenizer.from_pretrained(located.path, **options)
     require_vocabulary(located, len(tokenizer), room, reads_text)
     return processor, images, tokenizer

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from itemkit.errors import InputError
 from itemkit.models import (
     Located,
+    check_file,
+    find_place,
     folder_hash,
     looks_like_path,
     not_found,
     pairs,
     reading,
-    refuse_pointer,
-    tidy,
 )
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Parser:
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that changes the objects, as JSON-ready values."""
-        return self._record | {"rules": asdict(self.rules)}
+        return dict(self._record)
 
 
 def phrases(doc: Doc, rules: ObjectRules) -> list[str]:
@@ -195,32 +195,32 @@ def load_parser(
         # Named entities and lemmas are not used; without them parsing is faster.
         nlp = spacy.load(located.path, exclude=["ner", "lemmatizer", "senter"])
     _require_noun_chunks(nlp, located)
-    return Parser(nlp, rules, parser_fingerprint(located, rules))
+    return Parser(nlp, rules, located.fingerprint(rules=asdict(rules)))
 
 
-def parser_fingerprint(located: Located, rules: ObjectRules) -> dict[str, Any]:
-    """What `Parser.fingerprint` will say once the pipeline is loaded from there."""
-    try:
-        meta = dict(json.loads((located.path / "meta.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        meta = {}
-    return {
-        "kind": "spacy",
-        "name": f"{meta.get('lang', '')}_{meta.get('name', '')}",
-        "version": str(meta.get("version", "")),
-        "files_sha256": folder_hash(located.path),
-        "rules": asdict(rules),
-        "rules_version": RULES_VERSION,
-    }
+class Pipeline(Located):
+    """A spaCy pipeline on this machine."""
+
+    def fingerprint(self, **settings: Any) -> dict[str, Any]:
+        """See `Located.fingerprint`; the one setting is ``rules``."""
+        try:
+            meta = dict(json.loads((self.path / "meta.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            meta = {}
+        return {
+            "kind": "spacy",
+            "name": f"{meta.get('lang', '')}_{meta.get('name', '')}",
+            "version": str(meta.get("version", "")),
+            "files_sha256": folder_hash(self.path),
+            "rules_version": RULES_VERSION,
+        } | settings
 
 
-def find_parser(model: str | Path) -> Located:
+def find_parser(model: str | Path) -> Pipeline:
     """Find a spaCy pipeline without loading it. Parameters and errors as in `load_parser`."""
     if looks_like_path(model):
-        folder = Path(model).expanduser()
-        what = f"parser '{tidy(folder)}'"
-        if not folder.is_dir():
-            raise not_found(what, folder, "no such folder")
+        place = find_place(model, "parser")
+        what, folder = place.what, place.path
     else:
         what = f"parser '{model}'"
         # not spacy.util.get_package_path, which imports the package to find it
@@ -230,19 +230,18 @@ def find_parser(model: str | Path) -> Located:
             raise not_found(what, "the installed Python packages", own)
         folder = Path(next(iter(spec.submodule_search_locations)))
     # an installed package keeps its pipeline in <name>-<version>
-    inner = folder
-    if not (folder / "config.cfg").is_file():
-        inner = next((file.parent for file in sorted(folder.glob("*/config.cfg"))), folder)
-    if not (inner / "config.cfg").is_file():
+    places = (folder / "config.cfg", *sorted(folder.glob("*/config.cfg")))
+    config = next((file for file in places if file.is_file()), None)
+    if config is None:
         raise not_found(what, folder, "no config.cfg, which a spaCy pipeline has")
-    located = Located(what, inner)
-    for file in inner.rglob("*"):
+    found = Pipeline(what, config.parent)
+    for file in found.path.rglob("*"):
         if file.is_file():
-            refuse_pointer(file, located)
+            check_file(file, found)
     for name in ("vocab/strings.json", "vocab/lookups.bin"):  # spaCy would go on with empty ones
-        if not (inner / name).is_file():
-            raise located.refuse(f"{name} is missing")
-    return located
+        if not (found.path / name).is_file():
+            raise found.refuse(f"{name} is missing")
+    return found
 
 
 # What a pipeline may be built from: spaCy's own functions and components, which read nothing but the folder.

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from itemkit.errors import InputError, ModelNotFound
+from itemkit.errors import ModelNotFound
 from itemkit.models import (
     LOCALISERS,
     PARTS,
     Located,
     Models,
+    check_localiser,
     fetch_remedy,
-    localiser_fingerprint,
+    find_folder,
+    localiser_settings,
     looks_like_path,
     names_object,
     own_part,
     run_fingerprint,
     tidy,
+    unknown,
 )
 
 if TYPE_CHECKING:
     import torch
-
-    from itemkit.encoder import Source
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 MINI_REMEDY = "The mini models come with itemkit: " + (
@@ -39,12 +40,6 @@ MINI_REMEDY += " If ITEMKIT_DATA is set, unset it, or let it name a folder that 
 MODELS_VARIABLE = "ITEMKIT_MODELS"
 DETECTORS = tuple(name for name, options in LOCALISERS.items() if "model" in options)
 """Localisers that are models of their own."""
-
-
-def _unknown(what: str, word: str, known: Iterable[str]) -> InputError:
-    from itemkit.text import did_you_mean
-
-    return InputError(f"{what}.{did_you_mean(word, known)} Known: {', '.join(known)}.")
 
 
 def _by_name(part: Any) -> bool:
@@ -96,16 +91,13 @@ class Preset:
         from itemkit.captions import Decoding
         from itemkit.objects import ObjectRules
 
-        known = {
-            "captioner": [*(f.name for f in dataclasses.fields(Decoding)), "batch_size"],
-            "parser": [f.name for f in dataclasses.fields(ObjectRules)],
-        }
-        if isinstance(self.localiser, str) and self.localiser in LOCALISERS:
-            known["localiser"] = [*LOCALISERS[self.localiser], "batch_size", "device"]
-        for part, names in known.items():
-            if _by_name(getattr(self, part)):
-                for key in set(getattr(self, f"{part}_options")) - set(names):
-                    raise _unknown(f"{part} '{getattr(self, part)}' has no option '{key}'", key, names)
+        for part, rules in (("captioner", Decoding), ("parser", ObjectRules)):
+            names = [f.name for f in dataclasses.fields(rules)]
+            for key in getattr(self, f"{part}_options"):
+                if _by_name(getattr(self, part)) and key not in names:
+                    raise unknown(f"{part} '{getattr(self, part)}' has no option '{key}'", key, names)
+        if _by_name(self.localiser) and not names_object(self.localiser):
+            check_localiser(self.localiser, self.localiser_options)
 
     def part(self, name: str) -> Any:
         """A part as given: a model's name or folder, an object, or None; "module:object" is looked up."""
@@ -162,28 +154,25 @@ class Preset:
         ModelNotFound
             As of `build`.
         """
-        from itemkit.captions import Decoding, captioner_fingerprint
-        from itemkit.objects import ObjectRules, parser_fingerprint
+        from itemkit.captions import Decoding
+        from itemkit.objects import ObjectRules
 
         if str(device) not in ("auto", "cpu"):
             from itemkit.devices import choose_device
 
             choose_device(device)
-        found: dict[str, Any] = self.require()
+        found = self.require()
         parts = {name: self.part(name) for name in PARTS}
-        if _by_name(parts["captioner"]):
-            options = {key: value for key, value in self.captioner_options.items() if key != "batch_size"}
-            parts["captioner"] = captioner_fingerprint(
-                found["captioner"], self.precision, Decoding(**options)
-            )
-        if _by_name(parts["parser"]):
-            parts["parser"] = parser_fingerprint(found["parser"], ObjectRules(**self.parser_options))
-        if _by_name(parts["encoder"]):
-            parts["encoder"] = found["encoder"].fingerprint(self.precision)
+        settings: dict[str, Any] = {"encoder": {"precision": self.precision}}
+        if "captioner" in found:
+            decoding = dataclasses.asdict(Decoding(**self.captioner_options))
+            settings["captioner"] = {"precision": self.precision, "decoding": decoding}
+        if "parser" in found:
+            settings["parser"] = {"rules": dataclasses.asdict(ObjectRules(**self.parser_options))}
         if _by_name(parts["localiser"]):
-            parts["localiser"] = localiser_fingerprint(
-                parts["localiser"], self.localiser_options, found.get("localiser")
-            )
+            parts["localiser"] = localiser_settings(self.localiser, self.localiser_options)
+            settings["localiser"] = parts["localiser"]
+        parts |= {name: located.fingerprint(**settings[name]) for name, located in found.items()}
         return run_fingerprint(parts, captions)
 
     def find(self) -> dict[str, Located | ModelNotFound]:
@@ -200,15 +189,10 @@ class Preset:
         InputError
             A name or tag that nobody knows.
         """
-        found = self._find()
-        return {part: getattr(where, "located", where) for part, where in found.items()}
-
-    def _find(self) -> dict[str, Located | Source | ModelNotFound]:
         from itemkit.encoder import find_encoder
-        from itemkit.models import find_folder
         from itemkit.objects import find_parser
 
-        finders: dict[str, Callable[[], Located | Source]] = {
+        finders: dict[str, Callable[[], Located]] = {
             "captioner": lambda: find_folder(self.captioner, "captioner"),
             "parser": lambda: find_parser(self.parser),
             "localiser": lambda: find_folder(self.localiser_options["model"], "object detector"),
@@ -216,7 +200,7 @@ class Preset:
         }
         if "model" not in self.localiser_options:
             del finders["localiser"]
-        found: dict[str, Located | Source | ModelNotFound] = {}
+        found: dict[str, Located | ModelNotFound] = {}
         for part, find in finders.items():
             if not _by_name(self.part(part)):
                 continue
@@ -226,9 +210,9 @@ class Preset:
                 found[part] = error
         return found
 
-    def require(self) -> dict[str, Located | Source]:
+    def require(self) -> dict[str, Located]:
         """Find all files, or raise one `ModelNotFound` that names all models that are missing."""
-        found = self._find()
+        found = self.find()
         missing = [where for where in found.values() if isinstance(where, ModelNotFound)]
         if not missing:
             return found  # type: ignore[return-value]
@@ -326,11 +310,11 @@ def get_preset(
     'whole'
     """
     if name not in PRESETS:
-        raise _unknown(f"preset '{name}' is unknown", name, PRESETS)
+        raise unknown(f"preset '{name}' is unknown", name, PRESETS)
     known = [f.name for f in dataclasses.fields(Preset)]
     for key in overrides:
         if key not in known:
-            raise _unknown(f"a preset has no field '{key}'", key, known)
+            raise unknown(f"a preset has no field '{key}'", key, known)
     preset = PRESETS[name]
     if name == "mini":
         folders = {part: str(mini_folder() / "models" / getattr(preset, part)) for part in PARTS[:3]}
@@ -353,9 +337,6 @@ def get_preset(
     preset = dataclasses.replace(preset, **overrides)
     localiser = preset.localiser
     if isinstance(localiser, str) and not names_object(localiser):
-        if localiser not in LOCALISERS:
-            known = [*LOCALISERS, "your own as module:object"]
-            raise _unknown(f"localiser '{localiser}' is unknown", localiser, known)
         if localiser in DETECTORS:
             model = str(folder / "detector") if folder is not None else LOCALISERS[localiser]["model"]
             options = {"model": model, **preset.localiser_options}

@@ -8,11 +8,10 @@ without objects has none, and what that means is decided where features are pool
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +20,13 @@ from torch import Tensor
 
 from itemkit.encoder import stack_pixels
 from itemkit.errors import InputError
-from itemkit.models import GRID_MAX_STEPS, LOCALISERS, localiser_fingerprint, part_fingerprint
+from itemkit.models import (
+    GRID_MAX_STEPS,
+    LOCALISERS,
+    check_localiser,
+    localiser_settings,
+    part_fingerprint,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,8 +55,8 @@ class Regions:
     emb: Tensor
 
 
-class Localiser(Protocol):
-    """Finds phrases in images.
+class Localiser:
+    """Finds phrases in images: the base of all localisers; one of the user's own need only look like it.
 
     Attributes
     ----------
@@ -61,8 +66,10 @@ class Localiser(Protocol):
         Whether the phrases themselves are read, not only their embeddings.
     """
 
-    needs_patches: bool
-    needs_phrases: bool
+    needs_patches = needs_phrases = False
+
+    def __init__(self, encoder: Encoder, record: Mapping[str, Any]) -> None:
+        self.encoder, self._record = encoder, dict(record)
 
     def locate(
         self,
@@ -87,11 +94,11 @@ class Localiser(Protocol):
         -------
         Regions, one per phrase in the given order
         """
-        ...
+        raise NotImplementedError
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that changes the regions, as JSON-ready values."""
-        ...
+        return dict(self._record)
 
 
 def windows(width: int, height: int, scales: Sequence[float], overlap: float) -> list[Box]:
@@ -116,14 +123,17 @@ def _starts(length: int, side: int, overlap: float) -> list[int]:
 
 
 def embed_boxes(
-    encoder: Encoder, images: Sequence[Image], boxes: Sequence[Box], batch_size: int = 32
+    encoder: Encoder, images: Sequence[Image], boxes: Sequence[Box], batch_size: int | None = None
 ) -> Tensor:
     """Embed one crop per image and box; a box has at least one pixel.
+
+    By default 256 at a time on a GPU and 32 on a CPU, where more was slower.
 
     Returns
     -------
     float32 tensor, shape (len(boxes), d)
     """
+    batch_size = batch_size or (32 if torch.device(encoder.device).type == "cpu" else 256)
     emb = [torch.zeros(0, encoder.dim, device=encoder.device)]
     for start in range(0, len(boxes), batch_size):  # cut out batch by batch: all at once would be large
         crops = []
@@ -187,13 +197,11 @@ def inside(grid: tuple[int, int], frame: Box, width: int, height: int) -> Tensor
     return (((y >= 0) & (y <= height))[:, None] & ((x >= 0) & (x <= width))[None, :]).flatten()
 
 
-class Whole:
+class Whole(Localiser):
     """The whole image for every object: local and global misalignment then differ in the text only."""
 
-    needs_patches = needs_phrases = False
-
     def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
+        super().__init__(encoder, localiser_settings("whole", {}))
 
     def locate(self, images, embedding, phrase_emb, owner, phrases=None):  # types: see Localiser
         """See `Localiser.locate`."""
@@ -202,12 +210,8 @@ class Whole:
         boxes = torch.cat([torch.zeros_like(size), size], dim=1)[owner]
         return Regions(boxes, (emb * phrase_emb).sum(dim=1), emb)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """See `Localiser.fingerprint`."""
-        return localiser_fingerprint("whole", {})
 
-
-class Grid:
+class Grid(Localiser):
     """Square windows of several sizes slid over the image; the one with the highest cosine wins.
 
     Parameters
@@ -217,26 +221,21 @@ class Grid:
         Sides of the windows as fractions of the image's shorter side.
     overlap : float
         Least share of a window that the next one covers again.
-    batch_size : int, optional
-        Windows encoded at a time; by default 256 on a GPU and 32 on a CPU, where more was slower.
     """
-
-    needs_patches = needs_phrases = False
 
     def __init__(
         self,
         encoder: Encoder,
         scales: Sequence[float] = LOCALISERS["grid"]["scales"],
         overlap: float = LOCALISERS["grid"]["overlap"],
-        batch_size: int | None = None,
     ) -> None:
         if not scales or not all(0 < s <= 1 for s in scales) or not 0 <= overlap < 1:
             raise InputError(
                 f"grid: got scales {tuple(scales)} and overlap {overlap}; expected scales in (0, 1] and an "
                 "overlap in [0, 1)"
             )
-        self.encoder, self.scales, self.overlap = encoder, tuple(scales), overlap
-        self.batch_size = batch_size or (32 if torch.device(encoder.device).type == "cpu" else 256)
+        super().__init__(encoder, localiser_settings("grid", {"scales": tuple(scales), "overlap": overlap}))
+        self.scales, self.overlap = tuple(scales), overlap
 
     def locate(self, images, embedding, phrase_emb, owner, phrases=None):  # types: see Localiser
         """See `Localiser.locate`."""
@@ -245,9 +244,7 @@ class Grid:
         # the first window of a square image is the image itself, which is embedded already
         known = {i: int(images[i].width == images[i].height and self.scales[0] == 1) for i in laid}
         new = [(images[i], box) for i in laid for box in laid[i][known[i] :]]
-        crops = embed_boxes(
-            self.encoder, [image for image, _ in new], [box for _, box in new], self.batch_size
-        )
+        crops = embed_boxes(self.encoder, [image for image, _ in new], [box for _, box in new])
         start = 0
         for i, of_image in laid.items():
             count = len(of_image) - known[i]
@@ -258,12 +255,8 @@ class Grid:
             boxes[rows], emb[rows] = boxes.new_tensor(of_image)[best], emb_of[best]
         return Regions(boxes, scores, emb)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """See `Localiser.fingerprint`."""
-        return localiser_fingerprint("grid", {"scales": self.scales, "overlap": self.overlap})
 
-
-class Dense:
+class Dense(Localiser):
     """The encoder's own patch map: one forward pass gives the image and all its regions.
 
     The region's embedding is the mean of the patch embeddings, weighted by the softmax of their cosines with
@@ -281,7 +274,7 @@ class Dense:
         Height at which the map is cut for the box, between its least (0) and its greatest value (1).
     """
 
-    needs_patches, needs_phrases = True, False
+    needs_patches = True
 
     def __init__(
         self, encoder: Encoder, temperature: float | None = None, level: float = LOCALISERS["dense"]["level"]
@@ -293,7 +286,10 @@ class Dense:
             raise InputError(
                 f"dense: got temperature {temperature} and level {level}; expected > 0 and [0, 1)"
             )
-        self.encoder, self.level, self._temperature = encoder, level, temperature
+        # as it was given: the encoder's own temperature goes with the encoder's fingerprint
+        settings = localiser_settings("dense", {"temperature": temperature, "level": level})
+        super().__init__(encoder, settings)
+        self.level = level
         self.temperature = 1 / encoder.logit_scale if temperature is None else temperature
 
     def locate(self, images, embedding, phrase_emb, owner, phrases=None):  # types: see Localiser
@@ -319,13 +315,8 @@ class Dense:
             boxes[rows] = cells_to_pixels(cells, grid, frame, width, height)
         return Regions(boxes, scores, emb)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """See `Localiser.fingerprint`."""
-        # as it was given: the encoder's own temperature goes with the encoder's fingerprint
-        return localiser_fingerprint("dense", {"temperature": self._temperature, "level": self.level})
 
-
-class BoxLocaliser:
+class BoxLocaliser(Localiser):
     """Localiser from boxes: the base of the object detectors, and of what a user writes.
 
     Parameters
@@ -338,7 +329,7 @@ class BoxLocaliser:
         ``version`` or ``fingerprint()``, see `itemkit.models.Models`.
     """
 
-    needs_patches, needs_phrases = False, True
+    needs_phrases = True
 
     def __init__(self, encoder: Encoder, finder: Any) -> None:
         self.encoder, self.finder = encoder, finder
@@ -437,21 +428,9 @@ def make_localiser(name: str, encoder: Encoder, **options: Any) -> Localiser:
     InputError
         Unknown name or option, or the encoder has no patches for "dense".
     """
-    from itemkit.text import did_you_mean
+    check_localiser(name, options)
+    if "model" in LOCALISERS[name]:
+        from itemkit.detection import load_detector
 
-    classes: dict[str, Any] = {"whole": Whole, "grid": Grid, "dense": Dense}
-    if name not in LOCALISERS:
-        raise InputError(
-            f"localiser '{name}' is unknown.{did_you_mean(name, LOCALISERS)} Known: {', '.join(LOCALISERS)}."
-        )
-    if name not in classes:
-        from itemkit import detection
-
-        classes |= {"owlv2": detection.load_owlv2, "grounding_dino": detection.load_grounding_dino}
-    taken = list(inspect.signature(classes[name]).parameters)[1:]
-    unknown = sorted(set(options) - set(taken))
-    if unknown:
-        raise InputError(
-            f"localiser '{name}' has no option {unknown[0]!r}; it takes: {', '.join(taken) or 'none'}"
-        )
-    return classes[name](encoder, **options)
+        return load_detector(name, encoder, **options)
+    return {"whole": Whole, "grid": Grid, "dense": Dense}[name](encoder, **options)

@@ -8,6 +8,7 @@ import models  # first: it repairs the torchvision import
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,6 @@ from itemkit.captions import (
     Captioner,
     Decoding,
     _mean_until_end,
-    captioner_fingerprint,
     clean_caption,
     load_captioner,
 )
@@ -72,7 +72,9 @@ def test_equals_transformers_itself(folders: dict[str, Path], name: str, beams: 
 def test_batch_size_and_order_change_nothing(folders: dict[str, Path], name: str, beams: int) -> None:
     images = pictures()
     whole = load(folders[name], num_beams=beams).caption(images)
-    parts = load(folders[name], num_beams=beams, batch_size=2).caption(images[::-1])[::-1]
+    captioner = load(folders[name], num_beams=beams)
+    captioner.batch_size = 2
+    parts = captioner.caption(images[::-1])[::-1]
     assert [c.text for c in whole] == [c.text for c in parts]
     assert np.allclose([c.logprob for c in whole], [c.logprob for c in parts], atol=1e-5)
 
@@ -122,9 +124,8 @@ def test_prompt_is_continued_and_not_repeated(folders: dict[str, Path]) -> None:
 def test_fingerprint(folders: dict[str, Path], tmp_path: Path) -> None:
     first = load(folders["blip"]).fingerprint()
     assert json.loads(json.dumps(first)) == first == load(folders["blip"]).fingerprint()
-    assert first == captioner_fingerprint(
-        find_folder(folders["blip"], "captioner"), "float32", Decoding(1, 0, 8)
-    )
+    found = find_folder(folders["blip"], "captioner")
+    assert first == found.fingerprint(precision="float32", decoding=asdict(Decoding(1, 0, 8)))
     assert load(folders["blip"], num_beams=2).fingerprint() != first
     other = models.write_tiny_blip(tmp_path / "blip", seed=3)
     assert load(other).fingerprint()["files_sha256"] != first["files_sha256"]

@@ -133,7 +133,7 @@ def test_fingerprint_follows_everything_that_changes_the_numbers(folder: Path, t
     low = load_encoder(folder, device="cpu", precision="bfloat16")
     assert low.fingerprint() == first | {"precision": "bfloat16"}
     assert low.logit_scale == load_encoder(folder, device="cpu", precision="float32").logit_scale != 14.25
-    assert find_encoder(folder).fingerprint("float32") == first
+    assert find_encoder(folder).fingerprint(precision="float32") == first
     other = models.write_tiny_clip(tmp_path / "b" / "clip", seed=1)
     assert of(other)["weights_sha256"] != first["weights_sha256"]
     config = json.loads((folder / "open_clip_config.json").read_text())
@@ -340,8 +340,8 @@ def test_cached_weights_are_found_with_the_activation_of_their_tag(empty_hub: Pa
     save_file({"x": torch.zeros(1)}, snapshot / "open_clip_model.safetensors")
     source = find_encoder("ViT-L-14", "openai")
     # open_clip's "ViT-L-14" has plain GELU, OpenAI's weights were trained with QuickGELU; it only warns.
-    assert source.quick_gelu and source.located.revision == commit
-    assert source.checkpoint.name == "open_clip_model.safetensors"
+    assert source.quick_gelu and source.revision == commit
+    assert source.weights[0].name == "open_clip_model.safetensors"
     assert source.preprocess["size"] == [224, 224] and source.preprocess["mean"][0] == pytest.approx(
         0.48145466
     )

@@ -162,7 +162,7 @@ def test_an_encoders_hash_follows_the_file_that_open_clip_takes(whole, copy) -> 
     save_file(tensors, folder / "aaa.safetensors")  # no name of open_clip's: it stands back
     assert seen()[0] == other
     save_file(tensors, folder / "open_clip_model.safetensors")
-    assert seen()[0] == find_encoder(whole["clip"]).fingerprint("float32")["weights_sha256"]
+    assert seen()[0] == find_encoder(whole["clip"]).fingerprint(precision="float32")["weights_sha256"]
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +300,7 @@ def test_safetensors_that_are_cut_off(kind: str, whole, copy) -> None:
     file = next(folder.glob("*.safetensors"))
     whole_bytes = file.read_bytes()
     file.write_bytes(whole_bytes[:-7])
-    refused(kind, folder, whole, r"is damaged: it has [\d,]+ bytes, and should have [\d,]+")
+    refused(kind, folder, whole, r"is damaged \(.*not fully covered\)")
     for damaged in (b"", b"<html>" * 9, (2**60).to_bytes(8, "little") + b"{}", whole_bytes[:20] + b"\0" * 9):
         file.write_bytes(damaged)
         refused(kind, folder, whole, "is damaged")
@@ -493,7 +493,7 @@ def test_a_reference_without_files_is_told(snapshot: Path) -> None:
 def test_an_encoder_of_the_hub_is_its_snapshot(snapshot: Path, whole) -> None:
     fill(snapshot, whole["clip"])
     encoder = load_encoder(f"hf-hub:{NAME}", device="cpu", precision="float32")
-    assert encoder.fingerprint() == find_encoder(f"hf-hub:{NAME}").fingerprint("float32")
+    assert encoder.fingerprint() == find_encoder(f"hf-hub:{NAME}").fingerprint(precision="float32")
     assert encoder.fingerprint()["revision"] == COMMIT and encoder.name == f"hf-hub:{NAME}"
 
 

@@ -8,6 +8,7 @@ import models  # first: it repairs the torchvision import
 
 import csv
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import spacy
 from spacy.tokens import Doc
 
 from itemkit.errors import InputError, ModelNotFound
-from itemkit.objects import ObjectRules, Parser, find_parser, load_parser, parser_fingerprint, phrases
+from itemkit.objects import ObjectRules, Parser, find_parser, load_parser, phrases
 
 POS = {"DT": "DET", "JJ": "ADJ", "NN": "NOUN", "NNS": "NOUN", "NNP": "PROPN", "PRP": "PRON", "PRP$": "PRON"}
 POS |= {"IN": "ADP", "CC": "CCONJ", "CD": "NUM", "VBZ": "VERB", "POS": "PART", "RB": "ADV", ",": "PUNCT"}
@@ -103,7 +104,7 @@ def test_a_true_folder(tmp_path: Path) -> None:
     fingerprint = parser.fingerprint()
     assert json.loads(json.dumps(fingerprint)) == fingerprint
     found = find_parser(tmp_path / "parser")
-    assert fingerprint == parser_fingerprint(found, ObjectRules(max_objects=3))
+    assert fingerprint == found.fingerprint(rules=asdict(ObjectRules(max_objects=3)))
     assert fingerprint != load_parser(tmp_path / "parser").fingerprint()
 
 

@@ -253,4 +253,4 @@ def test_an_unknown_localiser_is_named_before_anything_is_loaded() -> None:
         assert get_preset("mini", localiser=name).localiser == name
     with pytest.raises(InputError) as known:
         make_localiser("nothing", None)  # type: ignore[arg-type]
-    assert str(known.value).endswith(f"Known: {', '.join(LOCALISERS)}.")
+    assert f"Known: {', '.join(LOCALISERS)}, your own" in str(known.value)
