@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy import optimize, stats
-from scipy.special import expit, logit
-from sklearn.isotonic import IsotonicRegression
+from scipy.special import expit
 
 from itemkit import schema
 from itemkit.errors import InputError
 from itemkit.metrics import check_scores
-
-METHODS = ("temperature", "platt", "isotonic", "none")
-
-# ------------------------------------------------------------------------------ from a score to a probability
 
 
 @dataclass(frozen=True)
@@ -27,48 +22,27 @@ class Calibrator:
 
     Attributes
     ----------
-    method : {"temperature", "platt", "isotonic", "none"}
-        One scale (Guo et al. 2017); scale and offset (Platt 1999); a step function drawn as a line; logistic
-        as is.
+    method : {"temperature", "platt", "none"}
+        One scale (Guo et al. 2017); scale and offset (Platt 1999); the score's own log-odds.
     scale, offset : float
         p = sigmoid(scale * score + offset); temperature is 1 / scale.
-    knots : tuple of (score, p) pairs
-        Isotonic only, ascending.
     """
 
     method: str = "none"
     scale: float = 1.0
     offset: float = 0.0
-    knots: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise InputError(f"calibration={self.method!r}: expected one of {', '.join(METHODS)}")
-        numbers = np.array([self.scale, self.offset, *(v for knot in self.knots for v in knot)])
-        if not np.isfinite(numbers).all() or self.scale < 0:
+        if not 0 <= self.scale < math.inf or not math.isfinite(self.offset):
             raise InputError("a number of the calibration is not finite, or turns scores upside down")
-
-    def __call__(self, score: np.ndarray) -> np.ndarray:
-        """Probability of fake for each score."""
-        score = np.asarray(score, np.float64)
-        if self.method == "isotonic":
-            return np.interp(score, *np.array(self.knots).T)
-        return expit(self.scale * score + self.offset)
 
     def logit(self, score: np.ndarray) -> np.ndarray:
         """Calibrated log-odds; finite also where a sigmoid rounds to 0 or 1."""
-        if self.method == "isotonic":
-            return logit(self(score))
         return self.scale * np.asarray(score, np.float64) + self.offset
 
-    def to_dict(self) -> dict:
-        """Plain dictionary for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict) -> Calibrator:
-        """Inverse of `to_dict`."""
-        return cls(**data | {"knots": tuple((score, p) for score, p in data["knots"])})
+    def __call__(self, score: np.ndarray) -> np.ndarray:
+        """Probability of fake for each score."""
+        return expit(self.logit(score))
 
 
 def fit_calibrator(y: np.ndarray, s: np.ndarray, method: str = "temperature") -> Calibrator:
@@ -78,7 +52,7 @@ def fit_calibrator(y: np.ndarray, s: np.ndarray, method: str = "temperature") ->
     ----------
     y, s : vectors
         Labels (1 fake) and scores of images that neither trained nor will test the detector.
-    method : {"temperature", "platt", "isotonic", "none"}
+    method : {"temperature", "platt"}
 
     Returns
     -------
@@ -86,8 +60,6 @@ def fit_calibrator(y: np.ndarray, s: np.ndarray, method: str = "temperature") ->
         Both classes are given half of the weight, so p(fake) means: if a real and a fake image are equally
         likely.
     """
-    if method not in METHODS:
-        raise InputError(f"calibration={method!r}: expected one of {', '.join(METHODS)}")
     y, s = check_scores(y, s)
     # Platt's targets (n+1)/(n+2) instead of 0 and 1: without them separable validation scores would drive the
     # scale to infinity and every probability to exactly 0 or 1, which no finite sample can justify.
@@ -103,25 +75,18 @@ def fit_calibrator(y: np.ndarray, s: np.ndarray, method: str = "temperature") ->
             lambda k: log_loss(math.exp(k) * s), bounds=(-8, 8), method="bounded"
         )
         return Calibrator("temperature", scale=math.exp(found.x))
-    if method == "platt":
-        centre, spread = float(np.mean(s)), float(np.std(s)) or 1.0
-        z = (s - centre) / spread
+    if method != "platt":
+        raise InputError(f"method={method!r}: expected temperature or platt")
+    centre, spread = float(np.mean(s)), float(np.std(s)) or 1.0
+    z = (s - centre) / spread
 
-        def gradient(w: np.ndarray) -> np.ndarray:
-            error = weight * (expit(w[0] * z + w[1]) - target)
-            return np.array([error @ z, error.sum()])
+    def gradient(w: np.ndarray) -> np.ndarray:
+        error = weight * (expit(w[0] * z + w[1]) - target)
+        return np.array([error @ z, error.sum()])
 
-        found = optimize.minimize(lambda w: log_loss(w[0] * z + w[1]), [1.0, 0.0], jac=gradient)
-        scale = max(float(found.x[0]), 0.0)  # never turn a detector upside down
-        return Calibrator("platt", scale=scale / spread, offset=float(found.x[1]) - scale * centre / spread)
-    if method == "isotonic":
-        curve = IsotonicRegression(y_min=target.min(), y_max=target.max()).fit(s, target, weight)
-        pairs = zip(curve.X_thresholds_.tolist(), curve.y_thresholds_.tolist(), strict=True)
-        return Calibrator("isotonic", knots=tuple(pairs))
-    return Calibrator("none")
-
-
-# ------------------------------------------------------------------------------------------------ thresholds
+    found = optimize.minimize(lambda w: log_loss(w[0] * z + w[1]), [1.0, 0.0], jac=gradient)
+    scale = max(float(found.x[0]), 0.0)  # never turn a detector upside down
+    return Calibrator("platt", scale=scale / spread, offset=float(found.x[1]) - scale * centre / spread)
 
 
 @dataclass(frozen=True)
@@ -239,9 +204,6 @@ def best_threshold(y: np.ndarray, s: np.ndarray) -> float:
     return float(cuts[best[(len(best) - 1) // 2]])
 
 
-# ------------------------------------------------------------------------------------------------ verdicts
-
-
 def conformal_p(calibration: np.ndarray, scores: np.ndarray, label: int) -> np.ndarray:
     """Split-conformal p-value of "this image belongs to that class", one class at a time.
 
@@ -294,9 +256,6 @@ def because(verdict: str, like_real: float, like_fake: float, fpr: float, fnr: f
     return f"{real}, {fake}: {'like both' if like_real > fpr else 'like neither'}"
 
 
-# ------------------------------------------------------------------------------------- are the promises true?
-
-
 def proportion_interval(count: int, n: int) -> tuple[float, float]:
     """95 % Clopper-Pearson interval of a share: covers the truth at least as often as it says."""
     if n == 0:
@@ -344,57 +303,58 @@ def check_promises(
     for label, known, new in ((0, real_calibration, real_new), (1, fake_calibration, fake_new)):
         known, new = np.asarray(known, np.float64), np.asarray(new, np.float64)
         for rate in rates:
-            about = {"label": schema.LABEL_NAMES[label], "requested": rate, "n_new": len(new),
-                     "n_calibration": len(known)}  # fmt: skip
             reason = lacking(rate, len(known), label)
-            note = "too few of this class to ever rule it out" if reason else ""
+            # a real with a p-value of at most the rate is one above the threshold at that rate
             wrong = int((conformal_p(known, new, label) <= rate).sum())
             shares = _shares(wrong, len(new), len(known), rate)
-            cover = {"low": 1 - shares["high"], "high": 1 - shares["low"], "realised": 1 - shares["realised"]}
-            cover |= {"likely_low": 1 - shares["likely_high"], "likely_high": 1 - shares["likely_low"]}
-            rows.append(about | shares | cover | {"promise": "coverage", "bound": 1 - rate, "note": note})
+            about = shares | {"label": schema.LABEL_NAMES[label], "requested": rate, "note": ""}
+            low, high, likely_low, likely_high = (1 - shares[k] for k in _ENDS)
+            rows.append(about | {
+                "promise": "coverage", "bound": 1 - rate, "realised": 1 - shares["realised"],
+                "low": high, "high": low, "likely_low": likely_high, "likely_high": likely_low,
+                "note": "too few of this class to ever rule it out" if reason else "",
+            })  # fmt: skip
             if label == schema.REAL:
-                row = about | {"promise": "false positives", "bound": rate}
                 if reason:
-                    row |= {"kept": True, "note": f"not promised: {reason}"}
-                else:
-                    called = int((new > threshold_at_fpr(known, rate).value).sum())
-                    row |= _shares(called, len(new), len(known), rate) | {"note": ""}
-                rows.append(row)
+                    about |= dict.fromkeys(("realised", *_ENDS), np.nan)
+                    about |= {"kept": True, "note": f"not promised: {reason}"}
+                rows.append(about | {"promise": "false positives", "bound": rate})
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     order = ["promise", "label", "requested"]
     return table.sort_values(order, ascending=[False, False, True], ignore_index=True)
 
 
+_ENDS = ("low", "high", "likely_low", "likely_high")
+
+
 def _shares(count: int, n: int, n_known: int, rate: float) -> dict:
     """Realised share with its interval, and what a threshold of that rank makes likely."""
     low, high = proportion_interval(count, n)
-    rank = int(np.floor(rate * (n_known + 1) + 1e-9))
+    rank = math.floor(rate * (n_known + 1) + 1e-9)
     likely = (0.0, 0.0)
     if rank and n:
         likely = stats.betabinom(n, rank, n_known + 1 - rank).ppf([0.025, 0.975]) / n
     realised = count / n if n else float("nan")
     return {"realised": realised, "low": low, "high": high, "likely_low": float(likely[0]),
-            "likely_high": float(likely[1]), "kept": not realised > likely[1] + 1e-12}  # fmt: skip
+            "likely_high": float(likely[1]), "kept": not realised > likely[1] + 1e-12,
+            "n_new": n, "n_calibration": n_known}  # fmt: skip
 
 
 def promise_sentences(table: pd.DataFrame) -> list[str]:
     """One sentence per row of `check_promises`."""
     lines = []
     for row in table.itertuples():
-        of_reals = row.promise == "false positives"
-        what = (
-            f"false positives at a requested {row.requested:.0%}"
-            if of_reals
-            else f"{row.label} images covered at a requested {1 - row.requested:.0%}"
-        )
+        if row.promise == "false positives":
+            most, what = "at most", f"false positives at a requested {row.requested:.0%}"
+        else:
+            most, what = "at least", f"{row.label} images covered at a requested {1 - row.requested:.0%}"
         if pd.isna(row.realised):
             lines.append(f"{what}: {row.note or 'no new images of this class'}")
             continue
         lines.append(
             f"{what}: {row.realised:.1%} ({row.low:.1%}-{row.high:.1%}) of {row.n_new} new ones; promised on "
-            f"average: {'at most' if of_reals else 'at least'} {row.bound:.0%}, likely with "
-            f"{row.n_calibration} calibration images: {row.likely_low:.1%}-{row.likely_high:.1%}"
+            f"average: {most} {row.bound:.0%}, likely with {row.n_calibration} calibration images: "
+            f"{row.likely_low:.1%}-{row.likely_high:.1%}"
             + ("" if row.kept else "; NOT KEPT: the new images are not like the calibration ones")
             + (f"; {row.note}" if row.note else "")
         )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
-from sklearn.base import BaseEstimator, ClassifierMixin, clone
+from sklearn.base import BaseEstimator, clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -114,7 +114,8 @@ def augment(image: np.ndarray, rng: np.random.Generator, probability: float = 0.
     return np.asarray(picture.convert("RGB"))
 
 
-class PixelCNN(ClassifierMixin, BaseEstimator):
+@dataclass(eq=False, repr=False)
+class PixelCNN(BaseEstimator):
     """Small convolutional network from pixels to real or fake, after CNNDetection's recipe.
 
     Random crop, flip, blur and JPEG in training, early stopping on validation images; full resolution in the
@@ -127,33 +128,19 @@ class PixelCNN(ClassifierMixin, BaseEstimator):
     crop : int
         Side in pixels of the random crops in training; smaller images are used whole. In use the network,
         being fully convolutional, sees the whole image, or its centre where a side is longer than 8 crops.
-    epochs, patience, batch_size, learning_rate : training
     max_images : int
         Training images used at most, class by class in proportion, so that a fit takes seconds on a CPU.
-    seed, device : as in `MisalignmentMLP`
     """
 
-    def __init__(
-        self,
-        width: int = 12,
-        crop: int = 32,
-        epochs: int = 12,
-        patience: int = 4,
-        batch_size: int = 64,
-        learning_rate: float = 3e-3,
-        max_images: int = 2000,
-        seed: int = 0,
-        device: str = "auto",
-    ) -> None:
-        self.width = width
-        self.crop = crop
-        self.epochs = epochs
-        self.patience = patience
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.max_images = max_images
-        self.seed = seed
-        self.device = device
+    width: int = 12
+    crop: int = 32
+    epochs: int = 12
+    patience: int = 4
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    max_images: int = 2000
+    seed: int = 0
+    device: str = "auto"
 
     def _network(self) -> nn.Module:
         widths = [3, self.width, 2 * self.width, 4 * self.width, 4 * self.width]
@@ -180,8 +167,8 @@ class PixelCNN(ClassifierMixin, BaseEstimator):
         return np.stack(out)
 
     def fit(self, X: np.ndarray, y: np.ndarray, X_val: np.ndarray, y_val: np.ndarray) -> PixelCNN:
-        """Train on uint8 images (n, h, w, 3), stop on others."""
-        self.classes_, codes = _two_classes(y)
+        """Train on uint8 images (n, h, w, 3) and labels (1 fake), stop on others."""
+        codes, truth = np.asarray(y, np.float32), np.asarray(y_val, np.float32)
         rng = np.random.default_rng(self.seed)
         if len(codes) > self.max_images:
             share = self.max_images / len(codes)
@@ -192,7 +179,6 @@ class PixelCNN(ClassifierMixin, BaseEstimator):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.net_ = self._network().to(choose_device(self.device), memory_format=torch.channels_last)
-        truth = (np.asarray(y_val) == self.classes_[1]).astype(np.float32)
         optimiser = torch.optim.AdamW(self.net_.parameters(), lr=self.learning_rate, weight_decay=1e-3)
         weight, best, best_epoch = _even(codes), float("inf"), 0
         for epoch in range(1, self.epochs + 1):
@@ -225,18 +211,6 @@ class PixelCNN(ClassifierMixin, BaseEstimator):
         with torch.no_grad():
             parts = [self._logits(X[i : i + CHUNK]).cpu() for i in range(0, len(X), CHUNK)]
         return torch.cat(parts).numpy().astype(np.float64)
-
-    def predict(self, X: np.ndarray) -> Any:
-        """More probable class of each image."""
-        return self.classes_[(self.decision_function(X) > 0).astype(int)]
-
-
-def _two_classes(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both classes, and 0 or 1 for each row."""
-    classes = np.unique(y)
-    if len(classes) != 2:
-        raise InputError(f"{len(classes)} classes among {len(y)} images; expected real and fake")
-    return classes, (np.asarray(y) == classes[1]).astype(np.float32)
 
 
 def _even(codes: np.ndarray) -> np.ndarray:
@@ -273,6 +247,8 @@ class FeatureScorer:
         """Train on ``train``, stop on ``val`` where the classifier can."""
         self.estimator_ = clone(self.estimator)
         x, y = self.vectors(train), train.labels
+        if len(np.unique(y)) < 2:
+            raise InputError(f"{len(y)} training images of one class; expected real and fake ones")
         if isinstance(self.estimator, MisalignmentMLP | PixelCNN):
             self.estimator_.fit(x, y, self.vectors(val), val.labels)
         else:
@@ -284,64 +260,26 @@ class FeatureScorer:
         return np.asarray(self.estimator_.decision_function(self.vectors(features)), np.float64)
 
 
-class MisalignmentScorer(FeatureScorer):
-    """The method itself: a representation and a head.
-
-    Parameters
-    ----------
-    representation : RepresentationConfig or name
-    head : MisalignmentMLP
-        Untrained.
-    prepare : callable, optional
-        Features -> Features, before they are represented: other texts, for the controls.
-    beside : callable, optional
-        Features -> array (n, k), further columns for the head, for early fusion.
-    """
-
-    def __init__(
-        self,
-        representation: RepresentationConfig | str,
-        head: MisalignmentMLP,
-        prepare: Callable[[Features], Features] | None = None,
-        beside: Callable[[Features], np.ndarray] | None = None,
-    ) -> None:
-        config = get_representation(representation)
-
-        def vectors(features: Features) -> np.ndarray:
-            x = represent(prepare(features) if prepare else features, config)
-            return np.concatenate([x, beside(features)], axis=1) if beside else x
-
-        super().__init__(vectors, head)
-
-
-class NearestNeighbour(ClassifierMixin, BaseEstimator):
+class NearestNeighbour(BaseEstimator):
     """UnivFD's nearest neighbour (Ojha et al. 2023, arXiv 2302.10174): no training, two banks of embeddings.
 
     The score is the cosine to the nearest fake minus the cosine to the nearest real image.
     """
 
     def fit(self, X: np.ndarray, y: np.ndarray) -> NearestNeighbour:
-        """Remember the embeddings of both classes."""
-        X = np.asarray(X, np.float32)
-        self.classes_, codes = _two_classes(y)
+        """Remember the embeddings of both classes (labels 0 and 1)."""
         X = X / np.linalg.norm(X, axis=1, keepdims=True)
-        self.banks_ = tuple(X[codes == c] for c in (0, 1))
+        self.banks_ = tuple(X[np.asarray(y) == c] for c in (schema.REAL, schema.FAKE))
         return self
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         """Nearest fake minus nearest real cosine."""
-        X = np.asarray(X, np.float32)
         X = X / np.linalg.norm(X, axis=1, keepdims=True)
         out = np.empty(len(X), np.float32)
         for i in range(0, len(X), 1024):
             real, fake = ((X[i : i + 1024] @ bank.T).max(1) for bank in self.banks_)
             out[i : i + 1024] = fake - real
         return out
-
-    def predict(self, X: np.ndarray) -> np.ndarray:
-        """Class of the nearer bank."""
-        positive = self.decision_function(X) > 0
-        return self.classes_[positive.astype(int)]
 
 
 def logistic() -> Any:
@@ -454,7 +392,7 @@ class Control:
     question : what it answers
     source : where it comes from
     make : (representation, untrained head, embedding of a generic caption or None) -> untrained Scorer
-    needs : "pixels", "generic_emb" or "caption_logprob"
+    needs : "pixels", "generic_emb", "caption_logprob" or nothing
     """
 
     name: str
@@ -462,7 +400,7 @@ class Control:
     question: str
     source: str
     make: Callable[[RepresentationConfig, MisalignmentMLP, np.ndarray | None], Scorer]
-    needs: tuple[str, ...] = ()
+    needs: str = ""
 
     def build(
         self,
@@ -480,35 +418,27 @@ class Control:
         representation : RepresentationConfig or name
             The misalignment that the caption controls repeat with other texts.
         head : MisalignmentMLP, optional
-            Untrained, for all controls that use one: the same as the detector's.
+            Untrained: the detector's.
         generic_emb : vector, optional
             Embedding of one caption for all.
         """
-        if "generic_emb" in self.needs and generic_emb is None:
+        if self.needs == "generic_emb" and generic_emb is None:
             raise InputError(
-                f"{self.name} needs the embedding of one caption: generic_emb=encoder.encode_texts(['a "
-                f"photo'])[0]"
+                f"{self.name} needs the embedding of one caption: "
+                "generic_emb=encoder.encode_texts(['a photo'])[0]"
             )
         head = clone(head if head is not None else MisalignmentMLP()).set_params(seed=seed)
         return self.make(get_representation(representation), head, generic_emb)
 
     def missing(self, features: Features, generic_emb: np.ndarray | None = None) -> str | None:
         """What this control lacks on these features; None if it can be run."""
-        if "pixels" in self.needs and features.pixels is None:
+        if self.needs == "pixels" and features.pixels is None:
             return "the images themselves: dataclasses.replace(features, pixels=array of shape (n, h, w, 3))"
-        if "generic_emb" in self.needs and generic_emb is None:
+        if self.needs == "generic_emb" and generic_emb is None:
             return "the embedding of a generic caption: generic_emb"
-        if "caption_logprob" in self.needs and features.table[schema.CAPTION_LOGPROB].isna().any():
+        if self.needs == "caption_logprob" and features.table[schema.CAPTION_LOGPROB].isna().any():
             return "caption likelihoods: captions from a captioner that reports them"
         return None
-
-
-def _image(features: Features) -> np.ndarray:
-    return features.image_emb
-
-
-def _text(features: Features) -> np.ndarray:
-    return features.caption_emb
 
 
 _UNIVFD = "UnivFD (Ojha et al. 2023, arXiv 2302.10174)"
@@ -516,54 +446,56 @@ _OURS = "our control"
 _ALL = (
     Control(
         "image_mlp", "image only, MLP", "Is the caption needed at all, with the same head?", _OURS,
-        lambda item, head, generic: FeatureScorer(_image, head),
+        lambda item, head, generic: FeatureScorer(lambda f: f.image_emb, head),
     ),
     Control(
         "image_linear", "image only, linear", "Does a linear probe on the image embedding do as well?",
-        _UNIVFD, lambda item, head, generic: FeatureScorer(_image, logistic()),
+        _UNIVFD, lambda item, head, generic: FeatureScorer(lambda f: f.image_emb, logistic()),
     ),
     Control(
         "image_nearest", "image only, nearest neighbour", "Does no training at all do as well?", _UNIVFD,
-        lambda item, head, generic: FeatureScorer(_image, NearestNeighbour()),
+        lambda item, head, generic: FeatureScorer(lambda f: f.image_emb, NearestNeighbour()),
     ),
     Control(
         "text_only", "caption only", "Does the caption's style or content give the class away?", _OURS,
-        lambda item, head, generic: FeatureScorer(_text, head),
+        lambda item, head, generic: FeatureScorer(lambda f: f.caption_emb, head),
     ),
     Control(
         "shuffled_captions", "another image's caption", "Must it be the image's own caption?", _OURS,
-        lambda item, head, generic: MisalignmentScorer(item, head, lambda f: shuffle_texts(f, head.seed)),
+        lambda item, head, generic: FeatureScorer(
+            lambda f: represent(shuffle_texts(f, head.seed), item), head
+        ),
     ),
     Control(
         "generic_caption", "one caption for all", "Is the text more than a fixed point to measure from?",
         _OURS,
-        lambda item, head, emb: MisalignmentScorer(item, head, lambda f: generic_texts(f, np.asarray(emb))),
-        ("generic_emb",),
+        lambda item, head, emb: FeatureScorer(lambda f: represent(generic_texts(f, emb), item), head),
+        "generic_emb",
     ),
     Control(
         "caption_likelihood", "caption likelihood", "Does the captioner's own doubt suffice?", _OURS,
-        lambda item, head, generic: FeatureScorer(caption_likelihood, logistic()), ("caption_logprob",),
+        lambda item, head, generic: FeatureScorer(caption_likelihood, logistic()), "caption_logprob",
     ),
     Control(
         "likelihood_confidence", "caption likelihood and localiser score (grid, dense: the local cosine)",
         "What do the captioner's doubt and the localiser's score say together?", _OURS,
-        lambda item, head, generic: ConfidenceScorer(head), ("caption_logprob",),
+        lambda item, head, generic: ConfidenceScorer(head), "caption_logprob",
     ),
     Control(
         "spectrum", "power spectrum", "Do the frequencies give the generator away?",
         "azimuthal power spectrum, Durall et al. 2020 (arXiv 2003.01826)",
-        lambda item, head, generic: FeatureScorer(spectrum, logistic()), ("pixels",),
+        lambda item, head, generic: FeatureScorer(spectrum, logistic()), "pixels",
     ),
     Control(
         "noise_residual", "noise residual", "Does the noise differ from a camera's?",
         "co-occurrences of residuals, after SPAM (Pevny et al. 2010) and Cozzolino et al. 2014",
-        lambda item, head, generic: FeatureScorer(noise_residual, logistic()), ("pixels",),
+        lambda item, head, generic: FeatureScorer(noise_residual, logistic()), "pixels",
     ),
     Control(
         "cnn", "CNN on pixels", "What does a network find that sees every pixel?",
         "recipe of CNNDetection (Wang et al. 2020, arXiv 1912.11035) in a small network",
         lambda item, head, generic: FeatureScorer(pixels, PixelCNN(seed=head.seed, device=head.device)),
-        ("pixels",),
+        "pixels",
     ),
 )  # fmt: skip
 

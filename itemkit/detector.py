@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from itemkit.errors import InputError
 from itemkit.features import Features
 from itemkit.head import MisalignmentMLP, damaged, read_description, write_description
 from itemkit.metrics import METRICS, bootstrap
-from itemkit.misalignment import RepresentationConfig, cosines, get_representation, misalign, represent
+from itemkit.misalignment import RepresentationConfig, get_representation, misalign, represent
 from itemkit.models import differences
 from itemkit.splits import split_validation
 from itemkit.text import one_line, printable
@@ -63,8 +64,6 @@ class Detector:
         Which misalignment the head sees.
     head : MisalignmentMLP, optional
         Untrained; ``MisalignmentMLP(members=5)`` averages five starts.
-    calibration : {"temperature", "platt", "isotonic", "none"}
-        See `itemkit.calibrate.fit_calibrator`.
     selection_fraction : float
         Share of the validation images that stops the training; the rest calibrates, sets thresholds and is
         the reference of the verdict, unseen by the training.
@@ -86,16 +85,12 @@ class Detector:
         self,
         representation: RepresentationConfig | str = "absolute",
         head: MisalignmentMLP | None = None,
-        calibration: str = "temperature",
         selection_fraction: float = 0.5,
     ) -> None:
         self.representation = get_representation(representation)
         self.head = head if head is not None else MisalignmentMLP()
-        self.calibration = Calibrator(calibration).method  # refuses an unknown one before the training
         self.selection_fraction = selection_fraction
         self.notes: list[str] = []
-
-    # ------------------------------------------------------------------------------------------ training
 
     def fit(self, train: Features, val: Features) -> Detector:
         """Train on one set of features, stop and calibrate on another.
@@ -106,11 +101,6 @@ class Detector:
             Labelled images without a common one; ``train`` of both classes. With fewer than two validation
             images of a class a share of the training images stops the training instead, and all validation
             images calibrate; without one of a class p(fake) is the head's own. `notes` says so.
-
-        Returns
-        -------
-        Detector
-            Itself.
         """
         refuse_other_models(train, val, "the validation images", "the training images", IGNORED)
         shared = val.table[schema.IMAGE_ID].isin(set(train.table[schema.IMAGE_ID])).to_numpy()
@@ -141,7 +131,7 @@ class Detector:
         logits = self.head_.decision_function(x_val).astype(np.float64) if len(y) else np.zeros(0)
         self.real_scores_, self.fake_scores_ = (np.sort(logits[y == c]) for c in (schema.REAL, schema.FAKE))
         fewest = min(len(self.real_scores_), len(self.fake_scores_))
-        self.calibrator_ = fit_calibrator(y, logits, self.calibration) if fewest else Calibrator()
+        self.calibrator_ = fit_calibrator(y, logits) if fewest else Calibrator()
         if fewest < FEW:
             how = "is rough" if fewest else "is the head's own, not calibrated"
             self.notes.append(f"{_numbers(np.bincount(y, minlength=2))} calibration images: p(fake) {how}")
@@ -159,8 +149,6 @@ class Detector:
         for note in self.notes:
             warnings.warn(note, stacklevel=2)
         return self
-
-    # ------------------------------------------------------------------------------------------- scoring
 
     def check(self, features: Features, ignore: Sequence[str] = ()) -> None:
         """Refuse features that were not made like those this detector was trained on.
@@ -237,25 +225,15 @@ class Detector:
         """
         missing = self.lacking(fpr, fnr)
         logits = self.decision_function(features, ignore)
+        table = features.table[[schema.IMAGE_ID, schema.PATH]].reset_index(drop=True)
+        table["p_fake"] = self.calibrator_(logits)
         like_real = conformal_p(self.real_scores_, logits, schema.REAL)
         like_fake = conformal_p(self.fake_scores_, logits, schema.FAKE)
-        if missing:
-            answer = np.full(len(logits), "withheld", dtype=object)
-            reasons = ["; ".join(missing)] * len(logits)
-        else:
+        answer, reasons = "withheld", "; ".join(missing)
+        if not missing:
             answer = three_way(like_real, like_fake, fpr, fnr)
             reasons = [because(*row, fpr, fnr) for row in zip(answer, like_real, like_fake, strict=True)]
-        return pd.DataFrame(
-            {
-                schema.IMAGE_ID: features.table[schema.IMAGE_ID].to_numpy(),
-                schema.PATH: features.table[schema.PATH].to_numpy(),
-                "p_fake": self.calibrator_(logits),
-                "verdict": answer,
-                "like_real": like_real,
-                "like_fake": like_fake,
-                "because": reasons,
-            }
-        )
+        return table.assign(verdict=answer, like_real=like_real, like_fake=like_fake, because=reasons)
 
     def explain(self, features: Features, row: int, ignore: Sequence[str] = ()) -> pd.DataFrame:
         """Evidence for one image: how well it fits its caption, and each region its phrase.
@@ -287,25 +265,17 @@ class Detector:
         table = pd.concat([whole, local.sort_values("cosine", kind="stable")], ignore_index=True)
         table["real_below"] = np.nan
         for level, grid in self.real_cosines_.items():
-            rows = table["level"] == level
             if len(grid):
-                share = np.interp(table.loc[rows, "cosine"], grid, np.linspace(0, 1, len(grid)))
-                table.loc[rows, "real_below"] = share
+                cosine = table.loc[table["level"] == level, "cosine"]
+                table.loc[cosine.index, "real_below"] = np.interp(cosine, grid, np.linspace(0, 1, len(grid)))
         columns = ["level", "text", "x0", "y0", "x1", "y1", "score", "cosine", "real_below"]
         return table.reindex(columns=columns)
 
     def seen(self, features: Features) -> np.ndarray:
-        """Which images this detector was made with, by the ids of their contents.
+        """Whether this detector was made with an image, by the id of its content, shape (n,).
 
-        Parameters
-        ----------
-        features : Features
-
-        Returns
-        -------
-        array of str, shape (n,)
-            "train" for images it was trained on, "val" for those that stopped the training or calibrated it,
-            "" for new ones.
+        "train" for images it was trained on, "val" for those that stopped the training or calibrated it, ""
+        for new ones.
         """
         self._fitted()
         where, keys = np.full(len(features), "", dtype="<U5"), image_keys(features)
@@ -313,14 +283,7 @@ class Detector:
             where[np.isin(keys, known)] = part
         return where
 
-    def evaluate(
-        self,
-        features: Features,
-        fpr: float = 0.05,
-        n_boot: int = 1000,
-        seed: int = 0,
-        ignore: Sequence[str] = (),
-    ) -> pd.DataFrame:
+    def evaluate(self, features: Features, fpr: float = 0.05, n_boot: int = 1000) -> pd.DataFrame:
         """Metrics with 95 % intervals, for all images and for each generator against all reals.
 
         Parameters
@@ -330,10 +293,8 @@ class Detector:
         fpr : float
             The threshold comes from the calibration reals at this rate; the rate realised on the test reals
             is one minus ``accuracy_real``. Where they are too few to promise it, what needs it is empty.
-        n_boot, seed
-            See `itemkit.metrics.bootstrap`.
-        ignore : names
-            See `check`.
+        n_boot : int
+            Resamples, see `itemkit.metrics.bootstrap`.
 
         Returns
         -------
@@ -346,7 +307,7 @@ class Detector:
         UserWarning
             Some images trained, stopped or calibrated this detector; they are counted all the same.
         """
-        logits, y = self.decision_function(features, ignore), features.labels
+        logits, y = self.decision_function(features), features.labels
         if not len(y):
             raise InputError("no image to evaluate")
         seen = self.seen(features)
@@ -364,22 +325,21 @@ class Detector:
         tables = []
         for name in ["all", *names] if len(names) > 1 else ["all"]:
             rows = np.ones(len(y), bool) if name == "all" else (y == schema.REAL) | (generator == name)
-            table = self._metrics(y[rows], logits[rows], cut, no_threshold, n_boot, seed)
+            table = self._metrics(y[rows], logits[rows], cut, no_threshold, n_boot)
             tables.append(table.assign(generator=name))
         table = pd.concat(tables, ignore_index=True)
         return table[["generator", *table.columns.drop("generator")]]
 
     def _metrics(
-        self, y: np.ndarray, logits: np.ndarray, cut: float | None, no_threshold: str | None,
-        n_boot: int, seed: int,
-    ) -> pd.DataFrame:  # fmt: skip
+        self, y: np.ndarray, logits: np.ndarray, cut: float | None, no_threshold: str | None, n_boot: int
+    ) -> pd.DataFrame:
         p, n = self.calibrator_(logits), np.bincount(y, minlength=2)
         both = bool(n.all())
         names = METRICS if both else (*ONE_CLASS_METRICS, *METRICS)
         table = pd.DataFrame({"value": np.nan, "low": np.nan, "high": np.nan}, pd.Index(names, name="metric"))
         table = table.assign(n_real=int(n[0]), n_fake=int(n[1]), over="", note="")
         if both:
-            found = bootstrap(y, logits, cut, p, n_boot=n_boot, seed=seed, balanced=True).set_index("metric")
+            found = bootstrap(y, logits, cut, p, n_boot=n_boot, balanced=True).set_index("metric")
             table.update(found[["value", "low", "high"]])
         # shares have an exact interval, which is honest about three images, too
         shares = {} if both else {"above_half": p > 0.5}
@@ -401,22 +361,9 @@ class Detector:
         return table.reset_index()
 
     def promises(self, features: Features) -> pd.DataFrame:
-        """Hold what thresholds and verdicts promise against labelled images the detector has not seen.
+        """Hold what thresholds and verdicts promise against labelled images: `calibrate.check_promises`.
 
-        Parameters
-        ----------
-        features : Features
-            Images that trained or calibrated the detector are left out, with a warning.
-
-        Returns
-        -------
-        DataFrame
-            See `itemkit.calibrate.check_promises`.
-
-        Raises
-        ------
-        InputError
-            All of the images trained, stopped or calibrated the detector.
+        Images that trained or calibrated the detector are left out, with a warning; none left is an error.
         """
         new = self.seen(features) == ""
         if not new.any():
@@ -434,8 +381,6 @@ class Detector:
         known = self.real_scores_, self.fake_scores_
         return check_promises(*known, logits[y == schema.REAL], logits[y == schema.FAKE])
 
-    # ---------------------------------------------------------------------------------------------- disk
-
     def save(self, folder: str | Path) -> Path:
         """Write ``detector.json``, ``head.json`` and two safetensors files into a folder."""
         self._fitted()
@@ -448,8 +393,8 @@ class Detector:
         n_real, rates = len(self.real_scores_), (0.01, 0.05, 0.1)
         contents = {
             "representation": self.representation.to_dict(),
-            "calibration": self.calibration,
-            "calibrator": self.calibrator_.to_dict(),
+            "calibration": self.calibrator_.method,
+            "calibrator": asdict(self.calibrator_),
             "selection_fraction": self.selection_fraction,
             # for the reader; any other rate follows from the stored scores
             "thresholds": {
@@ -475,11 +420,12 @@ class Detector:
         meta = read_description(folder, "detector.json", FORMAT, FILES)
         head = MisalignmentMLP.load(folder, device)
         try:
-            kind = RepresentationConfig.from_dict(meta["representation"])
-            detector = cls(kind, clone(head), meta["calibration"], meta["selection_fraction"])
-            detector.calibrator_ = Calibrator.from_dict(meta["calibrator"])
+            kind = RepresentationConfig(**meta["representation"])
+            detector = cls(kind, clone(head), meta["selection_fraction"])
+            numbers = (meta["calibrator"][name] for name in ("method", "scale", "offset"))
+            detector.calibrator_ = Calibrator(*numbers)
             arrays = safetensors.numpy.load_file(folder / "calibration.safetensors")
-        except (InputError, safetensors.SafetensorError) as error:
+        except (InputError, TypeError, KeyError, safetensors.SafetensorError) as error:
             raise damaged(folder, one_line(error)) from error
         detector.head_, detector.notes, detector.trained_on_ = head, meta["notes"], meta["trained_on"]
         detector.real_scores_, detector.fake_scores_ = arrays["real_scores"], arrays["fake_scores"]
@@ -523,12 +469,13 @@ def refuse_other_models(
 
 def _quantiles(real: Features) -> dict[str, np.ndarray]:
     """Percentiles of the cosines of real images, and of their objects; empty without any."""
-    found = {
-        "global": cosines(real)["global_cosine"].to_numpy() if len(real) else np.zeros(0),
-        "local": misalign(real.region_emb, real.phrase_emb, "cosine")[:, 0],
-    }
+    parts = ((real.image_emb, real.caption_emb), (real.region_emb, real.phrase_emb))
+    found = (misalign(*pair, "cosine")[:, 0] for pair in parts)
     grid = np.linspace(0, 1, 101)
-    return {k: np.quantile(v, grid).astype(np.float64) if len(v) else np.zeros(0) for k, v in found.items()}
+    return {
+        level: np.quantile(values, grid).astype(np.float64) if len(values) else np.zeros(0)
+        for level, values in zip(("global", "local"), found, strict=True)
+    }
 
 
 def _numbers(n: np.ndarray) -> str:

@@ -1,8 +1,7 @@
 """The MLP head: a small network from a misalignment vector to the log-odds of fake, and how it is trained.
 
-`Net` is the network, `MisalignmentMLP._train` its loop. What makes it quick is what is left out: no
-DataLoader, no copies per batch. The standardised features go to the device once, an epoch is one permutation,
-a batch is one index. Nothing here touches torch's global random state or thread settings.
+`Net` is the network, `MisalignmentMLP._train` its loop: the standardised features go to the device once, an
+epoch is one permutation, a batch is one index. Nothing here touches torch's global random state or threads.
 """
 
 from __future__ import annotations
@@ -83,14 +82,8 @@ ARCHITECTURES = {
 class Net(nn.Module):
     """Linear, activation, dropout, again; at the end one number: the log-odds of fake.
 
-    Every weight has the members first, ``(members, in, out)``: as many networks as there are members, side by
-    side on the same inputs. For one member it is the plain perceptron.
-
-    Parameters
-    ----------
-    n_in : width of the input
-    arch : shape of every member
-    members : how many
+    Every weight has the members first, ``(members, in, out)``: networks of one shape side by side on the same
+    inputs. For one member it is the plain perceptron.
     """
 
     def __init__(self, n_in: int, arch: Architecture, members: int = 1) -> None:
@@ -116,10 +109,8 @@ class Net(nn.Module):
         return linear(x, self.weights[-1], self.biases[-1])[..., 0].float()
 
     def start(self, seed: int) -> Net:
-        """Draw start weights by torch's own rule for linear layers.
-
-        One generator per member, on the CPU: a start depends neither on the others nor on the device.
-        """
+        """Draw start weights by torch's own rule for linear layers."""
+        # one generator per member, on the CPU: a start depends neither on the others nor on the device
         generators = [torch.Generator().manual_seed(seed + 100_003 * i) for i in range(self.members)]
         with torch.no_grad():
             for weight, bias in zip(self.weights, self.biases, strict=True):
@@ -162,14 +153,7 @@ def batch_norm(x: Tensor, norm: nn.BatchNorm1d, training: bool) -> Tensor:
 
 
 class EarlyStopping:
-    """Best weights of each member so far, and which members still have patience.
-
-    Parameters
-    ----------
-    net : the network being trained
-    patience : epochs in which the loss may fall by less than ``tol`` in all
-    tol : the fall worth waiting for
-    """
+    """Best weights of each member so far, and which members still have patience; see `MisalignmentMLP`."""
 
     def __init__(self, net: Net, patience: int, tol: float) -> None:
         self.net, self.patience, self.tol = net, patience, tol
@@ -194,8 +178,6 @@ class EarlyStopping:
         for tensor, best in zip(self.net.tensors(), self.best_tensors, strict=True):
             tensor.copy_(best)
 
-
-# ------------------------------------------------------------------------------------------------- its inputs
 
 BLOCK = 256  # rows that stay in the processor's cache between two steps; five times quicker than whole arrays
 LARGE = 5e7  # numbers in the training set from which precision="auto" considers bfloat16
@@ -236,8 +218,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
     kind, what = (numbers.Integral, "whole number") if isinstance(low, int) else (numbers.Real, "number")
-    fits = isinstance(value, kind) and not isinstance(value, bool)
-    if not (fits and low <= value <= high):
+    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
         raise InputError(f"{name}={value!r}: expected a {what} from {low:g} to {high:g}")
 
 
@@ -253,6 +234,7 @@ def balance(y: Tensor) -> Tensor:
     return (len(y) / (counts > 0).sum() / counts)[y].float()
 
 
+@dataclass(eq=False, repr=False)
 class MisalignmentMLP(ClassifierMixin, BaseEstimator):
     """Multi-layer perceptron from a misalignment vector to real or fake.
 
@@ -294,37 +276,20 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         As in scikit-learn; ``classes_[1]`` is the positive class.
     """
 
-    def __init__(
-        self,
-        architecture: str = "itemkit",
-        hidden_sizes: tuple[int, ...] | None = None,
-        dropout: float | None = None,
-        learning_rate: float | None = None,
-        weight_decay: float | None = None,
-        batch_size: int = 256,
-        max_epochs: int = 60,
-        patience: int = 8,
-        tol: float = 1e-3,
-        validation_fraction: float = 0.15,
-        members: int = 1,
-        seed: int = 0,
-        device: str = "auto",
-        precision: str = "auto",
-    ) -> None:
-        self.architecture = architecture
-        self.hidden_sizes = hidden_sizes
-        self.dropout = dropout
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.batch_size = batch_size
-        self.max_epochs = max_epochs
-        self.patience = patience
-        self.tol = tol
-        self.validation_fraction = validation_fraction
-        self.members = members
-        self.seed = seed
-        self.device = device
-        self.precision = precision
+    architecture: str = "itemkit"
+    hidden_sizes: tuple[int, ...] | None = None
+    dropout: float | None = None
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    batch_size: int = 256
+    max_epochs: int = 60
+    patience: int = 8
+    tol: float = 1e-3
+    validation_fraction: float = 0.15
+    members: int = 1
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
 
     def __sklearn_tags__(self) -> Any:
         """Tell scikit-learn that this classifier knows two classes only."""
@@ -339,24 +304,20 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
                 f"architecture={self.architecture!r}: expected one of {', '.join(ARCHITECTURES)}, "
                 f"with hidden_sizes=... for other widths.{did_you_mean(self.architecture, ARCHITECTURES)}"
             )
-        given = {name: getattr(self, name) for name in ("dropout", "learning_rate", "weight_decay")}
-        for name, (low, high) in LIMITS.items():
-            if (value := getattr(self, name)) is not None or name not in given:
-                _check_number(name, value, low, high)
+        given = {name: getattr(self, name) for name in LIMITS if getattr(self, name) is not None}
+        for name, value in given.items():
+            _check_number(name, value, *LIMITS[name])
+        replaced = {k: v for k, v in given.items() if k in ("dropout", "learning_rate", "weight_decay")}
         if self.hidden_sizes is not None:
             if not isinstance(self.hidden_sizes, list | tuple) or len(self.hidden_sizes) > MAX_LAYERS:
                 raise InputError(f"hidden_sizes: expected at most {MAX_LAYERS} widths, such as (256, 64)")
             for width in self.hidden_sizes:
                 _check_number("hidden_sizes", width, 1, 65_536)
-            given["hidden"] = tuple(self.hidden_sizes)
-        return replace(ARCHITECTURES[self.architecture], **{k: v for k, v in given.items() if v is not None})
+            replaced["hidden"] = tuple(self.hidden_sizes)
+        return replace(ARCHITECTURES[self.architecture], **replaced)
 
     def fit(
-        self,
-        X: np.ndarray,
-        y: np.ndarray,
-        X_val: np.ndarray | None = None,
-        y_val: np.ndarray | None = None,
+        self, X: np.ndarray, y: np.ndarray, X_val: np.ndarray | None = None, y_val: np.ndarray | None = None
     ) -> MisalignmentMLP:
         """Train.
 
@@ -367,19 +328,26 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         X_val, y_val : arrays, optional
             Images to stop the training on; without them ``validation_fraction`` of the rows is held out.
 
-        Returns
-        -------
-        MisalignmentMLP
-            Itself.
+        Raises
+        ------
+        InputError
+            A number that no head can have, not two classes, too few rows to hold some out, or divergence.
         """
         arch = self.resolved_architecture()
         X, y = validate_data(self, X, y, dtype=np.float32)
-        codes, codes_val = self._encode(y), None
+        check_classification_targets(y)
+        self.classes_ = np.unique(y)
+        if len(self.classes_) != 2:
+            raise InputError(
+                f"Only binary classification is supported. The type of the target is {type_of_target(y)}: "
+                f"{len(y)} labels of {len(self.classes_)} class(es), expected two, real and fake"
+            )
+        codes = (y == self.classes_[1]).astype(np.int64)
         if X_val is not None:
-            X_val = validate_data(self, X_val, dtype=np.float32, reset=False)
-            codes_val = self._codes(np.asarray(y_val))
-            if len(codes_val) != len(X_val):
-                raise InputError(f"X_val has {len(X_val)} rows, y_val {len(codes_val)}; expected as many")
+            X_val, y_val = validate_data(self, X_val, y_val, dtype=np.float32, reset=False)
+            if not np.isin(y_val, self.classes_).all():
+                raise InputError(f"y_val: expected labels out of {self.classes_.tolist()}")
+            codes_val = (y_val == self.classes_[1]).astype(np.int64)
         elif self.validation_fraction:
             if min(counts := np.bincount(codes)) < 2:
                 raise InputError(
@@ -411,39 +379,14 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
             into.copy_((block.to(device) - shift).mul_(factor))
         return out
 
-    def _encode(self, y: np.ndarray) -> np.ndarray:
-        check_classification_targets(y)
-        if type_of_target(y, input_name="y") != "binary":
-            raise ValueError(
-                f"Only binary classification is supported. The type of the target is {type_of_target(y)}: "
-                f"got {len(np.unique(y))} classes, expected real and fake."
-            )
-        self.classes_ = np.unique(y)
-        if len(self.classes_) < 2:
-            raise InputError(
-                f"all {len(y)} labels are of one class ({self.classes_.tolist()[0]!r}); expected two"
-            )
-        return self._codes(y)
-
-    def _codes(self, y: np.ndarray) -> np.ndarray:
-        if unknown := sorted(set(np.unique(y)) - set(self.classes_)):
-            raise InputError(
-                f"validation label {unknown[0]!s} is not among the classes {self.classes_.tolist()}"
-            )
-        return (y == self.classes_[1]).astype(np.int64)
-
     def _train(self, arch: Architecture, x: Tensor, y: Tensor, val: tuple[Tensor, Tensor] | None) -> None:
         net, device = self.net_, x.device
         weight = balance(y)
         order_rng = torch.Generator().manual_seed(int(self.seed))  # on the CPU: the same batches everywhere
         noise = torch.Generator(device).manual_seed(int(self.seed) + 1)
         # members do not share weights and AdamW works element by element, so one optimiser trains them apart
-        optimiser = torch.optim.AdamW(
-            net.parameters(),
-            lr=arch.learning_rate,
-            weight_decay=arch.weight_decay,
-            fused=device.type != "mps",
-        )
+        rates = {"lr": arch.learning_rate, "weight_decay": arch.weight_decay}
+        optimiser = torch.optim.AdamW(net.parameters(), **rates, fused=device.type != "mps")
         stopping = EarlyStopping(net, self.patience, self.tol)
         self.history_: dict[str, list[float]] = {name: [] for name in HISTORY}
         start = time.perf_counter()
@@ -520,9 +463,8 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         del params["device"]
         contents = {
             "params": params,
-            "network": asdict(
-                self.net_.arch
-            ),  # a name alone would be another network once its numbers change
+            # a name alone would be another network once its numbers change
+            "network": asdict(self.net_.arch),
             "classes": self.classes_.tolist(),
             "n_features": self.n_features_in_,
             "best_epoch": self.best_epoch_,
@@ -545,8 +487,7 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         folder, where = Path(folder), choose_device(device)
         meta = read_description(folder, "head.json", FORMAT, ("head.safetensors",))
         params = meta["params"]
-        if params["hidden_sizes"] is not None:
-            params["hidden_sizes"] = tuple(params["hidden_sizes"])
+        params["hidden_sizes"] = params["hidden_sizes"] and tuple(params["hidden_sizes"])
         head = cls(**params, device=device)
         try:
             head.resolved_architecture()  # refuses numbers that no head can have
@@ -600,20 +541,16 @@ def read_description(folder: Path, name: str, form: str, files: Sequence[str]) -
         )
     try:
         if path.stat().st_size > MAX_JSON:
-            raise ValueError("it is larger than any that itemkit writes")
+            raise ValueError(f"{name} is larger than any that itemkit writes")
         meta = json.loads(path.read_bytes())
-        found = {file: _sha256(folder / file) for file in files}
-    except OSError as error:
-        raise damaged(folder, f"{Path(error.filename or path).name}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise damaged(folder, f"cannot read {name}: {one_line(error)}") from error
-    if not isinstance(meta, dict) or meta.get("format") != form:
-        other = meta.get("format") if isinstance(meta, dict) else None
-        raise damaged(folder, f"{name} has format {other!r}, this version of itemkit reads {form!r}")
-    if meta.pop("sha256", None) != _checksum(meta):
-        raise damaged(folder, f"{name} was changed after it was written")
-    if changed := [file for file in files if meta["files"][file] != found[file]]:
-        raise damaged(folder, f"{changed[0]} was changed after it was written")
+        if not isinstance(meta, dict) or meta.get("format") != form:
+            raise ValueError(f"{name} is not in the format {form!r}, which this version of itemkit reads")
+        whole = meta.pop("sha256", None) == _checksum(meta)
+        changed = [name] if not whole else [f for f in files if meta["files"][f] != _sha256(folder / f)]
+        if changed:
+            raise ValueError(f"{changed[0]} was changed after it was written")
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(folder, one_line(error)) from error
     return meta
 
 

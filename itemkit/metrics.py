@@ -23,6 +23,7 @@ PROBABILITY_METRICS = ("ece", "brier")
 SMALLER_IS_BETTER = PROBABILITY_METRICS
 METRICS = RANK_METRICS + THRESHOLD_METRICS + PROBABILITY_METRICS
 ECE_BINS = 15  # Guo et al. 2017 (arXiv 1706.04599)
+LEVEL = 0.95  # coverage of the intervals
 
 METRIC_TITLES = {
     "ap": "average precision",
@@ -36,8 +37,6 @@ METRIC_TITLES = {
     "balanced_accuracy": "balanced accuracy",
     "ece": "expected calibration error",
     "brier": "Brier score",
-    "called_fake": "share of the images called fake",
-    "above_half": "share of the images with p(fake) above one half",
 }
 
 
@@ -58,66 +57,19 @@ def check_scores(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return y.astype(np.int64), s
 
 
-class _Ladder:
-    """Distinct scores, descending; sums of image weights on each rung, apart for fake and real."""
-
-    def __init__(self, y: np.ndarray, s: np.ndarray) -> None:
-        self.y = y
-        self.order = np.argsort(-s, kind="stable")
-        ordered = s[self.order]
-        self.starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-        self.values = ordered[self.starts]
-
-    def weigh(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Weights (n, b) -> fake and real weight per rung, each (rungs, b)."""
-        weights = weights[self.order]
-        fake = self.y[self.order] == 1
-        both = []
-        for mask in (fake, ~fake):
-            part = weights * mask[:, None]
-            both.append(
-                part if len(self.starts) == len(weights) else np.add.reduceat(part, self.starts, axis=0)
-            )
-        return both[0], both[1]
+def _ladder(y: np.ndarray, s: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct scores, descending, and the weight of fake and of real images on each rung (rungs, b)."""
+    order = np.argsort(-s, kind="stable")
+    s, weights, fake = s[order], weights[order], y[order] == 1
+    starts = np.flatnonzero(np.r_[True, s[1:] != s[:-1]])
+    sides = [weights * mask[:, None] for mask in (fake, ~fake)]
+    if len(starts) < len(s):
+        sides = [np.add.reduceat(side, starts, axis=0) for side in sides]
+    return s[starts], sides[0], sides[1]
 
 
-def _rank_metrics(names: Sequence[str], fake: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
-    tp, fp = np.cumsum(fake, axis=0, dtype=np.float64), np.cumsum(real, axis=0, dtype=np.float64)
-    n_fake, n_real = tp[-1], fp[-1]
-    out = {}
-    for name in names:
-        if name == "ap":
-            seen = tp + fp
-            # Sum over distinct thresholds, no interpolation: scikit-learn's definition.
-            out[name] = np.sum(fake * tp / np.maximum(seen, 1e-12), axis=0) / n_fake
-        elif name == "auroc":
-            out[name] = np.sum(real * (tp - fake / 2), axis=0) / (n_fake * n_real)  # ties count one half
-        elif name.startswith("tpr_at_fpr"):
-            allowed = fp <= int(name[-2:]) / 100 * n_real + 1e-6
-            out[name] = np.max(tp * allowed, axis=0) / n_fake
-        elif name == "accuracy_oracle":  # calling nothing fake is a threshold, too
-            out[name] = (n_real + np.maximum((tp - fp).max(axis=0), 0)) / (n_fake + n_real)
-    return out
-
-
-def _threshold_metrics(
-    names: Sequence[str], values: np.ndarray, fake: np.ndarray, real: np.ndarray, threshold: float
-) -> dict[str, np.ndarray]:
-    called = (values > threshold)[:, None]
-    n_fake, n_real = fake.sum(0), real.sum(0)
-    hit, right = (fake * called).sum(0), (real * ~called).sum(0)
-    every = {
-        "accuracy": (hit + right) / (n_fake + n_real),
-        "accuracy_real": right / n_real,
-        "accuracy_fake": hit / n_fake,
-        "balanced_accuracy": (hit / n_fake + right / n_real) / 2,
-    }
-    return {name: every[name] for name in names}
-
-
-def _probability_metrics(
-    names: Sequence[str], values: np.ndarray, fake: np.ndarray, real: np.ndarray, balanced: bool, n_bins: int
-) -> dict[str, np.ndarray]:
+def _calibration(values: np.ndarray, fake: np.ndarray, real: np.ndarray, balanced: bool) -> dict:
+    """Calibration metrics of a ladder of probabilities."""
     if values[0] > 1 or values[-1] < 0:
         raise InputError(f"probabilities run from {values[-1]:.4g} to {values[0]:.4g}; expected 0 to 1")
     if balanced:  # both classes count one half, as in the prior the probabilities were calibrated to
@@ -125,15 +77,11 @@ def _probability_metrics(
     else:
         total = fake.sum(0) + real.sum(0)
         fake, real = fake / total, real / total
-    out = {}
-    if "brier" in names:
-        out["brier"] = np.sum(fake * (1 - values[:, None]) ** 2 + real * values[:, None] ** 2, axis=0)
-    if "ece" in names:
-        which = np.minimum((values * n_bins).astype(int), n_bins - 1)
-        gap = np.zeros((n_bins, fake.shape[1]))
-        np.add.at(gap, which, fake - (fake + real) * values[:, None])
-        out["ece"] = np.abs(gap).sum(0)
-    return out
+    gap = np.zeros((ECE_BINS, fake.shape[1]))
+    bins = np.minimum((values * ECE_BINS).astype(int), ECE_BINS - 1)
+    np.add.at(gap, bins, fake - (fake + real) * values[:, None])
+    brier = np.sum(fake * (1 - values[:, None]) ** 2 + real * values[:, None] ** 2, axis=0)
+    return {"ece": np.abs(gap).sum(0), "brier": brier}
 
 
 def replicate(
@@ -144,7 +92,6 @@ def replicate(
     threshold: float | None = None,
     probability: np.ndarray | None = None,
     balanced: bool = False,
-    n_bins: int = ECE_BINS,
 ) -> dict[str, np.ndarray]:
     """Every metric under every column of image weights.
 
@@ -162,8 +109,6 @@ def replicate(
         Calibrated p(fake), for "ece" and "brier".
     balanced : bool
         Give both classes half of the weight in "ece" and "brier".
-    n_bins : int
-        Equal-width bins of "ece".
 
     Returns
     -------
@@ -172,32 +117,45 @@ def replicate(
     y, s = check_scores(y, s)
     if unknown := [name for name in metrics if name not in METRICS]:
         raise InputError(f"unknown metric {unknown[0]!r}; expected one of {', '.join(METRICS)}")
-    out: dict[str, np.ndarray] = {}
-    ladder = _Ladder(y, s)
-    fake, real = ladder.weigh(weights)
-    if rank := [name for name in metrics if name in RANK_METRICS]:
-        out |= _rank_metrics(rank, fake, real)
-    if cut := [name for name in metrics if name in THRESHOLD_METRICS]:
-        if threshold is None:
-            raise InputError(f"{cut[0]} needs a threshold, chosen on validation images")
-        out |= _threshold_metrics(cut, ladder.values, fake, real, threshold)
-    if calibration := [name for name in metrics if name in PROBABILITY_METRICS]:
-        if probability is None:
-            raise InputError(f"{calibration[0]} needs calibrated probabilities")
-        ladder = _Ladder(*check_scores(y, probability))
-        fake, real = ladder.weigh(weights)
-        out |= _probability_metrics(calibration, ladder.values, fake, real, balanced, n_bins)
+    given = ((THRESHOLD_METRICS, threshold, "a threshold, chosen on validation images"),
+             (PROBABILITY_METRICS, probability, "calibrated probabilities"))  # fmt: skip
+    for group, value, what in given:
+        if value is None and (asked := [name for name in metrics if name in group]):
+            raise InputError(f"{asked[0]} needs {what}")
+    values, fake, real = _ladder(y, s, weights)
+    tp, fp = np.cumsum(fake, axis=0, dtype=np.float64), np.cumsum(real, axis=0, dtype=np.float64)
+    n_fake, n_real = tp[-1], fp[-1]
+
+    def found(fpr: float) -> np.ndarray:
+        return np.max(tp * (fp <= fpr * n_real + 1e-6), axis=0) / n_fake
+
+    formulas = {
+        # a sum over distinct thresholds, no interpolation: scikit-learn's definition
+        "ap": lambda: np.sum(fake * tp / np.maximum(tp + fp, 1e-12), axis=0) / n_fake,
+        "auroc": lambda: np.sum(real * (tp - fake / 2), axis=0) / (n_fake * n_real),  # ties count one half
+        "tpr_at_fpr01": lambda: found(0.01),
+        "tpr_at_fpr05": lambda: found(0.05),
+        # calling nothing fake is a threshold, too
+        "accuracy_oracle": lambda: (n_real + np.maximum((tp - fp).max(axis=0), 0)) / (n_fake + n_real),
+    }
+    if threshold is not None:
+        called, fakes, reals = (values > threshold)[:, None], fake.sum(0), real.sum(0)
+        hit, right = (fake * called).sum(0), (real * ~called).sum(0)
+        formulas |= {
+            "accuracy": lambda: (hit + right) / (fakes + reals),
+            "accuracy_real": lambda: right / reals,
+            "accuracy_fake": lambda: hit / fakes,
+            "balanced_accuracy": lambda: (hit / fakes + right / reals) / 2,
+        }
+    out = {name: formulas[name]() for name in metrics if name in formulas}
+    if not set(metrics).isdisjoint(PROBABILITY_METRICS):
+        out |= _calibration(*_ladder(*check_scores(y, probability), weights), balanced)
     return {name: np.asarray(out[name], np.float64) for name in metrics}
 
 
 def average_precision(y: np.ndarray, s: np.ndarray) -> float:
     """Area under the precision-recall curve as a step function; equals scikit-learn's."""
     return float(replicate(y, s, np.ones((len(s), 1)), ["ap"])["ap"][0])
-
-
-def auroc(y: np.ndarray, s: np.ndarray) -> float:
-    """Chance that a random fake scores above a random real, ties counting one half."""
-    return float(replicate(y, s, np.ones((len(s), 1)), ["auroc"])["auroc"][0])
 
 
 def draw_weights(n: int, n_boot: int, rng: np.random.Generator) -> np.ndarray:
@@ -222,7 +180,7 @@ def bootstrap_chunks(n: int, n_boot: int) -> Iterator[int]:
         yield min(size, n_boot - start)
 
 
-def percentile_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+def percentile_interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
     """Central interval of bootstrap replicates; not a number without any."""
     if not len(values):
         return float("nan"), float("nan")
@@ -231,7 +189,7 @@ def percentile_interval(values: np.ndarray, level: float = 0.95) -> tuple[float,
 
 
 def metric_interval(
-    metric: str, value: float, replicates: np.ndarray, level: float = 0.95
+    metric: str, value: float, replicates: np.ndarray, level: float = LEVEL
 ) -> tuple[float, float]:
     """Bootstrap interval of a metric.
 
@@ -257,11 +215,10 @@ def bootstrap(
     probability: np.ndarray | None = None,
     metrics: Sequence[str] | None = None,
     n_boot: int = 1000,
-    level: float = 0.95,
     seed: int = 0,
     balanced: bool = False,
 ) -> pd.DataFrame:
-    """Metrics with stratified percentile bootstrap intervals over images.
+    """Metrics with stratified percentile bootstrap intervals (95 %) over images.
 
     Parameters
     ----------
@@ -269,8 +226,8 @@ def bootstrap(
         See `replicate`.
     metrics : names, optional
         All that the inputs allow by default.
-    n_boot, level, seed
-        Resamples, coverage asked for, seed of the resamples.
+    n_boot, seed
+        Resamples, and their seed.
 
     Returns
     -------
@@ -291,12 +248,12 @@ def bootstrap(
     rows = []
     for name in names:
         value, replicates = float(point[name][0]), np.concatenate([part[name] for part in parts])
-        low, high = metric_interval(name, value, replicates, level)
+        low, high = metric_interval(name, value, replicates)
         rows.append({"metric": name, "value": value, "low": low, "high": high})
     return pd.DataFrame(rows).assign(n_real=int((y == 0).sum()), n_fake=int((y == 1).sum()))
 
 
-def effect_size(real: np.ndarray, fake: np.ndarray, level: float = 0.95) -> dict[str, float]:
+def effect_size(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
     """How far a measured quantity (a cosine, say) differs between real and fake images, sign kept.
 
     Positive d, and AUROC above one half, mean that the *real* images have the larger values.
@@ -305,8 +262,6 @@ def effect_size(real: np.ndarray, fake: np.ndarray, level: float = 0.95) -> dict
     ----------
     real, fake : vectors
         The quantity for each image; lengths may differ, at least 2 each.
-    level : float
-        Coverage of the intervals.
 
     Returns
     -------
@@ -324,7 +279,7 @@ def effect_size(real: np.ndarray, fake: np.ndarray, level: float = 0.95) -> dict
     if not pooled > 0:
         raise InputError("all values of each class are equal; an effect size needs some spread")
     d = float(real.mean() - fake.mean()) / pooled
-    quantile = float(stats.norm.ppf((1 + level) / 2))
+    quantile = float(stats.norm.ppf((1 + LEVEL) / 2))
     half = quantile * math.sqrt((n_r + n_f) / (n_r * n_f) + d * d / (2 * (n_r + n_f)))
     ranks = stats.rankdata(np.r_[real, fake])
     # of each real the share of fakes below it, of each fake the share of reals above it (DeLong et al. 1988)
@@ -335,7 +290,7 @@ def effect_size(real: np.ndarray, fake: np.ndarray, level: float = 0.95) -> dict
         step = quantile * math.sqrt(variance) / (a * (1 - a))
         low, high = (float(expit(logit(a) + sign * step)) for sign in (-1, 1))
     else:
-        bound = min(1.0, -math.log(1 - level) / min(n_r, n_f))
+        bound = min(1.0, -math.log(1 - LEVEL) / min(n_r, n_f))
         low, high = (max(0.0, a - bound), min(1.0, a + bound))
     return {
         "d": d, "d_low": d - half, "d_high": d + half,
@@ -343,17 +298,7 @@ def effect_size(real: np.ndarray, fake: np.ndarray, level: float = 0.95) -> dict
     }  # fmt: skip
 
 
-def _frechet(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    # the eigenvalues of cov_a cov_b are those of the symmetric root cov_b root
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0, None)).sum()
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
-
-
-def frechet_distance(
-    a: np.ndarray, b: np.ndarray, n_boot: int = 50, level: float = 0.95, seed: int = 0
-) -> dict[str, float]:
+def frechet_distance(a: np.ndarray, b: np.ndarray, n_boot: int = 50, seed: int = 0) -> dict[str, float]:
     """Fréchet distance between two sets of embeddings, each summarised as a Gaussian.
 
     The estimate is biased upwards for small sets, so compare sets of equal size only. The interval is the
@@ -364,8 +309,8 @@ def frechet_distance(
     ----------
     a, b : float array, shape (n_a, d) and (n_b, d)
         Embeddings in one space.
-    n_boot, level, seed
-        Resamples of both sets (0: no interval), coverage, seed.
+    n_boot, seed
+        Resamples of both sets (0: no interval), and their seed.
 
     Returns
     -------
@@ -379,15 +324,17 @@ def frechet_distance(
         )
 
     def distance(x: np.ndarray, y: np.ndarray) -> float:
-        cov = [np.atleast_2d(np.cov(z, rowvar=False)) for z in (x, y)]
-        return _frechet(x.mean(0), cov[0], y.mean(0), cov[1])
+        cov_x, cov_y = (np.atleast_2d(np.cov(z, rowvar=False)) for z in (x, y))
+        values, vectors = np.linalg.eigh(cov_x)
+        root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+        # the eigenvalues of cov_x cov_y are those of the symmetric root cov_y root
+        cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_y @ root), 0, None)).sum()
+        means = x.mean(0) - y.mean(0)
+        return float((means**2).sum() + np.trace(cov_x) + np.trace(cov_y) - 2 * cross)
 
     value = distance(a, b)
     rng = np.random.default_rng(seed)
-    drawn = [
-        distance(a[rng.integers(len(a), size=len(a))], b[rng.integers(len(b), size=len(b))])
-        for _ in range(n_boot)
-    ]
-    low, high = percentile_interval(np.array(drawn), level)
+    ends = [(rng.integers(len(a), size=len(a)), rng.integers(len(b), size=len(b))) for _ in range(n_boot)]
+    low, high = percentile_interval(np.array([distance(a[i], b[j]) for i, j in ends]))
     about = {"value": value, "n_a": len(a), "n_b": len(b)}
     return about | {"low": float(np.maximum(0, 2 * value - high)), "high": 2 * value - low}

@@ -2,16 +2,16 @@
 
 The method's claim is that a generated image fits its own caption differently from a photograph, as a whole
 (global) and object by object (local). Which *form* of that difference the authors give to their head is not
-public, so each form is a function here, and all of them start from the same stored embeddings::
+public, so `FORMS` has several, and all of them start from the same stored embeddings::
 
-    a = embedding of the image (or of a region)       b = embedding of its caption (or of its phrase)
-    a, b --form--> misalignment of one pair           objects of an image --pool--> one vector
-    global vector | pooled local vectors --> what the head sees
+    image and caption, region and phrase --misalign--> one vector for each pair
+    the vectors of an image's objects --pool--> one local vector
+    global vector | local vector --> what the head sees (represent)
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
@@ -22,44 +22,21 @@ from itemkit.text import did_you_mean
 
 NORM_TOLERANCE = 1e-3  # float16 storage moves a norm by less than 5e-4
 
-# ---------------------------------------------------------------------------- the forms: one pair, one vector
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """``a · b``: one number per pair, 1 = aligned.
-
-    All that a retrieval metric sees: CLIPScore (Hessel et al. 2021, arXiv 2104.08718).
-    """
-    return np.einsum("ij,ij->i", a, b)[:, None]
-
-
-def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """``a - b``: signed, so it keeps the direction and with it some of the content. Ours."""
-    return a - b
-
-
-def absolute(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """``|a - b|``, element by element: less of the content and of a generator's style leaks through.
-
-    With the product it is how InferSent compares two sentences (Conneau et al. 2017, arXiv 1705.02364).
-    """
-    return np.abs(a - b)
-
-
-def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """``a * b``, element by element: its sum is the cosine, so a head weights that. InferSent."""
-    return a * b
-
-
-def concat(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """``[a, b]``: the head must find the misalignment itself, and also sees everything else.
-
-    As DE-FAKE (Sha et al. 2023) and Robust-CLIP (arXiv 2404.12908) do.
-    """
-    return np.concatenate([a, b], axis=1)
-
-
-FORMS = {form.__name__: form for form in (cosine, difference, absolute, product, concat)}
+# One pair of embeddings, one vector. a: images or regions, b: captions or phrases, both (n, d), row by row.
+FORMS = {
+    # a . b, 1 = aligned: all that a retrieval metric sees, CLIPScore (Hessel et al. 2021, arXiv 2104.08718)
+    "cosine": lambda a, b: np.einsum("ij,ij->i", a, b)[:, None],
+    # a - b: signed, so it keeps the direction and with it some of the content. Ours
+    "difference": lambda a, b: a - b,
+    # |a - b|: less of the content and of a generator's style leaks through. With the product it is how
+    # InferSent compares two sentences (Conneau et al. 2017, arXiv 1705.02364)
+    "absolute": lambda a, b: np.abs(a - b),
+    # a * b, element by element: its sum is the cosine, so a head weights that. InferSent
+    "product": lambda a, b: a * b,
+    # [a, b]: the head must find the misalignment itself, and also sees everything else. As DE-FAKE (Sha et
+    # al. 2023) and Robust-CLIP (arXiv 2404.12908) do
+    "concat": lambda a, b: np.concatenate([a, b], axis=1),
+}
 KINDS = tuple(FORMS)
 
 
@@ -72,11 +49,11 @@ def misalign(image_emb: np.ndarray, text_emb: np.ndarray, kind: str = "absolute"
         L2-normalised; row i of both is pair i. Whole images with captions give the global misalignment,
         regions with phrases the local one.
     kind : {"cosine", "difference", "absolute", "product", "concat"}
-        The form: the function of that name above.
+        The form, see `FORMS`.
 
     Returns
     -------
-    float32 array, shape (n, 1), (n, d) or (n, 2 d).
+    float32 array, shape (n, 1), (n, d) or (n, 2 d)
 
     Raises
     ------
@@ -90,10 +67,6 @@ def misalign(image_emb: np.ndarray, text_emb: np.ndarray, kind: str = "absolute"
     """
     if kind not in FORMS:
         raise InputError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
-    return FORMS[kind](*_check_pair(image_emb, text_emb))
-
-
-def _check_pair(image_emb: np.ndarray, text_emb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     image_emb, text_emb = np.asarray(image_emb, np.float32), np.asarray(text_emb, np.float32)
     if image_emb.ndim != 2 or image_emb.shape != text_emb.shape:
         raise InputError(
@@ -108,10 +81,8 @@ def _check_pair(image_emb: np.ndarray, text_emb: np.ndarray) -> tuple[np.ndarray
                 f"{name} embedding {worst} has norm {np.linalg.norm(emb[worst]):.4f}; expected 1 within "
                 f"{NORM_TOLERANCE}. L2-normalise the rows first (Encoder does)"
             )
-    return image_emb, text_emb
+    return FORMS[kind](image_emb, text_emb)
 
-
-# -------------------------------------------------------------------------- pooling: many objects, one vector
 
 POOLINGS = ("mean", "worst", "mean_worst", "top_k", "soft_worst")
 
@@ -155,28 +126,20 @@ def pool(
     """
     local, cosine = np.asarray(local, np.float32), np.asarray(cosine, np.float32)
     owner = np.asarray(owner, np.int64)
-    if local.ndim != 2 or not len(local) == len(owner) == len(cosine):
-        raise InputError(
-            f"local has shape {local.shape}, owner {owner.shape}, cosine {cosine.shape}; "
-            "expected one row, one owner and one cosine per object"
-        )
-    if len(owner) and not 0 <= owner.min() <= owner.max() < n_images:
-        raise InputError(f"owner runs from {owner.min()} to {owner.max()}; expected 0 to {n_images - 1}")
     # by image, least aligned object first; equal cosines keep their order, so results do not depend on luck
     order = np.lexsort((cosine, owner))
     local, owner, cosine = local[order], owner[order], cosine[order]
     counts = np.bincount(owner, minlength=n_images)
     starts = np.cumsum(counts) - counts
-    filled = np.flatnonzero(counts)
 
-    def weighted(weights: np.ndarray) -> np.ndarray:
-        out = np.zeros((n_images, local.shape[1]), np.float32)
+    def total(weights: np.ndarray) -> np.ndarray:
+        out, filled = np.zeros((n_images, local.shape[1]), np.float32), np.flatnonzero(counts)
         if len(filled):
             out[filled] = np.add.reduceat(local * weights[:, None], starts[filled], axis=0)
         return out
 
     def mean() -> np.ndarray:
-        return weighted(1 / counts[owner].astype(np.float32))
+        return total(1 / counts[owner].astype(np.float32))
 
     def lowest(k: int) -> np.ndarray:
         out = np.zeros((n_images, k, local.shape[1]), np.float32)
@@ -194,12 +157,9 @@ def pool(
         return lowest(top_k)
     if how == "soft_worst":
         weight = np.exp((cosine[starts[owner]] - cosine) / temperature)  # largest weight 1: no overflow
-        total = np.bincount(owner, weight, minlength=n_images)
-        return weighted((weight / total[owner]).astype(np.float32))
+        return total((weight / np.bincount(owner, weight, n_images)[owner]).astype(np.float32))
     raise InputError(f"pooling={how!r}: expected one of {', '.join(POOLINGS)}")
 
-
-# --------------------------------------------------------------------------------- what the head is given
 
 LEVELS = ("global", "local", "hierarchical")
 
@@ -243,25 +203,9 @@ class RepresentationConfig:
         """Whether the vector depends on the semantic objects at all."""
         return self.level != "global"
 
-    def width(self, dim: int) -> int:
-        """Length of the vector for embeddings of width ``dim``."""
-        one = {"cosine": 1, "concat": 2 * dim}.get(self.kind, dim)
-        local = one * {"mean_worst": 2, "top_k": self.top_k}.get(self.pooling, 1)
-        return {"global": one, "local": local, "hierarchical": one + local}[self.level]
-
     def to_dict(self) -> dict:
         """Plain dictionary for JSON."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict) -> RepresentationConfig:
-        """Inverse of `to_dict`; unknown keys are an error."""
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(data) - known):
-            raise InputError(
-                f"unknown representation option {unknown[0]!r}; expected {', '.join(sorted(known))}"
-            )
-        return cls(**data)
 
 
 #: Named representations, used by notebooks, the command line and the study. "cosines" is three numbers:
@@ -298,13 +242,11 @@ def represent(features: Features, config: RepresentationConfig | str = "absolute
     Parameters
     ----------
     features : Features
-        Raw embeddings; see `itemkit.features`.
     config : RepresentationConfig or name
-        Level, kind and pooling.
 
     Returns
     -------
-    float32 array, shape (n, config.width(d))
+    float32 array, shape (n, k)
         Hierarchical: the global block first, then the pooled local blocks.
     """
     config = get_representation(config)

@@ -13,11 +13,11 @@ import pandas as pd
 from sklearn.base import clone
 
 from itemkit import schema
-from itemkit.controls import CONTROLS, MisalignmentScorer, Scorer, get_control
+from itemkit.controls import CONTROLS, FeatureScorer, Scorer, get_control
 from itemkit.errors import InputError
 from itemkit.features import Features
 from itemkit.head import MisalignmentMLP
-from itemkit.misalignment import RepresentationConfig, get_representation
+from itemkit.misalignment import RepresentationConfig, get_representation, represent
 
 DEFAULT = RepresentationConfig()
 # what tables of scores call their columns; the first that is there counts
@@ -62,35 +62,28 @@ def item(
     train_images: int | None = None,
 ) -> Recipe:
     """Misalignment detector: a representation and a head."""
-    return _with_head("item", title, representation, head, None, features, train_images)
+    config, head = get_representation(representation), head or MisalignmentMLP()
+
+    def build(seed: int) -> Scorer:
+        return FeatureScorer(lambda f: represent(f, config), clone(head).set_params(seed=seed))
+
+    return Recipe(build, {"item": config.to_dict(), "head": _numbers(head)}, title, features, train_images)
 
 
 def early(
     representation: RepresentationConfig | str = DEFAULT, head: MisalignmentMLP | None = None
 ) -> Recipe:
     """Early fusion: one head on the misalignment vector and the image embedding side by side."""
-    return _with_head("early_fusion", "misalignment + image, early", representation, head, _image_emb)
-
-
-def _with_head(
-    kind: str,
-    title: str,
-    representation: RepresentationConfig | str,
-    head: MisalignmentMLP | None,
-    beside: Callable[[Features], np.ndarray] | None,
-    features: Features | None = None,
-    train_images: int | None = None,
-) -> Recipe:
     config, head = get_representation(representation), head or MisalignmentMLP()
 
+    def vectors(features: Features) -> np.ndarray:
+        return np.concatenate([represent(features, config), features.image_emb], axis=1)
+
     def build(seed: int) -> Scorer:
-        return MisalignmentScorer(config, clone(head).set_params(seed=seed), beside=beside)
+        return FeatureScorer(vectors, clone(head).set_params(seed=seed))
 
-    return Recipe(build, {kind: config.to_dict(), "head": _numbers(head)}, title, features, train_images)
-
-
-def _image_emb(features: Features) -> np.ndarray:
-    return features.image_emb
+    about = {"early_fusion": config.to_dict(), "head": _numbers(head)}
+    return Recipe(build, about, "misalignment + image, early")
 
 
 def control(
@@ -111,7 +104,7 @@ def control(
         "item": config.to_dict(),
         "estimator": _numbers(getattr(scorer, "estimator", None)),
     }
-    if "generic_emb" in chosen.needs:
+    if chosen.needs == "generic_emb":
         about["generic_emb"] = array_hash(np.asarray(generic_emb, np.float32))
     return Recipe(build, about, chosen.title)
 

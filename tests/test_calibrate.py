@@ -1,7 +1,5 @@
 """Calibration, thresholds and conformal verdicts keep what they promise."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -30,7 +28,7 @@ def overconfident(n, seed, factor=4.0):
     )  # log-odds of N(+-1, 2) are the value itself
 
 
-@pytest.mark.parametrize("method", ["temperature", "platt", "isotonic"])
+@pytest.mark.parametrize("method", ["temperature", "platt"])
 def test_calibration_repairs_overconfidence(method):
     y, s = overconfident(4000, 0)
     calibrator = fit_calibrator(y, s, method)
@@ -42,21 +40,15 @@ def test_calibration_repairs_overconfidence(method):
     assert before > 0.12 and after < 0.04
     p = calibrator(np.sort(s))
     assert (np.diff(p) >= 0).all() and p.min() > 0 and p.max() < 1
-    assert Calibrator.from_dict(json.loads(json.dumps(calibrator.to_dict()))) == calibrator
 
 
 @pytest.mark.parametrize(
     "numbers",
-    [
-        {"scale": np.nan},
-        {"offset": np.inf},
-        {"scale": -1.0},
-        {"method": "isotonic", "knots": ((0.0, np.nan),)},
-    ],
+    [{"scale": np.nan}, {"offset": np.inf}, {"scale": -1.0}],
 )
 def test_a_calibration_that_is_no_number_is_refused(numbers):
     with pytest.raises(InputError, match="not finite, or turns scores upside down"):
-        Calibrator(**{"method": "temperature"} | numbers)
+        Calibrator(**numbers)
 
 
 def test_temperature_and_platt_find_the_known_numbers():
@@ -76,7 +68,7 @@ def test_class_mix_does_not_move_the_probability():
 
 def test_separable_scores_stay_modest():
     y, s = np.r_[np.zeros(20, int), np.ones(20, int)], np.r_[np.full(20, -1.0), np.full(20, 1.0)]
-    for method in ("temperature", "platt", "isotonic"):
+    for method in ("temperature", "platt"):
         p = fit_calibrator(y, s, method)(s)
         assert p[-1] == pytest.approx(21 / 22, abs=1e-3) and p[0] == pytest.approx(1 / 22, abs=1e-3)
 

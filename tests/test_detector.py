@@ -6,11 +6,11 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score as auroc
 
 from itemkit.detector import Detector
 from itemkit.errors import InputError, ModelNotFound
 from itemkit.head import MisalignmentMLP
-from itemkit.metrics import auroc
 from itemkit.misalignment import RepresentationConfig
 
 from synthetic import make_features
@@ -224,14 +224,6 @@ def test_save_and_load(features, detector, tmp_path):
     assert again.fit(train, val).score(test) == pytest.approx(detector.score(test))
 
 
-@pytest.mark.parametrize("calibration", ["isotonic", "platt", "none"])
-def test_other_calibrations(features, calibration, tmp_path):
-    train, val, test = parts(features)
-    detector = Detector("cosines", MisalignmentMLP(max_epochs=5, device="cpu"), calibration).fit(train, val)
-    again = Detector.load(detector.save(tmp_path), device="cpu")
-    np.testing.assert_array_equal(again.score(test), detector.score(test))
-
-
 def change(features, path, value):
     fingerprint = json.loads(json.dumps(features.run["fingerprint"]))
     *parents, leaf = path.split(".")
@@ -311,13 +303,10 @@ def cut(name, length):
 DAMAGES = {
     "description cut off": cut("detector.json", 200),
     "head cut off": cut("head.json", 200),
-    "weights cut to 10 bytes": cut("head.safetensors", 10),
     "calibration cut to 10 bytes": cut("calibration.safetensors", 10),
     "calibration missing": lambda folder: (folder / "calibration.safetensors").unlink(),
     "head missing": lambda folder: (folder / "head.json").unlink(),
     "nan calibrator": edit("detector.json", lambda m: m["calibrator"].update(scale=float("nan"))),
-    "another share": edit("detector.json", lambda m: m.update(selection_fraction=0.1)),
-    "huge members": edit("head.json", lambda m: m["params"].update(members=2**40)),
     "the format before": edit("detector.json", lambda m: m.update(format="itemkit detector 1")),
     "no object": lambda folder: (folder / "detector.json").write_text("3"),
 }

@@ -8,7 +8,6 @@ from itemkit.errors import InputError
 from itemkit.metrics import (
     METRICS,
     RANK_METRICS,
-    auroc,
     average_precision,
     bootstrap,
     effect_size,
@@ -51,7 +50,7 @@ def test_equal_to_scikit_learn(start):
 def compare_with_scikit_learn(y, s):
     p, row, called = 1 / (1 + np.exp(-s)), metrics_of(y, s), s > 0.3
     assert average_precision(y, s) == row["ap"] == pytest.approx(sk.average_precision_score(y, s), abs=1e-12)
-    assert auroc(y, s) == row["auroc"] == pytest.approx(sk.roc_auc_score(y, s), abs=1e-12)
+    assert row["auroc"] == pytest.approx(sk.roc_auc_score(y, s), abs=1e-12)
     fpr, tpr, _ = sk.roc_curve(y, s, drop_intermediate=False)
     for name, limit in (("tpr_at_fpr01", 0.01), ("tpr_at_fpr05", 0.05)):
         assert row[name] == pytest.approx(tpr[fpr <= limit + 1e-9].max(), abs=1e-12)
@@ -71,9 +70,9 @@ def test_by_hand():
     assert row["auroc"] == pytest.approx((3 + 2.5) / 6)
     assert row["tpr_at_fpr05"] == 0.5
     assert (row["accuracy_fake"], row["accuracy_real"], row["balanced_accuracy"]) == (0.5, 1.0, 0.75)
-    # two bins: p 0.2 and 0.4 with no fake among two, p 0.6 with one fake among one
+    # three bins with one image each: p 0.2 and 0.4 of reals, p 0.6 of a fake
     y, p = np.array([0, 0, 1]), np.array([0.2, 0.4, 0.6])
-    assert metrics_of(y, p, probability=p, n_bins=2)["ece"] == pytest.approx((0.6 + 0.4) / 3)
+    assert metrics_of(y, p, probability=p)["ece"] == pytest.approx((0.2 + 0.4 + 0.4) / 3)
     assert metrics_of(y, p, probability=p)["brier"] == pytest.approx((0.04 + 0.16 + 0.16) / 3)
 
 
@@ -181,13 +180,13 @@ def test_frechet_distance_by_hand():
 
 def test_degenerate_inputs_are_clear_errors():
     with pytest.raises(InputError, match="only fake images among 3; these metrics need both"):
-        auroc([1, 1, 1], [0.1, 0.2, 0.3])
+        average_precision([1, 1, 1], [0.1, 0.2, 0.3])
     with pytest.raises(InputError, match=r"1 of 2 scores are not finite, the first is row 1"):
-        auroc([0, 1], [0.1, np.nan])
+        average_precision([0, 1], [0.1, np.nan])
     with pytest.raises(InputError, match=r"labels are \[0, 2\]; expected 0"):
-        auroc([0, 2], [0.1, 0.2])
+        average_precision([0, 2], [0.1, 0.2])
     with pytest.raises(InputError, match=r"labels have shape \(3,\), scores \(2,\)"):
-        auroc([0, 1, 1], [0.1, 0.2])
+        average_precision([0, 1, 1], [0.1, 0.2])
     with pytest.raises(InputError, match="probabilities run from 0.1 to 1.5; expected 0 to 1"):
         bootstrap([0, 1], [0.1, 1.5], probability=[0.1, 1.5])
     with pytest.raises(InputError, match="unknown metric 'f1'; expected one of ap, auroc"):

@@ -8,7 +8,6 @@ from itemkit.misalignment import (
     KINDS,
     LEVELS,
     POOLINGS,
-    REPRESENTATIONS,
     RepresentationConfig,
     cosines,
     get_representation,
@@ -93,7 +92,7 @@ def test_width_and_image_order(level, kind, pooling):
     features = make_features(20, 10, dim=8)
     config = RepresentationConfig(level=level, kind=kind, pooling=pooling)
     x = represent(features, config)
-    assert x.shape == (len(features), config.width(8)) and np.isfinite(x).all()
+    assert len(x) == len(features) and np.isfinite(x).all()
     rows = np.random.default_rng(1).permutation(len(features))[:17]
     np.testing.assert_allclose(represent(features.select(rows), config), x[rows], atol=1e-6)
 
@@ -133,8 +132,6 @@ def test_errors_quote_what_was_got():
         misalign(np.full((2, 2), np.nan), B)
     with pytest.raises(InputError, match="kind='angle': expected one of cosine, difference"):
         misalign(A, B, "angle")
-    with pytest.raises(InputError, match="owner runs from 0 to 2; expected 0 to 1"):
-        pool(LOCAL, OWNER, 2, "mean", cosine=COSINE)
     with pytest.raises(InputError, match="pooling='max': expected one of mean"):
         RepresentationConfig(pooling="max")
     with pytest.raises(
@@ -147,10 +144,3 @@ def test_errors_quote_what_was_got():
     for temperature in (0, -1.0, float("nan"), float("inf"), "1"):
         with pytest.raises(InputError, match="temperature=.*: expected a positive number"):
             RepresentationConfig(temperature=temperature)
-
-
-def test_config_round_trip():
-    for config in REPRESENTATIONS.values():
-        assert RepresentationConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(InputError, match="unknown representation option 'levle'"):
-        RepresentationConfig.from_dict({"levle": "global"})
