@@ -90,7 +90,7 @@ def best_batch(
 
 def decode_all(paths: Sequence[str], preprocess: Callable[[Image.Image], Any], config: DecodeConfig) -> int:
     """Decode and preprocess all images as the pipeline does, without any model."""
-    reader = Reader(config, lambda task, digest: False, preprocess=preprocess)
+    reader = Reader(config, preprocess=preprocess)
     tasks = (Task(row, path, path) for row, path in enumerate(paths))
     images = 0
     for batch in batches(tasks, reader, lambda: 64, config):

@@ -8,7 +8,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Container, Generator, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -52,20 +52,37 @@ class Task:
     caption: str | None = None  # the user's
 
 
-@dataclass
-class Decoded:
-    """One image on its way to the models: ``image``, or ``stage`` and ``reason`` why not, or neither."""
+def _nothing() -> None:
+    pass
+
+
+@dataclass(slots=True)
+class Item:
+    """One row on its way: its file, its pixels for the models, and what became of it.
+
+    A ``reason`` says why it has no features; else ``status`` says where they come from, once that is known.
+    """
 
     task: Task
-    digest: bytes = b""  # SHA-256 of the file
+    image_id: str = ""  # SHA-256 of the file; "" if it could not be read
+    feature_id: str = ""  # the same, joined by the user's caption
     file_size: int = -1
     mtime_ns: int = -1
-    image: Image.Image | None = None
-    pixels: Any = None  # the encoder's input
+    status: str = ""
+    tokens: int = 0  # of the caption
     stage: str = ""
     reason: str = ""
     error: Exception | None = None
-    free: Callable[[], None] = lambda: None  # to be called when the models are done with it
+    image: Image.Image | None = None
+    pixels: Any = None  # the encoder's input
+    free: Callable[[], None] = _nothing  # to be called when the models are done with it
+
+
+def feature_of(caption: str | None, image_id: str) -> str:
+    """Key of an image's features: its content, joined by the user's caption where one is used."""
+    if caption is None or not image_id:
+        return image_id
+    return hashlib.sha256(bytes.fromhex(image_id) + caption.encode()).hexdigest()
 
 
 class Reader:
@@ -74,8 +91,8 @@ class Reader:
     Parameters
     ----------
     config : DecodeConfig
-    known : callable
-        Gets a task and the file's digest; True where nothing needs to be decoded.
+    known : container of str
+        Features that need not be made: their images are not decoded.
     transform : callable, optional
         ``(image, image_id) -> image``, e.g. a perturbation; must depend on its arguments alone.
     preprocess : callable, optional
@@ -85,14 +102,14 @@ class Reader:
     def __init__(
         self,
         config: DecodeConfig,
-        known: Callable[[Task, bytes], bool],
+        known: Container[str] = (),
         transform: Callable[[Image.Image, str], Image.Image] | None = None,
         preprocess: Callable[[Image.Image], Any] | None = None,
     ) -> None:
         self._config, self._known = config, known
         self._transform, self._preprocess = transform, preprocess
 
-    def __call__(self, task: Task, admit: Callable[[int], None] = lambda pixels: None) -> Decoded:
+    def __call__(self, task: Task, admit: Callable[[int], None] = lambda pixels: None) -> Item:
         """Read one file; what fails is said in the result, nothing is raised.
 
         Parameters
@@ -101,15 +118,16 @@ class Reader:
         admit : callable
             Gets the number of pixels before any is decoded; returns when there is room for them.
         """
-        out, shape = Decoded(task, stage="read"), ""
+        out, shape = Item(task, stage="read"), ""
         try:
             # before the bytes: a file changed between the two is then noticed by the next run
             with contextlib.suppress(OSError, ValueError):  # read_bytes says it better
                 stat = os.stat(task.path)
                 out.file_size, out.mtime_ns = stat.st_size, stat.st_mtime_ns
             data = read_bytes(task.path)
-            out.digest = hashlib.sha256(data).digest()
-            if self._known(task, out.digest):
+            out.image_id = hashlib.sha256(data).hexdigest()
+            out.feature_id = feature_of(task.caption, out.image_id)
+            if out.feature_id in self._known:
                 out.stage = ""
                 return out
             out.stage = "decode"
@@ -119,7 +137,7 @@ class Reader:
             image = load_image(data, name=task.name, least_side=self._config.least_side)
             if self._transform is not None:
                 out.stage = "transform"
-                image = self._transform(image, out.digest.hex())
+                image = self._transform(image, out.image_id)
             if self._preprocess is not None:
                 out.stage = "preprocess"
                 out.pixels = self._preprocess(image)
@@ -157,12 +175,12 @@ class _Decoders:
     """
 
     def __init__(
-        self, tasks: Iterable[Task], read: Callable[..., Decoded], threads: int, max_pixels: int
+        self, tasks: Iterable[Task], read: Callable[..., Item], threads: int, max_pixels: int
     ) -> None:
         self._tasks, self._read = enumerate(tasks), read
         self._window, self._max_pixels = 2 * threads, max_pixels
         self._change = threading.Condition()
-        self._done: dict[int, Decoded] = {}
+        self._done: dict[int, Item] = {}
         self._asked: dict[int, int] = {}  # pixels for which a task waits
         self._settled: set[int] = set()  # tasks after `_turn` that need no room (any more)
         self._started = self._next = self._turn = self._used = 0
@@ -220,14 +238,14 @@ class _Decoders:
             self._turn += 1
         self._change.notify_all()
 
-    def _free(self, item: Decoded, room: list[int]) -> None:
-        item.image = item.pixels = None
+    def _free(self, item: Item, room: list[int]) -> None:
+        item.image, item.pixels, item.free = None, None, _nothing
         with self._change:
             self._used -= sum(room)
             room.clear()
             self._change.notify_all()
 
-    def take(self, wait: bool) -> Decoded | None:
+    def take(self, wait: bool) -> Item | None:
         """The next image; None at the end, and without ``wait`` also where room must be made for it first."""
 
         def ready() -> bool:
@@ -256,11 +274,11 @@ class _Decoders:
 
 def batches(
     tasks: Iterable[Task],
-    read: Callable[..., Decoded],
+    read: Callable[..., Item],
     batch_size: Callable[[], int],
     config: DecodeConfig,
     prefetch: int = 0,
-) -> Generator[list[Decoded], None, None]:
+) -> Generator[list[Item], None, None]:
     """Read tasks in order, in batches; the consumer calls ``free`` of each item it is done with.
 
     Parameters
@@ -280,12 +298,12 @@ def batches(
 
 
 def _in_order(
-    tasks: Iterable[Task], read: Callable[..., Decoded], batch_size: Callable[[], int], config: DecodeConfig
-) -> Generator[list[Decoded], None, None]:
+    tasks: Iterable[Task], read: Callable[..., Item], batch_size: Callable[[], int], config: DecodeConfig
+) -> Generator[list[Item], None, None]:
     decoders = _Decoders(tasks, read, config.n_threads(), config.max_pixels)
     try:
         while True:
-            batch: list[Decoded] = []
+            batch: list[Item] = []
             images, size = 0, batch_size()
             while images < size and len(batch) < 8 * size:
                 item = decoders.take(wait=not batch)
@@ -304,7 +322,7 @@ def _in_order(
         decoders.close()
 
 
-def _ahead(source: Generator[list[Decoded], None, None], depth: int) -> Generator[list[Decoded], None, None]:
+def _ahead(source: Generator[list[Item], None, None], depth: int) -> Generator[list[Item], None, None]:
     """Run an iterator in a thread, up to ``depth`` items ahead."""
     items: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     stop = threading.Event()

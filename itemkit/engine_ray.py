@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import pandas as pd
 
-from itemkit.decode import Task, reason_of
+from itemkit.decode import Item, Task, reason_of
 from itemkit.errors import InputError, ItemkitError, MissingExtra, StoreError
-from itemkit.extraction import GPU_BATCH, Job, Result, Worker, WorkerOptions, build_models, fingerprint_of
+from itemkit.extraction import GPU_BATCH, Job, Worker, WorkerOptions, build_models, fingerprint_of
 from itemkit.models import Models
 
 if TYPE_CHECKING:
@@ -75,10 +75,10 @@ class RayCluster:
         ask = self._ray.remote(**self._needs)(lambda models: fingerprint_of(*models, captions))
         return self._ray.get(ask.remote(self._models))
 
-    def work(self, job: Job) -> Generator[list[Result], None, None]:
+    def work(self, job: Job) -> Generator[list[Item], None, None]:
         """Let the workers make the shards of ``job.todo``; see `itemkit.extraction.Worker.run`."""
         ray, spread = self._ray, self._spread
-        stored = ray.put(job.known.features)
+        stored = ray.put(job.known.tokens.index)
         actor = ray.remote(_Maker).options(**self._needs, max_restarts=-1, max_task_retries=RETRIES)
         makers = [
             actor.remote(job.folder.absolute(), job.run, self._models, stored, self._options)
@@ -115,7 +115,7 @@ class RayCluster:
                             shards += [(number, tasks[half:]), (number, tasks[:half])]
                             continue
                         reason = f"{tasks[0].name}: the worker died on it ({reason_of(error)[:200]})"
-                        results, seconds = [Result(tasks[0].row, stage="worker", reason=reason)], {}
+                        results, seconds = [Item(tasks[0], stage="worker", reason=reason)], {}
                     for step, s in seconds.items():
                         self.seconds[step] = self.seconds.get(step, 0.0) + s
                     yield results
@@ -131,13 +131,13 @@ class _Maker:
     """One worker process with its own models."""
 
     def __init__(
-        self, folder: Path, run: dict, models: tuple[Any, str], stored: np.ndarray, options: WorkerOptions
+        self, folder: Path, run: dict, models: tuple[Any, str], stored: pd.Index, options: WorkerOptions
     ) -> None:
         if not (folder / "run.json").exists():
             raise StoreError(f"a Ray worker does not see {folder}; give a folder that all machines share")
         self._worker = Worker(folder, run, build_models(*models), stored, options)
 
-    def make(self, tasks: list[Task], number: int) -> tuple[list[Result], dict[str, float], int]:
+    def make(self, tasks: list[Task], number: int) -> tuple[list[Item], dict[str, float], int]:
         """Write the shard of these tasks; what became of each, seconds per step, and the batch size."""
         before = dict(self._worker.seconds)
         results = [result for part in self._worker.run(tasks, number) for result in part]

@@ -1,7 +1,7 @@
 """Manifest in, feature store out: batched, cached by content, interruptible anywhere.
 
 `Job` plans: it lists what the store knows, without a model, a lock or a write. A `Worker` makes whole shards
-of the rest, here or in a Ray cluster. `Job` then notes what became of every image.
+of the rest, here or in a Ray cluster. `Job` then notes what became of every row.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -20,9 +19,7 @@ import sys
 import threading
 import time
 import warnings
-from array import array
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -31,17 +28,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 from tqdm.auto import tqdm
 
 from itemkit import __version__, schema, store
 from itemkit._files import folder_lock, remove_leftovers
-from itemkit.decode import DecodeConfig, Decoded, Reader, Task, batches, reason_of
+from itemkit.decode import DecodeConfig, Item, Reader, Task, batches, feature_of, reason_of
 from itemkit.errors import InputError, ItemkitError, StoreError
 from itemkit.features import ARRAYS, IMAGE_ARRAYS, OBJECT_ARRAYS, Features, concat_features
 from itemkit.images import ImageError, read_bytes
 from itemkit.models import Models, differences
-from itemkit.store import ERRORS_FILE, FEATURE_ID, FILE_SIZE, MANIFEST_FILE, MTIME_NS, REASON, RUN_FILE, STAGE
+from itemkit.store import ERRORS_FILE, FEATURE_ID, MANIFEST_FILE, REASON, RUN_FILE, STAGE
 from itemkit.text import count, printable
 
 if TYPE_CHECKING:
@@ -50,218 +46,13 @@ if TYPE_CHECKING:
 
 CPU_BATCH, GPU_BATCH = 32, 256
 PACKAGES = ("torch", "open_clip_torch", "transformers", "spacy", "numpy", "pandas", "pyarrow", "pillow")
-REUSED, COMPUTED, COPY = 1, 2, 3
+REUSED, COMPUTED, COPY = "reused", "computed", "copy"  # the status of a row with features
 POSTED = "caption_posted"  # column of the manifest and of features: the caption as it came
 MANY = 64  # so many images in a row on which one model fails: it is not the images
+FILE_KEY = list(store.FILE_COLUMNS)  # a file is known again by its path, size and time
 
 
 # ---------------------------------------------------------------------------------------------- the worker
-
-
-@dataclass(slots=True)
-class Result:
-    """What became of one row of the manifest; status 0 means that it has no features."""
-
-    row: int
-    digest: bytes = b""  # SHA-256 of the file, empty if it could not be read
-    feature: bytes = b""
-    size: int = -1
-    mtime_ns: int = -1
-    status: int = 0
-    tokens: int = 0
-    stage: str = ""
-    reason: str = ""
-    error: Exception | None = None  # of a model or of our own code, not of a file
-
-
-class Worker:
-    """Turns image files into whole shards of a store; one per process.
-
-    Parameters
-    ----------
-    folder : Path
-        The store.
-    run : dict
-        Its ``run.json``.
-    models : Models
-    stored : sorted bytes array, dtype S32
-        Features that are in the store already.
-    options : WorkerOptions
-    """
-
-    def __init__(
-        self, folder: Path, run: dict, models: Models, stored: np.ndarray, options: WorkerOptions
-    ) -> None:
-        from itemkit.steps import Steps
-
-        loaded = json.loads(json.dumps(models.fingerprint(run["fingerprint"]["captions"])))
-        if wrong := differences(run["fingerprint"], loaded, ignore=("transform", "decode")):
-            raise ItemkitError(f"the models that were loaded are not those of the plan: {wrong[0]}")
-        raise_malloc_thresholds()
-        self.folder, self.run_head, self.options, self._stored = folder, run, options, stored
-        self.steps = Steps(models)
-        on_gpu = not str(getattr(models.encoder, "device", "cpu")).startswith("cpu")
-        self.batch_size = options.batch_size or (GPU_BATCH if on_gpu else CPU_BATCH)
-        prefetch = options.decode.prefetch
-        self._prefetch = prefetch if prefetch is not None else (2 if on_gpu else 0)
-        self._read = Reader(options.decode, self._is_done, options.transform, models.encoder.preprocess)
-        self._added: set[bytes] = set()  # features of this worker, on disk or on their way there
-        self._waiting: list[Features] = []
-        self._pending: Future | None = None
-
-    def run(self, tasks: Iterable[Task], number: int) -> Generator[list[Result], None, None]:
-        """Deal with tasks batch by batch; the shards of what was computed are on disk when it ends.
-
-        Parameters
-        ----------
-        tasks : iterable of Task
-        number : int
-            Of the first shard that is written.
-        """
-        clock = self.steps.clock
-        source = batches(tasks, self._read, lambda: self.batch_size, self.options.decode, self._prefetch)
-        last = time.monotonic()
-        with ThreadPoolExecutor(1, thread_name_prefix="itemkit-write") as writer:
-            try:
-                while True:
-                    with clock("decode"):
-                        items = next(source, None)
-                    if items is None:
-                        break
-                    results = self._batch(items)
-                    for item in items:
-                        item.free()
-                    full = sum(map(len, self._waiting)) >= self.options.shard_size
-                    if full or time.monotonic() - last > self.options.flush_seconds:
-                        with clock("write"):
-                            number += self._write(writer, number)
-                        last = time.monotonic()
-                    yield results
-            finally:
-                source.close()
-                with clock("write"):  # whatever ended the loop: features that were paid for are kept
-                    self._write(writer, number)
-                    self._settle()
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds per step so far."""
-        return self.steps.clock.seconds
-
-    def _write(self, writer: ThreadPoolExecutor, number: int) -> bool:
-        """Begin to write what waits as one shard; the one before is finished first."""
-        self._settle()
-        parts, self._waiting = self._waiting, []
-        if parts:
-            what = (self.folder, number, concat_features(parts), self.run_head["fingerprint_hash"])
-            self._pending = writer.submit(store.write_shard, *what)
-        return bool(parts)
-
-    def _settle(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def _is_done(self, task: Task, digest: bytes) -> bool:
-        feature = feature_of(task.caption, digest)
-        return feature in self._added or contains(self._stored, feature)
-
-    def _batch(self, items: list[Decoded]) -> list[Result]:
-        results, fresh = {}, []
-        for item in items:
-            feature = feature_of(item.task.caption, item.digest) if item.digest else b""
-            result = Result(item.task.row, item.digest, feature, item.file_size, item.mtime_ns)
-            results[item.task.row] = result
-            if item.reason:
-                result.stage, result.reason = item.stage, item.reason
-                if item.stage in ("transform", "preprocess"):  # our code, not a decoder on a user's file
-                    result.error = item.error
-            elif feature in self._added:
-                result.status = COPY
-            elif contains(self._stored, feature):
-                result.status = REUSED
-            else:
-                self._added.add(feature)
-                fresh.append(item)
-        start = 0
-        while start < len(fresh):
-            # read once: it may be lower after the slice, and the rest is then cut smaller
-            size = self.batch_size
-            alone = self._models(fresh[start : start + size], results)
-            if alone and self.batch_size < size:  # the others need not go slower for one that no size helps
-                self._resize(size, "one image does not fit even alone")
-            start += size
-        return list(results.values())
-
-    def _models(self, items: list[Decoded], results: dict[int, Result]) -> bool:
-        """Run the models; returns whether an image was too large for the memory even alone."""
-        try:
-            images = [item.image for item in items if item.image is not None]
-            features = self.steps(images, [item.task.caption for item in items], [i.pixels for i in items])
-        except Exception as error:
-            if is_fatal(error):
-                raise ItemkitError(
-                    f"the device is broken ({reason_of(error)}); what was computed before is kept: run the "
-                    "same command again, on another device if it happens again"
-                ) from error
-            # without its trace, which would keep the batch's tensors alive
-            stage, memory, kept = (
-                self.steps.clock.current,
-                is_out_of_memory(error),
-                error.with_traceback(None),
-            )
-        else:
-            self._take(items, features, results)
-            return False
-        if len(items) == 1:
-            task = items[0].task
-            result = results[task.row]
-            reason = "memory ran out in this step with this image alone" if memory else reason_of(kept)
-            result.stage, result.reason, result.error = stage, f"{task.name}: {reason}", kept
-            return memory
-        size = (len(items) + 1) // 2 if memory else 1
-        if memory:
-            free_memory()
-            if size < self.batch_size:
-                self._resize(size, f"out of memory in '{stage}'")
-        parts = [items[start : start + size] for start in range(0, len(items), size)]
-        return any([self._models(part, results) for part in parts])  # all of them, not up to the first
-
-    def _take(self, items: list[Decoded], features: Features, results: dict[int, Result]) -> None:
-        bad = set(bad_rows(features).tolist())
-        for i in sorted(bad):
-            result = results[items[i].task.row]
-            result.stage, result.reason = (
-                "image",
-                f"{items[i].task.name}: a model gave no finite embedding for it",
-            )
-            result.error = ItemkitError(
-                "the models give no finite embeddings: this is not the images' fault. Ask the models with "
-                "`itemkit doctor --deep`; try another device or precision"
-            )
-        good = [i for i in range(len(items)) if i not in bad]
-        if not good:
-            return
-        features = features.select(np.array(good))
-        done = [results[items[i].task.row] for i in good]
-        features.table = features.table.assign(
-            **{
-                FEATURE_ID: [result.feature.hex() for result in done],
-                schema.IMAGE_ID: [result.digest.hex() for result in done],
-                schema.PATH: [items[i].task.name for i in good],
-                FILE_SIZE: [result.size for result in done],
-                MTIME_NS: [result.mtime_ns for result in done],
-            }
-        )
-        for result, tokens in zip(done, features.table[schema.CAPTION_TOKENS], strict=True):
-            result.status, result.tokens = COMPUTED, int(tokens)
-        # as it is stored: half the memory while it waits
-        half = {name: getattr(features, name).astype(np.float16) for name in ARRAYS}
-        self._waiting.append(dataclasses.replace(features, **half))
-
-    def _resize(self, size: int, why: str) -> None:
-        tqdm.write(f"{why}: batch size {self.batch_size} -> {size}", file=sys.stderr)
-        self.batch_size = size
 
 
 @dataclass(frozen=True)
@@ -275,26 +66,168 @@ class WorkerOptions:
     flush_seconds: float = 120.0
 
 
-def feature_of(caption: str | None, digest: bytes) -> bytes:
-    """Key of an image's features: its content, joined by the user's caption where one is used."""
-    return digest if caption is None else hashlib.sha256(digest + caption.encode()).digest()
+class Worker:
+    """Turns image files into whole shards of a store; one per process.
 
+    Parameters
+    ----------
+    folder : Path
+        The store.
+    run : dict
+        Its ``run.json``.
+    models : Models
+    stored : iterable of str
+        Features that are in the store already.
+    options : WorkerOptions
+    """
 
-def contains(ids: np.ndarray, one: bytes) -> bool:
-    """Whether a sorted array of 32-byte ids holds one."""
-    at = int(np.searchsorted(ids, np.bytes_(one)))
-    return at < len(ids) and ids[at : at + 1].tobytes() == one
+    def __init__(
+        self, folder: Path, run: dict, models: Models, stored: Iterable[str], options: WorkerOptions
+    ) -> None:
+        from itemkit.steps import Steps
+
+        loaded = json.loads(json.dumps(models.fingerprint(run["fingerprint"]["captions"])))
+        if wrong := differences(run["fingerprint"], loaded, ignore=("transform", "decode")):
+            raise ItemkitError(f"the models that were loaded are not those of the plan: {wrong[0]}")
+        raise_malloc_thresholds()
+        self.folder, self.models_hash, self.options = folder, run["fingerprint_hash"], options
+        self.steps = Steps(models)
+        self.seconds = self.steps.clock.seconds
+        on_gpu = not str(getattr(models.encoder, "device", "cpu")).startswith("cpu")
+        self.batch_size = options.batch_size or (GPU_BATCH if on_gpu else CPU_BATCH)
+        prefetch = options.decode.prefetch
+        self._prefetch = prefetch if prefetch is not None else (2 if on_gpu else 0)
+        # feature to the status of an image that has the same one
+        self._done = dict.fromkeys(stored, REUSED)
+        self._read = Reader(options.decode, self._done, options.transform, models.encoder.preprocess)
+        self._waiting: list[Features] = []
+
+    def run(self, tasks: Iterable[Task], number: int) -> Generator[list[Item], None, None]:
+        """Deal with tasks batch by batch; the shards of what was computed are on disk when it ends.
+
+        Parameters
+        ----------
+        tasks : iterable of Task
+        number : int
+            Of the first shard that is written.
+        """
+        clock = self.steps.clock
+        source = batches(tasks, self._read, lambda: self.batch_size, self.options.decode, self._prefetch)
+        last = time.monotonic()
+        try:
+            while True:
+                with clock("decode"):
+                    items = next(source, None)
+                if items is None:
+                    break
+                self._batch(items)
+                for item in items:
+                    item.free()
+                full = sum(map(len, self._waiting)) >= self.options.shard_size
+                if full or time.monotonic() - last > self.options.flush_seconds:
+                    number += self._write(number)
+                    last = time.monotonic()
+                yield items
+        finally:
+            source.close()
+            self._write(number)  # whatever ended the loop: features that were paid for are kept
+
+    def _write(self, number: int) -> bool:
+        """Write what waits as one shard, if anything does."""
+        parts, self._waiting = self._waiting, []
+        if parts:
+            with self.steps.clock("write"):
+                store.write_shard(self.folder, number, concat_features(parts), self.models_hash)
+        return bool(parts)
+
+    def _batch(self, items: list[Item]) -> None:
+        fresh = []
+        for item in items:
+            if item.reason:
+                if item.stage not in ("transform", "preprocess"):  # our code, not a decoder on a user's file
+                    item.error = None
+            elif item.feature_id in self._done:
+                item.status = self._done[item.feature_id]
+            else:
+                self._done[item.feature_id] = COPY
+                fresh.append(item)
+        while fresh:
+            size = self.batch_size
+            alone = self._models(fresh[:size])
+            if alone and self.batch_size < size:  # the others need not go slower for one that no size helps
+                self._resize(size, "one image does not fit even alone")
+            fresh = fresh[size:]  # cut smaller if memory ran out
+
+    def _models(self, items: list[Item]) -> bool:
+        """Run the models; returns whether an image was too large for the memory even alone."""
+        try:
+            images = [item.image for item in items if item.image is not None]
+            features = self.steps(images, [item.task.caption for item in items], [i.pixels for i in items])
+        except Exception as error:
+            if is_fatal(error):
+                raise ItemkitError(
+                    f"the device is broken ({reason_of(error)}); what was computed before is kept: run the "
+                    "same command again, on another device if it happens again"
+                ) from error
+            # without its trace, which would keep the batch's tensors alive
+            failed = error.with_traceback(None)
+        else:
+            self._take(items, features)
+            return False
+        stage, memory = self.steps.clock.current, is_out_of_memory(failed)
+        if len(items) == 1:
+            reason = "memory ran out in this step with this image alone" if memory else reason_of(failed)
+            items[0].stage, items[0].error = stage, failed
+            items[0].reason = f"{items[0].task.name}: {reason}"
+            return memory
+        size = (len(items) + 1) // 2 if memory else 1
+        if memory:
+            gc.collect()
+            torch = sys.modules.get("torch")
+            if torch is not None and torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if size < self.batch_size:
+                self._resize(size, f"out of memory in '{stage}'")
+        parts = [items[start : start + size] for start in range(0, len(items), size)]
+        return any([self._models(part) for part in parts])  # all of them, not up to the first
+
+    def _take(self, items: list[Item], features: Features) -> None:
+        bad = bad_rows(features)
+        for row in np.flatnonzero(bad):
+            items[row].stage = "image"
+            items[row].reason = f"{items[row].task.name}: a model gave no finite embedding for it"
+            items[row].error = ItemkitError(
+                "the models give no finite embeddings: this is not the images' fault. Ask the models with "
+                "`itemkit doctor --deep`; try another device or precision"
+            )
+        if bad.all():
+            return
+        features = features.select(~bad)
+        done = [item for item, wrong in zip(items, bad, strict=True) if not wrong]
+        for item, tokens in zip(done, features.table[schema.CAPTION_TOKENS], strict=True):
+            item.status, item.tokens = COMPUTED, int(tokens)
+        own = {
+            name: [getattr(i, name) for i in done] for name in (FEATURE_ID, schema.IMAGE_ID, *FILE_KEY[1:])
+        }
+        features.table = features.table.assign(**own, **{schema.PATH: [item.task.name for item in done]})
+        # as it is stored: half the memory while it waits
+        half = {name: getattr(features, name).astype(np.float16) for name in ARRAYS}
+        self._waiting.append(dataclasses.replace(features, **half))
+
+    def _resize(self, size: int, why: str) -> None:
+        tqdm.write(f"{why}: batch size {self.batch_size} -> {size}", file=sys.stderr)
+        self.batch_size = size
 
 
 def bad_rows(features: Features) -> np.ndarray:
-    """Rows with an embedding that is not finite or not of unit length: a model broke down on that image."""
+    """Mask of rows with an embedding not finite or not of unit length: a model broke down on that image."""
 
     def off(name: str) -> np.ndarray:
         return ~(np.abs(np.linalg.norm(getattr(features, name).astype(np.float32), axis=1) - 1) < 1e-2)
 
     bad = np.logical_or.reduce([off(name) for name in IMAGE_ARRAYS])
     np.logical_or.at(bad, features.owner, np.logical_or.reduce([off(name) for name in OBJECT_ARRAYS]))
-    return np.flatnonzero(bad)
+    return bad
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -310,14 +243,6 @@ def is_fatal(error: Exception) -> bool:
     """Whether an error has broken the device, so that every later call would fail as well."""
     broken = type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
     return not is_out_of_memory(error) and (broken or "cuDNN error" in str(error))
-
-
-def free_memory() -> None:
-    """Give back what a failed batch held."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def raise_malloc_thresholds() -> bool:
@@ -341,103 +266,78 @@ def raise_malloc_thresholds() -> bool:
 # ---------------------------------------------------------------------------------------------- the plan
 
 
+@dataclass
 class Known:
-    """What a store knows of image files and features: about 100 bytes for each, in sorted arrays.
+    """What a store knows.
 
-    Parameters
+    Attributes
     ----------
-    folder : Path
-        The store; it need not be there.
     run : dict
-        Of the run that asks.
-    retry_errors : bool
-        Take files that could not be decoded as unknown.
+        Its ``run.json``; empty where there is none.
+    manifest, errors : Table
+    files : DataFrame
+        ``path, file_size, mtime_ns, image_id`` of files that were read, each once.
+    tokens : Series of int
+        Length of the caption of each stored feature, by feature.
+    damaged : list of DamagedError
+        Files that are not as they were written.
     """
 
-    def __init__(self, folder: Path, run: dict, retry_errors: bool) -> None:
-        self.damaged: list[store.DamagedError] = []
-        self.run: dict = {}
-        self.manifest = self.errors = pa.table({schema.PATH: pa.array([], pa.string())})
+    run: dict
+    manifest: pa.Table
+    errors: pa.Table
+    files: pd.DataFrame
+    tokens: pd.Series
+    damaged: list[store.DamagedError]
+
+
+def read_known(folder: Path, run: dict) -> Known:
+    """List what a store knows; it need not be there.
+
+    Raises
+    ------
+    StoreError
+        It was made otherwise than ``run`` says.
+    """
+    damaged: list[store.DamagedError] = []
+
+    def unless_damaged(read: Callable[..., Any], *given: Any) -> Any:
         try:
-            self.run = store.read_run(folder) if (folder / RUN_FILE).exists() else {}
+            return read(*given)
         except store.DamagedError as error:
-            self.damaged.append(error)
-        if wrong := differences(self.run.get("fingerprint", run["fingerprint"]), run["fingerprint"]):
-            shown = "; ".join(wrong[:4]) + ("; ..." if len(wrong) > 4 else "")
-            raise StoreError(
-                f"{folder} was extracted otherwise ({shown}). Its features do not mix with these: give "
-                "another folder, or delete that one first"
-            )
-        columns = [FEATURE_ID, schema.IMAGE_ID, *store.FILE_COLUMNS, schema.CAPTION_TOKENS]
-        tables = []
-        for path in store.shard_files(folder):
-            try:
-                tables.append(store.read_shard(path, columns, run).select(columns))
-            except store.DamagedError as error:
-                self.damaged.append(error)
-        if self.run.get("checksums"):
-            for name in (MANIFEST_FILE, ERRORS_FILE):
-                try:
-                    setattr(self, name.partition(".")[0], store.read_state(folder, name, self.run))
-                except store.DamagedError as error:
-                    self.damaged.append(error)
-        keys, digests, features, tokens = [], [], [], []
-        for table in tables:
-            features.append(_ids(table[FEATURE_ID]))
-            tokens.append(table[schema.CAPTION_TOKENS].to_numpy())
-        # the manifest also knows the copies, which have no row in a shard
-        if self.manifest.num_columns > 1:
-            tables.append(self.manifest.filter(pc.is_valid(self.manifest[schema.IMAGE_ID])))
-        for table in tables:
-            columns = [table[name].to_pylist() for name in store.FILE_COLUMNS]
-            keys.append(np.array([_key(*values) for values in zip(*columns, strict=True)], "S16"))
-            digests.append(_ids(table[schema.IMAGE_ID]))
-        self._keys, self._digests = _sorted(keys, digests, "S16", "S32")
-        self.features, self._tokens = _sorted(features, tokens, "S32", "i4")
-        self.unread: set[str] = set()  # names of files that could not be read when a run tried last
-        self._errors: dict[bytes, tuple[bytes, tuple[str, str]]] = {}
-        if self.errors.num_columns > 1:
-            read = self.errors.filter(pc.equal(self.errors[STAGE], "read"))
-            self.unread = set(read[schema.PATH].to_pylist())
-        if not retry_errors and self.errors.num_columns > 1:
-            # only what lies in the file itself will be so again; a model's or the disk's trouble may be over
-            for row in self.errors.filter(pc.equal(self.errors[STAGE], "decode")).to_pylist():
-                key = _key(*(row[name] for name in store.FILE_COLUMNS))
-                self._errors[key] = (bytes.fromhex(row[schema.IMAGE_ID]), (row[STAGE], row[REASON]))
+            damaged.append(error)
+            return None
 
-    def find(self, name: str, size: int, mtime_ns: int) -> tuple[bytes, tuple[str, str] | None]:
-        """SHA-256 of an unchanged file (empty if it is not known), and why it could not be decoded."""
-        key = _key(name, size, mtime_ns)
-        if key in self._errors:
-            return self._errors[key]
-        at = int(np.searchsorted(self._keys, np.bytes_(key)))
-        if at < len(self._keys) and self._keys[at : at + 1].tobytes() == key:
-            return self._digests[at : at + 1].tobytes(), None
-        return b"", None
-
-    def tokens(self, feature: bytes) -> int:
-        """Length of the caption of a stored feature."""
-        return int(self._tokens[np.searchsorted(self.features, np.bytes_(feature))])
-
-
-def _key(name: str, size: int, mtime_ns: int) -> bytes:
-    return hashlib.blake2b(f"{name}|{size}|{mtime_ns}".encode(), digest_size=16).digest()
-
-
-def _ids(column: pa.ChunkedArray) -> np.ndarray:
-    return np.frombuffer(bytes.fromhex("".join(column.to_pylist())), "S32")
-
-
-def _sorted(keys: list, values: list, *kinds: str) -> tuple[np.ndarray, np.ndarray]:
-    key, value = (
-        np.concatenate([np.zeros(0, kind), *x]) for x, kind in zip((keys, values), kinds, strict=True)
+    there = (unless_damaged(store.read_run, folder) if (folder / RUN_FILE).exists() else None) or {}
+    if wrong := differences(there.get("fingerprint", run["fingerprint"]), run["fingerprint"]):
+        shown = "; ".join(wrong[:4]) + ("; ..." if len(wrong) > 4 else "")
+        raise StoreError(
+            f"{folder} was extracted otherwise ({shown}). Its features do not mix with these: give "
+            "another folder, or delete that one first"
+        )
+    columns = [FEATURE_ID, schema.CAPTION_TOKENS, *FILE_KEY, schema.IMAGE_ID]
+    shards = [unless_damaged(store.read_shard, path, columns, run) for path in store.shard_files(folder)]
+    empty = pa.schema([(name, store.SHARD_COLUMNS[name]) for name in columns]).empty_table()
+    features = pa.concat_tables([empty, *(t.select(columns) for t in shards if t is not None)]).to_pandas()
+    state = [
+        unless_damaged(store.read_state, folder, name, there) if there.get("checksums") else None
+        for name in (MANIFEST_FILE, ERRORS_FILE)
+    ]
+    kinds = {name: store.SHARD_COLUMNS[name] for name in (*FILE_KEY, schema.IMAGE_ID)}
+    more = ({FEATURE_ID: pa.string()}, {STAGE: pa.string(), REASON: pa.string()})
+    manifest, errors = (
+        pa.schema(list((kinds | own).items())).empty_table() if table is None else table
+        for own, table in zip(more, state, strict=True)
     )
-    order = np.argsort(key, kind="stable")
-    return key[order], value[order]
+    # the manifest also knows the copies, which have no row in a shard
+    files = [table[[*FILE_KEY, schema.IMAGE_ID]] for table in (features, manifest.to_pandas())]
+    files = pd.concat(files).dropna().drop_duplicates(FILE_KEY)
+    tokens = features.drop_duplicates(FEATURE_ID).set_index(FEATURE_ID)[schema.CAPTION_TOKENS]
+    return Known(there, manifest, errors, files, tokens, damaged)
 
 
 class Job:
-    """What is to be done, and what became of every row: some 300 bytes for each, never an embedding.
+    """What is to be done, and what became of every row; never an embedding.
 
     Parameters
     ----------
@@ -456,7 +356,7 @@ class Job:
     ) -> None:
         self.manifest, self.folder = manifest, folder
         self.seen = _state(folder)
-        self.known = Known(folder, run, retry_errors)
+        self.known = read_known(folder, run)
         kept = ("created", "root", "complete", "checksums")
         self.run = run | {key: self.known.run[key] for key in kept if key in self.known.run}
         self.paths = manifest[schema.PATH].tolist()
@@ -465,69 +365,65 @@ class Job:
         if self.moved or not self.known.run:
             whole = (store.absolute(path) for path in self.paths if store.utf8(path) == path)
             self.run["root"] = store.portable_root(store.common_root(whole), folder)
-        self.root = str(store.store_root(folder, self.run))
-        self.names = [store.stored_name(path, self.root) for path in self.paths]
+        root = str(store.store_root(folder, self.run))
+        self.names = [store.stored_name(path, root) for path in self.paths]
         captions = manifest[schema.CAPTION].tolist() if schema.CAPTION in manifest else [None] * len(manifest)
         by_user = run["fingerprint"]["captions"] == "user"
         self.captions = [None if not by_user or pd.isna(c) or not c.strip() else c for c in captions]
-        n = len(manifest)
-        self.status = np.zeros(n, np.uint8)
-        self.digest = np.zeros(n, "S32")  # SHA-256 of each file, once known
-        self.feature = np.zeros(n, "S32")  # the same, joined by the user's caption
-        self.size, self.mtime = np.full(n, -1, np.int64), np.full(n, -1, np.int64)
-        self.tokens = np.zeros(n, np.int32)
-        self.errors: dict[int, tuple[str, str]] = {}
-        self.todo = array("q")  # rows
-        self._failed: dict[bytes, tuple[str, str]] = {}  # by feature: copies of a failed image fail with it
-        self._in_a_row = self._errors_of_models = 0
-        self._plan(missing)
+        rows = self._plan(by_user and missing == "error", retry_errors)
+        # as the fields of an `Item`; row i is that of the manifest
+        self.rows = {name: rows[name].to_numpy(copy=True) for name in rows if name != schema.PATH}
+        self.todo = np.flatnonzero((self.rows["status"] == "") & (self.rows[STAGE] == ""))
+        self._in_a_row, self._failed = 0, None
+        self.conclude()
 
-    def _plan(self, missing: str) -> None:
+    def _plan(self, caption_needed: bool, retry_errors: bool) -> pd.DataFrame:
         """Find the rows whose file is known by path, size and time; only the others are ever opened."""
-        unread = self.known.unread
-        for row, (path, name) in enumerate(zip(self.paths, self.names, strict=True)):
-            caption = self.captions[row]
-            if missing == "error" and self.run["fingerprint"]["captions"] == "user" and caption is None:
-                self.errors[row] = ("caption", f"{name}: no caption; add one or pass missing='generate'")
-                continue
-            if store.utf8(path) != path:
-                self.errors[row] = ("path", f"{name}: its name is not UTF-8 and cannot be stored; rename it")
-                continue
-            try:
-                if name in unread:
-                    read_bytes(path)
-                stat = os.stat(path)
-                self.size[row], self.mtime[row] = stat.st_size, stat.st_mtime_ns
-            except (OSError, ValueError):
-                self.errors[row] = self._unreadable(path, name)
-                continue
-            digest, error = self.known.find(name, int(self.size[row]), int(self.mtime[row]))
-            feature = feature_of(caption, digest) if digest else b""
-            self.digest[row], self.feature[row] = digest, feature
-            if error is not None:
-                self.errors[row] = error
-            elif digest and contains(self.known.features, feature):
-                self.status[row], self.tokens[row] = REUSED, self.known.tokens(feature)
+        errors = self.known.errors.to_pandas()
+        unread = set(errors[schema.PATH][errors[STAGE] == "read"])
+        found = []
+        for path, name, caption in zip(self.paths, self.names, self.captions, strict=True):
+            size, mtime, stage, reason = -1, -1, "", ""
+            if caption_needed and caption is None:
+                stage, reason = "caption", f"{name}: no caption; add one or pass missing='generate'"
+            elif store.utf8(path) != path:
+                stage, reason = "path", f"{name}: its name is not UTF-8 and cannot be stored; rename it"
             else:
-                self.todo.append(row)
+                try:
+                    stat = os.stat(path)
+                    size, mtime = stat.st_size, stat.st_mtime_ns
+                    if name in unread:
+                        read_bytes(path)
+                except (OSError, ValueError) as error:
+                    stage, reason = "read", _unreadable(path, name, error)
+            found.append((name, size, mtime, stage, reason))
+        rows = pd.DataFrame(found, columns=[*FILE_KEY, STAGE, REASON])
+        rows = rows.merge(self.known.files, how="left", on=FILE_KEY)
+        # only what lies in the file itself will be so again, a model's or the disk's trouble may be over;
+        # but that could not be noted where nothing can be written
+        again = errors[STAGE].eq("decode") & (not retry_errors)
+        if self.known.run and not os.access(self.folder, os.W_OK) and not retry_errors:
+            again = ~errors[STAGE].isin(("read", "label"))
+        before = errors[again].drop_duplicates(FILE_KEY)[[*FILE_KEY, STAGE, REASON]]
+        before = rows[FILE_KEY].merge(before, how="left", on=FILE_KEY)
+        known = (rows[STAGE] == "") & before[STAGE].notna()
+        rows.loc[known, [STAGE, REASON]] = before.loc[known, [STAGE, REASON]]
+        rows[schema.IMAGE_ID] = rows[schema.IMAGE_ID].fillna("")
+        rows[FEATURE_ID] = list(map(feature_of, self.captions, rows[schema.IMAGE_ID]))
+        tokens = rows[FEATURE_ID].map(self.known.tokens)
+        rows["status"] = np.where(tokens.notna() & (rows[STAGE] == ""), REUSED, "").astype(object)
+        rows["tokens"] = tokens.fillna(0).astype(np.int64)
+        return rows
 
     def tasks(self, rows: Iterable[int]) -> Iterator[Task]:
         """Rows of ``todo`` as a worker takes them."""
         for row in rows:
-            yield Task(row, os.path.abspath(self.paths[row]), self.names[row], self.captions[row])
-
-    @staticmethod
-    def _unreadable(path: str, name: str) -> tuple[str, str]:
-        try:
-            read_bytes(path)
-        except ImageError as error:
-            return "read", reason_of(error, path, name)
-        return "read", f"{name}: cannot be read; run the same command again"
+            yield Task(int(row), os.path.abspath(self.paths[row]), self.names[row], self.captions[row])
 
     @property
     def settled(self) -> bool:
         """Whether the store holds all of this already, as it stands here: nothing to compute or to note."""
-        return not (self.todo or self.moved or self.known.damaged) and not self._tables()[2]
+        return not (len(self.todo) or self.moved or self.known.damaged or self.changed)
 
     def open(self) -> None:
         """Make the folder a store that is under way; damaged files are set aside. Needs the lock."""
@@ -546,7 +442,7 @@ class Job:
             with contextlib.suppress(FileNotFoundError):
                 os.replace(error.path, error.path.with_name(error.path.name + ".damaged"))
         # whatever cuts this short, nobody takes a part for the whole
-        if self.todo or not self.known.run:
+        if len(self.todo) or not self.known.run:
             self.run["complete"] = False
             store.write_run(self.folder, self.run)
 
@@ -555,7 +451,7 @@ class Job:
         """Number of the next shard."""
         return max((int(path.stem.split("-")[1]) for path in store.shard_files(self.folder)), default=-1) + 1
 
-    def note(self, results: Sequence[Result]) -> None:
+    def note(self, items: list[Item]) -> None:
         """Note what became of some rows.
 
         Raises
@@ -563,95 +459,78 @@ class Job:
         ItemkitError
             The models fail on everything: it is not the images.
         """
-        for result in results:
-            row = result.row
-            self.size[row], self.mtime[row] = result.size, result.mtime_ns
-            self.digest[row], self.feature[row] = result.digest, result.feature
-            self.status[row], self.tokens[row] = result.status, result.tokens
-            if result.reason:
-                self.errors[row] = (result.stage, printable(result.reason))
-                if result.digest and result.stage not in ("read", "memory"):  # those may do for a copy
-                    self._failed[result.feature] = self.errors[row]
-            if result.error is not None:
-                self._errors_of_models += 1
-                self._in_a_row += 1
-                computed = bool((self.status > 0).any())
-                if self._in_a_row >= (MANY if computed else 8):
-                    self._give_up(result)
-                self._last = result
-            elif result.status == COMPUTED:
+        for item in items:
+            item.reason = printable(item.reason)
+            for name, values in self.rows.items():
+                values[item.task.row] = getattr(item, name)
+            if item.status == COMPUTED:
                 self._in_a_row = 0
+            if item.error is not None:
+                self._in_a_row, self._failed = self._in_a_row + 1, item
+                if self._in_a_row >= (MANY if self.any_features else 8):
+                    self._give_up()
+
+    @property
+    def any_features(self) -> bool:
+        """Whether any row has features."""
+        return bool((self.rows["status"] != "").any())
 
     def check_that_anything_worked(self) -> None:
         """Some images may upset a model; if all do, it is not the images."""
-        if self._errors_of_models and not (self.status > 0).any():
-            self._give_up(self._last)
+        if self._failed is not None and not self.any_features:
+            self._give_up()
 
-    def _give_up(self, result: Result) -> None:
-        if isinstance(result.error, ItemkitError):
-            raise result.error
+    def _give_up(self) -> None:
+        error = self._failed.error
+        if isinstance(error, ItemkitError):
+            raise error
         raise ItemkitError(
-            f"the step '{result.stage}' failed on {count(self._in_a_row, 'image')} in a row "
-            f"({reason_of(result.error)}), so this is not the images. Mend it, then run the same command "
+            f"the step '{self._failed.stage}' failed on {count(self._in_a_row, 'image')} in a row "
+            f"({reason_of(error)}), so this is not the images. Mend it, then run the same command "
             "again: what was computed before is kept"
-        ) from result.error
+        ) from error
 
-    # ---- the end
-
-    def _tables(self) -> tuple[pa.Table, pa.Table, bool]:
-        """Manifest and errors of the whole store, and whether they are others than those that lie there.
+    def conclude(self) -> None:
+        """Set ``outcome`` (what became of each row), and the whole store's ``tables`` (manifest and errors).
 
         A store keeps the rows of all its runs. What this run's manifest says of a file, or of a file of the
-        same content, stands; rows of other files stay as they are.
+        same content, stands; rows of other files stay. ``changed`` is whether the store says otherwise.
         """
-        for row in np.flatnonzero(np.isin(self.feature, list(self._failed))) if self._failed else ():
-            self.errors.setdefault(int(row), self._failed[self.feature[row : row + 1].tobytes()])
-        own = (schema.PATH, schema.IMAGE_ID, FEATURE_ID, FILE_SIZE, MTIME_NS, STAGE, REASON)
-        table = _to_arrow(self.manifest.drop(columns=[c for c in own if c in self.manifest]))
-        known = np.array(self.digest != b"")
-        found = {
-            schema.PATH: pa.array(self.names, pa.string()),
-            schema.IMAGE_ID: _hex(self.digest, known),
-            FILE_SIZE: pa.array(self.size),
-            MTIME_NS: pa.array(self.mtime),
-        }
-        table = pa.table(found | {name: table[name] for name in table.column_names})
-        if schema.LABEL in table.column_names:
-            labels = table.select([schema.PATH, schema.IMAGE_ID, schema.LABEL]).to_pandas()
-            for row, reason in store.contradictions(labels).items():
-                self.errors.setdefault(row, ("label", reason))
-        bad = np.zeros(len(self.names), bool)
-        bad[list(self.errors)] = True
-        features = _hex(self.feature, (self.status > 0) & ~bad)
-        manifest = table.append_column(FEATURE_ID, features)
-        rows = sorted(self.errors)
-        errors = table.take(pa.array(rows, pa.int64()))
-        for i, name in enumerate((STAGE, REASON)):
-            errors = errors.append_column(name, pa.array([self.errors[row][i] for row in rows], pa.string()))
-        changed = False
-        both = []
-        for new, old in ((manifest, self.known.manifest), (errors, self.known.errors)):
-            mine = pc.is_in(old[schema.PATH], found[schema.PATH])
-            here, rest = old.filter(mine), old.filter(pc.invert(mine))
-            if {schema.LABEL, schema.IMAGE_ID} <= set(rest.column_names) & set(table.column_names):
-                rest = rest.filter(pa.array(~_relabelled(rest, table)))
-            changed |= len(here) + len(rest) < len(old) or not _same_rows(here, new)
-            both.append(store.stack([new, rest]) if len(rest) else new)
-        manifest, errors = both
-        # a run that was cut short just before its last write
-        changed |= manifest[FEATURE_ID].null_count == len(errors) and not self.run["complete"]
-        return manifest, errors, changed
+        rows = pd.DataFrame(self.rows)
+        rows.insert(0, schema.PATH, pd.Series(self.names, dtype=object))
+        given = self.manifest.drop(columns=[name for name in rows if name in self.manifest])
+        table = pd.concat([rows[[*FILE_KEY, schema.IMAGE_ID]], given], axis=1)
+        table[schema.IMAGE_ID] = table[schema.IMAGE_ID].where(rows[schema.IMAGE_ID] != "", None)
+        # an image that was not tried, as a copy of one that then failed, fails with it
+        failed = rows[(rows[REASON] != "") & (rows[FEATURE_ID] != "")].drop_duplicates(FEATURE_ID)
+        copies = rows.index[(rows["status"] == COPY) & rows[FEATURE_ID].isin(failed[FEATURE_ID])]
+        same = failed.set_index(FEATURE_ID).loc[rows[FEATURE_ID][copies], [STAGE, REASON]]
+        rows.loc[copies, [STAGE, REASON]] = same.to_numpy()
+        wrong = store.contradictions(table)
+        wrong = wrong[rows[STAGE][wrong.index] == ""]
+        rows.loc[wrong.index, STAGE], rows.loc[wrong.index, REASON] = "label", wrong
+        rows.loc[rows[STAGE] != "", "status"] = ""
+        table[FEATURE_ID] = rows[FEATURE_ID].where(rows["status"] != "", None)
+        table[STAGE], table[REASON] = rows[STAGE], rows[REASON]
+        arrow, bad = _to_arrow(table), (rows[STAGE] != "").to_numpy()
+        self.tables = [
+            _with_other_rows(arrow.drop_columns([STAGE, REASON]), self.known.manifest, table),
+            _with_other_rows(arrow.drop_columns([FEATURE_ID]).filter(bad), self.known.errors, table),
+        ]
+        self.outcome = rows
+        self.complete = self.tables[0][FEATURE_ID].null_count == len(self.tables[1])
+        old = (self.known.manifest, self.known.errors)
+        self.changed = not all(map(_same_rows, old, self.tables)) or (
+            self.complete and not self.run["complete"]  # cut short just before its last write
+        )
 
     def finish(self) -> None:
         """Write manifest, errors and run.json."""
-        manifest, errors, _ = self._tables()
-        self.run["complete"] = manifest[FEATURE_ID].null_count == len(errors)
-        self.run["counts"] = {
-            "images": len(manifest),
-            "errors": len(errors),
-            "shards": len(store.shard_files(self.folder)),
-        }
-        store.write_state(self.folder, self.run, manifest, errors)
+        self.run["complete"] = self.complete
+        images, errors = map(len, self.tables)
+        shards = len(store.shard_files(self.folder))
+        self.run["counts"] = {"images": images, "errors": errors, "shards": shards}
+        store.write_state(self.folder, self.run, *self.tables)
 
     def cut_captions(self) -> dict[str, Any]:
         """Count the captions that are longer than the encoder reads.
@@ -665,11 +544,19 @@ class Job:
         room = (self.run["fingerprint"].get("encoder") or {}).get("context_length")
         if not room:
             return {}
-        long = np.flatnonzero(self.tokens > room)
-        found = {"cut": len(np.unique(self.feature[long])), "room": int(room)}
+        long = self.outcome[self.outcome["tokens"] > room]
+        found = {"cut": long[FEATURE_ID].nunique(), "room": int(room)}
         if len(long):
-            found |= {"longest": int(self.tokens.max()), "first": self.names[long[0]]}
+            found |= {"longest": int(long["tokens"].max()), "first": long[schema.PATH].iloc[0]}
         return found
+
+
+def _unreadable(path: str, name: str, error: Exception) -> str:
+    try:
+        read_bytes(path)  # says it better than the system
+    except ImageError as found:
+        error = found
+    return reason_of(error, path, name)
 
 
 def _state(folder: Path) -> tuple:
@@ -680,30 +567,22 @@ def _state(folder: Path) -> tuple:
     return ()
 
 
-def _hex(digests: np.ndarray, valid: np.ndarray) -> pa.Array:
-    raw = digests.tobytes()  # with the zero bytes at the end that numpy's own items lose
-    texts = [raw[32 * i : 32 * i + 32].hex() if ok else None for i, ok in enumerate(valid)]
-    return pa.array(texts, pa.string())
-
-
-def _relabelled(old: pa.Table, new: pa.Table) -> np.ndarray:
-    """Rows of another run whose content has another label now."""
-    frame = new.select([schema.IMAGE_ID, schema.LABEL]).to_pandas().dropna()
-    label = frame.drop_duplicates(schema.IMAGE_ID).set_index(schema.IMAGE_ID)[schema.LABEL]
-    before = old.select([schema.IMAGE_ID, schema.LABEL]).to_pandas()
-    now = before[schema.IMAGE_ID].map(label)
-    return (now.notna() & before[schema.LABEL].notna() & (now != before[schema.LABEL])).to_numpy(dtype=bool)
+def _with_other_rows(mine: pa.Table, old: pa.Table, table: pd.DataFrame) -> pa.Table:
+    """Rows of this run, then those of other files, without those whose content has another label now."""
+    before = old.to_pandas()
+    other = ~before[schema.PATH].isin(table[schema.PATH])
+    if schema.LABEL in before and schema.LABEL in table:
+        known = table[[schema.IMAGE_ID, schema.LABEL]].dropna().drop_duplicates(schema.IMAGE_ID)
+        now = before[schema.IMAGE_ID].map(known.set_index(schema.IMAGE_ID)[schema.LABEL])
+        other &= now.isna() | before[schema.LABEL].isna() | (now == before[schema.LABEL]).fillna(False)
+    return store.stack([mine, old.filter(other.to_numpy(bool))]) if other.any() else mine
 
 
 def _same_rows(old: pa.Table, new: pa.Table) -> bool:
-    """Whether the rows of a run stand in the store already, in whatever order."""
-    if len(old) != len(new):
-        return False
-    if not len(new):
-        return True
+    """Whether two tables hold the same, in whatever order."""
     a, b = (store.stack([one, other.slice(0, 0)]) for one, other in ((old, new), (new, old)))
     order = [(name, "ascending") for name in (schema.PATH, schema.CAPTION) if name in a.column_names]
-    return a.sort_by(order).equals(b.select(a.column_names).sort_by(order))
+    return len(a) == len(b) and a.sort_by(order).equals(b.select(a.column_names).sort_by(order))
 
 
 def _to_arrow(table: pd.DataFrame) -> pa.Table:
@@ -762,12 +641,10 @@ class StopSignal:
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """What an extraction did; ``str(report)`` is the line shown at its end.
+    """What an extraction did; ``str(report)`` is what is shown at its end.
 
     Attributes
     ----------
-    out : Path
-        The feature store.
     n : int
         Rows of the manifest; each is one of the following.
     reused, computed, copies, errors : int
@@ -780,13 +657,10 @@ class ExtractReport:
         Seconds per step of the method; of workers, summed.
     batch_size : int
         At the end: halved each time memory ran out.
-    captions : dict
-        How many captions the encoder cut, see `Job.cut_captions`.
-    reasons : dict
-        Step to how many images failed there, and why the first of them did.
+    notes : list of str
+        What the user should know beyond the counts: where and why images failed, captions that were cut.
     """
 
-    out: Path
     n: int
     reused: int
     computed: int
@@ -796,45 +670,51 @@ class ExtractReport:
     seconds: float
     stages: dict[str, float] = field(default_factory=dict)
     batch_size: int = 0
-    captions: dict[str, Any] = field(default_factory=dict)
-    reasons: dict[str, tuple[int, str]] = field(default_factory=dict)
-
-    @property
-    def images_per_s(self) -> float:
-        """Images computed per second."""
-        return self.computed / self.seconds if self.seconds > 0 else 0.0
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         parts = [f"{self.reused:,} reused, {self.computed:,} computed"]
-        parts += [count(self.copies, "copy of them" if self.copies == 1 else "copies of them")] * (
-            self.copies > 0
-        )
+        if self.copies:
+            parts.append(count(self.copies, "copy of them" if self.copies == 1 else "copies of them"))
         parts.append(count(self.errors, "error"))
-        parts += [f"{self.left:,} left to do"] * (self.left > 0)
+        if self.left:
+            parts.append(f"{self.left:,} left to do")
         line = f"{count(self.n, 'image')}: {', '.join(parts)}; {self.seconds:.1f} s"
         if self.computed:
             busy = {name: s for name, s in self.stages.items() if s > 0.005 * self.seconds}
             shares = ", ".join(f"{name} {s / self.seconds:.0%}" for name, s in busy.items())
-            line += f", {self.images_per_s:.1f} images/s ({shares})"
-        return "\n".join([line, *self.notes()])
+            line += f", {self.computed / self.seconds:.1f} images/s ({shares})"
+        return "\n".join([line, *self.notes])
 
-    def notes(self) -> list[str]:
-        """What the user should know beyond the counts, a line each."""
-        lines = []
-        for stage, (n, first) in self.reasons.items():
-            lines.append(f"{count(n, 'image')} without features (step '{stage}'), the first: {first}")
-        if self.errors:
-            again = (
-                "; --retry-errors also tries those known to be damaged" if "decode" in self.reasons else ""
-            )
-            lines.append(f"all of them with their reasons: {self.out / ERRORS_FILE}{again}")
-        if cut := self.captions.get("cut"):
-            lines.append(
-                f"{count(cut, 'caption')} longer than the {self.captions['room']} tokens the encoder reads, "
-                f"and cut there for it (longest {self.captions['longest']}, first: "
-                f"{self.captions['first']}); objects were taken from whole captions"
-            )
-        return lines
+
+def _report(job: Job, started: float, stages: dict[str, float], batch_size: int) -> ExtractReport:
+    status, failed = job.outcome["status"].value_counts(), job.outcome[job.outcome[STAGE] != ""]
+    notes = [
+        f"{count(len(rows), 'image')} without features (step '{stage}'), the first: {rows[REASON].iloc[0]}"
+        for stage, rows in failed.groupby(STAGE, sort=False)
+    ]
+    if notes:
+        damaged = "; --retry-errors also tries those known to be damaged"
+        again = damaged if failed[STAGE].eq("decode").any() else ""
+        notes.append(f"all of them with their reasons: {job.folder / ERRORS_FILE}{again}")
+    captions = job.cut_captions()
+    if captions.get("cut"):
+        notes.append(
+            f"{count(captions['cut'], 'caption')} longer than the {captions['room']} tokens the encoder "
+            f"reads, and cut there for it (longest {captions['longest']}, first: {captions['first']}); "
+            "objects were taken from whole captions"
+        )
+    return ExtractReport(
+        n=len(job.outcome),
+        **{name: int(status.get(kind, 0)) for name, kind in
+           (("reused", REUSED), ("computed", COMPUTED), ("copies", COPY))},
+        errors=len(failed),
+        left=int(status.get("", 0)) - len(failed),
+        seconds=round(time.perf_counter() - started, 3),
+        stages={name: round(s, 3) for name, s in stages.items()},
+        batch_size=batch_size,
+        notes=notes,
+    )  # fmt: skip
 
 
 def extract(
@@ -928,7 +808,7 @@ def extract(
         raise InputError(
             f"transform {transform!r} has no fingerprint(), which the cache needs to tell it apart"
         )
-    report = manifest.attrs.get("report")
+    told = manifest.attrs.get("report")
     manifest = _checked(manifest, captions, missing, limit)
     if isinstance(models, str):
         from itemkit.presets import get_preset
@@ -949,60 +829,52 @@ def extract(
     parts = cluster.fingerprint(captions) if cluster else fingerprint_of(models, device, captions)
     parts["transform"] = None if transform is None else transform.fingerprint()
     parts["decode"] = None if decode.least_side is None else {"least_side": decode.least_side}
-    run = _run_head(parts, config, report)
+    run = _run_head(parts, config, told)
     run["dim"] = int(parts["encoder"].get("dim") or models.encoder.dim)
 
-    def plan() -> Job:
-        return Job(manifest, folder, run, missing, retry_errors)
-
-    job, clock, size, stopped = plan(), {}, 0, None
+    job, worker, stop = Job(manifest, folder, run, missing, retry_errors), None, StopSignal()
     if not job.settled:
         with folder_lock(folder):
             if job.seen != _state(folder):  # somebody else was quicker
-                job = plan()
+                job = Job(manifest, folder, run, missing, retry_errors)
             if not job.settled:
                 job.open()
-                clock, size, stopped = _compute(job, models, device, options, cluster, progress)
+                if len(job.todo):
+                    stored = job.known.tokens.index
+                    worker = cluster or Worker(folder, job.run, build_models(models, device), stored, options)
+                    _compute(job, worker, cluster, stop, progress)
                 job.run["captions"] = job.cut_captions()
-                done = _report(job, started, clock, size)
-                last = dataclasses.asdict(done)
-                job.run["last_run"] = {key: last[key] for key in last if key not in ("out", "captions")}
+                last = dataclasses.asdict(_report(job, started, *_effort(worker)))
+                job.run["last_run"] = {key: value for key, value in last.items() if key != "notes"}
                 job.finish()
-    done = _report(job, started, clock, size)
+    report = _report(job, started, *_effort(worker))
     if progress:
-        print(done, file=sys.stderr, flush=True)
-    elif done.errors:
-        warnings.warn("; ".join(done.notes()), stacklevel=2)
-    if stopped is not None:
+        print(report, file=sys.stderr, flush=True)
+    elif report.errors:
+        warnings.warn("; ".join(report.notes), stacklevel=2)
+    if stop.requested is not None:
         print(f"stopped; everything computed so far is in {out}. Run the same command again to go on",
               file=sys.stderr, flush=True)  # fmt: skip
-        stopped.leave()
-    return done
+        stop.leave()
+    return report
 
 
-def _compute(
-    job: Job, models: Models | Preset, device: str, options: WorkerOptions, cluster: Any, progress: bool
-) -> tuple[dict[str, float], int, StopSignal | None]:
+def _effort(worker: Any) -> tuple[dict[str, float], int]:
+    return ({}, 0) if worker is None else (worker.seconds, worker.batch_size)
+
+
+def _compute(job: Job, worker: Any, cluster: Any, stop: StopSignal, progress: bool) -> None:
     """Let the workers work; returns early, with everything on disk, when asked to stop."""
-    if not job.todo:
-        return {}, 0, None
-    if cluster is None:
-        worker = Worker(job.folder, job.run, build_models(models, device), job.known.features, options)
-        source = worker.run(job.tasks(job.todo), job.next_shard)
-    else:
-        worker = cluster
-        source = cluster.work(job)
+    source = cluster.work(job) if cluster else worker.run(job.tasks(job.todo), job.next_shard)
     bar = tqdm(total=len(job.todo), unit="image", file=sys.stderr, disable=not progress)
-    with StopSignal() as stop, contextlib.closing(bar), contextlib.closing(source):
-        for results in source:
-            job.note(results)
-            bar.update(len(results))
-            if job.errors:
-                bar.set_postfix(errors=len(job.errors), refresh=False)
+    with stop, contextlib.closing(bar), contextlib.closing(source):
+        for items in source:
+            job.note(items)
+            bar.update(len(items))
             if stop.requested:
                 break
     job.check_that_anything_worked()
-    return worker.seconds, worker.batch_size, stop if stop.requested else None
+    job.conclude()
 
 
 def build_models(models: Models | Preset, device: str) -> Models:
@@ -1094,28 +966,3 @@ def _run_head(parts: dict[str, Any], config: dict | None, report: dict | None) -
         "manifest": report,
         "checksums": {},
     }
-
-
-def _report(job: Job, started: float, seconds: dict[str, float], batch_size: int) -> ExtractReport:
-    good = np.ones(len(job.status), bool)
-    good[list(job.errors)] = False
-    reused, computed, copies = (int((good & (job.status == s)).sum()) for s in (REUSED, COMPUTED, COPY))
-    reasons: dict[str, tuple[int, str]] = {}
-    for row in sorted(job.errors):
-        stage, reason = job.errors[row]
-        n, first = reasons.get(stage, (0, reason))
-        reasons[stage] = (n + 1, first)
-    return ExtractReport(
-        out=job.folder,
-        n=len(good),
-        reused=reused,
-        computed=computed,
-        copies=copies,
-        errors=len(job.errors),
-        left=len(good) - reused - computed - copies - len(job.errors),
-        seconds=round(time.perf_counter() - started, 3),
-        stages={name: round(s, 3) for name, s in seconds.items()},
-        batch_size=batch_size,
-        captions=job.cut_captions(),
-        reasons=reasons,
-    )

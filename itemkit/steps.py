@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from itemkit import schema
-from itemkit.captions import clean_caption
+from itemkit.captions import as_captions, clean_caption
 from itemkit.errors import InputError
 from itemkit.features import BOX_COLUMNS, Features
 from itemkit.models import Models
@@ -136,10 +136,8 @@ class Steps:
                 "captions, or models with a captioner"
             )
         made = self.models.captioner.caption([images[i] for i in missing]) if missing else []
-        for i, caption in zip(missing, made, strict=True):
-            # a captioner of the user's own may answer with plain texts; not all of Unicode can be stored
-            words = caption if isinstance(caption, str) else caption.text
-            texts[i] = words.encode("utf-8", "replace").decode()
+        for i, caption in zip(missing, as_captions(made, len(missing)), strict=True):
+            texts[i] = caption.text.encode("utf-8", "replace").decode()  # not all of Unicode can be stored
             logprobs[i] = getattr(caption, "logprob", float("nan"))
         return [str(text) for text in texts], sources, logprobs
 

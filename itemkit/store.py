@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from itemkit import schema, splits
 from itemkit._files import atomic_write, write_json
 from itemkit.errors import InputError, StoreError
-from itemkit.features import BOX_COLUMNS, Features, unit_rows
+from itemkit.features import ARRAYS, BOX_COLUMNS, OBJECT_ARRAYS, Features, unit_rows
 from itemkit.models import differences
 from itemkit.text import count, one_line, printable
 
@@ -62,6 +62,7 @@ FEATURE_COLUMNS = {
 }
 # ... and where each was found, by which a run that was killed knows it again
 FILE_COLUMNS = {schema.PATH: pa.string(), FILE_SIZE: pa.int64(), MTIME_NS: pa.int64()}
+SHARD_COLUMNS = FEATURE_COLUMNS | FILE_COLUMNS
 EMBEDDINGS = (schema.IMAGE_EMB, schema.CAPTION_EMB, schema.OBJECTS)
 _FINGERPRINT = b"itemkit_fingerprint"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -131,6 +132,17 @@ def shard_files(folder: str | Path) -> list[Path]:
     return sorted((Path(folder) / SHARD_FOLDER).glob("part-*.parquet"))
 
 
+def _read(path: Path, checksums: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a table whose bytes must have one of these SHA-256 (or the beginning of one)."""
+    try:
+        data = path.read_bytes()
+        if not hashlib.sha256(data).hexdigest().startswith(tuple(checksums)):
+            raise DamagedError(path, "its checksum does not fit")
+        return pq.read_table(pa.BufferReader(data), columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise DamagedError(path, one_line(error)) from error
+
+
 def read_shard(path: Path, columns: Sequence[str], run: dict) -> pa.Table:
     """Read some columns of a shard, after a look at all of its bytes.
 
@@ -141,16 +153,10 @@ def read_shard(path: Path, columns: Sequence[str], run: dict) -> pa.Table:
     StoreError
         It was made by other models than those of ``run``.
     """
-    try:
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest()[:16] != path.stem.rpartition("-")[2]:
-            raise DamagedError(path, "its checksum does not fit")
-        table = pq.read_table(pa.BufferReader(data), columns=list(columns))
-    except (OSError, pa.ArrowException) as error:
-        raise DamagedError(path, one_line(error)) from error
+    table = _read(path, [path.stem.rpartition("-")[2]], list(columns))
     if (table.schema.metadata or {}).get(_FINGERPRINT) != run["fingerprint_hash"].encode():
         raise StoreError(f"{path} was made with other models or options than the store it lies in; remove it")
-    return table
+    return table.replace_schema_metadata()
 
 
 def write_shard(folder: Path, number: int, features: Features, models: str) -> Path:
@@ -170,7 +176,7 @@ def write_shard(folder: Path, number: int, features: Features, models: str) -> P
     columns = {
         # NaN is a value of floats; in a column of texts it is how pandas writes that there is none
         name: pa.array(_values(features.table[name]), kind, from_pandas=not pa.types.is_floating(kind))
-        for name, kind in (FEATURE_COLUMNS | FILE_COLUMNS).items()
+        for name, kind in SHARD_COLUMNS.items()
     }
     counts = np.bincount(features.owner, minlength=len(features))
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
@@ -213,14 +219,7 @@ def read_state(folder: Path, name: str, run: dict) -> pa.Table:
     DamagedError
         It is missing, or any bit of it changed since it was written.
     """
-    path = folder / name
-    try:
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() not in run["checksums"].get(name, ()):
-            raise DamagedError(path, "its checksum does not fit")
-        return pq.read_table(pa.BufferReader(data))
-    except (OSError, pa.ArrowException) as error:
-        raise DamagedError(path, one_line(error)) from error
+    return _read(folder / name, run["checksums"].get(name, ()))
 
 
 def write_state(folder: Path, run: dict, manifest: pa.Table, errors: pa.Table) -> None:
@@ -307,7 +306,12 @@ def load_features(
         table = table[table[schema.PATH].isin(wanted)]
         table = table.iloc[np.argsort(table[schema.PATH].map(wanted), kind="stable")].reset_index(drop=True)
     shards = shard_files(folder)
-    scalars, shard_of, row_of = _read_scalars(shards, run)
+    tables = [read_shard(path, list(FEATURE_COLUMNS), run) for path in shards]
+    scalars = pa.concat_tables([pa.schema(list(FEATURE_COLUMNS.items())).empty_table(), *tables]).to_pandas()
+    scalars["shard"] = np.repeat(np.arange(len(shards)), [len(found) for found in tables])
+    scalars["row"] = scalars.groupby("shard").cumcount()
+    # two workers may have met copies of one image, and a merged store may hold a row twice: the first counts
+    scalars = scalars.drop_duplicates(FEATURE_ID)
     at = pd.Index(scalars[FEATURE_ID]).get_indexer(table[FEATURE_ID])
     if (at < 0).any():
         raise StoreError(
@@ -315,13 +319,15 @@ def load_features(
             "deleted?); run the extraction again: only those are computed"
         )
     own = [c for c in table.columns if c not in (*FEATURE_COLUMNS, FILE_SIZE, MTIME_NS)]
-    table = pd.concat([table[own], scalars.iloc[at].reset_index(drop=True)], axis=1)
+    scalars = scalars.iloc[at].reset_index(drop=True)
+    table = pd.concat([table[own], scalars[list(FEATURE_COLUMNS)]], axis=1)
     base = Path(root) if root is not None else base
     table[schema.PATH] = [str(base / name) for name in table[schema.PATH]]
     table[schema.LABEL] = table[schema.LABEL].astype("Int8")  # also where no label is missing
     leading = [schema.IMAGE_ID, *schema.MANIFEST_COLUMNS, schema.N_OBJECTS]
     table = table[leading + [c for c in table.columns if c not in leading]]
-    return _fill(table, shards, shard_of[at], row_of[at], columns, run)
+    place = scalars[["shard", "row"]].to_numpy().T
+    return _read_embeddings(table, shards, *place, columns, run)
 
 
 def _read_tables(folder: Path) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
@@ -344,18 +350,7 @@ def _unfinished(folder: Path) -> StoreError:
     )
 
 
-def _read_scalars(shards: list[Path], run: dict) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
-    empty = pa.schema(list(FEATURE_COLUMNS.items())).empty_table()
-    tables = [read_shard(path, list(FEATURE_COLUMNS), run) for path in shards]
-    scalars = pa.concat_tables([empty, *(t.replace_schema_metadata() for t in tables)]).to_pandas()
-    shard_of = np.repeat(np.arange(len(shards)), [len(table) for table in tables])
-    row_of = np.concatenate([np.zeros(0, np.int64), *(np.arange(len(table)) for table in tables)])
-    # two workers may have met copies of one image, and a merged store may hold a row twice: the first counts
-    first = ~scalars[FEATURE_ID].duplicated().to_numpy()
-    return scalars[first].reset_index(drop=True), shard_of[first], row_of[first]
-
-
-def _fill(
+def _read_embeddings(
     table: pd.DataFrame,
     shards: list[Path],
     shard_of: np.ndarray,
@@ -363,58 +358,35 @@ def _fill(
     columns: Sequence[str],
     run: dict,
 ) -> Features:
+    """Embeddings of the images of a table, one shard in memory at a time."""
     n, dim = len(table), int(run["dim"])
-    dims = {name: dim if name in columns else 0 for name in EMBEDDINGS}
-    image = np.zeros((n, dims[schema.IMAGE_EMB]), np.float32)
-    caption = np.zeros((n, dims[schema.CAPTION_EMB]), np.float32)
-    counts = table[schema.N_OBJECTS].to_numpy(np.int64) * (schema.OBJECTS in columns)
-    start = np.concatenate([[0], np.cumsum(counts)])
-    region = np.zeros((start[-1], dims[schema.OBJECTS]), np.float32)
-    phrase = np.zeros_like(region)
-    phrases = np.empty(start[-1], dtype=object)
-    boxes = np.zeros((start[-1], len(BOX_COLUMNS)), np.float32)
-    wanted = [c for c in (schema.IMAGE_EMB, schema.CAPTION_EMB) if c in columns]
-    if schema.OBJECTS in columns:
-        wanted += [schema.OBJECTS, schema.REGION_EMB, schema.PHRASE_EMB]
-    for number, path in enumerate(shards):
-        rows = np.flatnonzero(shard_of == number)
-        if not len(rows) or not wanted:
-            continue
-        shard, local = read_shard(path, wanted, run), row_of[rows]
-        if schema.IMAGE_EMB in columns:
-            image[rows] = _vectors(shard[schema.IMAGE_EMB], dim)[local]
-        if schema.CAPTION_EMB in columns:
-            caption[rows] = _vectors(shard[schema.CAPTION_EMB], dim)[local]
-        if schema.OBJECTS in columns:
-            objects = shard[schema.OBJECTS].combine_chunks()
-            offsets, fields = objects.offsets.to_numpy(), objects.values
-            source = _ranges(offsets[local], counts[rows])
-            target = _ranges(start[rows], counts[rows])
-            region[target] = _vectors(shard[schema.REGION_EMB], dim)[source - offsets[0]]
-            phrase[target] = _vectors(shard[schema.PHRASE_EMB], dim)[source - offsets[0]]
-            phrases[target] = fields.field("phrase").to_numpy(zero_copy_only=False)[source]
-            for i, name in enumerate(BOX_COLUMNS):
-                boxes[target, i] = fields.field(name).to_numpy(zero_copy_only=False)[source]
-    for x in (image, caption, region, phrase):
+    with_objects = schema.OBJECTS in columns
+    counts = table[schema.N_OBJECTS].to_numpy(np.int64) * with_objects
+    owner = np.repeat(np.arange(n), counts)
+    wanted = [*columns, *(OBJECT_ARRAYS if with_objects else ())]
+    arrays = {
+        name: np.zeros((len(owner if name in OBJECT_ARRAYS else table), dim * (name in wanted)), np.float32)
+        for name in ARRAYS
+    }
+    objects = {"phrase": np.empty(len(owner), dtype=object)}
+    objects |= {name: np.zeros(len(owner), np.float32) for name in BOX_COLUMNS}
+    for number in np.unique(shard_of) if wanted else ():
+        rows, those = shard_of == number, shard_of[owner] == number
+        shard = read_shard(shards[number], wanted, run).take(row_of[rows])
+        for name in set(ARRAYS) & set(wanted):
+            found = shard[name].combine_chunks()
+            while not pa.types.is_floating(found.type):
+                found = found.flatten()
+            arrays[name][those if name in OBJECT_ARRAYS else rows] = found.to_numpy().reshape(-1, dim)
+        if with_objects:
+            found = shard[schema.OBJECTS].combine_chunks().flatten()
+            for i, name in enumerate(objects):
+                objects[name][those] = found.field(i).to_numpy(zero_copy_only=False)
+    for x in arrays.values():
         if not np.isfinite(x).all():
             raise StoreError(f"{shards[0].parent} holds embeddings that are not finite; extract again")
         unit_rows(x)
-    objects = pd.DataFrame({"phrase": phrases, **{name: boxes[:, i] for i, name in enumerate(BOX_COLUMNS)}})
-    owner = np.repeat(np.arange(n), counts)
-    return Features(table, image, caption, region, phrase, owner, objects, run)
-
-
-def _vectors(column: pa.ChunkedArray, dim: int) -> np.ndarray:
-    array = column.combine_chunks()
-    while not pa.types.is_floating(array.type):
-        array = array.flatten()
-    return array.to_numpy().reshape(-1, dim)
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The numbers start, start + 1, ... of each range, one range after the other."""
-    before = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum())) - np.repeat(before, lengths) + np.repeat(starts, lengths)
+    return Features(table, **arrays, owner=owner, objects=pd.DataFrame(objects), run=run)
 
 
 # ---------------------------------------------------------------------------------------------- places
@@ -470,45 +442,47 @@ def utf8(text: str) -> str:
 
 def stack(tables: Sequence[pa.Table]) -> pa.Table:
     """One table after the other; a column that one lacks is empty there, one of two kinds becomes text."""
-    kinds: dict[str, pa.DataType] = {}
-    for table in tables:
-        for field in table.schema:
-            known = kinds.setdefault(field.name, field.type)
-            try:
-                both = pa.unify_schemas(
-                    [pa.schema([("x", known)]), pa.schema([("x", field.type)])], promote_options="permissive"
-                )
-                kinds[field.name] = both.field("x").type
-            except (pa.ArrowInvalid, pa.ArrowTypeError):
-                kinds[field.name] = pa.string()
-    whole = [
-        pa.table({name: t[name].cast(kind) if name in t.column_names else pa.nulls(len(t), kind)
-                  for name, kind in kinds.items()})
-        for t in tables
-    ]  # fmt: skip
-    return pa.concat_tables(whole)
+    for name in dict.fromkeys(name for table in tables for name in table.column_names):
+        kinds = {table.schema.field(name).type for table in tables if name in table.column_names}
+        try:
+            pa.unify_schemas([pa.schema([(name, kind)]) for kind in kinds], promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            tables = [
+                _replaced(table, name, table[name].cast(pa.string())) if name in table.column_names else table
+                for table in tables
+            ]
+    return pa.concat_tables(tables, promote_options="permissive")
 
 
-def contradictions(table: pd.DataFrame) -> dict[int, str]:
-    """Files of one content that are labelled real here and fake there: row to reason, for none can be used.
+def _replaced(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, column)
+
+
+def contradictions(table: pd.DataFrame) -> pd.Series:
+    """Files of one content that are labelled real here and fake there, for none can be used.
 
     Parameters
     ----------
     table : DataFrame
-        With ``path, image_id`` (missing where not known) and ``label``.
+        With ``path, image_id`` (missing where not known), and ``label`` where any is known.
+
+    Returns
+    -------
+    Series of str
+        A reason for each such row, by its index.
     """
-    known = table[table[schema.LABEL].notna() & table[schema.IMAGE_ID].notna()]
-    kinds = known.groupby(schema.IMAGE_ID)[schema.LABEL].transform("nunique")
-    found = {}
-    for _, group in known[kinds > 1].groupby(schema.IMAGE_ID):
-        for row in group.itertuples():
-            other = group[group[schema.LABEL] != row.label].iloc[0]
-            found[int(row.Index)] = (
-                f"{row.path}: labelled {schema.LABEL_NAMES[int(row.label)]}, but {other[schema.PATH]} has "
-                f"the same content and is labelled {schema.LABEL_NAMES[int(other[schema.LABEL])]}; correct "
-                "one label or drop both rows"
-            )
-    return found
+    if schema.LABEL not in table:
+        return pd.Series(dtype=object)
+    known = table[[schema.PATH, schema.IMAGE_ID, schema.LABEL]].dropna()
+    firsts = known.drop_duplicates([schema.IMAGE_ID, schema.LABEL])
+    pairs = known.reset_index().merge(firsts, on=schema.IMAGE_ID, suffixes=("", "_other"))
+    pairs = pairs[pairs[schema.LABEL] != pairs["label_other"]].set_index("index").sort_index()
+    reasons = [
+        f"{row.path}: labelled {schema.LABEL_NAMES[int(row.label)]}, but {row.path_other} has the same "
+        f"content and is labelled {schema.LABEL_NAMES[int(row.label_other)]}; correct one label or drop both rows"
+        for row in pairs.itertuples()
+    ]
+    return pd.Series(reasons, pairs.index, dtype=object)
 
 
 def merge_stores(parts: Sequence[str | Path], out: str | Path) -> Path:
@@ -555,29 +529,22 @@ def merge_stores(parts: Sequence[str | Path], out: str | Path) -> Path:
         for name, found in tables.items():
             table = read_state(folder, name, run)
             names = [stored_name(os.path.join(base, p), str(root)) for p in table[schema.PATH].to_pylist()]
-            place = table.column_names.index(schema.PATH)
-            found.append(table.set_column(place, schema.PATH, pa.array(names, pa.string())))
+            found.append(_replaced(table, schema.PATH, pa.array(names, pa.string())))
         for path in shard_files(folder):
             read_shard(path, [FEATURE_ID], run)  # damage must not spread
             content = path.name.rpartition("-")[2]
             if content not in seen:
                 shutil.copyfile(path, out / SHARD_FOLDER / f"part-{len(seen):06d}-{content}")
                 seen.add(content)
-    manifest, errors = stack(tables[MANIFEST_FILE]), stack(tables[ERRORS_FILE])
-    # of each file and caption one row: the first with features, else the first
-    manifest = manifest.take(_first_of_each(manifest, pc.is_null(manifest[FEATURE_ID]).to_numpy()))
+    manifest = _first_of_each(stack(tables[MANIFEST_FILE]))
     frame = manifest.to_pandas()
-    wrong = contradictions(frame) if schema.LABEL in frame else {}
-    bad = np.isin(np.arange(len(frame)), list(wrong))
-    column = manifest.column_names.index(FEATURE_ID)
-    usable = pc.if_else(pa.array(bad), pa.scalar(None, pa.string()), manifest[FEATURE_ID])
-    manifest = manifest.set_column(column, FEATURE_ID, usable)
-    rows = np.array(sorted(wrong), np.int64)
-    labels = manifest.take(rows).drop_columns([FEATURE_ID])
-    for name, values in ((STAGE, ["label"] * len(rows)), (REASON, [wrong[row] for row in rows])):
-        labels = labels.append_column(name, pa.array(values, pa.string()))
-    errors = stack([labels, errors])
-    errors = errors.take(_first_of_each(errors, np.zeros(len(errors), bool)))
+    wrong = contradictions(frame)
+    usable = frame[FEATURE_ID].where(~frame.index.isin(wrong.index), None)
+    manifest = _replaced(manifest, FEATURE_ID, pa.array(usable, pa.string()))
+    labels = manifest.take(wrong.index.to_numpy(np.int64)).drop_columns([FEATURE_ID])
+    labels = labels.append_column(STAGE, pa.array(["label"] * len(wrong), pa.string()))
+    labels = labels.append_column(REASON, pa.array(wrong, pa.string()))
+    errors = _first_of_each(stack([labels, *tables[ERRORS_FILE]]))
     lost = manifest.filter(pc.is_null(manifest[FEATURE_ID]))[schema.PATH]
     errors = errors.filter(pc.is_in(errors[schema.PATH], lost))
     run = {**runs[0], "root": portable_root(root, out), "checksums": {}, "captions": {}, "last_run": None}
@@ -586,8 +553,10 @@ def merge_stores(parts: Sequence[str | Path], out: str | Path) -> Path:
     return out
 
 
-def _first_of_each(table: pa.Table, later: np.ndarray) -> np.ndarray:
-    """Of each file and caption the first row, one that is marked ``later`` only if there is no other."""
-    keys = table.select([c for c in (schema.PATH, schema.CAPTION) if c in table.column_names]).to_pandas()
-    order = np.argsort(later, kind="stable")
-    return np.sort(order[~keys.iloc[order].duplicated().to_numpy()])
+def _first_of_each(table: pa.Table) -> pa.Table:
+    """Of each file and caption the first row; the first with features where one has some."""
+    keys = [name for name in (schema.PATH, schema.CAPTION) if name in table.column_names]
+    frame = table.select([*keys, *({FEATURE_ID} & set(table.column_names))]).to_pandas()
+    if FEATURE_ID in frame:
+        frame = frame.sort_values(FEATURE_ID, key=pd.isna, kind="stable")
+    return table.take(np.sort(frame.drop_duplicates(keys).index.to_numpy(np.int64)))
