@@ -477,9 +477,10 @@ def contradictions(table: pd.DataFrame) -> pd.Series:
     firsts = known.drop_duplicates([schema.IMAGE_ID, schema.LABEL])
     pairs = known.reset_index().merge(firsts, on=schema.IMAGE_ID, suffixes=("", "_other"))
     pairs = pairs[pairs[schema.LABEL] != pairs["label_other"]].set_index("index").sort_index()
+    name = schema.LABEL_NAMES
     reasons = [
-        f"{row.path}: labelled {schema.LABEL_NAMES[int(row.label)]}, but {row.path_other} has the same "
-        f"content and is labelled {schema.LABEL_NAMES[int(row.label_other)]}; correct one label or drop both rows"
+        f"{row.path}: labelled {name[int(row.label)]}, but {row.path_other} has the same content and is "
+        f"labelled {name[int(row.label_other)]}; correct one label or drop both rows"
         for row in pairs.itertuples()
     ]
     return pd.Series(reasons, pairs.index, dtype=object)

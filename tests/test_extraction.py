@@ -606,3 +606,15 @@ def test_memory_that_is_short_for_one_image_costs_its_row_now_and_nobody_elses(t
     assert reason.startswith("00003.png: memory ran out for this image of 11 x 8 pixels; free some memory")
     monkeypatch.undo()  # which says nothing about the file
     assert extract(manifest, out, fake_models(), progress=False).computed == 1
+
+
+def test_a_store_that_cannot_be_written_takes_failed_rows_as_known(tmp_path, monkeypatch):
+    manifest, out = make_images(tmp_path / "images", 5), tmp_path / "out"
+    (tmp_path / "images" / "00002.png").write_bytes(png(2, (31, 9)))
+    with pytest.warns(UserWarning, match="step 'caption'"):
+        extract(manifest, out, with_(Moody(RuntimeError("fell"))), progress=False)
+    monkeypatch.setattr(extraction.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(extraction, "folder_lock", None)
+    with pytest.warns(UserWarning, match="step 'caption'"):
+        report = extract(manifest, out, fake_models(), progress=False)
+    assert (report.reused, report.errors, report.computed) == (4, 1, 0)
