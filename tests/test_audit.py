@@ -221,6 +221,14 @@ def test_category_by_hand():
     assert point == pytest.approx(0.9, abs=1e-9) and low < 0.9 < high and 0.04 < high - low < 0.12
 
 
+def test_many_rare_categories_of_a_large_set_are_found():
+    y = np.arange(100_000) % 2
+    values = [
+        f"{i % 5000 // 2 * 2 + (i % 2 if i % 10 else 0)}" for i in range(100_000)
+    ]  # one in five is shared
+    assert auroc(values, y, range(100_000), "category")[0] > 0.85
+
+
 def test_a_number_in_the_middle_of_the_others_is_found():
     width = np.r_[np.tile(np.arange(100, 400), 2), np.full(200, 256)]
     y = np.repeat([0, 1], [600, 200])
