@@ -17,15 +17,15 @@ LOCK_FILE = ".lock"
 _TMP = ".tmp-"
 
 
-def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def atomic_write(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
     """Write a file so that it is either whole or absent, whatever happens in between.
 
     Parameters
     ----------
     path : Path
         The final name; an existing file is replaced only when the new one is safely on disk.
-    write : callable
-        Gets an open binary file and fills it.
+    content : bytes or callable
+        What the file holds, or what gets an open binary file and fills it.
 
     Raises
     ------
@@ -35,7 +35,10 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     tmp = path.with_name(f".{path.name}{_TMP}{os.getpid()}")
     try:
         with open(tmp, "wb") as file:
-            write(file)
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp, path)
@@ -48,7 +51,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write a value as indented JSON, atomically."""
-    atomic_write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+    atomic_write(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -590,7 +590,7 @@ def equalise_folder(
         target = out / "images" / f"{content_id(data + os.fsencode(path))[:32]}.{config.codec}"
         image = _decoded(open_image(data, path), path)
         if not target.exists():
-            _files.atomic_write(target, lambda file: file.write(equalised_bytes(image, config)))
+            _files.atomic_write(target, equalised_bytes(image, config))
         return str(target), min(image.size)
 
     rows = manifest.drop(columns=schema.IMAGE_ID, errors="ignore").reset_index(drop=True)

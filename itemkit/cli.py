@@ -157,9 +157,9 @@ def _parser() -> argparse.ArgumentParser:
         "--fnr", type=_share, default=0.05, help="share of fake images that may be called real"
     )
 
-    def add(run: Callable[[argparse.Namespace], int], *shared: argparse.ArgumentParser) -> Callable[..., Any]:
+    def add(run: Callable[[argparse.Namespace], int], *shared: Any) -> Callable[..., Any]:
         about: dict[str, Any] = {"help": run.__doc__, "description": run.__doc__, "epilog": STATUS}
-        command = commands.add_parser(run.__name__, parents=shared, formatter_class=_Help, **about)
+        command = commands.add_parser(run.__name__, parents=[*shared], formatter_class=_Help, **about)
         command.set_defaults(command=run)
         return command.add_argument
 
@@ -174,7 +174,11 @@ def _parser() -> argparse.ArgumentParser:
     option("manifest", help="CSV, Parquet or folder")
     option("--by", default="generator", choices=("generator", "source"), help="judge each by itself, too")
     option("--csv", type=Path, help="also write the table")
+    option("--figure", type=Path, metavar="FOLDER", help="also draw it: audit.pdf, .png and .csv")
     option("--equalise", type=Path, metavar="FOLDER", help="write a copy with equal size and codec")
+    option("--size", type=_positive, metavar="PX", help="side of the equalised squares; 224 without it")
+    option("--codec", choices=("jpeg", "png"), help="codec of the equalised images; jpeg without it")
+    option("--quality", type=_positive, help="JPEG quality of the equalised images; 90 without it")
 
     option = add(extract, images, models)
     option("manifest", help="CSV, Parquet or folder")
@@ -284,19 +288,46 @@ def audit(args: argparse.Namespace) -> int:
     import pandas as pd
 
     from itemkit.audit import audit, equalise_folder
+    from itemkit.images import EqualiseConfig
     from itemkit.text import write_csv
 
+    given = {k: getattr(args, k) for k in ("size", "codec", "quality") if getattr(args, k) is not None}
+    if given and not args.equalise:
+        raise InputError(f"--{next(iter(given))} goes with --equalise FOLDER, which says where to write")
+    config = EqualiseConfig(**given)
     manifest = _manifest(args, args.manifest)
-    report = audit(manifest, by=args.by, progress=True)
-    left_out = report.left_out
-    _print(*report.to_text().split("\n"))
+    options: dict[str, Any] = {"by": args.by, "progress": True}
+    first = audit(manifest, **options)
+    _print(*first.to_text().split("\n"))
+    reports = {"as they are": first}
     if args.csv:
-        write_csv(pd.concat([report.table.assign(set="all"), report.parts]), args.csv)
+        write_csv(pd.concat([first.table.assign(set="all"), first.parts]), args.csv)
     if args.equalise:
-        after = audit(equalise_folder(manifest, args.equalise, progress=True), by=args.by, progress=True)
-        left_out += after.left_out
-        _print("", f"After equalising into {args.equalise}:", "", *after.to_text(before=report).split("\n"))
-    return int(left_out > 0)
+        equalised = equalise_folder(manifest, args.equalise, config, progress=True)
+        _print("", f"After equalising into {args.equalise}:", "")
+        reports["equalised"] = audit(equalised, **options)
+        _print(*reports["equalised"].to_text(before=first).split("\n"))
+    if args.figure:
+        _draw_audit(reports, args.figure)
+    return int(any(report.left_out for report in reports.values()))
+
+
+def _draw_audit(reports: dict[str, Any], folder: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from itemkit import plots
+    from itemkit.audit import ranking
+
+    plots.style()
+    table = ranking(reports)
+    if not len(table):
+        raise InputError("--figure draws how well each property separates two classes, and here is one")
+    fig = Figure(figsize=(5.5, 0.8 + 0.25 * table["property"].nunique()))
+    hue = "data" if len(reports) > 1 else None
+    xlabel = "AUROC of this property alone (95 % interval; 0.5 is chance)"
+    plots.intervals(fig.add_subplot(), table, y="property", hue=hue, xlabel=xlabel, reference=0.5)
+    n = ", ".join(f"{name}: n = {len(report.measurements):,}" for name, report in reports.items())
+    plots.save(fig, "audit", table, folder, n)
 
 
 def extract(args: argparse.Namespace) -> int:

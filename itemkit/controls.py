@@ -314,16 +314,14 @@ def shuffle_texts(features: Features, seed: int = 0) -> Features:
     )
 
 
-def generic_texts(features: Features, generic_emb: np.ndarray) -> Features:
+def generic_texts(features: Features, generic_emb: np.ndarray | None) -> Features:
     """Give every image and every region one and the same text, e.g. the embedding of "a photo".
 
     The regions stay those that the image's own phrases chose, so this is not free of the own caption either.
     """
     emb = np.asarray(generic_emb, np.float32).reshape(-1)
     if emb.shape != (features.dim,):
-        raise InputError(
-            f"generic_emb has shape {np.shape(generic_emb)}; expected one embedding of width {features.dim}"
-        )
+        raise InputError(f"generic_emb has shape {emb.shape}; expected one embedding of width {features.dim}")
     emb = emb / np.linalg.norm(emb)
     return replace(
         features,

@@ -229,7 +229,8 @@ class Detector:
         table["p_fake"] = self.calibrator_(logits)
         like_real = conformal_p(self.real_scores_, logits, schema.REAL)
         like_fake = conformal_p(self.fake_scores_, logits, schema.FAKE)
-        answer, reasons = "withheld", "; ".join(missing)
+        answer: Any = "withheld"
+        reasons: Any = "; ".join(missing)
         if not missing:
             answer = three_way(like_real, like_fake, fpr, fnr)
             reasons = [because(*row, fpr, fnr) for row in zip(answer, like_real, like_fake, strict=True)]
@@ -389,7 +390,7 @@ class Detector:
         arrays |= {f"real_cosines_{level}": grid for level, grid in self.real_cosines_.items()}
         arrays |= {f"{part}_keys": keys for part, keys in self.image_keys_.items()}
         data = safetensors.numpy.save(arrays)
-        atomic_write(path / "calibration.safetensors", lambda file: file.write(data))
+        atomic_write(path / "calibration.safetensors", data)
         n_real, rates = len(self.real_scores_), (0.01, 0.05, 0.1)
         contents = {
             "representation": self.representation.to_dict(),

@@ -367,7 +367,7 @@ def ask_localiser(localiser: Any, encoder: Any, cases: Sequence[Case]) -> Check:
     )
     misses = []
     for case, (left, top, right, bottom) in zip(cases, regions.boxes.tolist(), strict=True):
-        (x0, y0, x1, y1), x, y = case.box, (left + right) / 2, (top + bottom) / 2
+        (x0, y0, x1, y1), x, y = case.box or (), (left + right) / 2, (top + bottom) / 2
         if not (x0 <= x <= x1 and y0 <= y <= y1):
             misses.append(f"'{case.phrase}' is placed at ({x:.0f}, {y:.0f})")
     return _judge("localiser", "the box points at the object", len(cases), misses)

@@ -72,7 +72,7 @@ class RayCluster:
 
     def fingerprint(self, captions: str) -> dict[str, Any]:
         """What the models are, as a worker sees it: on its device, from its files."""
-        ask = self._ray.remote(**self._needs)(lambda models: fingerprint_of(*models, captions))
+        ask = self._ray.remote(**self._needs)(lambda models: fingerprint_of(models[0], models[1], captions))
         return self._ray.get(ask.remote(self._models))
 
     def work(self, job: Job) -> Generator[list[Item], None, None]:

@@ -369,12 +369,13 @@ class Job:
         self.names = [store.stored_name(path, root) for path in self.paths]
         captions = manifest[schema.CAPTION].tolist() if schema.CAPTION in manifest else [None] * len(manifest)
         by_user = run["fingerprint"]["captions"] == "user"
-        self.captions = [None if not by_user or pd.isna(c) or not c.strip() else c for c in captions]
+        self.captions = [None if not by_user or pd.isna(c) or not str(c).strip() else c for c in captions]
         rows = self._plan(by_user and missing == "error", retry_errors)
         # as the fields of an `Item`; row i is that of the manifest
         self.rows = {name: rows[name].to_numpy(copy=True) for name in rows if name != schema.PATH}
         self.todo = np.flatnonzero((self.rows["status"] == "") & (self.rows[STAGE] == ""))
-        self._in_a_row, self._failed = 0, None
+        self._in_a_row = 0
+        self._failed: Item | None = None
         self.conclude()
 
     def _plan(self, caption_needed: bool, retry_errors: bool) -> pd.DataFrame:
@@ -481,6 +482,7 @@ class Job:
             self._give_up()
 
     def _give_up(self) -> None:
+        assert self._failed is not None and self._failed.error is not None
         error = self._failed.error
         if isinstance(error, ItemkitError):
             raise error
@@ -884,7 +886,9 @@ def build_models(models: Models | Preset, device: str) -> Models:
 
 def fingerprint_of(models: Models | Preset, device: str, captions: str) -> dict[str, Any]:
     """What the models are; nothing is loaded for it."""
-    return models.fingerprint(captions, device) if hasattr(models, "build") else models.fingerprint(captions)
+    if isinstance(models, Models):
+        return models.fingerprint(captions)
+    return models.fingerprint(captions, device)
 
 
 def _checked(manifest: pd.DataFrame, captions: str, missing: str, limit: int | None) -> pd.DataFrame:

@@ -217,6 +217,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    kind: Any
     kind, what = (numbers.Integral, "whole number") if isinstance(low, int) else (numbers.Real, "number")
     if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
         raise InputError(f"{name}={value!r}: expected a {what} from {low:g} to {high:g}")
@@ -456,7 +457,7 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.net_.state_dict().items()}
         tensors |= {"input_mean": torch.from_numpy(self.mean_), "input_scale": torch.from_numpy(self.scale_)}
         data = save(tensors)
-        atomic_write(folder / "head.safetensors", lambda file: file.write(data))
+        atomic_write(folder / "head.safetensors", data)
         # numbers of NumPy are no JSON; and where a head is used is for the user to say
         params = {k: getattr(v, "tolist", lambda v=v: v)() for k, v in self.get_params().items()}
         params["hidden_sizes"] = self.hidden_sizes and [int(width) for width in self.hidden_sizes]

@@ -238,7 +238,7 @@ def write_manifest(df: pd.DataFrame, path: str | Path) -> None:
         data = df.to_csv(index=False, sep="\t" if path.suffix.lower() == ".tsv" else ",").encode(
             "utf-8", "surrogateescape"
         )
-        _files.atomic_write(path, lambda file: file.write(data))
+        _files.atomic_write(path, data)
 
 
 def require_two_classes(df: pd.DataFrame, purpose: str = "This step") -> None:
@@ -479,7 +479,7 @@ def _write_image(data: bytes | None, folder: Any, seen: Counter[str]) -> str:
     target = folder / f"{name}{number}{ending}"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _files.atomic_write(target, lambda file: file.write(data))
+        _files.atomic_write(target, data)
     return str(target)
 
 

@@ -243,7 +243,18 @@ def _runs(
             scorer.fit(features.select(drawn), features.select(stop))
             val, scores = scorer.decision_function(features.select(rest)), scorer.decision_function(test)
             seconds = round(time.perf_counter() - start, 3)
-            run = Run(name, train, seed, val, y[rest], scores, len(drawn), seconds, key, recipe.config)
+            run = Run(
+                name,
+                train,
+                seed,
+                val.tolist(),
+                y[rest].tolist(),
+                scores.tolist(),
+                len(drawn),
+                seconds,
+                key,
+                recipe.config,
+            )
             run.calibrate(options)
             if path:
                 write_json(path, asdict(run))

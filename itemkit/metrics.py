@@ -149,7 +149,7 @@ def replicate(
         }
     out = {name: formulas[name]() for name in metrics if name in formulas}
     if not set(metrics).isdisjoint(PROBABILITY_METRICS):
-        out |= _calibration(*_ladder(*check_scores(y, probability), weights), balanced)
+        out |= _calibration(*_ladder(*check_scores(y, np.asarray(probability)), weights), balanced)
     return {name: np.asarray(out[name], np.float64) for name in metrics}
 
 

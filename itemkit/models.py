@@ -642,7 +642,10 @@ def from_disk_only() -> Iterator[None]:
     def refuse(*args: object, **options: object) -> None:
         raise ValueError("it asks for code of its own, which itemkit never runs")
 
-    settings = [(constants, "HF_HUB_OFFLINE", True), (dynamic, "TIME_OUT_REMOTE_CODE", 0)]
+    settings: list[tuple[Any, str, Any]] = [
+        (constants, "HF_HUB_OFFLINE", True),
+        (dynamic, "TIME_OUT_REMOTE_CODE", 0),
+    ]
     settings += [(dynamic, "get_class_in_module", refuse)]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
     for owner, name, value in settings:
@@ -690,7 +693,7 @@ def load_processor(
     files = [located.path / f"{name}_config.json" for name in ("processor", "preprocessor")]
     named = any("processor_class" in _read_json(file) for file in files)
     with reading(located), from_disk_only():
-        processor = AutoProcessor.from_pretrained(located.path, **options) if named else None
+        processor: Any = AutoProcessor.from_pretrained(located.path, **options) if named else None
         if hasattr(processor, "image_processor") and hasattr(processor, "tokenizer"):
             images, tokenizer = processor.image_processor, processor.tokenizer
         else:

@@ -339,8 +339,9 @@ def get_preset(
     if isinstance(localiser, str) and not names_object(localiser):
         if localiser in DETECTORS:
             model = str(folder / "detector") if folder is not None else LOCALISERS[localiser]["model"]
-            options = {"model": model, **preset.localiser_options}
-            preset = dataclasses.replace(preset, localiser_options=options)
+            preset = dataclasses.replace(
+                preset, localiser_options={"model": model, **preset.localiser_options}
+            )
     return preset
 
 

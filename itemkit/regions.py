@@ -240,7 +240,10 @@ class Grid(Localiser):
     def locate(self, images, embedding, phrase_emb, owner, phrases=None):  # types: see Localiser
         """See `Localiser.locate`."""
         boxes, scores, emb = _empty(len(owner), phrase_emb.shape[1], embedding.pooled.device)
-        laid = {i: windows(*images[i].size, self.scales, self.overlap) for i in owner.unique().tolist()}
+        laid = {
+            i: windows(images[i].width, images[i].height, self.scales, self.overlap)
+            for i in owner.unique().tolist()
+        }
         # the first window of a square image is the image itself, which is embedded already
         known = {i: int(images[i].width == images[i].height and self.scales[0] == 1) for i in laid}
         new = [(images[i], box) for i in laid for box in laid[i][known[i] :]]

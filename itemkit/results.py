@@ -344,8 +344,11 @@ class Study:
                 [np.asarray(getattr(r, which)) for r in mine] for which in ("val_scores", "test_scores")
             )
             y = np.asarray(run.val_labels)
-            fused = replace(run, detector=name, val_scores=late_fusion(val, y, val), key="")
-            fused.test_scores, fused.config = late_fusion(val, y, test), {"fuse": [r.config for r in mine]}
+            fused = replace(run, detector=name, val_scores=late_fusion(val, y, val).tolist(), key="")
+            fused.test_scores, fused.config = (
+                late_fusion(val, y, test).tolist(),
+                {"fuse": [r.config for r in mine]},
+            )
             new.append(fused.calibrate(self.options))
         self.runs += new
         self._tabulate(new)

@@ -91,7 +91,7 @@ def run_all(
         lines += [f"- left out: {line}" for line in left_out]
     lines += ["", f"{(time.monotonic() - began) / 60:.1f} minutes."]
     page = "\n".join(lines) + "\n"
-    atomic_write(out / "summary.md", lambda file: file.write(page.encode("utf-8", "backslashreplace")))
+    atomic_write(out / "summary.md", page.encode("utf-8", "backslashreplace"))
     print(page)
     for name in ("figures", "notebooks", "detector", "summary.md"):
         print(f"{name:10s} {os.path.relpath(out / name)}")

@@ -1,7 +1,8 @@
 """Splits: which images train, choose and test. The split of an image follows from its content alone.
 
-An image's id is the SHA-256 of its file, so its first digits, read as a fraction, are a fair draw that never
-changes: adding images moves none of the old ones, and copies of one picture stay on one side.
+An image's id is the SHA-256 of its file. Hashed once more with a salt and read as a fraction it is a fair
+draw that never changes: adding images moves none of the old ones, and copies of one picture stay on one side.
+The salt is for data sets whose files are named by their hash: their first n by name would all be of one split.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ _CARVED: dict[tuple[str, ...], tuple[str, Mapping[str, float]]] = {
 }
 
 
-def place(image_ids: Iterable[str], salt: str = "") -> np.ndarray:
+def place(image_ids: Iterable[str], salt: str = "split") -> np.ndarray:
     """Where each image stands between 0 and 1, by its content.
 
     Parameters
     ----------
     image_ids : iterable of str
-        SHA-256 of the files, as hex digits; anything else is hashed first.
+        SHA-256 of the files, as hex digits.
     salt : str
         Another salt gives another draw, independent of the first.
 
@@ -43,9 +44,8 @@ def place(image_ids: Iterable[str], salt: str = "") -> np.ndarray:
     """
 
     def digits(image_id: str) -> int:
-        if salt or len(image_id) != 64:
-            image_id = hashlib.sha256(f"{salt}\0{image_id}".encode("utf-8", "surrogateescape")).hexdigest()
-        return int(image_id[:13], 16)
+        salted = f"{salt}\0{image_id}".encode("utf-8", "surrogateescape")
+        return int(hashlib.sha256(salted).hexdigest()[:13], 16)
 
     return np.fromiter((digits(str(i)) for i in image_ids), np.float64) / 16**13
 
@@ -82,7 +82,7 @@ def plan_splits(label: pd.Series, split: pd.Series) -> Plan:
     """Say what will be divided into what, from the columns ``label`` and ``split`` of a manifest."""
     labelled, known, absent = label.notna().to_numpy(), split.isin(schema.SPLITS), split.isna().to_numpy()
     there = tuple(name for name in schema.SPLITS if (labelled & (split == name).fillna(False)).any())
-    rows, fractions, salt, notes = np.zeros(len(label), dtype=bool), FRACTIONS, "", []
+    rows, fractions, salt, notes = np.zeros(len(label), dtype=bool), FRACTIONS, "split", []
     if not labelled.any():
         return Plan(rows, fractions, salt, ["no image has a label, so there is nothing to train or test on"])
     if (other := labelled & ~known.to_numpy() & ~absent).any():

@@ -191,7 +191,7 @@ def write_shard(folder: Path, number: int, features: Features, models: str) -> P
     data = _parquet(pa.table(columns).replace_schema_metadata({_FINGERPRINT: models}))
     digest = hashlib.sha256(data).hexdigest()
     path = folder / SHARD_FOLDER / f"part-{number:06d}-{digest[:16]}.parquet"
-    atomic_write(path, lambda file: file.write(data))
+    atomic_write(path, data)
     return path
 
 
@@ -238,7 +238,7 @@ def write_state(folder: Path, run: dict, manifest: pa.Table, errors: pa.Table) -
     both = {name: [*run["checksums"].get(name, []), new[name]] for name in data}
     write_run(folder, {**run, "complete": False, "checksums": both})
     for name, content in data.items():
-        atomic_write(folder / name, lambda file, content=content: file.write(content))
+        atomic_write(folder / name, content)
     run["checksums"] = {name: [digest] for name, digest in new.items()}
     write_run(folder, run)
 
@@ -326,8 +326,8 @@ def load_features(
     table[schema.LABEL] = table[schema.LABEL].astype("Int8")  # also where no label is missing
     leading = [schema.IMAGE_ID, *schema.MANIFEST_COLUMNS, schema.N_OBJECTS]
     table = table[leading + [c for c in table.columns if c not in leading]]
-    place = scalars[["shard", "row"]].to_numpy().T
-    return _read_embeddings(table, shards, *place, columns, run)
+    shard_of, row_of = scalars[["shard", "row"]].to_numpy().T
+    return _read_embeddings(table, shards, shard_of, row_of, columns, run)
 
 
 def _read_tables(folder: Path) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
@@ -523,7 +523,7 @@ def merge_stores(parts: Sequence[str | Path], out: str | Path) -> Path:
             raise StoreError(f"{folder} was made otherwise than {folders[0]} ({different[0]})")
     bases = [str(store_root(folder, run)) for folder, run in zip(folders, runs, strict=True)]
     root = common_root([os.path.join(base, "x") for base in bases])
-    tables = {name: [] for name in (MANIFEST_FILE, ERRORS_FILE)}
+    tables: dict[str, list[pa.Table]] = {name: [] for name in (MANIFEST_FILE, ERRORS_FILE)}
     (out / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
     for folder, run, base in zip(folders, runs, bases, strict=True):

@@ -228,7 +228,7 @@ def run_study(
     notes += [f"**{failure}**" for failure in failures]
     text = "\n".join([to_markdown(table, studies, plan, notes), *sections])
     path = folder / "table.md"
-    atomic_write(path, lambda file: file.write(text.encode("utf-8", "replace")))
+    atomic_write(path, text.encode("utf-8", "replace"))
     return StudyReport(path, table, notes, failures)
 
 

@@ -99,5 +99,5 @@ def write_csv(table: pd.DataFrame, path: str | Path) -> Path:
     data = safe.to_csv(index=False).encode("utf-8", "surrogateescape")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda file: file.write(data))
+    atomic_write(path, data)
     return path

@@ -80,9 +80,9 @@ def lab_manifest(out_dir: str | Path, which: str = "images") -> pd.DataFrame:
         with folder_lock(folder):
             if not complete():  # else another process has laid them out meanwhile
                 table = pd.concat([_lay_out(pd.read_parquet(source), folder) for source in sources])
-                atomic_write(manifest, lambda file: file.write(table.to_csv(index=False).encode()))
+                atomic_write(manifest, table.to_csv(index=False).encode())
                 # the stamp comes last: it says that everything before it is there
-                atomic_write(stamp, lambda file: file.write(made_from.encode()))
+                atomic_write(stamp, made_from.encode())
     return read_manifest(manifest)
 
 

@@ -212,6 +212,17 @@ def test_options_that_do_not_go_together(data: Path, run: Run) -> None:
     assert "nothing to download" in run("download", "--preset", "mini", status=2)
 
 
+def test_options_that_need_another(data: Path, tmp_path: Path, run: Run) -> None:
+    assert run("audit", data, "--size", "64", status=2).startswith("--size goes with --equalise FOLDER")
+    assert "JPEG quality is 300" in run(
+        "audit", data, "--equalise", tmp_path / "e", "--quality", "300", status=2
+    )
+    for images in (["a.png", "b.png"], [data.parent / "images"]):
+        line = run("detect", *images, *STUB, "--caption", "a red ball", status=2)
+        assert line.startswith("--caption goes with one image")
+    assert "nothing to download" in run("download", "--preset", "mini", status=2)
+
+
 def test_a_folder_that_cannot_be_written(data: Path, tmp_path: Path, run: Run) -> None:
     (tmp_path / "file").write_text("in the way")
     assert "file" in run("extract", data, "--out", tmp_path / "file" / "store", *STUB, status=2)
@@ -485,13 +496,18 @@ def uneven(tmp_path: Path) -> Path:
 
 
 def test_audit_and_equalise(uneven: Path, tmp_path: Path, run: Run) -> None:
-    to = tmp_path / "equal"
-    words = ["audit", uneven, "--csv", tmp_path / "audit.csv", "--equalise", to]
+    to, figure = tmp_path / "equal", tmp_path / "figure"
+    words = ["audit", uneven, "--csv", tmp_path / "audit.csv", "--equalise", to, "--size", "24"]
+    words += ["--codec", "png", "--figure", figure]
     before, after = run(*words).split(f"After equalising into {to}:")
     assert "Audit of 48 images: 24 real, 24 fake" in before and "What to do" in before
     assert pd.read_csv(tmp_path / "audit.csv").iloc[0]["auroc"] > 0.99
-    assert "'PNG'" in before and "'PNG'" not in after and "before" in after
-    assert len({Image.open(path).size for path in (to / "images").iterdir()}) == 1
+    assert "'JPEG'" in before and "'JPEG'" not in after and "before" in after
+    assert {"audit.pdf", "audit.png", "audit.csv"} <= {p.name for p in figure.iterdir()}
+    with Image.open(next((to / "images").iterdir())) as image:
+        assert image.size == (24, 24) and image.format == "PNG"
+    words[words.index("24")] = "16"  # another size into the same folder is refused
+    assert "was equalised with" in run(*words, status=2)
     (uneven / "real" / "00.jpg").write_bytes(b"")
     assert "audit of 47 of 48 images" in run("audit", uneven, status=1)
 

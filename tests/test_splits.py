@@ -35,11 +35,19 @@ def test_adding_images_moves_none_and_order_does_not_matter():
     assert fill_splits(mixed)[0]["split"].loc[range(2000)].tolist() == old["split"].tolist()
 
 
-def test_the_split_is_the_first_digits_of_the_content_hash():
-    assert place(["8" + "0" * 63])[0] == 0.5
-    ids = ["0" * 64, "b3" + "0" * 62, "f" * 64, "c0" + "0" * 62]
-    df = pd.DataFrame({"image_id": ids, "label": [0, 1, 0, 1], "split": None})
-    assert fill_splits(df)[0]["split"].tolist() == ["train", "train", "test", "val"]
+def test_the_split_is_a_salted_hash_of_the_content_hash():
+    ids = [hashlib.sha256(bytes([i])).hexdigest() for i in range(200)]
+    by_hand = [int(hashlib.sha256(f"split\0{one}".encode()).hexdigest()[:13], 16) / 16**13 for one in ids]
+    assert place(ids).tolist() == by_hand
+    df = pd.DataFrame({"image_id": ids, "label": [0, 1] * 100, "split": None})
+    expected = ["train" if p < 0.7 else "val" if p < 0.85 else "test" for p in by_hand]
+    assert fill_splits(df)[0]["split"].tolist() == expected
+
+
+def test_the_first_files_by_name_are_of_every_split_where_names_are_hashes():
+    ids = sorted(hashlib.sha256(str(i).encode()).hexdigest() for i in range(2000))[:600]
+    split = fill_splits(pd.DataFrame({"image_id": ids, "label": 1, "split": None}))[0]["split"]
+    assert split.value_counts()["test"] > 60 and split.value_counts()["val"] > 60
 
 
 @pytest.mark.parametrize(
