@@ -17,14 +17,14 @@ LOCK_FILE = ".lock"
 _TMP = ".tmp-"
 
 
-def atomic_write(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+def atomic_write(path: Path, content: bytes | memoryview | Callable[[BinaryIO], object]) -> None:
     """Write a file so that it is either whole or absent, whatever happens in between.
 
     Parameters
     ----------
     path : Path
         The final name; an existing file is replaced only when the new one is safely on disk.
-    content : bytes or callable
+    content : bytes (or another buffer) or callable
         What the file holds, or what gets an open binary file and fills it.
 
     Raises
@@ -35,10 +35,10 @@ def atomic_write(path: Path, content: bytes | Callable[[BinaryIO], object]) -> N
     tmp = path.with_name(f".{path.name}{_TMP}{os.getpid()}")
     try:
         with open(tmp, "wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
+            if callable(content):
                 content(file)
+            else:
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp, path)

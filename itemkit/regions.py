@@ -9,6 +9,7 @@ without objects has none, and what that means is decided where features are pool
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ class Regions:
     emb: Tensor
 
 
-class Localiser:
+class Localiser(ABC):
     """Finds phrases in images: the base of all localisers; one of the user's own need only look like it.
 
     Attributes
@@ -71,6 +72,7 @@ class Localiser:
     def __init__(self, encoder: Encoder, record: Mapping[str, Any]) -> None:
         self.encoder, self._record = encoder, dict(record)
 
+    @abstractmethod
     def locate(
         self,
         images: Sequence[Image],
@@ -94,7 +96,6 @@ class Localiser:
         -------
         Regions, one per phrase in the given order
         """
-        raise NotImplementedError
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that changes the regions, as JSON-ready values."""

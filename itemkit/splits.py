@@ -2,7 +2,7 @@
 
 An image's id is the SHA-256 of its file. Hashed once more with a salt and read as a fraction it is a fair
 draw that never changes: adding images moves none of the old ones, and copies of one picture stay on one side.
-The salt is for data sets whose files are named by their hash: their first n by name would all be of one split.
+The salt is for data sets whose files are named by their hash: their first by name would all be of one split.
 """
 
 from __future__ import annotations
