@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilab.clip import PATCH, all_words, camera_jitter, shift, to_pixels
+from minilab.camera import WIDE, Camera
+from minilab.clip import PATCH, all_words
 from minilab.formats import blip_model, word_tokenizer
 from minilab.grammar import caption
-from minilab.renders import N_PHRASES, RenderSet, patch_owner, phrase_ids
+from minilab.renders import N_PHRASES, RenderSet, patch_owner, phrase_ids, to_pixels
 from minilab.training import Schedule, autocast
 
 SCHEDULE = Schedule(steps=3200, lr=1.2e-3, warmup=100, ema=0.997, weight_decay=0.05, seed=1)
@@ -23,21 +24,20 @@ BATCH = 128
 class CaptionerLesson(nn.Module):
     """BLIP with its language loss, and a patch classifier that is thrown away after training."""
 
-    def __init__(self, renders: RenderSet, device: str = "cpu"):
+    def __init__(self, renders: RenderSet, device: str = "cpu", camera: Camera = WIDE):
         super().__init__()
         self.tokenizer = word_tokenizer(all_words(), 40)
         self.blip = blip_model(self.tokenizer)
         self.patch_head = nn.Linear(self.blip.config.vision_config.hidden_size, N_PHRASES)
-        self.renders, self.device = renders, device
+        self.renders, self.device, self.camera = renders, device, camera
         self.classes = phrase_ids(renders.facts)
         rows = self.tokenizer([caption(f) for f in renders.facts], padding=True, return_tensors="pt")
         self.captions = rows["input_ids"]
 
     def forward(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         """One step's loss and the numbers to log."""
-        rows = rng.integers(len(self.renders), size=BATCH)
-        images, owner = shift(self.renders.images[rows], self.renders.owner[rows], rng)
-        pixels = to_pixels(camera_jitter(images, rng)).to(self.device)
+        images, owner, rows = self.renders.photographs(BATCH, rng, self.camera)
+        pixels = to_pixels(images).to(self.device)
         ids = self.captions[torch.from_numpy(rows)].to(self.device)
         keep = (ids != self.tokenizer.pad_token_id).long()
         with autocast(self.device):

@@ -11,17 +11,19 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
+from minilab.camera import WIDE, Camera
 from minilab.formats import clip_config, vocabulary, word_tokenizer
 from minilab.grammar import COLOURS, KINDS, SETTINGS, Facts, phrase, random_caption, sentence
-from minilab.renders import GROUND, N_PHRASES, RenderSet, patch_owner, phrase_ids
+from minilab.renders import GROUND, N_PHRASES, RenderSet, patch_owner, phrase_ids, to_pixels
 from minilab.training import Schedule, autocast
 from minilab.world import SIZE
 
 PATCH = 6
-SCHEDULE = Schedule(steps=2200, lr=1.5e-3, warmup=150, ema=0.997, weight_decay=0.05)
-BATCH, CROPS = 112, 48
+SCHEDULE = Schedule(steps=2600, lr=1.5e-3, warmup=150, ema=0.997, weight_decay=0.05)
+BATCH, CROPS = 96, 64
 
 PHRASES = [phrase(c, k) for c in COLOURS for k in KINDS] + [f"the {s}" for s in SETTINGS]
 
@@ -37,7 +39,7 @@ def all_words() -> list[str]:
 class ClipLesson(nn.Module):
     """The towers with their three losses."""
 
-    def __init__(self, renders: RenderSet, device: str = "cpu"):
+    def __init__(self, renders: RenderSet, device: str = "cpu", camera: Camera = WIDE):
         super().__init__()
         import open_clip
 
@@ -46,7 +48,7 @@ class ClipLesson(nn.Module):
         self.clip = open_clip.model.CLIP(**self.config)
         # patches have their own class for what has no phrase: sky and wall
         self.no_phrase = nn.Parameter(torch.randn(self.config["embed_dim"]) * 0.1)
-        self.renders, self.device = renders, device
+        self.renders, self.device, self.camera = renders, device, camera
         self.classes = phrase_ids(renders.facts)
         self.phrase_tokens = self.tokens(PHRASES).to(device)
 
@@ -72,18 +74,18 @@ class ClipLesson(nn.Module):
 
     def forward(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         """One step's loss and the numbers to log."""
-        rows = rng.integers(len(self.renders), size=BATCH)
-        raw, owner = self.renders.images[rows], self.renders.owner[rows]
-        crops, crop_class = _crops(raw, owner, self.classes[rows], rng)
-        raw, owner = shift(raw, owner, rng)
-        pixels = to_pixels(camera_jitter(np.concatenate([raw, crops]), rng)).to(self.device)
+        images, owner, rows = self.renders.photographs(BATCH, rng, self.camera)
+        crops, crop_class = cut_out(images, owner, self.classes[rows], CROPS, rng)
+        pixels = to_pixels(np.concatenate([images, crops])).to(self.device)
         facts = [self.renders.facts[i] for i in rows]
         captions = self.tokens([random_caption(f, rng) for f in facts]).to(self.device)
         with autocast(self.device):
             image, patch = self.images(pixels)
             phrases, text = self.texts(self.phrase_tokens), self.texts(captions)
         scale = self.clip.logit_scale.exp().clamp(max=100)
-        same = torch.tensor([[a == b for b in facts] for a in facts], device=self.device)
+        told = {f: i for i, f in enumerate(facts)}
+        scene = torch.tensor([told[f] for f in facts], device=self.device)
+        same = scene[:, None] == scene
         loss_caption = _contrast(scale * image[:BATCH] @ text.T, same)
         truth = torch.from_numpy(crop_class).to(self.device)
         loss_crop = F.cross_entropy(scale * image[BATCH:] @ phrases.T, truth)
@@ -110,56 +112,58 @@ def _contrast(logits: Tensor, same: Tensor) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def to_pixels(images: np.ndarray) -> Tensor:
-    """Bytes to the [-1, 1] that both towers' preprocessing gives."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-
-
-def shift(images: np.ndarray, owner: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Move the whole batch by up to three pixels, edges repeated."""
-    dy, dx = rng.integers(-3, 4, size=2)
-    y = np.clip(np.arange(SIZE) + dy, 0, SIZE - 1)
-    x = np.clip(np.arange(SIZE) + dx, 0, SIZE - 1)
-    return images[:, y][:, :, x], owner[:, y][:, :, x]
-
-
-def camera_jitter(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Vary exposure and contrast of each picture a little."""
-    n = len(images)
-    gain, offset = rng.uniform(0.88, 1.12, (n, 1, 1, 1)), rng.uniform(-10, 10, (n, 1, 1, 1))
-    noise = rng.normal(0, 1, images.shape).astype(np.float32) * rng.uniform(0, 5, (n, 1, 1, 1))
-    return np.clip((images - 128.0) * gain + 128 + offset + noise, 0, 255).astype(np.uint8)
-
-
-def _crops(
-    images: np.ndarray, owner: np.ndarray, classes: np.ndarray, rng: np.random.Generator
+def cut_out(
+    images: np.ndarray, owner: np.ndarray, classes: np.ndarray, n: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut squares around one thing each (or of bare ground), scaled to full size, with their phrase class."""
-    from PIL import Image
+    """Cut out one thing each, or a ground, from tight to loose, scaled to full size.
 
+    A localiser asks about squares and about boxes of any shape, close around a thing or wide; a joint space
+    that has not seen such crops cannot say how well they fit. A tenth are grounds: whole, or a piece of one.
+
+    Parameters
+    ----------
+    images : uint8 array, shape (m, SIZE, SIZE, 3)
+    owner : uint8 array, shape (m, SIZE, SIZE)
+    classes : int array, shape (m, 10)
+        From :func:`minilab.renders.phrase_ids`.
+    n : int
+        How many; crop i is of picture i modulo m.
+    rng : Generator
+
+    Returns
+    -------
+    crops : uint8 array, shape (n, SIZE, SIZE, 3)
+    phrases : int array, shape (n,)
+        Index into ``PHRASES``.
+    """
     crops, labels = [], []
-    for i in range(CROPS):
+    for i in np.arange(n) % len(images):
         present = [v for v in (1, 2, 3) if (owner[i] == v).sum() >= 8]
-        value = GROUND if not present or rng.random() < 0.1 else int(rng.choice(present))
+        value = GROUND if not present or rng.random() < 0.12 else int(rng.choice(present))
         ys, xs = np.nonzero(owner[i] == value)
-        if value == GROUND:
-            side = float(rng.uniform(12, 20))
-            j = rng.integers(len(ys)) if len(ys) else None
-            cy, cx = (ys[j], xs[j]) if j is not None else (SIZE / 2, SIZE / 2)
-        else:
-            extent = max(np.ptp(ys), np.ptp(xs)) + 1
-            side = float(np.clip(extent * rng.uniform(1.0, 1.9), 12, SIZE))
-            slack = max(0.0, side - extent) / 2 + 0.08 * extent
-            cy = (ys.min() + ys.max() + 1) / 2 + rng.uniform(-slack, slack)
-            cx = (xs.min() + xs.max() + 1) / 2 + rng.uniform(-slack, slack)
-        x0, y0 = np.clip(cx - side / 2, 0, SIZE - side), np.clip(cy - side / 2, 0, SIZE - side)
-        inside = owner[i][int(y0) : int(y0 + side) + 1, int(x0) : int(x0 + side) + 1]
-        if value == GROUND and np.isin(inside, (1, 2, 3)).mean() > 0.1:
-            value = int(np.bincount(inside[np.isin(inside, (1, 2, 3))]).argmax())
-        picture = Image.fromarray(images[i]).resize(
-            (SIZE, SIZE), Image.Resampling.BICUBIC, box=(x0, y0, x0 + side, y0 + side)
+        if len(ys) == 0:  # a ground wholly behind things
+            value, ys, xs = GROUND, *(np.array([SIZE // 2, SIZE - 1]),) * 2
+        box = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], dtype=float)
+        if value == GROUND and rng.random() < 0.5:
+            side, j = rng.uniform(10, 24), rng.integers(len(ys))
+            box = np.array([xs[j] - side / 2, ys[j] - side / 2, xs[j] + side / 2, ys[j] + side / 2])
+        elif value != GROUND:
+            sides = (box[2:] - box[:2]).copy()
+            if rng.random() < 0.5:
+                sides[:] = sides.max()
+            sides = np.maximum(sides * np.exp(rng.uniform(np.log(0.9), np.log(2.4))), 6)
+            centre = (box[:2] + box[2:]) / 2 + rng.uniform(-0.1, 0.1, 2) * sides
+            box = np.concatenate([centre - sides / 2, centre + sides / 2])
+        x0, y0, x1, y1 = np.clip(np.rint(box), 0, SIZE).astype(int)
+        x0, y0 = min(x0, SIZE - 4), min(y0, SIZE - 4)
+        x1, y1 = max(x1, x0 + 4), max(y1, y0 + 4)
+        inside = owner[i, y0:y1, x0:x1]
+        things = inside[np.isin(inside, (1, 2, 3))]
+        if value == GROUND and (len(things) > 0.3 * inside.size):
+            value = int(np.bincount(things).argmax())
+        crops.append(
+            np.asarray(Image.fromarray(images[i, y0:y1, x0:x1]).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
         )
-        crops.append(np.asarray(picture))
         labels.append(classes[i, value])
     return np.stack(crops), np.array(labels)
 

@@ -19,10 +19,9 @@ from torch import nn
 
 from itemkit.models import file_hash
 from minilab import flow, gan, latent, vae, vq
-from minilab.clip import to_pixels
 from minilab.conditions import encode_facts
 from minilab.grammar import caption
-from minilab.renders import RenderSet, make_renders
+from minilab.renders import RenderSet, make_renders, to_pixels
 
 COUNTS = {"train": 160, "val": 60, "test": 100}
 """Fakes of each generator; twice as many renders stand beside them."""

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilab.clip import to_pixels
 from minilab.conditions import Condition, encode_facts
-from minilab.renders import RenderSet
+from minilab.renders import RenderSet, to_pixels
 from minilab.training import Schedule, autocast
 from minilab.world import SIZE
 

@@ -19,10 +19,9 @@ from itemkit.captions import Captioner
 from itemkit.encoder import Encoder
 from itemkit.metrics import frechet_distance
 from minilab import fakes, flow
-from minilab.clip import to_pixels
 from minilab.conditions import encode_facts
 from minilab.grammar import caption
-from minilab.renders import RenderSet, make_renders
+from minilab.renders import RenderSet, make_renders, to_pixels
 from minilab.truth import caption_quality, encode_pictures
 
 QUALITY = {

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
+from minilab.camera import Camera, photograph
 from minilab.grammar import COLOURS, KINDS, SETTINGS, Facts
 from minilab.world import SIZE, WORLD_SEED, render_index
 
@@ -27,11 +29,14 @@ class RenderSet:
     owner : uint8 array, shape (n, SIZE, SIZE)
         What each pixel shows: ``SKY``, ``GROUND``, or 1 + position of the thing in ``facts[i].things``.
     facts : list of Facts, length n
+    visible : list of tuple of float, length n
+        Share of each thing that is neither hidden nor outside the picture, in the order of the facts.
     """
 
     images: np.ndarray
     owner: np.ndarray
     facts: list[Facts]
+    visible: list[tuple[float, ...]]
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -39,14 +44,59 @@ class RenderSet:
     def __deepcopy__(self, memo: dict) -> RenderSet:
         return self  # never written to; a copied model must not copy its data
 
+    def part(self, rows: slice) -> RenderSet:
+        """Some of the renders."""
+        return RenderSet(self.images[rows], self.owner[rows], self.facts[rows], self.visible[rows])
 
-def _render(job: tuple[str, int]) -> tuple[np.ndarray, np.ndarray, Facts]:
+    def photographs(
+        self, n: int, rng: np.random.Generator, camera: Camera
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Draw n renders, frame them anew and photograph them; what models of the world learn from.
+
+        Parameters
+        ----------
+        n : int
+        rng : Generator
+        camera : Camera
+
+        Returns
+        -------
+        images : uint8 array, shape (n, SIZE, SIZE, 3)
+        owner : uint8 array, shape (n, SIZE, SIZE)
+        rows : int array, shape (n,)
+            Which renders they are.
+        """
+        rows = rng.integers(len(self), size=n)
+        images, owner = reframe(self.images[rows], self.owner[rows], rng)
+        return photograph(images, rng, camera), owner, rows
+
+
+def reframe(images: np.ndarray, owner: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Move the whole batch by up to three pixels and scale it by up to an eighth; edges are repeated."""
+    zoom = rng.uniform(0.88, 1.12)
+    at = [np.arange(SIZE) - (SIZE - 1) / 2] * 2
+    y, x = (np.clip(a * zoom + (SIZE - 1) / 2 + rng.uniform(-3, 3), 0, SIZE - 1) for a in at)
+    iy, ix = np.rint(y).astype(int), np.rint(x).astype(int)
+    owner = owner[:, iy][:, :, ix]
+    for axis, place in ((1, y), (2, x)):
+        low = np.minimum(place.astype(int), SIZE - 2)
+        part = (place - low).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(4)])
+        images = np.take(images, low, axis) * (1 - part) + np.take(images, low + 1, axis) * part
+    return (images + 0.5).astype(np.uint8), owner
+
+
+def to_pixels(images: np.ndarray) -> torch.Tensor:
+    """Bytes to the [-1, 1] that all models see, channels first."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def _render(job: tuple[str, int]) -> tuple[np.ndarray, np.ndarray, Facts, tuple[float, ...]]:
     r = render_index(*job)
     owner = np.full((SIZE, SIZE), SKY, dtype=np.uint8)
     owner[round(r.scene.horizon) :] = GROUND
     for i, mask in enumerate(r.masks):
         owner[mask] = i + 1
-    return r.image, owner, r.scene.facts
+    return r.image, owner, r.scene.facts, tuple(r.visible.round(3).tolist())
 
 
 def make_renders(split: str, n: int, start: int = 0, workers: int = 1, progress: bool = False) -> RenderSet:
@@ -73,8 +123,8 @@ def make_renders(split: str, n: int, start: int = 0, workers: int = 1, progress:
             rows = list(tqdm(pool.map(_render, jobs, chunksize=200), total=n, disable=not progress))
     else:
         rows = [_render(j) for j in tqdm(jobs, disable=not progress, desc=f"render {split}")]
-    images, owners, facts = zip(*rows, strict=True)
-    return RenderSet(np.stack(images), np.stack(owners), list(facts))
+    images, owners, facts, visible = zip(*rows, strict=True)
+    return RenderSet(np.stack(images), np.stack(owners), list(facts), list(visible))
 
 
 def cached_renders(split: str, n: int, folder: Path, workers: int = 2) -> RenderSet:
@@ -99,11 +149,13 @@ def cached_renders(split: str, n: int, folder: Path, workers: int = 2) -> Render
         made = make_renders(split, n, workers=workers, progress=True)
         np.save(stem.with_suffix(".images.npy"), made.images)
         np.save(stem.with_suffix(".owner.npy"), made.owner)
-        done.write_text(json.dumps([[f.things, f.setting] for f in made.facts]))
-    facts = [Facts(tuple((c, k) for c, k in things), s) for things, s in json.loads(done.read_text())]
+        rows = [[f.things, f.setting, v] for f, v in zip(made.facts, made.visible, strict=True)]
+        done.write_text(json.dumps(rows))
+    rows = json.loads(done.read_text())
+    facts = [Facts(tuple((c, k) for c, k in things), setting) for things, setting, _ in rows]
     images = np.load(stem.with_suffix(".images.npy"), mmap_mode="r")
     owner = np.load(stem.with_suffix(".owner.npy"), mmap_mode="r")
-    return RenderSet(images, owner, facts)
+    return RenderSet(images, owner, facts, [tuple(visible) for _, _, visible in rows])
 
 
 N_PHRASES = len(COLOURS) * len(KINDS) + len(SETTINGS) + 1

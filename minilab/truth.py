@@ -200,7 +200,7 @@ def measure(models: Path, n: int = 1000, device: str = "cpu") -> dict[str, Any]:
     """
     renders = make_renders("models_val", n)
     images = [Image.fromarray(x) for x in renders.images]
-    few = RenderSet(renders.images[:300], renders.owner[:300], renders.facts[:300])
+    few = renders.part(slice(300))
     result: dict[str, Any] = {"renders": n}
     for name in _present(models, "clip", "clip_second"):
         encoder = load_encoder(models / name, device=device)

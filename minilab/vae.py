@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilab.clip import to_pixels
 from minilab.conditions import Condition, encode_facts
-from minilab.renders import RenderSet
+from minilab.renders import RenderSet, to_pixels
 from minilab.training import Schedule, autocast
 
 SCHEDULE = Schedule(steps=2500, lr=1.5e-3, warmup=100, ema=0.998, weight_decay=0.0)

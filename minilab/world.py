@@ -1,8 +1,9 @@
 """The rendered world of the mini laboratory: scenes whose truth is known, and pictures of them.
 
 A scene is drawn from (split, index) alone, so renders need not be stored and the splits are disjoint by
-construction. Sprites are drawn four times too large and scaled down; ground, light, shadow, lens blur and
-sensor noise are computed at the final size, where they are cheap.
+construction. Sprites are drawn four times too large and scaled down; ground, light and shadow are computed at
+the final size, where they are cheap. A picture has neither lens nor sensor: :mod:`minilab.camera` adds both,
+to renders and samples alike.
 """
 
 from __future__ import annotations
@@ -13,18 +14,36 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from minilab.grammar import COLOURS, KINDS, SETTINGS, Facts
-from minilab.sprites import DRAW, RGB, UNNAMED, Tile
+from minilab.sprites import DRAW, RGB, UNNAMED, Rgb, Tile
 
 SIZE = 48
 SUPERSAMPLING = 4
-WORLD_SEED = 20251107
+WORLD_SEED = 20251126
 SPLITS = {"models": 0, "models_val": 1, "train": 2, "val": 3, "test": 4, "spare": 5}
 """``models`` renders train every mini model; the detector's train, val and test are seen by none of them."""
 
 
 @dataclass(frozen=True)
+class Graft:
+    """Part of another thing in the place of a thing's own: its right side, or its upper part.
+
+    ``share`` of the thing's side is the other's; ``above`` says which of the two it is.
+    """
+
+    kind: str
+    rgb: Rgb
+    share: float
+    above: bool
+
+
+@dataclass(frozen=True)
 class Thing:
-    """One object of a scene; box sides and positions in pixels of the picture."""
+    """One object of a scene; box sides and positions in pixels of the picture.
+
+    The last four fields are at rest in every scene of the world; probes and shifted worlds set them.
+    ``shadow`` is how dark the shadow is (0: there is none, below 0: it falls towards the light), ``angle`` in
+    degrees.
+    """
 
     kind: str
     colour: str
@@ -34,11 +53,35 @@ class Thing:
     flip: bool = False
     hue: tuple[float, float, float] = (1.0, 1.0, 1.0)
     named: bool = True
+    rgb: Rgb | None = None
+    graft: Graft | None = None
+    shadow: float = 1.0
+    angle: float = 0.0
+
+    @property
+    def paint(self) -> Rgb:
+        """Its colour as it is painted: around its name, unless ``rgb`` says another."""
+        if self.rgb is not None:
+            return self.rgb
+        base = RGB.get(self.colour, (122, 112, 100))
+        return tuple(int(np.clip(c * h, 0, 255)) for c, h in zip(base, self.hue, strict=True))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How things are painted; the world's own style is the default, shifted worlds have others.
+
+    ``outline`` darkens the edge of every thing by this share, ``texture`` is the depth of a rough pattern on
+    things and ground.
+    """
+
+    outline: float = 0.0
+    texture: float = 0.0
 
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a picture shows, and the numbers its noise is drawn from."""
+    """All that a picture shows, and the seed of its grain and clouds."""
 
     things: tuple[Thing, ...]
     setting: str
@@ -64,12 +107,15 @@ class Render:
         Visible pixels of each named thing, in the order of ``scene.facts.things``.
     boxes : float array, shape (n_named, 4)
         x0, y0, x1, y1 of the visible pixels.
+    visible : float array, shape (n_named,)
+        Share of each named thing that is neither hidden by another nor outside the picture.
     scene : Scene
     """
 
     image: np.ndarray
     masks: np.ndarray
     boxes: np.ndarray
+    visible: np.ndarray
     scene: Scene
 
 
@@ -79,7 +125,7 @@ def scene_rng(split: str, index: int) -> np.random.Generator:
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene: one to three things, a setting, light and camera.
+    """Draw a scene: one to three things, a setting, light.
 
     Some things are small or partly hidden, a few reach over the edge, colours vary around their name, and
     every fourth scene holds a stone or a stick that no caption mentions: the renders have a spread of
@@ -112,12 +158,13 @@ def _thing(rng: np.random.Generator, kind: str, colour: str, x: float, size: flo
     return Thing(kind, colour, float(x), base, float(size), bool(rng.random() < 0.5), (red, green, blue))
 
 
-def render(scene: Scene) -> Render:
-    """Take a picture of a scene; the same scene gives the same bytes.
+def render(scene: Scene, style: Style = Style()) -> Render:
+    """Paint a scene; the same scene gives the same bytes.
 
     Parameters
     ----------
     scene : Scene
+    style : Style
 
     Returns
     -------
@@ -125,19 +172,24 @@ def render(scene: Scene) -> Render:
     """
     rng = np.random.default_rng(scene.seed)
     canvas = _ground(scene, rng)
+    rough = 1 + style.texture * _noise(rng, 20)[..., None] if style.texture else None
     order = sorted(range(len(scene.things)), key=lambda i: scene.things[i].base_y)
-    visible = np.zeros((len(scene.things), SIZE, SIZE), dtype=np.float32)
+    seen = np.zeros((len(scene.things), SIZE, SIZE), dtype=np.float32)
+    whole = np.ones(len(scene.things))
     for i in order:
         thing = scene.things[i]
         canvas *= 1 - _shadow(thing, scene.light)[..., None]
-        rgb, alpha = _sprite(thing, scene.light, rng)
+        rgb, alpha, whole[i] = _sprite(thing, scene.light, style.outline)
         canvas = canvas * (1 - alpha[..., None]) + rgb
-        visible *= 1 - alpha
-        visible[i] = alpha
-    image = _camera(canvas, rng)
+        seen *= 1 - alpha
+        seen[i] = alpha
+    if rough is not None:
+        canvas *= rough
+    image = np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
     named = sorted((i for i, t in enumerate(scene.things) if t.named), key=lambda i: scene.things[i].x)
-    masks = visible[named] > 0.5
-    return Render(image, masks, np.array([_box(m) for m in masks], dtype=np.float32).reshape(-1, 4), scene)
+    masks = seen[named] > 0.5
+    boxes = np.array([_box(m) for m in masks], dtype=np.float32).reshape(-1, 4)
+    return Render(image, masks, boxes, seen[named].sum((1, 2)) / whole[named], scene)
 
 
 def render_index(split: str, index: int) -> Render:
@@ -189,7 +241,7 @@ def _ground(scene: Scene, rng: np.random.Generator) -> np.ndarray:
         sky = sky * (1 - cloud) + 246 * cloud
     base = np.array(_GROUND[scene.setting]) * rng.uniform(0.85, 1.12) + rng.normal(0, 5, 3)
     near = 0.82 + 0.3 * np.clip((y - scene.horizon) / (SIZE - scene.horizon), 0, 1)[..., None]
-    grain = _GRAIN[scene.setting] * (0.7 * _noise(rng, 24) + 0.5 * _noise(rng, 9))[..., None]
+    grain = _GRAIN[scene.setting] * (0.7 * _noise(rng, 16) + 0.5 * _noise(rng, 7))[..., None]
     ground = base * near + grain
     if scene.setting == "table":
         ground = ground + 9 * np.sin(y * rng.uniform(0.9, 1.6) + 0.6 * _noise(rng, 4))[..., None]
@@ -202,29 +254,45 @@ def _ground(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def _shadow(thing: Thing, light: float) -> np.ndarray:
-    """Soft shadow on the ground, thrown away from the light."""
-    cx, cy = thing.x - 0.22 * light * thing.size, thing.base_y
+    """Soft shadow on the ground, thrown away from the light (towards it where ``thing.shadow`` is negative)."""
+    side = 0.22 if thing.shadow >= 0 else -0.45
+    cx, cy = thing.x - side * light * thing.size, thing.base_y
     d = ((_X - cx) / (0.52 * thing.size)) ** 2 + ((_Y - cy) / (0.15 * thing.size + 0.6)) ** 2
-    return 0.5 * np.exp(-1.4 * d * d)
+    return 0.5 * abs(thing.shadow) * np.exp(-1.4 * d * d)
 
 
-def _sprite(thing: Thing, light: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Shaded object on the full canvas: premultiplied RGB in 0..255, and alpha."""
+def _painted(thing: Thing, side: int) -> np.ndarray:
+    """The thing on a tile of its own, uint8 RGBA; grafted and turned where it says so."""
+    draw = DRAW if thing.named else UNNAMED
+    tile = Tile(side)
+    draw[thing.kind](tile, thing.paint)
+    picture = tile.image
+    if thing.graft is not None:
+        other = Tile(side)
+        DRAW[thing.graft.kind](other, thing.graft.rgb)
+        cut = round(side * thing.graft.share)
+        part = (0, 0, side, cut) if thing.graft.above else (side - cut, 0, side, side)
+        picture.paste(other.image.crop(part), part[:2])
+    if thing.angle:
+        picture = picture.rotate(thing.angle, Image.Resampling.BICUBIC)
+    array = np.asarray(picture)
+    return array[:, ::-1] if thing.flip else array
+
+
+def _sprite(thing: Thing, light: float, outline: float = 0.0) -> tuple[np.ndarray, np.ndarray, float]:
+    """Shaded object on the full canvas: premultiplied RGB in 0..255, alpha, and the area of it all in px."""
     s = SUPERSAMPLING
     side = max(4, round(thing.size * s))
-    tile = Tile(side)
-    base = RGB.get(thing.colour, (122, 112, 100))
-    colour = tuple(int(np.clip(c * h, 0, 255)) for c, h in zip(base, thing.hue, strict=True))
-    (DRAW if thing.named else UNNAMED)[thing.kind](tile, colour)  # type: ignore[arg-type]
-    picture = np.array(tile.image, dtype=np.float32)
-    if thing.flip:
-        picture = picture[:, ::-1]
+    picture = _painted(thing, side).astype(np.float32)
     v, u = np.mgrid[0:side, 0:side].astype(np.float32) / side - 0.5
     shade = 1.0 + 0.30 * light * u - 0.26 * v
     if thing.kind == "ball":
         r2 = (u - 0.16 * light) ** 2 + (v + 0.1) ** 2
         shade = 1.22 - 1.5 * r2
     alpha = picture[..., 3:] / 255
+    if outline:
+        inner = Image.fromarray(picture[..., 3].astype(np.uint8)).filter(ImageFilter.MinFilter(2 * s - 1))
+        shade = shade * (1 - outline * (1 - np.asarray(inner, dtype=np.float32) / 255))
     rgb = np.clip(picture[..., :3] * shade[..., None], 0, 255) * alpha
     left, top = round((thing.x - thing.size / 2) * s), round((thing.base_y - thing.size) * s)
     # only the whole pixels that the tile touches are averaged down
@@ -239,18 +307,4 @@ def _sprite(thing: Thing, light: float, rng: np.random.Generator) -> tuple[np.nd
     small[inside] = local[
         inside[0].start - y0 : inside[0].stop - y0, inside[1].start - x0 : inside[1].stop - x0
     ]
-    texture = 1 + rng.normal(0, 0.025, (SIZE, SIZE, 1)).astype(np.float32)
-    return small[..., :3] * texture, small[..., 3]
-
-
-def _camera(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """White balance, exposure, vignette, lens blur and signal-dependent noise; eight bits."""
-    x, y = _X / SIZE * 2 - 1, _Y / SIZE * 2 - 1
-    balance = rng.normal(1.0, 0.035, 3) * rng.uniform(0.86, 1.1)
-    canvas = canvas * balance * (1 - rng.uniform(0.02, 0.1) * (x * x + y * y))[..., None]
-    sigma_px = rng.uniform(0.0, 0.6)
-    picture = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
-    canvas = np.asarray(picture.filter(ImageFilter.GaussianBlur(sigma_px)), dtype=np.float32)
-    gain = rng.uniform(0.04, 0.22)
-    noise = rng.normal(0, 1, (SIZE, SIZE, 3)) * np.sqrt(3.0 + gain * canvas)
-    return np.clip(canvas + noise + 0.5, 0, 255).astype(np.uint8)
+    return small[..., :3], small[..., 3], float(local[..., 3].sum())
