@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
         "--work", type=Path, default=Path("build/lab"), help="renders and checkpoints: %(default)s"
     )
     p.add_argument("--out", type=Path, default=Path("results"), help="images, features: %(default)s")
+    p.add_argument("--until", type=int, metavar="STEP", help="cut generators' trainings off at this step")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return p
 
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     parts = ["data"] if options.action == "data" else options.parts
     if unknown := [p for p in parts if p not in PARTS]:
         raise InputError(f"the laboratory has no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
-    build(folder, options.work, parts or None, device)
+    build(folder, options.work, parts or None, device, options.until)
     return 0
 
 

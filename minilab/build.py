@@ -47,10 +47,12 @@ class Build:
         Folder for renders and checkpoints; an interrupted build goes on from here.
     device : str
         ``cpu``, ``cuda`` or ``cuda:N``.
+    until : int, optional
+        Cut trainings of a constant rate off at this step; a later build prolongs them.
     """
 
-    def __init__(self, out: Path, work: Path, device: str = "cpu"):
-        self.out, self.work, self.device = Path(out), Path(work), device
+    def __init__(self, out: Path, work: Path, device: str = "cpu", until: int | None = None):
+        self.out, self.work, self.device, self.until = Path(out), Path(work), device, until
         self.models, self.generators = self.out / "models", self.work / "generators"
 
     @property
@@ -68,12 +70,12 @@ class Build:
             atomic_write(path, lambda file: file.write(text.encode()))
 
     def card(
-        self, name: str, trained: Trained, schedule: Schedule, batch: int, model: torch.nn.Module
+        self, name: str, trained: Trained, batch: int, model: torch.nn.Module
     ) -> None:
         """Write a training's facts to ``cards.json``."""
         self.note(
             name,
-            steps=schedule.steps,
+            steps=trained.steps,
             batch=batch,
             parameters=sum(p.numel() for p in model.parameters()),
             seconds=round(trained.seconds),
@@ -82,7 +84,9 @@ class Build:
 
     def run(self, name: str, lesson: torch.nn.Module, schedule: Schedule) -> Trained:
         """Train one lesson in the work folder."""
-        return train(name, lesson, lambda m, rng: m(rng), schedule, self.work / "runs", self.device)
+        return train(
+            name, lesson, lambda m, rng: m(rng), schedule, self.work / "runs", self.device, self.until
+        )
 
     def generator(
         self, name: str, make: Callable[[], torch.nn.Module], model: str, schedule: Schedule, batch: int
@@ -94,7 +98,7 @@ class Build:
         for step, state in trained.snapshots.items():
             stage = {k.removeprefix(f"{model}."): v for k, v in state.items() if k.startswith(f"{model}.")}
             _save_half(self.generators / f"{name}@{step}.safetensors", stage)
-        self.card(name, trained, schedule, batch, getattr(trained.model, model))
+        self.card(name, trained, batch, getattr(trained.model, model))
 
 
 def build_parser(b: Build) -> None:
@@ -115,7 +119,7 @@ def build_clip(
     trained = b.run(name, lesson, schedule)
     save_clip(b.models / name, trained.model.clip, lesson.config, lesson.tokenizer)
     _halve(b.models / name / "open_clip_model.safetensors")
-    b.card(name, trained, schedule, clip.BATCH, trained.model.clip)
+    b.card(name, trained, clip.BATCH + clip.CROPS, trained.model.clip)
 
 
 def build_captioner(
@@ -131,7 +135,7 @@ def build_captioner(
     trained = b.run(name, lesson, schedule)
     save_blip(b.models / name, trained.model.blip, lesson.tokenizer)
     _halve(b.models / name / "model.safetensors")
-    b.card(name, trained, schedule, captioner.BATCH, trained.model.blip)
+    b.card(name, trained, captioner.BATCH, trained.model.blip)
 
 
 def build_clip_second(b: Build) -> None:
@@ -146,7 +150,7 @@ def build_captioner_second(b: Build) -> None:
 
 def build_flow(b: Build) -> None:
     """Pixel flow."""
-    b.generator("flow", lambda: flow.FlowLesson(b.renders, b.device), "unet", flow.SCHEDULE, flow.BATCH)
+    b.generator("flow", lambda: flow.FlowLesson(flow.UNet(), b.renders, b.device), "unet", flow.SCHEDULE, flow.BATCH)
 
 
 def build_vae(b: Build) -> None:
@@ -167,8 +171,8 @@ def build_vq(b: Build) -> None:
 def build_latent_flow(b: Build) -> None:
     """Latent flow."""
     latents = latent.encode_renders(fakes.load_generator("vq", b.generators, b.device), b.renders, b.device)
-    make = partial(latent.LatentLesson, b.renders, latents, b.device)
-    b.generator("latent_flow", make, "unet", latent.SCHEDULE, latent.BATCH)
+    make = lambda: flow.FlowLesson(latent.make_unet(), b.renders, b.device, latents)  # noqa: E731
+    b.generator("latent_flow", make, "unet", latent.SCHEDULE, flow.BATCH)
 
 
 def build_vq_prior(b: Build) -> None:
@@ -235,17 +239,23 @@ PARTS: dict[str, Callable[[Build], None]] = {
 }
 
 
-def build(out: Path, work: Path, parts: list[str] | None = None, device: str = "cpu") -> None:
+def build(
+    out: Path,
+    work: Path,
+    parts: list[str] | None = None,
+    device: str = "cpu",
+    until: int | None = None,
+) -> None:
     """Build the laboratory, or some parts of it, in order; then hash all of its files.
 
     Parameters
     ----------
-    out, work, device
+    out, work, device, until
         See :class:`Build`.
     parts : list of str, optional
         Keys of ``PARTS``; all of them by default.
     """
-    b = Build(out, work, device)
+    b = Build(out, work, device, until)
     b.out.mkdir(parents=True, exist_ok=True)
     for name in PARTS if parts is None else parts:
         print(f"[{name}] {PARTS[name].__doc__}", file=sys.stderr, flush=True)

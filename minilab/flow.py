@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilab.conditions import Condition, encode_facts
-from minilab.renders import RenderSet, to_pixels
+from minilab.conditions import Condition
+from minilab.lessons import Lesson, Loss
+from minilab.renders import RenderSet
 from minilab.training import Schedule, autocast
 from minilab.world import SIZE
 
 SCHEDULE = Schedule(
-    steps=5600, lr=8e-4, warmup=200, ema=0.999, weight_decay=0.01, snapshots=(400, 1200, 2800)
+    steps=24_000, lr=8e-4, cosine=False, warmup=200, ema=0.9993, weight_decay=0.01, snapshots=(600, 2400)
 )
 BATCH = 64
 DROP_CONDITION = 0.1
@@ -69,13 +70,13 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """Velocity field over pictures folded 3x3 into channels."""
+    """From a noisy picture, folded into channels, and its time to the picture behind it."""
 
     def __init__(
         self,
-        channels: tuple[int, int, int] = (48, 112, 192),
+        channels: tuple[int, int, int] = (64, 128, 192),
         width: int = 128,
-        fold: int = 3,
+        fold: int = 4,
         c_image: int = 3,
     ):
         super().__init__()
@@ -100,7 +101,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.head.weight)
 
     def forward(self, x: Tensor, t: Tensor, fields: Tensor) -> Tensor:
-        """Velocity at (x, t) for encoded facts; a row of zeros asks for nothing in particular."""
+        """Picture behind x at time t for encoded facts; a row of zeros asks for nothing in particular."""
         tokens, vector = self.condition(fields)
         angles = 1000 * t[:, None] * torch.exp(-math.log(10_000) * torch.arange(32, device=t.device) / 32)
         vector = F.silu(vector + self.time(torch.cat([angles.sin(), angles.cos()], dim=1)))
@@ -116,33 +117,38 @@ class UNet(nn.Module):
             return F.pixel_shuffle(self.head(F.silu(self.norm(h.float()))), self.fold)
 
 
-class FlowLesson(nn.Module):
-    """The U-Net with the flow-matching loss on renders."""
+class FlowLesson(Lesson):
+    """The U-Net with the flow-matching loss on scenes, or on latent vectors of them."""
 
-    def __init__(self, renders: RenderSet, device: str = "cpu"):
-        super().__init__()
-        self.unet = UNet().to(memory_format=torch.channels_last)
-        self.renders, self.device = renders, device
-        self.fields = encode_facts(renders.facts)
+    def __init__(
+        self, unet: UNet, renders: RenderSet, device: str = "cpu", latents: Tensor | None = None
+    ):
+        super().__init__(renders, BATCH, device, latents, DROP_CONDITION)
+        self.unet = unet.to(memory_format=torch.channels_last)
 
-    def forward(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        """One step's loss."""
-        rows = rng.integers(len(self.renders), size=BATCH)
-        x1 = to_pixels(self.renders.images[rows]).to(self.device)
-        fields = self.fields[torch.from_numpy(rows)].clone()
-        fields[torch.from_numpy(rng.random(BATCH) < DROP_CONDITION)] = 0
-        t = torch.sigmoid(torch.randn(BATCH, device=self.device))
-        loss = flow_loss(self.unet, x1, t, fields.to(self.device))
-        return loss, {}
+    def loss(self, x: Tensor, fields: Tensor, rng: np.random.Generator) -> Loss:
+        """See :func:`flow_loss`; times are logit-normal."""
+        t = torch.sigmoid(torch.randn(len(x), device=x.device))
+        return flow_loss(self.unet, x.float(), t, fields), {}
+
+
+NEAREST = 0.05
+"""Times nearer to the picture than this count as this near, where a picture becomes a velocity."""
 
 
 def flow_loss(unet: nn.Module, x1: Tensor, t: Tensor, fields: Tensor) -> Tensor:
-    """Mean squared error of the velocity x1 - x0 at x_t = (1 - t) x0 + t x1."""
+    """Mean squared error of the velocity x1 - x0 at x_t = (1 - t) x0 + t x1.
+
+    The network predicts the picture x1, and the velocity follows from it (Li and He 2025, arXiv 2511.13720):
+    a picture lies on a surface of few dimensions that narrow layers can hold, noise fills all of them. And
+    the sampler's last step leaves a predicted picture, not the noise that a velocity could not cancel.
+    """
     x0 = torch.randn_like(x1)
     w = t[:, None, None, None]
     with autocast(x1.device.type):
-        v = unet((1 - w) * x0 + w * x1, t, fields)
-    return F.mse_loss(v.float(), x1 - x0)
+        predicted = unet((1 - w) * x0 + w * x1, t, fields)
+    error = (predicted.float() - x1) / (1 - w).clamp_min(NEAREST)
+    return (error**2).mean()
 
 
 @torch.no_grad()
@@ -195,11 +201,11 @@ def sample(
     def velocity(x: Tensor, t: float) -> Tensor:
         at = torch.full((len(x),), t, device=device)
         with autocast(device.type):
-            v = unet(x, at, fields).float()
-            if guidance == 1:
-                return v
-            free = unet(x, at, torch.zeros_like(fields)).float()
-        return free + guidance * (v - free)
+            picture = unet(x, at, fields).float()
+            if guidance != 1:
+                free = unet(x, at, torch.zeros_like(fields)).float()
+                picture = free + guidance * (picture - free)
+        return (picture - x) / max(1 - t, NEAREST)
 
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         v = velocity(x, t)

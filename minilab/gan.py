@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilab.conditions import Condition, encode_facts
-from minilab.renders import RenderSet, to_pixels
+from minilab.conditions import Condition
+from minilab.lessons import Lesson, Loss
+from minilab.renders import RenderSet
 from minilab.training import Schedule, autocast
 
 SCHEDULE = Schedule(
@@ -100,25 +101,20 @@ class Critic(nn.Module):
         return self.score(h)[:, 0] + (h * self.condition(fields)[1]).mean(1)
 
 
-class GanLesson(nn.Module):
+class GanLesson(Lesson):
     """Both players; each step moves both, from gradients taken at the same point."""
 
     def __init__(self, renders: RenderSet, device: str = "cpu"):
-        super().__init__()
+        super().__init__(renders, BATCH, device)
         self.generator = Generator().to(memory_format=torch.channels_last)
         self.critic = Critic().to(memory_format=torch.channels_last)
-        self.renders, self.device = renders, device
-        self.fields = encode_facts(renders.facts)
 
-    def forward(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        """One step's loss of both players and the numbers to log."""
-        rows = rng.integers(len(self.renders), size=BATCH)
-        real = to_pixels(self.renders.images[rows]).to(self.device)
-        fields = self.fields[torch.from_numpy(rows)].to(self.device)
+    def loss(self, x: Tensor, fields: Tensor, rng: np.random.Generator) -> Loss:
+        """Losses of both players in one number."""
         penalise = rng.random() < 1 / PENALTY_EVERY
         with autocast(self.device):
             fake = self.generator(torch.randn(BATCH, NOISE, device=self.device), fields)
-            left, right = real.requires_grad_(penalise), fake.detach().requires_grad_(penalise)
+            left, right = x.requires_grad_(penalise), fake.detach().requires_grad_(penalise)
             on_real, on_fake = self.critic(left, fields), self.critic(right, fields)
             critic_loss = F.softplus(on_fake - on_real).mean()
             penalty = critic_loss.new_zeros(())
@@ -130,13 +126,12 @@ class GanLesson(nn.Module):
             self.critic.requires_grad_(True)
             generator_loss = F.softplus(on_real.detach() - judged).mean()
         loss = critic_loss + generator_loss + PENALTY * PENALTY_EVERY / 2 * penalty
-        numbers = {
+        return loss, {
             "critic": critic_loss,
             "generator": generator_loss,
             "penalty": penalty,
-            "spread": fake.std(0).mean(),
+            "spread": fake.std(0),
         }
-        return loss, {k: round(float(v.detach()), 3) for k, v in numbers.items()}
 
 
 @torch.no_grad()

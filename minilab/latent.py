@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from minilab import flow
-from minilab.conditions import encode_facts
 from minilab.renders import RenderSet
 from minilab.training import Schedule
 from minilab.vq import GRID, N_DIMS, VqVae, read_renders
 
 SCHEDULE = Schedule(
-    steps=6000, lr=1e-3, warmup=200, ema=0.999, weight_decay=0.01, snapshots=(400, 1200, 3000)
+    steps=24_000, lr=1e-3, cosine=False, warmup=200, ema=0.9993, weight_decay=0.01, snapshots=(600, 2400)
 )
-BATCH = 64
 SCALE = N_DIMS**0.5
 """Unit vectors times this have a variance of about one in each dimension."""
 
@@ -27,25 +25,6 @@ SCALE = N_DIMS**0.5
 def make_unet() -> flow.UNet:
     """The flow's U-Net on a 12 x 12 grid of latent vectors."""
     return flow.UNet(channels=(64, 128, 192), fold=1, c_image=N_DIMS)
-
-
-class LatentLesson(nn.Module):
-    """The U-Net with the flow-matching loss on encoded renders; the VQ-VAE is given and frozen."""
-
-    def __init__(self, renders: RenderSet, latents: Tensor, device: str = "cpu"):
-        super().__init__()
-        self.unet = make_unet().to(memory_format=torch.channels_last)
-        self.latents, self.device = latents, device
-        self.fields = encode_facts(renders.facts)
-
-    def forward(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        """One step's loss."""
-        rows = torch.from_numpy(rng.integers(len(self.latents), size=BATCH))
-        z = self.latents[rows].float().to(self.device)
-        fields = self.fields[rows].clone()
-        fields[torch.from_numpy(rng.random(BATCH) < flow.DROP_CONDITION)] = 0
-        t = torch.sigmoid(torch.randn(BATCH, device=self.device))
-        return flow.flow_loss(self.unet, z, t, fields.to(self.device)), {}
 
 
 def encode_renders(vq: VqVae, renders: RenderSet, device: str = "cpu") -> Tensor:

@@ -68,6 +68,7 @@ class Trained:
     snapshots: dict[int, dict[str, Tensor]]
     seconds: float
     log: list[dict[str, float]]
+    steps: int
 
 
 def autocast(device: str) -> torch.autocast:
@@ -81,7 +82,13 @@ def autocast(device: str) -> torch.autocast:
 
 
 def train(
-    name: str, model: nn.Module, loss_fn: LossFn, schedule: Schedule, folder: Path, device: str = "cpu"
+    name: str,
+    model: nn.Module,
+    loss_fn: LossFn,
+    schedule: Schedule,
+    folder: Path,
+    device: str = "cpu",
+    until: int | None = None,
 ) -> Trained:
     """Train a model, or go on where an interrupted run stopped.
 
@@ -96,11 +103,15 @@ def train(
     schedule : Schedule
     folder : Path
     device : str
+    until : int, optional
+        Stop before this step if the rate is constant: the averaged weights are a finished model, and a later
+        call goes on from here. A falling rate is not cut off.
 
     Returns
     -------
     Trained
     """
+    stop = schedule.steps if until is None or schedule.cosine else min(until, schedule.steps)
     folder.mkdir(parents=True, exist_ok=True)
     ckpt, log_file = folder / f"{name}.ckpt", folder / f"{name}.jsonl"
     model.to(device).train()
@@ -125,7 +136,7 @@ def train(
 
     began = saved = time.monotonic()
     before = seconds
-    bar = tqdm(range(start, schedule.steps), initial=start, total=schedule.steps, desc=name, mininterval=10)
+    bar = tqdm(range(start, stop), initial=start, total=stop, desc=name, mininterval=30)
     for step in bar:
         for group in optimiser.param_groups:
             group["lr"] = _learning_rate(step, schedule)
@@ -143,7 +154,7 @@ def train(
         optimiser.step()
         _update_average(averaged, model, min(schedule.ema, (step + 1) / (step + 10)))
         seconds = before + time.monotonic() - began
-        if step % 50 == 0 or step + 1 == schedule.steps:
+        if step % 50 == 0 or step + 1 == stop:
             row = {
                 "step": step,
                 "seconds": round(seconds, 1),
@@ -158,10 +169,10 @@ def train(
         if time.monotonic() - saved > 120:
             save(step + 1)
             saved = time.monotonic()
-    if start < schedule.steps:
-        save(schedule.steps)
+    if start < stop:
+        save(stop)
     log = [json.loads(line) for line in log_file.read_text().splitlines()]
-    return Trained(averaged.eval(), snapshots, seconds, log)
+    return Trained(averaged.eval(), snapshots, seconds, log, max(start, stop))
 
 
 def _learning_rate(step: int, s: Schedule) -> float:

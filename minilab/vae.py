@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilab.conditions import Condition, encode_facts
-from minilab.renders import RenderSet, to_pixels
+from minilab.conditions import Condition
+from minilab.lessons import Lesson, Loss
+from minilab.renders import RenderSet
 from minilab.training import Schedule, autocast
 
-SCHEDULE = Schedule(steps=2500, lr=1.5e-3, warmup=100, ema=0.998, weight_decay=0.0)
+SCHEDULE = Schedule(steps=4000, lr=1.5e-3, warmup=100, ema=0.998, weight_decay=0.0)
 BATCH = 64
 LATENT = 96
 BETA = 1.0
@@ -57,23 +58,18 @@ class Vae(nn.Module):
         return nll, divergence
 
 
-class VaeLesson(nn.Module):
-    """The VAE with its bound on renders."""
+class VaeLesson(Lesson):
+    """The VAE with its bound on scenes."""
 
     def __init__(self, renders: RenderSet, device: str = "cpu"):
-        super().__init__()
+        super().__init__(renders, BATCH, device)
         self.vae = Vae()
-        self.renders, self.device = renders, device
-        self.fields = encode_facts(renders.facts)
 
-    def forward(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        """One step's loss and the numbers to log."""
-        rows = rng.integers(len(self.renders), size=BATCH)
-        x = to_pixels(self.renders.images[rows]).to(self.device)
+    def loss(self, x: Tensor, fields: Tensor, rng: np.random.Generator) -> Loss:
+        """Negative evidence bound in nats per pixel value."""
         with autocast(self.device):
-            nll, divergence = self.vae(x, self.fields[torch.from_numpy(rows)].to(self.device))
-        loss = (nll + BETA * divergence).mean() / x[0].numel()
-        return loss, {"kl_nats": round(float(divergence.detach().mean()), 1)}
+            nll, divergence = self.vae(x, fields)
+        return (nll + BETA * divergence).mean() / x[0].numel(), {"kl_nats": divergence}
 
 
 @torch.no_grad()

@@ -14,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilab.conditions import Condition, encode_facts
+from minilab.conditions import Condition
+from minilab.lessons import Lesson, Loss
 from minilab.renders import RenderSet, to_pixels
 from minilab.training import Schedule, autocast
 
-SCHEDULE = Schedule(steps=1800, lr=1.5e-3, warmup=100, ema=0.998, weight_decay=0.0)
-PRIOR_SCHEDULE = Schedule(steps=1000, lr=1.5e-3, warmup=100, ema=0.998, weight_decay=0.05)
+SCHEDULE = Schedule(steps=1500, lr=1.5e-3, warmup=100, ema=0.998, weight_decay=0.0)
+PRIOR_SCHEDULE = Schedule(
+    steps=12_000, lr=1e-3, cosine=False, warmup=100, ema=0.999, weight_decay=0.05, snapshots=(1000,)
+)
 BATCH, PRIOR_BATCH = 64, 32
 GRID = 12
 N_CODES, N_DIMS = 512, 8
@@ -50,7 +53,7 @@ class VqVae(nn.Module):
         # full resolution is folded into channels at both ends: most of the work happens at 24 and 12 px
         self.encode_image = nn.Sequential(
             nn.PixelUnshuffle(2), nn.Conv2d(12, a, 3, padding=1), ResBlock(a), nn.Conv2d(a, b, 4, 2, 1),
-            ResBlock(b), ResBlock(b), nn.Conv2d(b, N_DIMS, 1),
+            ResBlock(b), nn.Conv2d(b, N_DIMS, 1),
         )  # fmt: skip
         self.decode_image = nn.Sequential(
             nn.Conv2d(N_DIMS, b, 3, padding=1), ResBlock(b), ResBlock(b), nn.Upsample(scale_factor=2),
@@ -93,32 +96,27 @@ class VqVae(nn.Module):
         self.codes.copy_(F.normalize(self.sums / self.counts[:, None].clamp_min(1e-5), dim=1))
 
 
-class VqLesson(nn.Module):
-    """Reconstruction of renders through the codes."""
+class VqLesson(Lesson):
+    """Reconstruction of scenes through the codes."""
 
     def __init__(self, renders: RenderSet, device: str = "cpu"):
-        super().__init__()
+        super().__init__(renders, BATCH, device)
         self.vq = VqVae().to(memory_format=torch.channels_last)
-        self.renders, self.device = renders, device
 
-    def forward(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        """One step's loss and the numbers to log."""
-        rows = rng.integers(len(self.renders), size=BATCH)
-        x = to_pixels(self.renders.images[rows]).to(self.device)
+    def loss(self, x: Tensor, fields: Tensor, rng: np.random.Generator) -> Loss:
+        """Error of pixels and of their slopes, and the commitment of encoder to codes."""
         with autocast(self.device):
             z = self.vq.encode(x)
             indices = self.vq.nearest(z.detach())
             quantised = self.vq.look_up(indices)
             y = self.vq.decode(z + (quantised - z).detach())  # straight through
         self.vq.follow(z.detach(), indices)
-        error, distance = F.mse_loss(y, x), F.mse_loss(z, quantised)
-        used = torch.bincount(indices.flatten(), minlength=N_CODES).float()
-        p = used / used.sum()
+        error, distance = (y - x).abs().mean(), F.mse_loss(z, quantised)
+        # absolute errors of values and slopes: the mean square prefers smears to edges
+        slopes = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
+        p = torch.bincount(indices.flatten(), minlength=N_CODES).float() / indices.numel()
         perplexity = torch.exp(-(p * (p + 1e-9).log()).sum())
-        return error + COMMITMENT * distance, {
-            "error": round(float(error.detach()), 4),
-            "perplexity": round(float(perplexity)),
-        }
+        return error + slopes + COMMITMENT * distance, {"error": error, "perplexity": perplexity}
 
 
 class Layer(nn.Module):
@@ -180,19 +178,16 @@ class Prior(nn.Module):
         return self.head(self.norm(x[:, -1]))
 
 
-class PriorLesson(nn.Module):
+class PriorLesson(Lesson):
     """Cross-entropy of the codes of renders; the VQ-VAE is given and frozen."""
 
     def __init__(self, renders: RenderSet, codes: Tensor, device: str = "cpu"):
-        super().__init__()
+        super().__init__(renders, PRIOR_BATCH, device, codes)
         self.prior = Prior()
-        self.codes, self.device = codes, device
-        self.fields = encode_facts(renders.facts)
 
-    def forward(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        """One step's loss."""
-        rows = torch.from_numpy(rng.integers(len(self.codes), size=PRIOR_BATCH))
-        codes, fields = self.codes[rows].long().to(self.device), self.fields[rows].to(self.device)
+    def loss(self, x: Tensor, fields: Tensor, rng: np.random.Generator) -> Loss:
+        """Nats per code."""
+        codes = x.long()
         with autocast(self.device):
             logits = self.prior(codes, fields)
         return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten()), {}
