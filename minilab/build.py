@@ -23,7 +23,8 @@ from itemkit.captions import load_captioner
 from itemkit.encoder import load_encoder
 from itemkit.errors import InputError
 from itemkit.models import tidy
-from minilab import captioner, clip, data, fakes, flow, gan, ladders, latent, truth, vae, vq
+from minilab import captioner, clip, data, fakes, flow, gan, ladders, latent, object_detector, truth, vae, vq
+from minilab.camera import CAMERA, WIDE, Camera
 from minilab.cards import write_cards
 from minilab.formats import save_blip, save_clip
 from minilab.parser import train_parser
@@ -32,8 +33,7 @@ from minilab.training import Schedule, Trained, train
 
 N_RENDERS = 60_000
 SECOND_SEED = 100
-"""Of the second CLIP and the second captioner: other first weights, other order of the same renders."""
-SECOND_CLIP_STEPS, SECOND_CAPTIONER_STEPS = 1500, 1800
+"""Of the second of each model: other first weights, another order of the same renders, all else equal."""
 
 
 class Build:
@@ -109,43 +109,36 @@ def build_parser(b: Build) -> None:
     b.note("parser", seconds=round(time.monotonic() - began), held_out=scores)
 
 
-def build_clip(
-    b: Build, name: str = "clip", seed: int = clip.SCHEDULE.seed, steps: int = clip.SCHEDULE.steps
-) -> None:
+def build_clip(b: Build, name: str = "clip", seed: int = 0, camera: Camera = WIDE) -> None:
     """Mini CLIP."""
     torch.manual_seed(seed)
-    lesson = clip.ClipLesson(b.renders, b.device)
-    schedule = replace(clip.SCHEDULE, seed=seed, steps=steps)
-    trained = b.run(name, lesson, schedule)
+    lesson = clip.ClipLesson(b.renders, b.device, camera)
+    trained = b.run(name, lesson, replace(clip.SCHEDULE, seed=seed))
     save_clip(b.models / name, trained.model.clip, lesson.config, lesson.tokenizer)
     _halve(b.models / name / "open_clip_model.safetensors")
     b.card(name, trained, clip.BATCH + clip.CROPS, trained.model.clip)
 
 
-def build_captioner(
-    b: Build,
-    name: str = "captioner",
-    seed: int = captioner.SCHEDULE.seed,
-    steps: int = captioner.SCHEDULE.steps,
-) -> None:
+def build_captioner(b: Build, name: str = "captioner", seed: int = 1) -> None:
     """Mini captioner."""
     torch.manual_seed(seed)
     lesson = captioner.CaptionerLesson(b.renders, b.device)
-    schedule = replace(captioner.SCHEDULE, seed=seed, steps=steps)
-    trained = b.run(name, lesson, schedule)
+    trained = b.run(name, lesson, replace(captioner.SCHEDULE, seed=seed))
     save_blip(b.models / name, trained.model.blip, lesson.tokenizer)
     _halve(b.models / name / "model.safetensors")
     b.card(name, trained, captioner.BATCH, trained.model.blip)
 
 
-def build_clip_second(b: Build) -> None:
-    """Mini CLIP, second seed."""
-    build_clip(b, "clip_second", SECOND_SEED, SECOND_CLIP_STEPS)
-
-
-def build_captioner_second(b: Build) -> None:
-    """Mini captioner, second seed."""
-    build_captioner(b, "captioner_second", SECOND_SEED, SECOND_CAPTIONER_STEPS)
+def build_object_detector(
+    b: Build, name: str = "object_detector", seed: int = 2, camera: Camera = WIDE
+) -> None:
+    """Mini object detector."""
+    torch.manual_seed(seed)
+    lesson = object_detector.DetectorLesson(b.renders, b.device, camera)
+    trained = b.run(name, lesson, replace(object_detector.SCHEDULE, seed=seed))
+    object_detector.save_object_detector(b.models / name, trained.model.detector)
+    _halve(b.models / name / "model.safetensors")
+    b.card(name, trained, object_detector.BATCH, trained.model.detector)
 
 
 def build_flow(b: Build) -> None:
@@ -223,8 +216,12 @@ PARTS: dict[str, Callable[[Build], None]] = {
     "parser": build_parser,
     "clip": build_clip,
     "captioner": build_captioner,
-    "clip_second": build_clip_second,
-    "captioner_second": build_captioner_second,
+    "object_detector": build_object_detector,
+    "clip_second": partial(build_clip, name="clip_second", seed=SECOND_SEED),
+    "captioner_second": partial(build_captioner, name="captioner_second", seed=SECOND_SEED),
+    "object_detector_second": partial(build_object_detector, name="object_detector_second", seed=SECOND_SEED),
+    "clip_narrow": partial(build_clip, name="clip_narrow", camera=CAMERA),
+    "object_detector_narrow": partial(build_object_detector, name="object_detector_narrow", camera=CAMERA),
     "flow": build_flow,
     "vae": build_vae,
     "gan": build_gan,
@@ -258,7 +255,7 @@ def build(
     b = Build(out, work, device, until)
     b.out.mkdir(parents=True, exist_ok=True)
     for name in PARTS if parts is None else parts:
-        print(f"[{name}] {PARTS[name].__doc__}", file=sys.stderr, flush=True)
+        print(f"[{name}]", file=sys.stderr, flush=True)
         PARTS[name](b)
     (b.out / "hashes.json").write_text(json.dumps(file_hashes(b.out), indent=2) + "\n")
 

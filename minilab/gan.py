@@ -19,14 +19,15 @@ from minilab.renders import RenderSet
 from minilab.training import Schedule, autocast
 
 SCHEDULE = Schedule(
-    steps=3000,
-    lr=5e-4,
+    steps=40_000,
+    lr=4e-4,
+    cosine=False,
     warmup=100,
-    ema=0.998,
+    ema=0.999,
     weight_decay=0.0,
     betas=(0.0, 0.99),
     max_norm=100.0,  # the lazy penalty is four times as long every fourth step
-    snapshots=(600, 1500),
+    snapshots=(2000, 8000),
 )
 BATCH = 32
 NOISE = 64
@@ -53,9 +54,9 @@ class Residual(nn.Module):
 
 
 class Generator(nn.Module):
-    """Noise and facts to a picture: 6 px, doubled three times."""
+    """Noise and facts to a picture: 6 px, doubled twice, then unfolded to full size."""
 
-    def __init__(self, channels: tuple[int, int, int, int] = (160, 128, 80, 32), width: int = 128):
+    def __init__(self, channels: tuple[int, int, int] = (176, 128, 72), width: int = 128):
         super().__init__()
         self.condition = Condition(width)
         self.noise = nn.Linear(NOISE, width)
@@ -63,7 +64,7 @@ class Generator(nn.Module):
         self.start = nn.Linear(width, channels[0] * 36)
         self.blocks = nn.ModuleList(Residual(c, width) for c in channels)
         self.widen = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(channels, channels[1:], strict=False))
-        self.paint = nn.Conv2d(channels[-1], 3, 3, padding=1)
+        self.paint = nn.Conv2d(channels[-1], 12, 3, padding=1)
 
     def forward(self, z: Tensor, fields: Tensor) -> Tensor:
         """Pictures in about [-1, 1] for noise ``z`` of shape (n, NOISE)."""
@@ -75,13 +76,13 @@ class Generator(nn.Module):
             if i < len(self.widen):
                 x = F.interpolate(self.widen[i](x), scale_factor=2, mode="bilinear")
         with torch.autocast(x.device.type, enabled=False):  # as in flow: no coarser lattice than renders
-            return self.paint(F.leaky_relu(x.float(), 0.2))
+            return F.pixel_shuffle(self.paint(F.leaky_relu(x.float(), 0.2)), 2)
 
 
 class Critic(nn.Module):
     """How real a picture of these facts looks: folded to 24 px, then down to 6, then one number."""
 
-    def __init__(self, channels: tuple[int, int, int] = (64, 112, 160), width: int = 128):
+    def __init__(self, channels: tuple[int, int, int] = (48, 96, 160), width: int = 128):
         super().__init__()
         self.condition = Condition(width)
         self.stem = nn.Conv2d(12, channels[0], 3, padding=1)

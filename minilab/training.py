@@ -134,18 +134,16 @@ def train(
         torch.save(state, ckpt.with_suffix(".tmp"))
         ckpt.with_suffix(".tmp").replace(ckpt)
 
+    # fused attention in bfloat16 is slow backwards on a CPU for short sequences
+    slow = device == "cpu" and autocast(device)._enabled
+    attention = SDPBackend.MATH if slow else list(SDPBackend.__members__.values())
     began = saved = time.monotonic()
     before = seconds
     bar = tqdm(range(start, stop), initial=start, total=stop, desc=name, mininterval=30)
     for step in bar:
         for group in optimiser.param_groups:
             group["lr"] = _learning_rate(step, schedule)
-        # fused attention in bfloat16 is slow backwards on a CPU for short sequences
-        with (
-            sdpa_kernel(SDPBackend.MATH)
-            if device == "cpu"
-            else sdpa_kernel(list(SDPBackend.__members__.values()))
-        ):
+        with sdpa_kernel(attention):
             torch.manual_seed(schedule.seed * 1_000_003 + step)
             loss, numbers = loss_fn(model, np.random.default_rng([schedule.seed, step]))
             optimiser.zero_grad(set_to_none=True)
