@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,22 @@ from itemkit.captions import load_captioner
 from itemkit.encoder import load_encoder
 from itemkit.errors import InputError
 from itemkit.models import tidy
-from minilab import captioner, clip, data, fakes, flow, gan, ladders, latent, object_detector, truth, vae, vq
+from minilab import (
+    captioner,
+    clip,
+    data,
+    fakes,
+    flow,
+    gan,
+    guards,
+    ladders,
+    latent,
+    object_detector,
+    probes,
+    truth,
+    vae,
+    vq,
+)
 from minilab.camera import CAMERA, WIDE, Camera
 from minilab.cards import write_cards
 from minilab.formats import save_blip, save_clip
@@ -69,9 +85,7 @@ class Build:
             text = json.dumps(cards | {name: made}, indent=2, sort_keys=True) + "\n"
             atomic_write(path, lambda file: file.write(text.encode()))
 
-    def card(
-        self, name: str, trained: Trained, batch: int, model: torch.nn.Module
-    ) -> None:
+    def card(self, name: str, trained: Trained, batch: int, model: torch.nn.Module) -> None:
         """Write a training's facts to ``cards.json``."""
         self.note(
             name,
@@ -143,7 +157,9 @@ def build_object_detector(
 
 def build_flow(b: Build) -> None:
     """Pixel flow."""
-    b.generator("flow", lambda: flow.FlowLesson(flow.UNet(), b.renders, b.device), "unet", flow.SCHEDULE, flow.BATCH)
+    b.generator(
+        "flow", lambda: flow.FlowLesson(flow.UNet(), b.renders, b.device), "unet", flow.SCHEDULE, flow.BATCH
+    )
 
 
 def build_vae(b: Build) -> None:
@@ -178,8 +194,11 @@ def build_vq_prior(b: Build) -> None:
 def build_fakes(b: Build) -> None:
     """Fake images."""
     began = time.monotonic()
-    table = fakes.build_fakes(b.generators, b.device)
-    table.to_parquet(b.out / "fakes.parquet", index=False, compression="none")  # PNG is compressed already
+    table, raw = fakes.build_fakes(b.generators, b.device)
+    raw = pd.concat([data.raw_reals(), raw], ignore_index=True)
+    for name, rows in {"fakes": table, "raw": raw, "originals": fakes.edit_originals()}.items():
+        path = b.out / f"{name}.parquet"
+        rows.to_parquet(path, index=False, compression="none")  # PNG is compressed already
     b.note("fakes", seconds=round(time.monotonic() - began), images=len(table))
 
 
@@ -189,6 +208,16 @@ def build_data(b: Build) -> None:
     for name, make in data.FILES.items():
         make().to_parquet(b.out / name, index=False, compression="none")
     b.note("data", seconds=round(time.monotonic() - began))
+
+
+def build_probes(b: Build) -> None:
+    """Probes and shifted worlds."""
+    probes.build_probes().to_parquet(b.out / "probes.parquet", index=False, compression="none")
+
+
+def build_guards(b: Build) -> None:
+    """What gives each generator away without content, under all three conditions."""
+    guards.three_conditions(b.generators, b.device).to_csv(b.out / "guards.csv", index=False)
 
 
 def build_ladders(b: Build) -> None:
@@ -230,6 +259,8 @@ PARTS: dict[str, Callable[[Build], None]] = {
     "vq_prior": build_vq_prior,
     "data": build_data,
     "fakes": build_fakes,
+    "probes": build_probes,
+    "guards": build_guards,
     "ladders": build_ladders,
     "measure": build_measure,
     "cards": build_cards,
@@ -293,7 +324,10 @@ def file_hashes(out: Path) -> dict[str, str]:
     files = [p for p in sorted((out / "models").rglob("*")) if p.is_file()]
     # the detector is trained from all the rest; cards say what cards.json says
     files = [p for p in files if p.parent.name != "detector" and p.suffix != ".md"]
-    files += [*sorted(out.glob("*.parquet")), *out.glob("quality.csv")]
+    files += [
+        *sorted(out.glob("*.parquet")),
+        *(out / name for name in ("guards.csv", "quality.csv") if (out / name).is_file()),
+    ]
     return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 

@@ -8,10 +8,13 @@ same distributions, so that none of it tells them apart.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
+
+from minilab.world import WORLD_SEED
 
 Range = tuple[float, float]
 
@@ -116,6 +119,30 @@ def photograph(
         return x
     quality = np.rint(draw("quality")).astype(int).reshape(n)
     return np.stack([jpeg(p, int(q)) for p, q in zip(x, quality, strict=True)])
+
+
+def photographs(pictures: np.ndarray, stream: Sequence[int], camera: Camera = CAMERA) -> np.ndarray:
+    """Photograph each picture by itself: the k-th of a stream comes out the same however many there are.
+
+    Two pictures at one place of one stream share settings and noise, so a render and its edit differ only in
+    what was edited.
+
+    Parameters
+    ----------
+    pictures : uint8 array, shape (n, side, side, 3)
+    stream : sequence of int
+        Names the stream of random numbers.
+    camera : Camera
+
+    Returns
+    -------
+    uint8 array, shape (n, side, side, 3)
+    """
+    shots = [
+        photograph(picture[None], np.random.default_rng([WORLD_SEED, *stream, k]), camera)
+        for k, picture in enumerate(pictures)
+    ]
+    return np.concatenate(shots)
 
 
 def _blur(x: np.ndarray, sigma_px: np.ndarray) -> np.ndarray:

@@ -162,7 +162,9 @@ def cut_out(
         if value == GROUND and (len(things) > 0.3 * inside.size):
             value = int(np.bincount(things).argmax())
         crops.append(
-            np.asarray(Image.fromarray(images[i, y0:y1, x0:x1]).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+            np.asarray(
+                Image.fromarray(images[i, y0:y1, x0:x1]).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+            )
         )
         labels.append(classes[i, value])
     return np.stack(crops), np.array(labels)

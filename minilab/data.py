@@ -11,9 +11,11 @@ from collections.abc import Callable
 import pandas as pd
 
 from itemkit import schema
-from minilab.fakes import COUNTS, REAL_FACTOR, png
+from minilab.camera import CAMERA, Camera, photographs, png
+from minilab.fakes import COUNTS, REAL_FACTOR, REALS, picture_table
 from minilab.grammar import caption, phrase
-from minilab.world import render_index
+from minilab.renders import make_renders
+from minilab.world import SPLITS, render_index
 
 FRESH = {"val": 400, "test": 800}
 FRESH_FROM = 100_000
@@ -22,40 +24,41 @@ N_CASES = 24
 
 
 def reals() -> pd.DataFrame:
-    """Render the real images of the data set.
+    """Photograph the real scenes of the data set.
 
     Returns
     -------
     DataFrame
         ``generator, split, prompt, png``, as the fakes.
     """
-    return _renders({split: range(REAL_FACTOR * n) for split, n in COUNTS.items()})
+    return _photographed({split: range(REAL_FACTOR * n) for split, n in COUNTS.items()})
+
+
+def raw_reals() -> pd.DataFrame:
+    """Real scenes of the test split as the world paints them, before the camera."""
+    return _photographed({"test": range(REAL_FACTOR * COUNTS["test"])}, camera=None)
 
 
 def fresh() -> pd.DataFrame:
-    """Render scenes that neither the data set nor any training holds, to calibrate and test promises.
+    """Photograph scenes that neither the data set nor any training holds, to calibrate and test promises.
 
     Returns
     -------
     DataFrame
         ``generator, split, prompt, png``; split ``val`` calibrates, ``test`` tests.
     """
-    return _renders({split: range(FRESH_FROM, FRESH_FROM + n) for split, n in FRESH.items()})
+    return _photographed({split: range(FRESH_FROM, FRESH_FROM + n) for split, n in FRESH.items()})
 
 
-def _renders(indices: dict[str, range]) -> pd.DataFrame:
-    rows = []
+def _photographed(indices: dict[str, range], camera: Camera | None = CAMERA) -> pd.DataFrame:
+    tables = []
     for split, wanted in indices.items():
-        for render in (render_index(split, index) for index in wanted):
-            rows.append(
-                {
-                    "generator": schema.REAL_GENERATOR,
-                    "split": split,
-                    "prompt": caption(render.scene.facts),
-                    "png": png(render.image),
-                }
-            )
-    return pd.DataFrame(rows)
+        scenes = make_renders(split, len(wanted), start=wanted.start)
+        stream = (REALS, SPLITS[split], wanted.start)
+        images = scenes.images if camera is None else photographs(scenes.images, stream, camera)
+        prompts = [caption(facts) for facts in scenes.facts]
+        tables.append(picture_table(schema.REAL_GENERATOR, [split] * len(wanted), prompts, images))
+    return pd.concat(tables, ignore_index=True)
 
 
 def cases(n: int = N_CASES) -> pd.DataFrame:
@@ -81,7 +84,8 @@ def cases(n: int = N_CASES) -> pd.DataFrame:
         if len(facts.things) != 1 or any(row["caption"] == told for row in rows):
             continue
         box = dict(zip(("x0", "y0", "x1", "y1"), map(float, render.boxes[0]), strict=True))
-        rows.append({"image": png(render.image), "caption": told, "phrase": phrase(*facts.things[0]), **box})
+        image = photographs(render.image[None], (REALS, SPLITS["models_val"], index))[0]
+        rows.append({"image": png(image), "caption": told, "phrase": phrase(*facts.things[0]), **box})
     return pd.DataFrame(rows)
 
 

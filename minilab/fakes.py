@@ -1,24 +1,24 @@
 """The two classes of the mini data set: renders for real, samples of the laboratory's generators for fake.
 
-Both leave as 8-bit PNG of the same size. Prompts of fakes and the renders that are edited come from the
+One camera photographs both, and both leave as 8-bit PNG of the same size. Prompts of fakes and the renders
+that are edited come from the
 ``spare`` split; no model has seen it, and no render of it is a real image of the data set.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 from itemkit.models import file_hash
 from minilab import flow, gan, latent, vae, vq
+from minilab.camera import photographs, png
 from minilab.conditions import encode_facts
 from minilab.grammar import caption
 from minilab.renders import RenderSet, make_renders, to_pixels
@@ -26,6 +26,8 @@ from minilab.renders import RenderSet, make_renders, to_pixels
 COUNTS = {"train": 160, "val": 60, "test": 100}
 """Fakes of each generator; twice as many renders stand beside them."""
 REAL_FACTOR = 2
+FAKES, REALS = 1, 2
+"""First numbers of the streams from which photographs of either class draw their settings."""
 GENERATORS = ("flow", "latent_flow", "vq_prior", "gan", "vae", "flow_early", "edit")
 """``flow_early`` is the flow after a fraction of its training, ``edit`` a render in which the flow redrew one
 object; ``latent_flow`` and ``vq_prior`` paint with one decoder (families: ``protocols/mini.toml``)."""
@@ -39,7 +41,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "vq_prior": vq.Prior,
 }
 PAINTED_BY_VQ = ("latent_flow", "vq_prior")
-STAGE = {"flow_early": "flow@1200", "edit": "flow"}
+STAGE = {"flow_early": "flow@600", "edit": "flow"}
 """Weights of the generators that are no training of their own; ``name@step`` is a stage of a training."""
 
 
@@ -150,13 +152,6 @@ def edit_masks(owner: np.ndarray, seed: int) -> np.ndarray:
     return masks
 
 
-def png(image: np.ndarray) -> bytes:
-    """Encode a picture losslessly; the one codec of both classes."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
-
-
 def kept_samples(
     name: str,
     folder: Path,
@@ -201,8 +196,8 @@ def _weights_of(name: str) -> str:
     return "flow" if name.startswith("keep@") else STAGE.get(name, name)
 
 
-def build_fakes(folder: Path, device: str = "cpu") -> pd.DataFrame:
-    """Sample the fakes of every generator and split.
+def build_fakes(folder: Path, device: str = "cpu") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Sample the fakes of every generator and split, and photograph them.
 
     Parameters
     ----------
@@ -212,15 +207,60 @@ def build_fakes(folder: Path, device: str = "cpu") -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame
-        ``generator, split, prompt, png``.
+    photographs, raw : DataFrame
+        ``generator, split, prompt, png``; the pictures through the camera, and those of the test split as
+        the generators left them.
     """
-    rows = []
-    n = sum(COUNTS.values())
+    photos, raw = [], []
+    for i, (name, splits, prompts, images) in enumerate(samples(folder, device)):
+        photos.append(picture_table(name, splits, prompts, photographs(images, (FAKES, i))))
+        test = slice(-COUNTS["test"], None)
+        raw.append(picture_table(name, splits[test], prompts[test], images[test]))
+    return pd.concat(photos, ignore_index=True), pd.concat(raw, ignore_index=True)
+
+
+def samples(folder: Path, device: str = "cpu") -> Iterator[tuple[str, list[str], list[str], np.ndarray]]:
+    """Pictures of every generator for the data set, before the camera.
+
+    Parameters
+    ----------
+    folder : Path
+        Weights of the generators.
+    device : str
+
+    Yields
+    ------
+    name : str
+    splits, prompts : list of str, length n
+        The test split comes last.
+    images : uint8 array, shape (n, SIZE, SIZE, 3)
+    """
     splits = [s for s, k in COUNTS.items() for _ in range(k)]
     for i, name in enumerate(GENERATORS):
-        scenes = make_renders("spare", n, start=i * n)
-        images = kept_samples(name, folder, scenes, i * n, i + 1, device, sample_fakes)
-        for image, split, facts in zip(images, splits, scenes.facts, strict=True):
-            rows.append({"generator": name, "split": split, "prompt": caption(facts), "png": png(image)})
-    return pd.DataFrame(rows)
+        scenes = make_renders("spare", len(splits), start=i * len(splits))
+        images = kept_samples(name, folder, scenes, i * len(splits), i + 1, device, sample_fakes)
+        yield name, splits, [caption(facts) for facts in scenes.facts], images
+
+
+def edit_originals() -> pd.DataFrame:
+    """The renders of the test split that ``edit`` changed, each photographed as its edit was.
+
+    Returns
+    -------
+    DataFrame
+        ``generator, split, prompt, png``, in the order of the edits.
+    """
+    n, i = sum(COUNTS.values()), GENERATORS.index("edit")
+    scenes = make_renders("spare", n, start=i * n)
+    images = photographs(scenes.images, (FAKES, i))[-COUNTS["test"] :]
+    prompts = [caption(facts) for facts in scenes.facts[-COUNTS["test"] :]]
+    return picture_table("edit_original", ["test"] * len(prompts), prompts, images)
+
+
+def picture_table(
+    name: str, splits: Sequence[str], prompts: Sequence[str], images: np.ndarray
+) -> pd.DataFrame:
+    """Make a table of pictures as the laboratory stores them: ``generator, split, prompt, png``."""
+    table = pd.DataFrame({"split": splits, "prompt": prompts, "png": [png(image) for image in images]})
+    table.insert(0, "generator", name)
+    return table

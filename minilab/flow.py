@@ -120,9 +120,7 @@ class UNet(nn.Module):
 class FlowLesson(Lesson):
     """The U-Net with the flow-matching loss on scenes, or on latent vectors of them."""
 
-    def __init__(
-        self, unet: UNet, renders: RenderSet, device: str = "cpu", latents: Tensor | None = None
-    ):
+    def __init__(self, unet: UNet, renders: RenderSet, device: str = "cpu", latents: Tensor | None = None):
         super().__init__(renders, BATCH, device, latents, DROP_CONDITION)
         self.unet = unet.to(memory_format=torch.channels_last)
 

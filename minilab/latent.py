@@ -6,7 +6,6 @@ models the vectors before quantisation, and the decoder quantises what it is giv
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 

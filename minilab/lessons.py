@@ -1,4 +1,4 @@
-"""What all generators share in training: a batch of pictures, or of codes for them, with the facts they show."""
+"""What all generators share in training: batches of pictures, or of their codes, with the facts they show."""
 
 from __future__ import annotations
 

@@ -107,7 +107,9 @@ class DetectorLesson(nn.Module):
         pixels = enlarge(to_pixels(images)).to(self.device)
         with autocast(self.device):
             found = self.detector(pixel_values=pixels, labels=targets)
-        parts = {k: round(float(found.loss_dict[k].detach()), 3) for k in ("loss_vfl", "loss_bbox", "loss_giou")}
+        parts = {
+            k: round(float(found.loss_dict[k].detach()), 3) for k in ("loss_vfl", "loss_bbox", "loss_giou")
+        }
         return found.loss, parts
 
 
@@ -160,7 +162,9 @@ def detect(model: nn.Module, images: np.ndarray, device: str = "cpu") -> list[di
     return found
 
 
-def quality(model: nn.Module, renders: RenderSet, images: np.ndarray, device: str = "cpu") -> dict[str, float]:
+def quality(
+    model: nn.Module, renders: RenderSet, images: np.ndarray, device: str = "cpu"
+) -> dict[str, float]:
     """Measure the detector against the truth.
 
     Parameters

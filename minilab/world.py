@@ -254,7 +254,7 @@ def _ground(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def _shadow(thing: Thing, light: float) -> np.ndarray:
-    """Soft shadow on the ground, thrown away from the light (towards it where ``thing.shadow`` is negative)."""
+    """Soft shadow on the ground, thrown away from the light (towards it if ``thing.shadow`` < 0)."""
     side = 0.22 if thing.shadow >= 0 else -0.45
     cx, cy = thing.x - side * light * thing.size, thing.base_y
     d = ((_X - cx) / (0.52 * thing.size)) ** 2 + ((_Y - cy) / (0.15 * thing.size + 0.6)) ** 2

@@ -11,7 +11,6 @@ from itemkit.metrics import (
     average_precision,
     bootstrap,
     effect_size,
-    frechet_distance,
     replicate,
     stratified_weights,
 )
@@ -165,19 +164,6 @@ def test_effect_size_intervals_cover():
     assert (hits / 300 >= 0.90).all() and (hits / 300 <= 0.99).all()
 
 
-def test_frechet_distance_by_hand():
-    rng = np.random.default_rng(0)
-    a = rng.normal(size=(500, 5))
-    assert frechet_distance(a, a, n_boot=0)["value"] == pytest.approx(0, abs=1e-8)
-    moved = frechet_distance(a, a + [3, 0, 4, 0, 0], n_boot=0)
-    assert moved["value"] == pytest.approx(25)  # equal covariance: the squared distance of the means
-    line = frechet_distance(np.array([[-1.0], [1.0]]), np.array([[-3.0], [3.0]]), n_boot=0)
-    assert line["value"] == pytest.approx(8.0)  # standard deviations sqrt 2 and 3 sqrt 2
-    wide = frechet_distance(a, 2 * rng.normal(size=(500, 5)), n_boot=40)
-    assert wide["low"] <= 5.0 <= wide["high"]  # (2 - 1)^2 per dimension
-    assert (wide["n_a"], wide["n_b"]) == (500, 500)
-
-
 def test_degenerate_inputs_are_clear_errors():
     with pytest.raises(InputError, match="only fake images among 3; these metrics need both"):
         average_precision([1, 1, 1], [0.1, 0.2, 0.3])
@@ -195,5 +181,3 @@ def test_degenerate_inputs_are_clear_errors():
         bootstrap([0, 1], [0.1, 0.2], metrics=["accuracy"])
     with pytest.raises(InputError, match="1 real and 3 fake values; an effect size needs at least 2"):
         effect_size([1.0], [1.0, 2.0, 3.0])
-    with pytest.raises(InputError, match=r"embeddings have shapes \(4, 3\) and \(4, 2\)"):
-        frechet_distance(np.zeros((4, 3)), np.zeros((4, 2)))
