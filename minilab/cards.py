@@ -15,25 +15,37 @@ LIMITS = (
     "third-party weights, no personal data. MIT, as the code."
 )
 
-AGAIN = "The same as `{}`, from another seed and with fewer steps: is one model the reason?"
+AGAIN = "The same as `{}`, from another seed: is one model the reason?"
+NARROW = (
+    "The same as `{}`, but trained on photographs of the data set's own camera alone: what does a model make "
+    "of what it has not seen?"
+)
 MODELS = {
     "clip": (
         "A small CLIP as an open_clip `local-dir`: a ViT with patches of 6 px and a word "
         "transformer, joint space of 128 dimensions. Image against caption, crop against phrase "
         "and patch against phrase are contrasted, the last two by the world's masks: its patch "
-        "map is better than that of a CLIP trained on captions alone."
+        "map is better than that of a CLIP trained on captions alone. Crops run from tight to loose, square "
+        "or not, and show grounds too. Trained on a wide camera, as stock models are."
     ),
     "captioner": (
         "A small BLIP as a transformers folder: image to a sentence of the grammar, greedy decoding."
     ),
     "parser": "An English tagger and parser as a spaCy folder, for the grammar's sentences.",
+    "object_detector": (
+        "A small RT-DETRv2 as a transformers folder: boxes of twelve kinds and five settings from the image "
+        "alone; a setting's box is the visible extent of its ground."
+    ),
     "clip_second": AGAIN.format("clip"),
     "captioner_second": AGAIN.format("captioner"),
+    "object_detector_second": AGAIN.format("object_detector"),
+    "clip_narrow": NARROW.format("clip"),
+    "object_detector_narrow": NARROW.format("object_detector"),
 }
 GENERATORS = {
     "flow": (
-        "Conditional pixel flow matching (Lipman et al. 2022): U-Net, classifier-free guidance "
-        "1.5, 20 Heun steps."
+        "Conditional pixel flow matching (Lipman et al. 2022): a U-Net that predicts the picture (Li and He "
+        "2025), classifier-free guidance 1.5, 20 Heun steps."
     ),
     "vae": (
         "Convolutional conditional VAE (Kingma and Welling 2014) with sigma-VAE likelihood "
@@ -58,10 +70,10 @@ CAPTIONED = {
 }
 """Columns of ``quality.csv`` in words."""
 MEASURED = (
-    "How samples are measured: the mini captioner tells them, and its captions are held against the scenes "
-    "that were asked for (shares of 1). The Fréchet distance is between the mini CLIP's embeddings of the "
-    "samples and of as many renders of other scenes, times 1000. So few pictures bias it upwards{floor}. Its "
-    "95 % interval (basic bootstrap) takes that bias off, and therefore may lie below the value."
+    "How samples are measured: they are photographed, the mini captioner tells the photographs, and its "
+    "captions are held against the scenes that were asked for (shares of 1). The Fréchet distance is between "
+    "the mini CLIP's embeddings of the samples and of as many renders of other scenes, times 1000, without "
+    "the bias of small sets, so that it may fall below 0{floor}."
 )
 DETECTOR = (
     "The detector of the mini preset: five small MLPs on the misalignment of image and caption, averaged. It "

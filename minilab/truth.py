@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers import AutoModelForObjectDetection
 
 from itemkit.captions import load_captioner
 from itemkit.encoder import Encoder, load_encoder
 from itemkit.regions import make_localiser
+from minilab import object_detector
+from minilab.camera import photographs
 from minilab.clip import PHRASES
 from minilab.grammar import COLOURS, KINDS, Facts, phrase, random_caption, read_caption
 from minilab.renders import RenderSet, make_renders
+
+VALIDATION = 5
+"""First number of the stream from which the photographs on which models are measured draw their settings."""
 
 
 def compare_facts(told: Facts, true: Facts) -> dict[str, float]:
@@ -188,9 +195,10 @@ def measure(models: Path, n: int = 1000, device: str = "cpu") -> dict[str, Any]:
     Parameters
     ----------
     models : Path
-        Folder with ``clip`` and ``captioner``, and the second of each if it is there.
+        Folder with ``clip``, ``captioner``, ``object_detector``, and the second and the narrow of each where
+        they are there.
     n : int
-        Renders of the ``models_val`` split.
+        Renders of the ``models_val`` split, photographed as the data set is.
     device : str
 
     Returns
@@ -199,22 +207,27 @@ def measure(models: Path, n: int = 1000, device: str = "cpu") -> dict[str, Any]:
         Flat, for the model card.
     """
     renders = make_renders("models_val", n)
+    renders = replace(renders, images=photographs(renders.images, (VALIDATION,)))
     images = [Image.fromarray(x) for x in renders.images]
     few = renders.part(slice(300))
     result: dict[str, Any] = {"renders": n}
-    for name in _present(models, "clip", "clip_second"):
+    for name in _present(models, "clip"):
         encoder = load_encoder(models / name, device=device)
         result[f"{name}_r_at_1_of_{n}"] = retrieval(encoder, renders, n)
         result[f"{name}_crop_to_phrase_of_96"] = crop_accuracy(encoder, renders)
         for localiser in ("whole", "grid", "dense"):
             found = localiser_quality(localiser, encoder, few)
             result |= {f"{name}_{localiser}_{k}": v for k, v in found.items()}
-    for name in _present(models, "captioner", "captioner_second"):
+    for name in _present(models, "captioner"):
         told = load_captioner(models / name, device=device).caption(images)
         quality = caption_quality([c.text for c in told], renders.facts)
         result |= {f"{name}_{k}": v for k, v in quality.items()}
+    for name in _present(models, "object_detector"):
+        finder = AutoModelForObjectDetection.from_pretrained(models / name).to(device).eval()
+        found = object_detector.quality(finder, renders.part(slice(500)), renders.images[:500], device)
+        result |= {f"{name}_{k}": v for k, v in found.items()}
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
 
 
-def _present(models: Path, first: str, second: str) -> list[str]:
-    return [first, second] if (models / second).is_dir() else [first]
+def _present(models: Path, name: str) -> list[str]:
+    return [n for n in (name, f"{name}_second", f"{name}_narrow") if (models / n).is_dir()]

@@ -15,18 +15,19 @@ from torch import nn
 from itemkit.captions import load_captioner
 from itemkit.encoder import load_encoder
 from itemkit.errors import InputError
-from minilab import build, captioner, clip, flow, gan, training, truth, vae, vq
+from minilab import build, captioner, clip, flow, gan, object_detector, training, truth, vae, vq
 from minilab.conditions import Condition, encode_facts
 from minilab.formats import save_blip, save_clip
 from minilab.grammar import COLOURS, KINDS, SETTINGS, Facts, caption
-from minilab.renders import RenderSet, make_renders
+from minilab.renders import GROUND, RenderSet, make_renders, reframe, to_pixels
 from minilab.training import Schedule, train
 from minilab.world import SIZE
 
 LESSONS = {
     "clip": (clip, clip.ClipLesson),
     "captioner": (captioner, captioner.CaptionerLesson),
-    "flow": (flow, flow.FlowLesson),
+    "object_detector": (object_detector, object_detector.DetectorLesson),
+    "flow": (flow, lambda renders: flow.FlowLesson(flow.UNet(), renders)),
     "vae": (vae, vae.VaeLesson),
     "gan": (gan, gan.GanLesson),
     "vq": (vq, vq.VqLesson),
@@ -92,11 +93,11 @@ def test_crops_show_the_thing_they_are_labelled_with(renders: RenderSet) -> None
     for value, grey in ((1, 90), (2, 140), (3, 190)):  # each thing painted in a grey of its own
         images[owner == value] = grey
     classes = np.tile(np.arange(10), (6, 1))
-    crops, labels = clip._crops(images, owner, classes, np.random.default_rng(0))
-    assert crops.shape == (6, SIZE, SIZE, 3)
+    crops, labels = clip.cut_out(images, owner, classes, 30, np.random.default_rng(0))
+    assert crops.shape == (30, SIZE, SIZE, 3) and {1, GROUND} <= set(labels)
     for crop, label in zip(crops, labels, strict=True):
         if label in (1, 2, 3):
-            assert (np.abs(crop.astype(int) - (40 + 50 * label)) < 12).mean() > 0.1
+            assert (np.abs(crop.astype(int) - (40 + 50 * label)) < 12).mean() > 0.08
 
 
 def test_equal_scenes_are_no_negatives() -> None:
@@ -111,17 +112,32 @@ def test_equal_scenes_are_no_negatives() -> None:
     assert told_apart < plain
 
 
-def test_pixels_and_shift_by_hand(renders: RenderSet) -> None:
-    pixels = clip.to_pixels(np.array([[[[0, 51, 255]]]], dtype=np.uint8))
+def test_pixels_by_hand() -> None:
+    pixels = to_pixels(np.array([[[[0, 51, 255]]]], dtype=np.uint8))
     torch.testing.assert_close(pixels.flatten(), torch.tensor([-1.0, -0.6, 1.0]))
 
-    class Fixed:
-        def integers(self, low: int, high: int, size: int) -> tuple[int, int]:
-            return 2, -1  # down by two rows, left by one column
 
-    image, owner = clip.shift(renders.images[:1], renders.owner[:1], Fixed())  # type: ignore[arg-type]
-    np.testing.assert_array_equal(image[0, 0, 1:], renders.images[0, 2, :-1])
-    np.testing.assert_array_equal(owner[0, -3:, 5], renders.owner[0, -1, 4])  # the last row is repeated
+class Drawn:
+    """Stands for a random generator whose numbers are known."""
+
+    def __init__(self, *numbers: float) -> None:
+        self.numbers = list(numbers)
+
+    def uniform(self, low: float, high: float) -> float:
+        return self.numbers.pop(0)
+
+
+def test_a_new_frame_by_hand(renders: RenderSet) -> None:
+    images, owner = renders.images[:2], renders.owner[:2]
+    same = reframe(images, owner, Drawn(1.0, 0.0, 0.0))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(same[0], images)
+    np.testing.assert_array_equal(same[1], owner)
+    moved, whose = reframe(images, owner, Drawn(1.0, 2.0, -1.0))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(moved[:, :-2, 1:], images[:, 2:, :-1])
+    np.testing.assert_array_equal(whose[:, -3:, 5], owner[:, [-1] * 3, 4])  # the last row is repeated
+    between, _ = reframe(images, owner, Drawn(1.0, 0.5, 0.0))  # type: ignore[arg-type]
+    mean = (images[:, :-1].astype(float) + images[:, 1:]) / 2
+    assert np.abs(between[:, :-1] - mean).max() <= 0.5
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -189,6 +205,17 @@ def test_learning_rate_and_average_by_hand(tmp_path: Path) -> None:
     assert [r["step"] for r in rows] == [0, 1] and rows[0]["loss"] == 1.0
 
 
+def test_a_constant_rate_can_be_cut_off_and_prolonged(renders: RenderSet, tmp_path: Path) -> None:
+    schedule = Schedule(steps=4, warmup=1, cosine=False)
+    assert training._learning_rate(3, schedule) == training._learning_rate(1, schedule) == schedule.lr
+    whole = train("whole", make("vae", renders), lambda m, rng: m(rng), schedule, tmp_path)
+    part = train("part", make("vae", renders), lambda m, rng: m(rng), schedule, tmp_path, until=2)
+    assert (part.steps, whole.steps, part.log[-1]["step"]) == (2, 4, 1)
+    rest = train("part", make("vae", renders, seed=9), lambda m, rng: m(rng), schedule, tmp_path)
+    expected, got = whole.model.state_dict(), rest.model.state_dict()
+    assert rest.steps == 4 and all(torch.equal(expected[k], got[k]) for k in expected)
+
+
 # ------------------------------------------------------------------------------------------- saved formats
 
 
@@ -198,7 +225,7 @@ def test_the_saved_clip_loads_with_equal_outputs(renders: RenderSet, tmp_path: P
     encoder = load_encoder(tmp_path / "clip", device="cpu", precision="float32")
     assert encoder.dim == 128 and encoder.patch_grid == (8, 8) and encoder.context_length == 32
     pixels = torch.stack([encoder.preprocess(Image.fromarray(i)) for i in renders.images[:4]])
-    torch.testing.assert_close(pixels, clip.to_pixels(renders.images[:4]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(pixels, to_pixels(renders.images[:4]), atol=1e-6, rtol=0)
     texts = [caption(f) for f in renders.facts[:4]] + ["A Red Ball", "an unknown word"]
     with torch.no_grad():
         pooled, patches = lesson.images(pixels)
@@ -220,11 +247,41 @@ def test_the_saved_captioner_loads_with_equal_outputs(renders: RenderSet, tmp_pa
     save_blip(tmp_path / "captioner", lesson.blip, lesson.tokenizer)
     loaded = load_captioner(tmp_path / "captioner", device="cpu", precision="float32", max_new_tokens=12)
     images = [Image.fromarray(i) for i in renders.images[:3]]
-    pixels = clip.to_pixels(renders.images[:3])
+    pixels = to_pixels(renders.images[:3])
     with torch.no_grad():
         ids = lesson.blip.generate(pixel_values=pixels, max_new_tokens=12)
     expected = lesson.tokenizer.batch_decode(ids, skip_special_tokens=True)
     assert [c.text for c in loaded.caption(images)] == [" ".join(text.split()) for text in expected]
+
+
+def test_the_saved_object_detector_loads_with_equal_outputs(renders: RenderSet, tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+    detector = make("object_detector", renders).detector.eval()
+    object_detector.save_object_detector(tmp_path / "object_detector", detector)
+    build._halve(tmp_path / "object_detector" / "model.safetensors")
+    loaded = AutoModelForObjectDetection.from_pretrained(tmp_path / "object_detector").eval()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "object_detector")
+    assert [loaded.config.id2label[i] for i in (0, 11, 12, 16)] == ["ball", "lamp", "grass", "table"]
+    pixels = processor([Image.fromarray(x) for x in renders.images[:2]], return_tensors="pt")["pixel_values"]
+    # the processor rounds to bytes after it has enlarged
+    own = object_detector.enlarge(to_pixels(renders.images[:2]))
+    torch.testing.assert_close(pixels, own, atol=1.01 / 127.5, rtol=0)
+    with torch.no_grad():
+        a, b = detector(pixel_values=own), loaded(pixel_values=own)
+    torch.testing.assert_close(a.pred_boxes, b.pred_boxes.float(), atol=0.02, rtol=0)  # weights in float16
+
+
+def test_true_boxes_and_their_measure_by_hand() -> None:
+    owner = np.zeros((SIZE, SIZE), dtype=np.uint8)
+    owner[24:] = GROUND
+    owner[20:30, 4:14] = 1
+    owner[40:42, 0:3] = 2  # too few pixels for a box
+    values, boxes = object_detector.true_boxes(owner)
+    assert values.tolist() == [1, GROUND]
+    assert boxes.tolist() == [[4, 20, 14, 30], [0, 24, 48, 48]]
+    half = np.array([[4, 25, 14, 35]])
+    assert object_detector.overlap(boxes[:1], half).tolist() == [[pytest.approx(1 / 3)]]
 
 
 def test_a_parser_from_few_sentences_gives_noun_chunks(tmp_path: Path) -> None:
@@ -268,7 +325,7 @@ def test_the_condition_tells_order_and_number_apart() -> None:
 
 
 class Straight(nn.Module):
-    """The exact velocity field towards one picture; keeps what it was asked."""
+    """Always predicts one picture; keeps what it was asked."""
 
     def __init__(self, target: torch.Tensor) -> None:
         super().__init__()
@@ -277,7 +334,7 @@ class Straight(nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, fields: torch.Tensor) -> torch.Tensor:
         self.seen.append((float(t[0]), x.clone()))
-        return (self.target - x) / (1 - t[:, None, None, None])
+        return self.target.expand_as(x)
 
 
 def test_heun_steps_follow_a_straight_path_to_its_end() -> None:
@@ -285,7 +342,7 @@ def test_heun_steps_follow_a_straight_path_to_its_end() -> None:
     fields = torch.ones(2, 7, dtype=torch.int64)
     unet = Straight(target)
     drawn = flow.sample(unet, fields, seed=3, steps=4, guidance=1.0)
-    torch.testing.assert_close(drawn, target.expand(2, -1, -1, -1), atol=2e-2, rtol=0)  # bfloat16 inside
+    torch.testing.assert_close(drawn, target.expand(2, -1, -1, -1), atol=1e-5, rtol=0)
     assert [round(t, 2) for t, _ in unet.seen] == [0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]  # the last by Euler
     again = flow.sample(Straight(target), fields, seed=3, steps=4, guidance=1.0)
     assert torch.equal(drawn, again)
@@ -316,7 +373,18 @@ def test_guidance_goes_beyond_the_condition() -> None:
     fields = torch.ones(1, 7, dtype=torch.int64)
     none = flow.sample(Asked(), fields, seed=0, steps=2, guidance=1.0)
     more = flow.sample(Asked(), fields, seed=0, steps=2, guidance=1.5)
-    torch.testing.assert_close(more - none, torch.full_like(none, 0.5))  # velocity 1.5 instead of 1
+    torch.testing.assert_close(none, torch.ones_like(none))
+    torch.testing.assert_close(more, torch.full_like(none, 1.5))  # as far again, by half
+
+
+def test_the_loss_is_that_of_the_velocity() -> None:
+    x1 = torch.full((2, 3, SIZE, SIZE), 0.5)
+    fields, t = torch.ones(2, 7, dtype=torch.int64), torch.tensor([0.0, 0.8])
+    torch.manual_seed(0)
+    assert flow.flow_loss(Straight(x1), x1, t, fields) == 0
+    # a picture off by 0.1 is a velocity off by 0.1 at the start and by 0.1 / 0.2 at t = 0.8
+    loss = flow.flow_loss(Straight(x1 + 0.1), x1, t, fields)
+    assert float(loss) == pytest.approx((0.1**2 + 0.5**2) / 2, rel=1e-4)
 
 
 def test_an_edit_keeps_the_outside_on_the_real_path() -> None:
@@ -342,7 +410,7 @@ def test_an_edit_keeps_the_outside_on_the_real_path() -> None:
 
 def test_bytes_come_back_exactly() -> None:
     every = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
-    np.testing.assert_array_equal(flow.to_bytes(clip.to_pixels(every)), every)
+    np.testing.assert_array_equal(flow.to_bytes(to_pixels(every)), every)
     x = torch.tensor([-1.2, -1.0, 0.0, 0.0039, 1.0, 1.3]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
     # 127.5 + 0.5 is cut to 128; a two-hundredth of a step below stays
     assert flow.to_bytes(x)[0, 0, :, 0].tolist() == [0, 0, 128, 128, 255, 255]

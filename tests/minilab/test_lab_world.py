@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
 from itemkit import schema
-from minilab import fakes, world
+from minilab import camera, fakes, world
 from minilab.grammar import (
     COLOURS,
     KINDS,
@@ -78,7 +78,7 @@ def test_cached_renders_come_back_as_they_were_made(tmp_path: Path) -> None:
     for got in (made, again):
         np.testing.assert_array_equal(got.images, direct.images)
         np.testing.assert_array_equal(got.owner, direct.owner)
-        assert got.facts == direct.facts
+        assert got.facts == direct.facts and got.visible == direct.visible
 
 
 # -------------------------------------------------------------------------------------------------- splits
@@ -150,6 +150,21 @@ def test_the_nearer_thing_hides_the_farther_one() -> None:
     assert not (both.masks[0] & both.masks[1]).any()
     # nearness is the foot on the ground, not the order in which things are listed
     assert {m.sum() for m in swapped.masks} == {m.sum() for m in both.masks}
+
+
+def test_how_much_is_visible_by_hand() -> None:
+    half = Thing("cube", "red", x=0, base_y=40, size=16)  # its middle stands on the picture's edge
+    front = Thing("cube", "blue", x=30, base_y=44, size=16)
+    behind = Thing("cube", "green", x=30, base_y=40, size=16)
+    picture = render(Scene((half, front, behind), "road", horizon=20, light=0.0, seed=1))
+    seen = dict(zip([kind for kind, _ in picture.scene.facts.things], picture.visible, strict=True))
+    assert seen["blue"] == pytest.approx(1) and seen["red"] == pytest.approx(0.5, abs=0.06)
+    assert 0.15 < seen["green"] < 0.6
+
+
+def test_the_world_paints_no_noise() -> None:
+    plain = render(Scene((), "table", horizon=24, light=0.0, seed=2)).image[:20].astype(float)
+    assert np.abs(np.diff(plain, n=2, axis=1)).max() <= 3  # a wall is smooth, to the byte
 
 
 def test_an_unnamed_thing_hides_but_is_not_told() -> None:
@@ -320,7 +335,8 @@ def file_facts(data: bytes) -> list[float]:
 
 def test_files_of_two_splits_cannot_be_told_apart() -> None:
     n = 120
-    rows = [file_facts(fakes.png(render_index(s, i).image)) for s in ("train", "test") for i in range(n)]
+    shots = [camera.photographs(make_renders(s, n).images, (k,)) for k, s in enumerate(("train", "test"))]
+    rows = [file_facts(camera.png(x)) for x in np.concatenate(shots)]
     x, y = np.array(rows, float), np.repeat([0, 1], n)
     assert (x[:, 1:6] == x[0, 1:6]).all()  # one format, size, number of channels, metadata
     assert 0.4 < roc_auc_score(y, x[:, 0]) < 0.6  # file size alone; its standard error is 0.037
