@@ -112,6 +112,7 @@ def write_cards(out: Path) -> None:
     if schema.REAL_GENERATOR in found.index:
         renders = _distance(found.loc[schema.REAL_GENERATOR])
         floor = f"; other renders, measured like samples, are at {renders}"
+    leaks = out / "guards.csv"
     parts = [
         "# The generators\n\nTheir samples are committed (`fakes.parquet`, `ladders.parquet`), their weights "
         f"are not: `make lab` trains them again. {LIMITS}",
@@ -121,7 +122,41 @@ def write_cards(out: Path) -> None:
         if name in cards:
             table = _quality(found.loc[name]) if name in found.index else ""
             parts.append(f"## {name}\n\n{what}\n\n{_training(cards[name])}\n\n{table}".rstrip())
+    if leaks.is_file():
+        parts.append(_guards(pd.read_csv(leaks)))
     (out / "generators.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+FAIR = 0.60
+"""A family is a fair fight if no guard reaches more than this through the camera."""
+CONDITIONS = {"raw": "as painted", "camera": "through the camera", "jpeg": "camera and one random JPEG"}
+
+
+def _guards(found: pd.DataFrame) -> str:
+    """Tables of what each guard reaches, and which generators are a fair fight."""
+    names = list(dict.fromkeys(found["generator"]))
+    lines = [
+        "## Leaks, measured",
+        "What a detector reaches that sees no content: AUROC on the test split. *two*: boosted trees trained "
+        "on renders and this very generator; *one*: the distance from training renders, no fake seen.",
+    ]
+    for condition, words in CONDITIONS.items():
+        part = found[found["condition"] == condition]
+        table = part.pivot(index=["guard", "classes"], columns="generator", values="value")[names]
+        rows = [f"| {words} | | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+        for guard in dict.fromkeys(part["guard"]):
+            for classes, word in ((2, "two"), (1, "one")):
+                values = " | ".join(f"{v:.2f}" for v in table.loc[(guard, classes)])
+                rows.append(f"| {guard} | {word} | {values} |")
+        lines.append("\n".join(rows))
+    worst = found[found["condition"] == "camera"].groupby("generator", sort=False)["value"].max()
+    fair = [name for name in names if worst[name] <= FAIR]
+    rest = [f"`{name}` ({worst[name]:.2f})" for name in names if name not in fair]
+    lines.append(
+        f"A fair fight through the camera (no guard above {FAIR:.2f}): "
+        f"{', '.join(f'`{name}`' for name in fair) or 'none'}. Not: {', '.join(rest) or 'none'}."
+    )
+    return "\n\n".join(lines)
 
 
 def _quality(row: pd.Series) -> str:
