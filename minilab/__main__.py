@@ -37,7 +37,12 @@ def parser() -> argparse.ArgumentParser:
         "--work", type=Path, default=Path("build/lab"), help="renders and checkpoints: %(default)s"
     )
     p.add_argument("--out", type=Path, default=Path("results"), help="images, features: %(default)s")
-    p.add_argument("--until", type=int, metavar="STEP", help="cut generators' trainings off at this step")
+    p.add_argument(
+        "--until",
+        type=int,
+        metavar="STEP",
+        help="cut trainings off at this step; a later build prolongs them",
+    )
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return p
 

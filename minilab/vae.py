@@ -12,7 +12,7 @@ from minilab.lessons import Lesson, Loss
 from minilab.renders import RenderSet
 from minilab.training import Schedule, autocast
 
-SCHEDULE = Schedule(steps=4000, lr=1.5e-3, warmup=100, ema=0.998, weight_decay=0.0)
+SCHEDULE = Schedule(steps=6000, lr=1e-3, cosine=False, warmup=100, ema=0.998, weight_decay=0.0)
 BATCH = 64
 LATENT = 96
 BETA = 1.0
