@@ -60,7 +60,7 @@ GENERATORS = {
         "Flow matching on the VQ-VAE's vectors (latent diffusion, Rombach et al. 2022), guidance "
         "1.5, 20 Heun steps."
     ),
-    "vq_prior": "Autoregressive transformer over the VQ-VAE's codes, temperature 1.",
+    "vq_prior": "Autoregressive transformer over the VQ-VAE's codes, temperature 1, logits guided by 1.5.",
 }
 CAPTIONED = {
     "scene": "caption of the sample: every claim as asked",

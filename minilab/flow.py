@@ -161,6 +161,7 @@ def sample(
     keep: float = 0.0,
     mask: Tensor | None = None,
     shape: tuple[int, int, int] = (3, SIZE, SIZE),
+    limit: float | None = 1.0,
 ) -> Tensor:
     """Draw pictures with Heun steps.
 
@@ -183,6 +184,9 @@ def sample(
         1 where a picture may change; elsewhere it stays on the real picture's path.
     shape : tuple of int
         Of one sample.
+    limit : float, optional
+        No predicted value is larger than this: guidance overshoots, and what is cut only in the end has more
+        black and white than any scene. None for latent vectors, which have no such bounds.
 
     Returns
     -------
@@ -203,6 +207,8 @@ def sample(
             if guidance != 1:
                 free = unet(x, at, torch.zeros_like(fields)).float()
                 picture = free + guidance * (picture - free)
+            if limit is not None:
+                picture = picture.clamp(-limit, limit)
         return (picture - x) / max(1 - t, NEAREST)
 
     for t, t_next in zip(times[:-1], times[1:], strict=True):

@@ -48,5 +48,6 @@ def sample(unet: nn.Module, vq: VqVae, fields: Tensor, *, seed: int, steps: int 
     float tensor, shape (n, 3, SIZE, SIZE)
         In [-1, 1], not yet clipped.
     """
-    z = flow.sample(unet, fields, seed=seed, steps=steps, shape=(N_DIMS, GRID, GRID)) / SCALE
+    z = flow.sample(unet, fields, seed=seed, steps=steps, shape=(N_DIMS, GRID, GRID), limit=None)
+    z = z / SCALE
     return vq.decode(vq.look_up(vq.nearest(torch.nn.functional.normalize(z, dim=1))))

@@ -27,6 +27,7 @@ BATCH, PRIOR_BATCH = 64, 32
 GRID = 12
 N_CODES, N_DIMS = 512, 8
 COMMITMENT, CODE_DECAY = 0.25, 0.99
+DROP_CONDITION = 0.1
 
 
 class ResBlock(nn.Module):
@@ -182,7 +183,7 @@ class PriorLesson(Lesson):
     """Cross-entropy of the codes of renders; the VQ-VAE is given and frozen."""
 
     def __init__(self, renders: RenderSet, codes: Tensor, device: str = "cpu"):
-        super().__init__(renders, PRIOR_BATCH, device, codes)
+        super().__init__(renders, PRIOR_BATCH, device, codes, DROP_CONDITION)
         self.prior = Prior()
 
     def loss(self, x: Tensor, fields: Tensor, rng: np.random.Generator) -> Loss:
@@ -222,7 +223,15 @@ def encode_renders(vq: VqVae, renders: RenderSet, device: str = "cpu") -> Tensor
 
 
 @torch.no_grad()
-def sample(prior: Prior, vq: VqVae, fields: Tensor, *, seed: int, temperature: float = 1.0) -> Tensor:
+def sample(
+    prior: Prior,
+    vq: VqVae,
+    fields: Tensor,
+    *,
+    seed: int,
+    temperature: float = 1.0,
+    guidance: float = 1.5,
+) -> Tensor:
     """Write codes one after the other and paint them.
 
     Parameters
@@ -232,6 +241,8 @@ def sample(prior: Prior, vq: VqVae, fields: Tensor, *, seed: int, temperature: f
     fields : int64 tensor, shape (n, 7)
     seed : int
     temperature : float
+    guidance : float
+        Classifier-free, on the logits; 1 is none.
         1 samples the prior as it is.
 
     Returns
@@ -243,10 +254,12 @@ def sample(prior: Prior, vq: VqVae, fields: Tensor, *, seed: int, temperature: f
     device = vq.codes.device
     fields = fields.to(device)
     caches: list[dict[str, Tensor]] = [{} for _ in prior.layers]
-    logits, codes = prior.continued(prior.asked(fields), caches), []
+    # the same codes are read twice: behind what was asked for, and behind nothing
+    logits, codes = prior.continued(prior.asked(torch.cat([fields, torch.zeros_like(fields)])), caches), []
     for place in range(GRID * GRID):
-        p = (logits.float() / temperature).softmax(-1)
+        told, free = logits.float().chunk(2)
+        p = ((free + guidance * (told - free)) / temperature).softmax(-1)
         codes.append(torch.multinomial(p.cpu(), 1, generator=generator).to(device))
         if place + 1 < GRID * GRID:
-            logits = prior.continued(prior.told(codes[-1], place), caches)
+            logits = prior.continued(prior.told(codes[-1].repeat(2, 1), place), caches)
     return vq.decode(vq.look_up(torch.cat(codes, dim=1).unflatten(1, (GRID, GRID))))

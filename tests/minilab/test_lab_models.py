@@ -372,9 +372,11 @@ def test_guidance_goes_beyond_the_condition() -> None:
 
     fields = torch.ones(1, 7, dtype=torch.int64)
     none = flow.sample(Asked(), fields, seed=0, steps=2, guidance=1.0)
-    more = flow.sample(Asked(), fields, seed=0, steps=2, guidance=1.5)
+    more = flow.sample(Asked(), fields, seed=0, steps=2, guidance=1.5, limit=None)
+    bounded = flow.sample(Asked(), fields, seed=0, steps=2, guidance=1.5)
     torch.testing.assert_close(none, torch.ones_like(none))
     torch.testing.assert_close(more, torch.full_like(none, 1.5))  # as far again, by half
+    torch.testing.assert_close(bounded, none)  # but a picture has no values beyond 1
 
 
 def test_the_loss_is_that_of_the_velocity() -> None:
