@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from minilab import camera, guards, probes, sheets
+from minilab import camera, evidence, guards, probes, sheets
 from minilab.camera import CAMERA, WIDE, Camera, photograph, photographs
 from minilab.grammar import Facts
 from minilab.renders import make_renders
@@ -186,3 +187,24 @@ def test_sheets_and_blind_names_by_hand() -> None:
     facts = [Facts((("red", "ball"), ("blue", "car")), "sand"), Facts((("pink", "mug"),), "snow")]
     found = sheets.named(["a red ball on the sand", "a pink lamp on the snow"], facts)
     assert found == {"kinds": 0.25, "colours": 0.75, "setting": 1.0, "f1": pytest.approx(1 / 3)}
+
+
+# ---------------------------------------------------------------------------------------------- the evidence
+
+
+def test_pixels_see_a_shift_and_not_a_fault(scenes: np.ndarray) -> None:
+    drawn = [sample_scene(scene_rng("test", probes.FIRST_SCENE + k)) for k in range(30)]
+    pictures = {name: probes.probe_images(name, drawn) for name in ("recoloured 3", "exposure x 1.5")}
+    shots = photographs(scenes, (9,))
+    found = evidence.pixels_on_probes(shots[:80], shots[80:], pictures)
+    auroc = found.set_index(["guard", "generator"])["auroc"].unstack()
+    assert auroc["recoloured 3"].between(0.25, 0.75).all()  # the standard error of 30 against 40 is 0.07
+    assert auroc.loc["histogram", "exposure x 1.5"] > 0.9
+
+
+def test_probes_are_laid_out_with_the_labels_they_deserve(tmp_path: Path) -> None:
+    probes.build_probes(1).to_parquet(tmp_path / "probes.parquet")
+    manifest = evidence.lay_out(tmp_path / "probes.parquet", tmp_path / "out").set_index("source")
+    assert len(manifest) == len(probes.probe_names())
+    assert manifest.label["untouched"] == manifest.label["warm light"] == 0
+    assert manifest.label["fused 1"] == manifest.label["unlit 3"] == 1
