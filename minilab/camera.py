@@ -162,7 +162,7 @@ def _blur(x: np.ndarray, sigma_px: np.ndarray) -> np.ndarray:
         x = sum(
             kernel[:, k, None, None, None] * np.take(wide, range(k, k + side), axis=axis)
             for k in range(2 * reach + 1)
-        )  # type: ignore[assignment]
+        )
     return x
 
 

@@ -73,8 +73,8 @@ def observation(
     Returns
     -------
     DataFrame
-        ``generator, cosine`` and of :func:`itemkit.metrics.effect_size` the AUROC that a real fits better, with
-        its interval, and the effect size ``d``.
+        ``generator, cosine`` and the AUROC that a real fits better, with its interval, and ``d``, as of
+        :func:`itemkit.metrics.effect_size`.
     """
     test = features.split("test")
     reals = test if against is None else against.split("test")
