@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from functools import partial
@@ -11,9 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
+from scipy import ndimage
 
 from itemkit.errors import InputError
-from minilab import build, cards, fakes, flow, gan, guards, ladders, latent, vae, vq, world
+from minilab import build, cards, data, fakes, flow, gan, guards, ladders, latent, vae, vq, world
 from minilab.renders import RenderSet, make_renders
 from minilab.world import SIZE
 
@@ -235,3 +238,42 @@ def test_the_frechet_distance_has_no_bias_and_its_interval_holds() -> None:
     assert abs(values.mean() - truth_) < 4 * error + 0.05 < np.mean(plain) - truth_
     held = np.mean([f["low"] <= truth_ <= f["high"] for f in found])
     assert held >= 0.85
+
+
+@pytest.fixture
+def two_generators(monkeypatch: pytest.MonkeyPatch, generators: Path) -> Path:
+    """A data set of a few pictures: a GAN's, and edits by the flow."""
+    monkeypatch.setattr(fakes, "GENERATORS", ("gan", "edit"))
+    for module in (fakes, data):
+        monkeypatch.setattr(module, "COUNTS", {"train": 8, "val": 4, "test": 6})
+    monkeypatch.setattr(fakes.flow, "sample", partial(flow.sample, steps=2))
+    return generators
+
+
+def test_fakes_are_photographed_and_kept_as_they_were_painted(two_generators: Path) -> None:
+    photos, raw = fakes.build_fakes(two_generators)
+    assert photos.groupby(["generator", "split"], sort=False).size().tolist() == [8, 4, 6] * 2
+    test = photos[photos.split == "test"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(test.drop(columns="png"), raw.drop(columns="png"))
+    assert not set(test.png) & set(raw.png)
+    originals = fakes.edit_originals()
+    edits = test[test.generator == "edit"]
+    assert originals.prompt.tolist() == edits.prompt.tolist()
+    # one scene, one set of settings, one noise: outside the square (and its JPEG blocks) little differs
+    scenes = make_renders("spare", 18, start=18).part(slice(12, 18))
+    masks = fakes.edit_masks(make_renders("spare", 18, start=18).owner, 2 * 100_003)[12:]
+    for before, after, mask, scene in zip(originals.png, edits.png, masks, scenes.images, strict=True):
+        a, b = (np.asarray(Image.open(io.BytesIO(x))).astype(int) for x in (before, after))
+        assert a.shape == scene.shape
+        near = np.asarray(Image.fromarray(mask).resize((6, 6), Image.Resampling.BOX)) > 0
+        near = np.kron(ndimage.binary_dilation(near, np.ones((3, 3))), np.ones((8, 8))) > 0
+        if not near.all():
+            assert np.abs(a - b)[~near].mean() < 2 < np.abs(a - b)[mask].mean()
+
+
+def test_guards_are_tried_under_three_conditions(two_generators: Path) -> None:
+    found = guards.three_conditions(two_generators)
+    assert list(found) == ["guard", "classes", "generator", "value", "low", "high", "condition"]
+    assert len(found) == 3 * len(guards.GUARDS) * 2 * 2
+    assert found.groupby("condition").size().to_dict() == {"raw": 20, "camera": 20, "jpeg": 20}
+    assert (found.low <= found.value).all() and (found.value <= found.high).all()
