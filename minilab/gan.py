@@ -27,7 +27,7 @@ SCHEDULE = Schedule(
     weight_decay=0.0,
     betas=(0.0, 0.99),
     max_norm=100.0,  # the lazy penalty is four times as long every fourth step
-    snapshots=(2000, 8000),
+    snapshots=(1000, 3000),
 )
 BATCH = 32
 NOISE = 64
