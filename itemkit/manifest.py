@@ -148,7 +148,7 @@ def _read_folder(
     path: Path, layout: str, real_root: Path | None, stored: list[Path], read: Callable[..., pd.DataFrame]
 ) -> pd.DataFrame:
     """Folder tree, or the table in it where no folder names a label."""
-    tree = layouts.Tree(path, reals=real_root.name if real_root else None)
+    tree = layouts.Tree(path)
     listing = [] if stored else tree.metadata
     tables = list(dict.fromkeys([*stored, *tree.tables]))
     notes: list[str] = []

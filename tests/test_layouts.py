@@ -163,12 +163,6 @@ def test_drct_with_two_roots(tree):
     assert both["label"].tolist() == [1, 1, 0, 0]
 
 
-def test_train2017_without_a_name_asks(tree):
-    root = tree("somewhere/train2017/a.png")
-    with pytest.raises(InputError, match=r"both DRCT-2M \(fakes\) and MSCOCO.*real_root="):
-        read_manifest(root)
-
-
 def test_synthbuster_and_raise(tree):
     fakes = tree("dalle2/r0a1b2c3dt.png", "glide/r0d1e2f3at.png", "prompts.txt", root="synthbuster")
     reals = tree("r000da54ft.TIF", root="RAISE-1k")
@@ -186,7 +180,7 @@ def test_two_plain_roots(tree):
         read_manifest(fakes, real_root=fakes / "nowhere")
     with pytest.raises(InputError, match="holds label folders of its own: fake"):
         read_manifest(tree("fake/a.png", root="other"), real_root=reals)
-    with pytest.raises(InputError, match="has its photographs in the same tree"):
+    with pytest.raises(InputError, match="has photographs of its own; leave real_root="):
         read_manifest(fakes, layout="genimage", real_root=reals)
 
 
@@ -286,10 +280,16 @@ def test_unlabelled_folder_is_sorted(tree):
 @pytest.mark.parametrize(
     ("paths", "says"),
     [
-        (("fake/a.png", "loose.png"), r"1 images lie under fake and 1 under no .* \(first: loose.png\)"),
+        (
+            ("fake/a.png", "loose.png"),
+            r"'loose.png' lies under no label folder \(in all 1 image\), but others under fake",
+        ),
         (("fake/real/a.png",), r"'fake/real' has label folders of both classes \(fake, real\)"),
         (("train/test/fake/a.png", "real/b.png"), "folders of several splits: test, train"),
-        (("ai/a.png", "x/b.png"), r"1 images lie under ai and 1 under no label folder"),
+        (
+            ("ai/a.png", "x/b.png"),
+            r"'x/b.png' lies under no label folder \(in all 1 image\), but others under ai",
+        ),
     ],
 )
 def test_ambiguity_is_an_error_that_lists_what_was_found(tree, paths, says):
