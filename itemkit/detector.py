@@ -146,8 +146,6 @@ class Detector:
             "val_images": val.table[schema.GENERATOR].value_counts().sort_index().to_dict(),
         }
         self.image_keys_ = {"train": image_keys(train), "val": image_keys(val)}
-        for note in self.notes:
-            warnings.warn(note, stacklevel=2)
         return self
 
     def check(self, features: Features, ignore: Sequence[str] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from itemkit.errors import InputError
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+THREADS_VARIABLE = "ITEMKIT_THREADS"
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
@@ -65,7 +67,7 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def set_threads(n: int | None) -> None:
-    """Bound the processor cores that this process computes on (torch); None leaves it as it is.
+    """Bound the threads of this process and of those it starts: of torch, and of decoding; None: as it is.
 
     Two processes with two threads each on two cores slow each other down twentyfold: on a busy machine, and
     with several processes, one thread each is the safe choice.
@@ -79,6 +81,8 @@ def set_threads(n: int | None) -> None:
         return
     if n < 1:
         raise InputError(f"got {n} threads; expected 1 or more")
+    # first, since some libraries read them when they are imported; processes started later inherit them
+    os.environ |= {"OMP_NUM_THREADS": str(n), THREADS_VARIABLE: str(n)}
     import torch
 
     torch.set_num_threads(n)
