@@ -91,23 +91,16 @@ class Owlv2(ObjectDetector):
 class GroundingDino(ObjectDetector):
     """Grounding DINO: one prompt for all phrases, "cat. red ball."; the best token speaks for its phrase."""
 
+    def boxes(self, image: Image, phrases: Sequence[str]) -> list[tuple[float, ...] | None]:
+        """See `ObjectDetector.boxes`; in as many prompts as the model's text length asks for."""
+        found: list[tuple[float, ...] | None] = []
+        while len(found) < len(phrases):
+            rest = phrases[len(found) :]
+            found += super().boxes(image, rest[: self._fit(rest)])
+        return found
+
     def detect(self, image: Image, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
         """See `ObjectDetector.detect`."""
-        parts, start = [], 0
-        while start < len(phrases):
-            count = self._fit(phrases[start:])
-            parts.append(self._detect(image, phrases[start : start + count]))
-            start += count
-        # Candidates of different prompts are different boxes: stacked, with no confidence for other prompts.
-        total = sum(boxes.shape[0] for boxes, _ in parts)
-        confidence = torch.zeros(total, len(phrases), device=self.device)
-        row = column = 0
-        for _, scores in parts:
-            confidence[row : row + scores.shape[0], column : column + scores.shape[1]] = scores
-            row, column = row + scores.shape[0], column + scores.shape[1]
-        return torch.cat([boxes for boxes, _ in parts]), confidence
-
-    def _detect(self, image: Image, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
         prompt, spans = _prompt(phrases)
         with quiet():
             inputs = self.processor(images=image.convert("RGB"), text=prompt, return_tensors="pt")
@@ -163,13 +156,6 @@ def load_detector(
         ``model``: transformers folder or hub name; ``threshold``: least confidence, below it the whole image
         is returned with score 0; ``precision``: see `devices.choose_precision`. Defaults in
         `models.LOCALISERS`: the threshold is the model's own; on a CPU bfloat16 gains Grounding DINO nothing.
-
-    Raises
-    ------
-    ModelNotFound
-        Not on this machine, or not whole.
-    InputError
-        The model is of another kind.
     """
     from transformers import AutoModelForZeroShotObjectDetection
 
