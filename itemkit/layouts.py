@@ -129,16 +129,16 @@ class Tree:
         self.captions: dict[str, str] = {}  # image -> text or JSON file of the same name beside it
         self.metadata: list[Path] = []  # metadata.csv or .jsonl of an ImageFolder
         self.tables: list[Path] = []  # other tables, at the top and in data/
-        self.skipped: dict[str, Any] = {  # files that are no images, or are although the ending is no image's
-            "left_out": Counter(), "by_content": Counter(), "unreadable": [], "hidden": 0, "links_back": 0
-        }  # fmt: skip
+        self.skipped: dict[str, Any] = {"files_left_out": Counter(), "files_taken_by_content": Counter(),
+                                        "not_readable": [], "hidden_files": 0,
+                                        "links_that_lead_back": 0}  # fmt: skip
         for folder, subfolders, files in os.walk(root, followlinks=True, onerror=self._shut):
             if _leads_back(Path(folder), root):
-                self.skipped["links_back"] += 1
+                self.skipped["links_that_lead_back"] += 1
                 subfolders.clear()
                 continue
             visible = sorted(d for d in subfolders if not d.startswith(".") and d != "__MACOSX")
-            self.skipped["hidden"] += len(subfolders) - len(visible)
+            self.skipped["hidden_files"] += len(subfolders) - len(visible)
             subfolders[:] = visible
             self._add(Path(folder), sorted(files))
         # img2dataset keeps the table 00000.parquet beside the folder 00000
@@ -146,7 +146,7 @@ class Tree:
         self.tables = [t for t in self.tables if t.suffix != ".parquet" or normalise(t.stem) not in inside]
 
     def _shut(self, error: OSError) -> None:
-        self.skipped["unreadable"].append(printable(error.filename))
+        self.skipped["not_readable"].append(printable(error.filename))
 
     def _add(self, here: Path, files: list[str]) -> None:
         parts = here.relative_to(self.root).parts
@@ -157,12 +157,12 @@ class Tree:
             stem, ending = os.path.splitext(name)
             ending = ending.lower()
             if name.startswith("."):
-                self.skipped["hidden"] += name != ".DS_Store"
+                self.skipped["hidden_files"] += name != ".DS_Store"
             elif ending in EXTENSIONS:
                 images[name] = stem
             elif ending not in _NO_IMAGES and self._sniff(here / name):
                 images[name] = stem
-                self.skipped["by_content"][ending or "(no ending)"] += 1
+                self.skipped["files_taken_by_content"][ending or "(no ending)"] += 1
             else:
                 others[name] = ending or "(no ending)"
                 if ending in (".json", ".txt"):
@@ -175,7 +175,7 @@ class Tree:
             if stem in texts:
                 self.captions[str(here / name)] = str(here / texts[stem])
                 others.pop(texts[stem], None)
-        self.skipped["left_out"].update(others.values())
+        self.skipped["files_left_out"].update(others.values())
         if images:
             self.folders[parts] = list(images)
             for i, part in enumerate(parts):
@@ -191,8 +191,10 @@ class Tree:
     def require_images(self) -> None:
         """Raise an `InputError` that says what is there if there is no image."""
         if not self.folders:
-            there = ", ".join(f"{n:,} {ending}" for ending, n in self.skipped["left_out"].most_common(5))
-            shut = "".join(f"; cannot look into {name}" for name in self.skipped["unreadable"][:3])
+            there = ", ".join(
+                f"{n:,} {ending}" for ending, n in self.skipped["files_left_out"].most_common(5)
+            )
+            shut = "".join(f"; cannot look into {name}" for name in self.skipped["not_readable"][:3])
             wanted = " ".join(EXTENSIONS)
             raise InputError(
                 f"no image below {self.root}: looked for {wanted}; found {there or 'nothing'}{shut}"
