@@ -29,7 +29,7 @@ from PIL import Image
 
 from benchmarks.report import Result, table
 from benchmarks.subjects import as_manifest, build, caption_of, read_images
-from itemkit.decode import DecodeConfig, Reader, Task, batches
+from itemkit.decode import DecodeConfig, Item, Reader, batches
 from itemkit.devices import dtype_name
 from itemkit.extraction import extract, raise_malloc_thresholds
 from itemkit.features import concat_features
@@ -91,13 +91,8 @@ def best_batch(
 def decode_all(paths: Sequence[str], preprocess: Callable[[Image.Image], Any], config: DecodeConfig) -> int:
     """Decode and preprocess all images as the pipeline does, without any model."""
     reader = Reader(config, preprocess=preprocess)
-    tasks = (Task(row, path, path) for row, path in enumerate(paths))
-    images = 0
-    for batch in batches(tasks, reader, lambda: 64, config):
-        images += len(batch)
-        for item in batch:
-            item.free()
-    return images
+    items = (Item(row, path, path) for row, path in enumerate(paths))
+    return sum(map(len, batches(items, reader, lambda: 64)))
 
 
 def naive_loop(paths: Sequence[str], models: Any, captions: Sequence[str | None]) -> None:

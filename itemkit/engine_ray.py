@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from itemkit.decode import Item, Task, reason_of
+from itemkit.decode import Item, reason_of
 from itemkit.errors import InputError, ItemkitError, MissingExtra, StoreError
 from itemkit.extraction import GPU_BATCH, Job, Worker, WorkerOptions, build_models, fingerprint_of
 from itemkit.models import Models
@@ -78,7 +78,7 @@ class RayCluster:
     def work(self, job: Job) -> Generator[list[Item], None, None]:
         """Let the workers make the shards of ``job.todo``; see `itemkit.extraction.Worker.run`."""
         ray, spread = self._ray, self._spread
-        stored = ray.put(job.known.tokens.index)
+        stored = ray.put(job.tokens.index)
         actor = ray.remote(_Maker).options(**self._needs, max_restarts=-1, max_task_retries=RETRIES)
         makers = [
             actor.remote(job.folder.absolute(), job.run, self._models, stored, self._options)
@@ -87,21 +87,18 @@ class RayCluster:
         # shards of full size, but several for each worker, so that they end together
         size = min(self._options.shard_size, math.ceil(len(job.todo) / (4 * spread.workers)))
         size = max(size, self._options.batch_size or (GPU_BATCH if spread.gpus_per_worker else 1))
-        first = job.next_shard
         starts = range(0, len(job.todo), size)
-        shards = [
-            (first + i, list(job.tasks(job.todo[start : start + size]))) for i, start in enumerate(starts)
-        ][::-1]
-        pending: dict[Any, tuple[Any, int, list[Task]]] = {}
+        shards = [list(job.items(job.todo[start : start + size])) for start in starts][::-1]
+        pending: dict[Any, tuple[Any, list[Item]]] = {}
         try:
             while shards or pending:
-                busy = [maker for maker, _, _ in pending.values()]
+                busy = [maker for maker, _ in pending.values()]
                 for maker in [maker for maker in makers if maker not in busy][: len(shards)]:
-                    number, tasks = shards.pop()
-                    pending[maker.make.remote(tasks, number)] = (maker, number, tasks)
+                    items = shards.pop()
+                    pending[maker.make.remote(items)] = (maker, items)
                 # wakes up now and then, so that Ctrl-C is heard while workers work
                 for ready in ray.wait(list(pending), timeout=0.5)[0]:
-                    _, number, tasks = pending.pop(ready)
+                    _, items = pending.pop(ready)
                     try:
                         results, seconds, self.batch_size = ray.get(ready)
                     except ray.exceptions.RayTaskError as error:
@@ -110,12 +107,13 @@ class RayCluster:
                             f"a Ray worker failed ({reason_of(cause)}); what was computed before is kept"
                         ) from error  # fmt: skip
                     except ray.exceptions.RayError as error:  # the worker died, again and again
-                        if len(tasks) > 1:
-                            half = len(tasks) // 2
-                            shards += [(number, tasks[half:]), (number, tasks[:half])]
+                        if len(items) > 1:
+                            half = len(items) // 2
+                            shards += [items[half:], items[:half]]
                             continue
-                        reason = f"{tasks[0].name}: the worker died on it ({reason_of(error)[:200]})"
-                        results, seconds = [Item(tasks[0], stage="worker", reason=reason)], {}
+                        why = f"the worker died on it ({reason_of(error)[:200]})"
+                        items[0].fail("worker", f"{items[0].name}: {why}")
+                        results, seconds = items, {}
                     for step, s in seconds.items():
                         self.seconds[step] = self.seconds.get(step, 0.0) + s
                     yield results
@@ -137,10 +135,10 @@ class _Maker:
             raise StoreError(f"a Ray worker does not see {folder}; give a folder that all machines share")
         self._worker = Worker(folder, run, build_models(*models), stored, options)
 
-    def make(self, tasks: list[Task], number: int) -> tuple[list[Item], dict[str, float], int]:
-        """Write the shard of these tasks; what became of each, seconds per step, and the batch size."""
+    def make(self, items: list[Item]) -> tuple[list[Item], dict[str, float], int]:
+        """Write the shard of these items; what became of each, seconds per step, and the batch size."""
         before = dict(self._worker.seconds)
-        results = [result for part in self._worker.run(tasks, number) for result in part]
+        results = [result for part in self._worker.run(items) for result in part]
         for result in results:
             if result.error is not None:  # as it is, it may not survive the way back
                 result.error = ItemkitError(f"step '{result.stage}': {reason_of(result.error)}")

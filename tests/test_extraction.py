@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -349,8 +350,8 @@ def test_errors_are_tried_again_when_asked_or_when_the_file_changed(tmp_path, mo
     [
         (lambda m: m.drop(columns="path"), "no column 'path'"),
         (lambda m: m[:0], "no rows"),
-        (lambda m: m.assign(path=[None, *m["path"][1:]]), "row 0 of the manifest has no path"),
-        (lambda m: m.assign(path=7), r"row 0 of the manifest has 7 \(int\) as its path"),
+        (lambda m: m.assign(path=[None, *m["path"][1:]]), "row 0 of the manifest has the path None"),
+        (lambda m: m.assign(path=7), "row 0 of the manifest has the path 7"),
         (lambda m: m.assign(label=2), "row 0 of the manifest has the label 2"),
         (lambda m: m.assign(label="real"), "row 0 of the manifest has the label 'real'; expected 0"),
     ],
@@ -366,17 +367,16 @@ def test_other_kinds_of_values_are_taken(tmp_path):
     mixed = manifest.assign(
         path=[Path(p) for p in manifest["path"]], label=[0.0, np.nan, 1.0], year=[1, "two", None]
     )
-    with pytest.raises(InputError, match="mixes kinds of values"):
-        extract(mixed, tmp_path / "out", fake_models(), progress=False)
-    mixed["year"] = pd.Series(["x", "y", "x"], dtype="category")
     mixed["generator"] = pd.Series(["a", None, "b"], dtype="category")
     extract(mixed, tmp_path / "out", fake_models(), progress=False)
-    assert load_features(tmp_path / "out").table["label"].tolist() == [0, pd.NA, 1]
-    # another run's column of the same name and another kind becomes text
+    read = load_features(tmp_path / "out").table
+    assert read["label"].tolist() == [0, pd.NA, 1]
+    assert read["year"].tolist() == ["1", "two", None], "what mixes kinds becomes text"
+    # so does another run's column of the same name and another kind
     extract(
         make_images(tmp_path / "i", 1, 5).assign(year=1999), tmp_path / "out", fake_models(), progress=False
     )
-    assert sorted(load_features(tmp_path / "out").table["year"]) == ["1999", "x", "x", "y"]
+    assert load_features(tmp_path / "out").table["year"].tolist() == ["1999", "1", "two", None]
 
 
 def test_texts_as_arrow_keeps_them(tmp_path):
@@ -473,7 +473,7 @@ def test_batch_is_halved_when_memory_runs_out(reference, tmp_path, capsys, error
     options = {"batch_size": 16, "progress": False, "decode": DecodeConfig(prefetch=prefetch)}
     report = extract(manifest, tmp_path, with_(encoder=Hungry(5, error)), **options)
     assert report.batch_size == 4 and report.errors == 0
-    assert "out of memory in 'image': batch size 16 -> 8" in capsys.readouterr().err
+    assert "out of memory in 'image': batch size 16 -> 4" in capsys.readouterr().err
     same_content(load_features(tmp_path), expected)
 
 
@@ -565,21 +565,18 @@ def test_pixels_that_wait_are_bounded_over_all_threads(tmp_path, monkeypatch, pr
         Image.new("RGB", (100, 100) if i % 6 else (200, 190), (i, 2 * i, 0)).save(folder / f"{i:02d}.png")
     real = decode.load_image
 
+    def change(pixels):
+        with lock:
+            now[0] += pixels
+            most[0] = max(most[0], now[0])
+
     def load(data, **options):
         image = real(data, **options)
-        with lock:
-            now[0] += image.width * image.height
-            most[0] = max(most[0], now[0])
+        change(image.width * image.height)
+        weakref.finalize(image, change, -image.width * image.height)
         return image
 
-    class Counting(decode._Decoders):
-        def _free(self, item, room):
-            with lock:
-                now[0] -= sum(room)
-            super()._free(item, room)
-
     monkeypatch.setattr(decode, "load_image", load)
-    monkeypatch.setattr(decode, "_Decoders", Counting)
     config = DecodeConfig(threads=6, max_pixels=40_000, prefetch=prefetch)
     manifest = manifest_of(sorted(folder.iterdir()))
     report = extract(manifest, tmp_path / "out", fake_models(), decode=config, progress=False)
@@ -603,7 +600,7 @@ def test_memory_that_is_short_for_one_image_costs_its_row_now_and_nobody_elses(t
         report = extract(manifest, out, fake_models(), progress=False)
     assert (report.computed, report.errors) == (5, 1)
     reason = errors_of(out)["reason"][0]
-    assert reason.startswith("00003.png: memory ran out for this image of 11 x 8 pixels; free some memory")
+    assert reason.startswith("00003.png: memory ran out for this image of 88 pixels; free some memory")
     monkeypatch.undo()  # which says nothing about the file
     assert extract(manifest, out, fake_models(), progress=False).computed == 1
 

@@ -142,7 +142,7 @@ def test_an_extraction_tells_what_it_cut_and_notes_it(tmp_path, capsys):
     line = "1 caption longer than the 5 tokens the encoder reads, and cut there for it (longest 6, "
     line += "first: 00001"
     assert line in capsys.readouterr().err and line in str(report)
-    assert read_run(tmp_path / "out")["captions"] == {"cut": 1, "room": 5, "longest": 6, "first": "00001.png"}
+    assert line in read_run(tmp_path / "out")["last_run"]["notes"][0]
     again = extract(manifest, tmp_path / "out", readers(ShortSighted()), **options)
     assert again.reused == 4 and line in capsys.readouterr().err  # a second run does not hush it up
     table = load_features(tmp_path / "out").table
