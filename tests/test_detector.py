@@ -336,7 +336,7 @@ def test_a_folder_without_a_detector(tmp_path):
 
 def test_promises_are_held_against_new_images_only(features, detector):
     train, _, test = parts(features)
-    assert len(detector.promises(test)) == 6
+    assert len(detector.promises(test)) == 4
     with pytest.warns(UserWarning, match="1050 of 1400 images trained or calibrated this detector"):
         assert detector.promises(features).equals(detector.promises(test))
     with pytest.raises(InputError, match="all 700 images trained or calibrated this detector"):
