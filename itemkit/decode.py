@@ -13,6 +13,7 @@ from itertools import islice
 from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, Any
 
+from itemkit.devices import THREADS_VARIABLE
 from itemkit.errors import ItemkitError
 from itemkit.images import content_id, load_image, open_image, read_bytes
 from itemkit.text import one_line, printable
@@ -35,7 +36,7 @@ class Status(enum.StrEnum):
 class DecodeConfig:
     """How image files become pixels in memory."""
 
-    threads: int | None = None  # None: one per processor this process may use
+    threads: int | None = None  # None: as `devices.set_threads` says, else one per processor
     prefetch: int | None = None  # batches decoded ahead of the models; None: 0 on a CPU (shared), else 2
     # Pixels that are being decoded or wait for the models, in all threads together: with 3 to 7 bytes each,
     # no folder of allowed images takes 2 GB. One larger image goes alone.
@@ -47,7 +48,7 @@ class DecodeConfig:
     def n_threads(self) -> int:
         """Number of decoding threads."""
         own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return max(1, self.threads if self.threads is not None else min(32, own or 1))
+        return self.threads or int(os.environ.get(THREADS_VARIABLE) or min(32, own or 1))
 
 
 @dataclass(slots=True)
