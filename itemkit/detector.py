@@ -139,8 +139,6 @@ class Detector:
             self.notes.append(f"{_numbers(y)} calibration images: p(fake) {how}")
         self.real_cosines_ = _quantiles(val.select(val.labels == schema.REAL))
         self.image_keys_ = {"train": image_keys(train), "val": image_keys(val)}
-        for note in self.notes:
-            warnings.warn(note, stacklevel=2)
         return self
 
     def check(self, features: Features, ignore: Sequence[str] = ()) -> None:
