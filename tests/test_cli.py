@@ -194,7 +194,7 @@ def test_a_missing_detector(data: Path, tmp_path: Path, run: Run) -> None:
     [
         ("file_nam,label\na.png,0\n", "path"),
         ("path,label\nimages/00000.png,0\nimages/00001.png,maybe\n", "maybe"),
-        ("path,label\nimages/00000.png,0\nimages/00000.png,1\n", "contradict"),
+        ("path,label\nimages/00000.png,0\nimages/00000.png,1\n", "more than once"),
         ("", "empty"),
     ],
 )
