@@ -110,10 +110,10 @@ def test_a_true_folder(tmp_path: Path) -> None:
 
 def test_pipeline_without_parser_is_refused(tmp_path: Path) -> None:
     spacy.blank("en").to_disk(tmp_path / "blank")
-    with pytest.raises(InputError, match="no noun chunks|noun chunks need a tagger, a parser"):
+    with pytest.raises(InputError, match="gives no noun chunks.* a tagger, a parser"):
         load_parser(tmp_path / "blank")
     spacy.blank("xx").to_disk(tmp_path / "other")
-    with pytest.raises(InputError, match="no noun chunks|use an English pipeline"):
+    with pytest.raises(InputError, match="gives no noun chunks.*use an English pipeline"):
         load_parser(tmp_path / "other")
 
 
