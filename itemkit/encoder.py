@@ -216,30 +216,33 @@ def _by_tag(name: str, pretrained: str | None) -> tuple[Located, dict[str, Any]]
             f"numbers. Known: {', '.join(tags) or 'none, pass a file'}."
         )
     what, file = f"encoder '{name}' ({tidy(pretrained)})", Path(pretrained).expanduser()
-    tag = open_clip.get_pretrained_cfg(clean, pretrained) or {}
-    if tag:
-        repo, weights = hub_files(tag)
+    if open_clip.get_pretrained_cfg(clean, pretrained):
+        repo, weights, settings = of_hub(clean, pretrained)
         located = find_place(f"hf-hub:{repo}", f"{what} from")
-        located = replace(located, name=name, weights=choose_weights(located, weights))
-    elif file.is_file():
-        located = Located(what, file, "", name, (file,))
-        check_file(file, located, weights=True)
-    elif looks_like_path(pretrained) or file.suffix:
-        raise not_found(what, file)
-    else:
+        return replace(located, name=name, weights=choose_weights(located, weights)), settings
+    if not file.is_file():
+        if looks_like_path(pretrained) or file.suffix:
+            raise not_found(what, file)
         raise unknown(f"encoder '{name}' has no weights called '{pretrained}'", pretrained, tags)
+    located = Located(what, file, "", name, (file,))
+    check_file(file, located, weights=True)
+    return located, {"model_cfg": open_clip.get_model_config(clean)}
+
+
+def of_hub(name: str, tag: str) -> tuple[str, tuple[str, str], dict[str, Any]]:
+    """Of a name and tag of open_clip: repository, files of weights, the safe one first, and the settings."""
+    import open_clip
+
+    known = open_clip.get_pretrained_cfg(name, tag)
+    repo, _, file = known["hf_hub"].rpartition("/")
+    safe = str(Path(file).with_suffix(".safetensors")) if file else "open_clip_model.safetensors"
+    preprocess = {key: known[key] for key in _PREPROCESS if key in known}
     # open_clip only warns when a tag was trained with another activation than the named architecture has
     # (ViT-L-14 with "openai", "metaclip_400m", "dfn2b" ...) and then computes wrong embeddings.
-    config, quick_gelu = open_clip.get_model_config(clean), tag.get("quick_gelu")
-    return located, {"model_cfg": config, "preprocess_cfg": tag, "quick_gelu": quick_gelu}
-
-
-def hub_files(tag: dict[str, Any]) -> tuple[str, tuple[str, str]]:
-    """Repository of an open_clip tag, and its files of weights, the safe one first."""
-    repo, _, file = tag["hf_hub"].rpartition("/")
-    weights = file or "open_clip_pytorch_model.bin"
-    safe = str(Path(file).with_suffix(".safetensors")) if file else "open_clip_model.safetensors"
-    return repo, (safe, weights)
+    quick_gelu = bool(known.get("quick_gelu"))
+    config = open_clip.get_model_config(name)
+    settings = {"model_cfg": config, "preprocess_cfg": preprocess, "quick_gelu": quick_gelu}
+    return repo, (safe, file or "open_clip_pytorch_model.bin"), settings
 
 
 def _outside(located: Located, name: str) -> Path:

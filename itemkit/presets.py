@@ -298,7 +298,8 @@ def get_preset(
         root, folders = mini_folder() / "models", FOLDERS | {"encoder": "clip"}
     if root is not None:
         places: dict[str, Any] = {part: str(root / folders[part]) for part in PARTS[:3]}
-        preset = dataclasses.replace(preset, **places, encoder_pretrained=None)
+        options = {key: value for key, value in preset.localiser_options.items() if key != "model"}
+        preset = dataclasses.replace(preset, **places, encoder_pretrained=None, localiser_options=options)
     preset = preset.replace(**overrides)
     if folder is not None and root is not None and preset.localiser in DETECTORS:
         options = {"model": str(root / FOLDERS["localiser"]), **preset.localiser_options}
