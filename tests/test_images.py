@@ -290,7 +290,10 @@ def test_sixty_broken_files_give_an_image_or_a_reason_in_plain_words(capfd):
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"<!DOCTYPE html><html>404</html>", "looks like a web page, not an image; fetch the image itself"),
+        (
+            b"<!DOCTYPE html><html>404</html>",
+            "looks like a web page, for which there is no reader; fetch the image itself",
+        ),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "run 'git lfs pull'"),
         (b"just some words", "looks like plain text"),
         (b"\0\1\2\3", "not an image in any format known here; store it as one of JPEG"),
@@ -336,8 +339,8 @@ def test_empty_missing_folder_and_links(tmp_path):
         "empty.png": ("empty", "0 bytes"),
         "none.png": ("missing", "no such file; check the path or drop the row"),
         "gone.png": ("missing", "links to .*nowhere.png, which does not exist"),
-        "loop.png": ("no access", "a link that points to itself"),
-        ".": ("not a file", "is a folder, not an image file"),
+        "loop.png": ("no access", "cannot be opened .*links"),
+        ".": ("not a file", "is a folder, pipe or device"),
         "a\0b": ("no access", "cannot be opened"),
         "x" * 300: ("no access", "cannot be opened"),
     }
@@ -369,7 +372,7 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "pipe.jpg"), "/dev/zero"],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    assert "is a named pipe" in done.stdout and "is a device" in done.stdout, done
+    assert done.stdout.count("not a file") == 2, done
 
 
 def test_file_size_is_bounded(tmp_path, monkeypatch):
