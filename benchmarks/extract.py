@@ -109,7 +109,7 @@ def gflop_of(encoder: Any, pixels: torch.Tensor) -> float:
 
     one = pixels[:1].clone().requires_grad_(True)  # or a fused attention is chosen, which is not counted
     with FlopCounterMode(display=False) as counter:
-        encoder.embed_pixels(one)
+        encoder.model.encode_image(one.to(encoder.device, encoder.dtype))
     return counter.get_total_flops() / 1e9
 
 

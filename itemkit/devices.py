@@ -15,18 +15,9 @@ THREADS_VARIABLE = "ITEMKIT_THREADS"
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """Turn a wish into a device; never falls back from a device that was asked for by name.
+    """Turn a wish into a device, or raise `InputError` where a device that was named is not there.
 
-    Parameters
-    ----------
-    device : str or torch.device
-        "auto" is the current CUDA device where there is one, else the CPU. "cpu", "cuda", "cuda:1", "mps" are
-        taken at their word. "auto" does not pick "mps": nothing was verified there.
-
-    Raises
-    ------
-    InputError
-        Unknown name, or the device is not there.
+    "auto" is the current CUDA device where there is one, else the CPU; not "mps", where nothing was verified.
     """
     import torch
 

@@ -209,12 +209,7 @@ def _by_tag(name: str, pretrained: str | None) -> tuple[Located, dict[str, Any]]
             f"encoder '{name}' is neither a folder nor known to open_clip.{did_you_mean(clean, known)} "
             "For a model of the hub write 'hf-hub:owner/name', for a folder './folder'."
         )
-    tags = open_clip.list_pretrained_tags_by_model(clean)
-    if not pretrained:
-        raise InputError(
-            f"encoder '{name}' needs a tag that says which weights; without one open_clip would use random "
-            f"numbers. Known: {', '.join(tags) or 'none, pass a file'}."
-        )
+    pretrained = pretrained or ""
     what, file = f"encoder '{name}' ({tidy(pretrained)})", Path(pretrained).expanduser()
     if open_clip.get_pretrained_cfg(clean, pretrained):
         repo, weights, settings = of_hub(clean, pretrained)
@@ -223,7 +218,8 @@ def _by_tag(name: str, pretrained: str | None) -> tuple[Located, dict[str, Any]]
     if not file.is_file():
         if looks_like_path(pretrained) or file.suffix:
             raise not_found(what, file)
-        raise unknown(f"encoder '{name}' has no weights called '{pretrained}'", pretrained, tags)
+        needs = f"encoder '{name}' needs a tag that says which weights, not '{pretrained}'"
+        raise unknown(needs, pretrained, open_clip.list_pretrained_tags_by_model(clean))
     located = Located(what, file, "", name, (file,))
     check_file(file, located, weights=True)
     return located, {"model_cfg": open_clip.get_model_config(clean)}
@@ -276,15 +272,11 @@ class Encoder:
     ----------
     dim : int
         Width d of the joint space.
-    device, dtype
-        Where the weights are, and their number format. Results are always float32.
     context_length : int
         Tokens a text may have, start and end included; what is beyond is cut (see `count_tokens`).
     image_size, patch_grid : (int, int)
         Rows and columns of the image tower's input, and of its patches; None where it has no patch embeddings
         in the joint space.
-    resize_mode : {"shortest", "longest", "squash"}
-        How an image is brought to that size; see `frame`.
     logit_scale : float
         The factor on cosines that the model was trained with.
     """
@@ -316,35 +308,23 @@ class Encoder:
         probe = self.encode_images(torch.zeros(1, 3, *self.image_size), patches=self._patch_pass is not None)
         self.dim = int(probe.pooled.shape[1])
 
-    def embed_pixels(self, pixels: Tensor, patches: bool = False) -> ImageEmbedding:
-        """Embed preprocessed images; differentiable with respect to `pixels`.
+    def encode_images(self, pixels: Tensor, patches: bool = False) -> ImageEmbedding:
+        """Embed images, stacked results of `preprocess`; also their patches, in the same forward pass."""
+        import torch
 
-        Parameters
-        ----------
-        pixels : tensor, shape (n, 3, height, width)
-            Stacked results of `preprocess`.
-        patches : bool
-            Also embed the patches, in the same forward pass.
-        """
-        pixels = pixels.to(device=self.device, dtype=self.dtype)
-        if not patches:
-            return ImageEmbedding(_unit(self.model.encode_image(pixels)))
-        if self._patch_pass is None:
+        if patches and self._patch_pass is None:
             raise InputError(
                 f"encoder '{self.name}' has no patch embeddings in the joint space, so the localiser 'dense' "
                 "is not available with it. Use localiser 'grid' or 'whole', a detector ('owlv2', "
                 "'grounding_dino'), or a ViT encoder such as ViT-B-32, ViT-L-14, EVA02-B-16, ViT-B-16-SigLIP."
             )
-        return ImageEmbedding(*map(_unit, self._patch_pass(pixels)))
-
-    def encode_images(self, pixels: Tensor, patches: bool = False) -> ImageEmbedding:
-        """Embed preprocessed images without gradients. See `embed_pixels`."""
-        import torch
-
         # no_grad, not inference_mode: moving weights inside the latter breaks them, and its results refuse
         # to take part in training later.
         with torch.no_grad():
-            return self.embed_pixels(pixels, patches)
+            pixels = pixels.to(device=self.device, dtype=self.dtype)
+            if patches and self._patch_pass is not None:
+                return ImageEmbedding(*map(_unit, self._patch_pass(pixels)))
+            return ImageEmbedding(_unit(self.model.encode_image(pixels)))
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Embed texts, equal ones once: float32 tensor, shape (n, d), rows L2-normalised."""
@@ -399,7 +379,7 @@ def load_encoder(
     device: str | torch.device = "auto",
     precision: str = "auto",
 ) -> Encoder:
-    """Load an open_clip model with pretrained weights from this machine.
+    """Load an open_clip model with pretrained weights from this machine; device, precision: see `devices`.
 
     Parameters
     ----------
@@ -408,8 +388,6 @@ def load_encoder(
         "hf-hub:owner/name".
     pretrained : str, optional
         Tag ("openai", "laion2b_s32b_b82k") or file of weights; needed with a name, unused with a folder.
-    device, precision
-        See `itemkit.devices`.
 
     Raises
     ------

@@ -18,15 +18,8 @@ class ModelNotFound(ItemkitError):
         What was asked for, e.g. ``captioner 'Salesforce/blip'``; or the whole message, if there is no more.
     reason : str
         What is wrong with it, as the rest of a sentence; that it is not here, by default.
-    looked : str
-        Where it was looked for.
-    remedy : str
-        What to do, in whole sentences.
-
-    Attributes
-    ----------
-    fact : str
-        The message without the remedy.
+    looked, remedy : str
+        Where it was looked for, and what to do, in whole sentences. ``fact`` is the message without that.
     """
 
     def __init__(self, what: str, *, reason: str = "", looked: str = "", remedy: str = "") -> None:

@@ -52,15 +52,13 @@ GRID_MAX_STEPS = 12  # windows per axis and scale of "grid"; bounds the work on 
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a run. `presets.Preset.build` makes them; anything with the same methods will do.
+    """The models of a run: the encoder alone for images with captions, and more for objects and regions.
 
-    Only the encoder is needed: without a captioner every image comes with a caption of its own; without a
-    parser or a localiser there are global features only.
-
-    One's own captioner is a class with ``caption(images) -> list of str`` (or of `captions.Caption`); one's
-    own localiser has ``boxes(image, phrases) -> list of (x0, y0, x1, y1, score) or None``, or all of
-    `regions.Localiser`. Each says which answers it gives, so that features of different ones are never mixed
-    up: by a ``version`` that is raised whenever the answers change, or by ``fingerprint() -> dict``.
+    `presets.Preset.build` makes them; anything with the same methods will do. One's own captioner is a class
+    with ``caption(images) -> list of str`` (or of `captions.Caption`); one's own localiser has
+    ``boxes(image, phrases) -> list of (x0, y0, x1, y1, score) or None``, or all of `regions.Localiser`. Each
+    says which answers it gives, so that features of different ones are never mixed up: by a ``version`` that
+    is raised whenever the answers change, or by ``fingerprint() -> dict``.
 
     >>> class Captions:
     ...     version = "1"
@@ -71,11 +69,6 @@ class Models:
     '1'
 
     On the command line such a class is named by module and name: ``--captioner my_module:Captions``.
-
-    Raises
-    ------
-    InputError
-        A part lacks a method.
     """
 
     encoder: Any
@@ -99,13 +92,7 @@ class Models:
                 )
 
     def fingerprint(self, captions: str = "generate") -> dict[str, Any]:
-        """Everything about the models that changes the numbers, JSON-ready, the same on every device.
-
-        Parameters
-        ----------
-        captions : {"generate", "user"}
-            Where captions come from.
-        """
+        """Everything that changes the numbers, JSON-ready; ``captions`` come from "generate" or "user"."""
         return run_fingerprint({name: getattr(self, name) for name in PARTS}, captions)
 
 
@@ -195,13 +182,7 @@ def own_part(name: str, text: str) -> Any:
 
 
 def localiser_settings(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a localiser given by name and options changes the regions, its weights apart.
-
-    Raises
-    ------
-    InputError
-        A name, or an option of it, that nobody knows.
-    """
+    """What changes the regions of a localiser, its weights apart; refuses a name or option nobody knows."""
     if name not in LOCALISERS:
         known = [*LOCALISERS, "your own as module:object"]
         raise unknown(f"localiser '{name}' is unknown", name, known)

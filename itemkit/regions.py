@@ -234,7 +234,7 @@ class Dense(Localiser):
         super().__init__(encoder, **options)
         if encoder.patch_grid is None:
             # Raises the error that names the ways out.
-            encoder.embed_pixels(torch.zeros(1, 3, *encoder.image_size), patches=True)
+            encoder.encode_images(torch.zeros(1, 3, *encoder.image_size), patches=True)
         temperature, self.level = self.settings["temperature"], self.settings["level"]
         if (temperature is not None and temperature <= 0) or not 0 <= self.level < 1:
             raise InputError(f"dense: got temperature {temperature} and level {self.level}; expected > 0 and "
