@@ -152,7 +152,7 @@ def start_ray(spread: RayOptions) -> Any:
         import ray
     except ImportError as error:
         raise MissingExtra(
-            'the Ray engine needs an optional package: pip install "itemkit[ray]", or use engine="local"'
+            'the Ray engine needs an optional package: pip install "itemkit[ray]", or run without Ray'
         ) from error
     if not ray.is_initialized():
         where: dict[str, Any] = {"address": spread.address}

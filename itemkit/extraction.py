@@ -24,7 +24,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 from itemkit import __version__, schema, store
 from itemkit._files import folder_lock, remove_leftovers
+from itemkit.captions import clean_caption
 from itemkit.decode import DecodeConfig, Item, Reader, Status, batches, feature_of, reason_of
 from itemkit.errors import InputError, ItemkitError, StoreError
 from itemkit.features import ARRAYS, IMAGE_ARRAYS, Features, concat_features
@@ -76,16 +77,7 @@ class WorkerOptions:
 class Worker:
     """Turns image files into whole shards of a store; one per process.
 
-    Parameters
-    ----------
-    folder : Path
-        The store.
-    run : dict
-        Its ``run.json``.
-    models : Models
-    stored : iterable of str
-        Features that are in the store already.
-    options : WorkerOptions
+    ``run`` is the store's ``run.json``, ``stored`` the features that it holds already.
     """
 
     def __init__(
@@ -174,10 +166,10 @@ class Worker:
             items[0].fail(stage, f"{items[0].name}: {why}", failed)
             return
         if short:
+            import torch
+
             gc.collect()
-            torch = sys.modules.get("torch")
-            if torch is not None and torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # nothing happens where there is none
         half = (len(items) + 1) // 2
         self._compute(items[:half])
         self._compute(items[half:])
@@ -230,50 +222,32 @@ def is_fatal(error: Exception) -> bool:
     return not is_out_of_memory(error) and (broken or "cuDNN error" in str(error))
 
 
-def raise_malloc_thresholds() -> bool:
+def raise_malloc_thresholds() -> None:
     """Let glibc keep the buffers of a batch instead of fetching them from the system each time.
 
     Not those of huge images, and not in an arena for each decoding thread: what is kept there is lost.
-    Returns whether it had any effect; False on systems without glibc.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    libc = ctypes.CDLL(None)
-    # numbers from malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
-    options = ((-3, 128 << 20), (-1, 512 << 20), (-2, 64 << 20), (-8, 2))
-    return all([libc.mallopt(option, value) for option, value in options])
+    if platform.libc_ver()[0] == "glibc":
+        # numbers from malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
+        for option, value in ((-3, 128 << 20), (-1, 512 << 20), (-2, 64 << 20), (-8, 2)):
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 # ---------------------------------------------------------------------------------------------- the plan
 
 
 class Job:
-    """What is to be done, and what became of every row; never an embedding. Making one writes nothing.
+    """What is to be done in a store, and what became of every row; making one writes nothing.
 
-    Parameters
-    ----------
-    manifest : DataFrame
-        As `_checked` gives it.
-    folder : Path
-        The store; it need not be there.
-    run : dict
-        The head of ``run.json``.
-    missing : {"raise", "generate", "error"}
-    retry_errors : bool
-
-    Raises
-    ------
-    StoreError
-        The store was made otherwise than ``run`` says.
+    ``manifest`` is as `_checked` gives it, ``run`` the head of ``run.json``.
     """
 
     def __init__(
         self, manifest: pd.DataFrame, folder: Path, run: dict, missing: str, retry_errors: bool
     ) -> None:
         self.manifest, self.folder, self.damaged = manifest, folder, list[store.DamagedError]()
-        before = (
-            self._unless_damaged(store.read_run, folder) if (folder / RUN_FILE).exists() else None
-        ) or {}
+        found = (folder / RUN_FILE).exists()
+        before = (self._unless_damaged(store.read_run, folder) if found else None) or {}
         if wrong := differences(before.get("fingerprint", run["fingerprint"]), run["fingerprint"]):
             shown = "; ".join(wrong[:4]) + ("; ..." if len(wrong) > 4 else "")
             raise StoreError(
@@ -305,15 +279,13 @@ class Job:
         ]
         self.before = empty if state[0] is None else state[0]
         known = self.before.to_pandas(integer_object_nulls=True)
-        self.known = known.reindex(columns=list(dict.fromkeys([*known, *schema.MANIFEST_COLUMNS, STAGE, REASON])))
-        # the manifest also knows the copies, which have no row in a shard
-        files = pd.concat([table[[*FILE_KEY, schema.IMAGE_ID]] for table in (stored, known)])
-        files = files.dropna().drop_duplicates(FILE_KEY)
-        self.plan = self._plan(files, by_user and missing == "error", retry_errors)
+        columns = list(dict.fromkeys([*known, *schema.MANIFEST_COLUMNS, STAGE, REASON]))
+        self.known = known.reindex(columns=columns)
+        self.plan = self._plan(stored, by_user and missing == "error", retry_errors)
         self.todo = self.plan.index[self.plan["status"] == Status.LEFT]
         self.noted: list[tuple] = []
         self.worked = bool((self.plan["status"] == Status.REUSED).any())
-        self._in_a_row, self._failed = 0, None
+        self._failed: list[Item] = []  # in a row
         self.conclude()
 
     def _unless_damaged(self, read: Callable[..., Any], *given: Any) -> Any:
@@ -323,12 +295,12 @@ class Job:
             self.damaged.append(error)
             return None
 
-    def _plan(self, files: pd.DataFrame, caption_needed: bool, retry_errors: bool) -> pd.DataFrame:
+    def _plan(self, stored: pd.DataFrame, caption_needed: bool, retry_errors: bool) -> pd.DataFrame:
         """What is known of each row by path, size and time of its file; only other files are ever opened."""
-        known, found = self.known, []
-        unread = set(known[schema.PATH][known[STAGE] == "read"])
+        unread = set(self.known[schema.PATH][self.known[STAGE] == "read"])
+        found = []
         for path, name, caption in zip(self.paths, self.names, self.captions, strict=True):
-            size, mtime, stage, reason = -1, -1, "", ""
+            size, mtime, stage, reason = -1, -1, None, None
             with contextlib.suppress(OSError, ValueError):
                 stat = os.stat(path)
                 size, mtime = stat.st_size, stat.st_mtime_ns
@@ -341,19 +313,20 @@ class Job:
                     read_bytes(path)
                 except InputError as error:
                     stage, reason = "read", reason_of(error, path, name)
-            found.append((name, size, mtime, stage, printable(reason)))
-        rows = pd.DataFrame(found, columns=[*FILE_KEY, STAGE, REASON])
-        rows = rows.merge(files, how="left", on=FILE_KEY)
-        rows[schema.IMAGE_ID] = rows[schema.IMAGE_ID].fillna("")
-        rows[FEATURE_ID] = list(map(feature_of, self.captions, rows[schema.IMAGE_ID]))
-        tokens = rows[FEATURE_ID].map(self.tokens)
+            found.append((name, size, mtime, stage, reason and printable(reason), None))
+        rows = pd.DataFrame(found, columns=[*FILE_KEY, STAGE, REASON, schema.IMAGE_ID])
         # only what lies in the file itself will be so again, a model's or the disk's trouble may be over;
         # but that could not be noted where nothing can be written
-        final = known[STAGE].eq("decode") if os.access(self.folder, os.W_OK) else known[STAGE].ne("label")
-        errors = known[final & known[REASON].notna() & (not retry_errors)].drop_duplicates(FILE_KEY)
-        again = rows[FILE_KEY].merge(errors[[*FILE_KEY, STAGE, REASON]], how="left", on=FILE_KEY)
-        again = again[again[REASON].notna() & (rows[REASON] == "")]
-        rows.loc[again.index, [STAGE, REASON]] = again[[STAGE, REASON]]
+        stage = self.known[STAGE]
+        final = stage.eq("decode") if os.access(self.folder, os.W_OK) else stage.ne("label")
+        known = self.known.assign(
+            **{name: self.known[name].where(final & (not retry_errors)) for name in (STAGE, REASON)}
+        )
+        # the manifest also knows the copies, which have no row in a shard
+        files = pd.concat([stored, known]).groupby(FILE_KEY)[[schema.IMAGE_ID, STAGE, REASON]].first()
+        rows = rows.fillna(rows[FILE_KEY].join(files, on=FILE_KEY)).fillna("")
+        rows[FEATURE_ID] = list(map(feature_of, self.captions, rows[schema.IMAGE_ID]))
+        tokens = rows[FEATURE_ID].map(self.tokens)
         status = np.select([rows[REASON] != "", tokens.notna()], [Status.ERRORS, Status.REUSED], Status.LEFT)
         return rows.assign(tokens=tokens.fillna(0).astype(np.int64), status=status.astype(object))
 
@@ -372,7 +345,7 @@ class Job:
         shards = self.folder / store.SHARD_FOLDER
         own = {".lock", shards.name, MANIFEST_FILE, ERRORS_FILE}
         remove_leftovers(self.folder)
-        names = {path.name for path in self.folder.iterdir()}
+        names = {path.name for path in self.folder.iterdir() if path.suffix != ".damaged"}
         if RUN_FILE not in names and (others := sorted(names - own)):
             raise StoreError(
                 f"{self.folder} holds other files ({printable(', '.join(others[:3]))}) and no {RUN_FILE}: "
@@ -390,36 +363,27 @@ class Job:
             store.write_run(self.folder, self.run)
 
     def note(self, items: list[Item]) -> None:
-        """Note what became of some rows.
-
-        Raises
-        ------
-        ItemkitError
-            The models fail on everything: it is not the images.
-        """
+        """Note what became of some rows."""
         for item in items:
             self.noted.append((item.row, *(getattr(item, name) for name in FILE)))
             if item.status == Status.COMPUTED:
-                self.worked, self._in_a_row = True, 0
-            if item.error is not None:
-                self._in_a_row, self._failed = self._in_a_row + 1, item
-                if self._in_a_row >= (MANY if self.worked else 8):
-                    self._give_up(item)
+                self.worked, self._failed = True, []
+            elif item.error is not None:
+                self._failed.append(item)
+        self.give_up_after(MANY if self.worked else 8)
 
-    def check_that_anything_worked(self) -> None:
-        """Some images may upset a model; if all do, it is not the images."""
-        if self._failed is not None and not self.worked:
-            self._give_up(self._failed)
-
-    def _give_up(self, item: Item) -> NoReturn:
-        error = item.error
-        if isinstance(error, ItemkitError):
-            raise error
+    def give_up_after(self, many: int) -> None:
+        """Some images may upset a model; if so many in a row do, it is not the images."""
+        if len(self._failed) < many:
+            return
+        item = self._failed[-1]
+        if isinstance(item.error, ItemkitError):
+            raise item.error
         raise ItemkitError(
-            f"the step '{item.stage}' failed on {count(self._in_a_row, 'image')} in a row "
-            f"({item.reason}), so this is not the images. Mend it, then run the same command again: what was "
+            f"the step '{item.stage}' failed on {count(len(self._failed), 'image')} in a row (the last: "
+            f"{item.reason}), so it is not the images. Mend it, then run the same command again: what was "
             "computed before is kept"
-        ) from error
+        ) from item.error
 
     def conclude(self) -> None:
         """Set ``rows`` (what became of each), ``table`` (the store's manifest), ``complete`` and ``changed``.
@@ -435,13 +399,12 @@ class Job:
         lost = rows["status"].eq(Status.COPY) & rows[FEATURE_ID].isin(failed.index)
         rows.loc[lost, [STAGE, REASON]] = failed.loc[rows[FEATURE_ID][lost], [STAGE, REASON]].to_numpy()
         given = self.manifest.reindex(columns=list(dict.fromkeys([*schema.MANIFEST_COLUMNS, *self.manifest])))
-        given = given.drop(columns=[name for name in rows if name in given])
-        wrong = contradictions(pd.concat([rows, given[[schema.LABEL]]], axis=1))
-        rows.loc[wrong.index, [STAGE, REASON]] = wrong
+        wrong = contradictions(rows.assign(label=given[schema.LABEL]))
+        rows.loc[wrong.index, STAGE], rows.loc[wrong.index, REASON] = "label", wrong
         rows.loc[rows[REASON] != "", "status"] = Status.ERRORS
         mine = rows.drop(columns=["tokens", "status"]).replace("", None)
         mine.loc[rows["status"].isin((Status.ERRORS, Status.LEFT)), FEATURE_ID] = None
-        mine = pd.concat([mine, given], axis=1).astype(object)
+        mine = mine.join(given.drop(columns=list(mine), errors="ignore")).astype(object)
         other = self.known[~self.known[schema.PATH].isin(mine[schema.PATH])].astype(object)
         label = mine.dropna(subset=[schema.IMAGE_ID, schema.LABEL]).drop_duplicates(schema.IMAGE_ID)
         label = other[schema.IMAGE_ID].map(label.set_index(schema.IMAGE_ID)[schema.LABEL])
@@ -462,14 +425,8 @@ class Job:
         store.write_state(self.folder, self.run, self.table)
 
 
-def contradictions(table: pd.DataFrame) -> pd.DataFrame:
-    """Stage and reason of files of one content that are labelled real here and fake there: none can be used.
-
-    Parameters
-    ----------
-    table : DataFrame
-        With ``path, image_id, label`` and ``reason``; rows that have a reason already stay out.
-    """
+def contradictions(table: pd.DataFrame) -> pd.Series:
+    """Reasons of files of one content that are labelled real here and fake there: none can be used."""
     known = table[(table[schema.IMAGE_ID] != "") & table[schema.LABEL].notna()]
     firsts = known.drop_duplicates([schema.IMAGE_ID, schema.LABEL])
     firsts = firsts.pivot(index=schema.IMAGE_ID, columns=schema.LABEL, values=schema.PATH)
@@ -478,14 +435,11 @@ def contradictions(table: pd.DataFrame) -> pd.DataFrame:
     reasons = {}
     for row, path, image_id, label in wrong[[schema.PATH, schema.IMAGE_ID, schema.LABEL]].itertuples():
         here, there = schema.LABEL_NAMES[label], schema.LABEL_NAMES[1 - label]
-        reasons[row] = (
-            "label",
-            printable(
-                f"{path}: labelled {here}, but {firsts[1 - label][image_id]} has the same content and is "
-                f"labelled {there}; correct one label or drop both rows"
-            ),
+        reasons[row] = printable(
+            f"{path}: labelled {here}, but {firsts[1 - label][image_id]} has the same content and is "
+            f"labelled {there}; correct one label or drop both rows"
         )
-    return pd.DataFrame.from_dict(reasons, orient="index", columns=[STAGE, REASON])
+    return pd.Series(reasons, dtype=object)
 
 
 def same_rows(old: pa.Table, new: pa.Table) -> bool:
@@ -592,12 +546,9 @@ def extract(
     transform: Callable[..., Any] | None = None,
     batch_size: int | None = None,
     shard_size: int = 4096,
-    limit: int | None = None,
     decode: DecodeConfig | None = None,
     retry_errors: bool = False,
     progress: bool = True,
-    config: dict | None = None,
-    engine: str = "local",
     ray: RayOptions | None = None,
 ) -> ExtractReport:
     """Compute the features of all images of a manifest that the store does not hold yet.
@@ -613,9 +564,7 @@ def extract(
     out : path
         The feature store; made if missing, continued if made with the same models and options.
     models : Models, Preset or str
-        The models, a preset, or the name of one.
-    device : str
-        For a preset.
+        The models, a preset (for which ``device`` is meant), or the name of one.
     captions : {"generate", "user"}
         From the captioner, or from the manifest's ``caption`` column, cleaned by `captions.clean_caption`;
         the original stays as ``caption_posted`` where it changed.
@@ -624,71 +573,68 @@ def extract(
     transform : callable with ``fingerprint()``, optional
         ``(image, image_id) -> image`` applied after decoding, e.g. a perturbation; must be deterministic.
     batch_size : int, optional
-        Images per batch; default 32 on a CPU, 256 on a GPU. Halved when memory runs out. Does not change the
-        numbers beyond rounding.
+        Default 32 on a CPU, 256 on a GPU; halved when memory runs out. Changes the numbers by rounding only.
     shard_size : int
         A shard is written after this many images, or two minutes; a killed run loses no more than that.
-    limit : int, optional
-        Take the first rows of the manifest only.
     decode : DecodeConfig, optional
         Threads, look-ahead, bounds of memory.
     retry_errors : bool
         Try images again that were found unusable before and have not changed since.
     progress : bool
         Progress bar and closing lines on stderr. Without, images that failed are a warning.
-    config : dict, optional
-        Noted in ``run.json`` for the reader, e.g. the preset's options; does not decide what is reused.
-    engine : {"local", "ray"}
-        Run the models in this process, or in the workers of a Ray cluster. The store is the same.
     ray : RayOptions, optional
-        How many workers, and where; see :mod:`itemkit.engine_ray`.
+        Run the models in the workers of a Ray cluster, see `itemkit.engine_ray`; by default in this process.
 
     Raises
     ------
-    InputError
-        The manifest or an option is unusable.
-    StoreError
-        The folder is no store, was made otherwise, or cannot be written; what was finished is intact.
-    ItemkitError
-        The models fail on everything; what was computed before is kept.
+    InputError, StoreError, ItemkitError
+        The manifest or an option is unusable; the folder is no store, was made otherwise, or cannot be
+        written; the models fail on everything. What was computed before is kept.
     KeyboardInterrupt
         After Ctrl-C, once everything computed is on disk.
     """
     for name, value, choices in (
         ("captions", captions, ("generate", "user")),
         ("missing", missing, ("raise", "generate", "error")),
-        ("engine", engine, ("local", "ray")),
     ):
         if value not in choices:
             raise InputError(f"got {name}={value!r}; choose one of {', '.join(choices)}")
-    for name, number in (("batch_size", batch_size), ("limit", limit)):
-        if number is not None and number < 1:
-            raise InputError(f"got {name}={number}; give at least 1, or None")
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"got batch_size={batch_size}; give at least 1, or None for the device's default")
     if transform is not None and not hasattr(transform, "fingerprint"):
         raise InputError(f"transform {transform!r} has no fingerprint(), by which the cache tells it apart")
-    report_of_manifest = manifest.attrs.get("report")
-    manifest = _checked(manifest, captions, missing, limit)
+    about = manifest.attrs.get("report")
+    manifest = _checked(manifest, captions, missing)
     if isinstance(models, str):
         from itemkit.presets import get_preset
 
         models = get_preset(models)
-    if config is None and hasattr(models, "record"):
-        config = models.record()
     if models.captioner is None and (captions == "generate" or missing == "generate"):
         raise InputError("there is no captioner to make captions with; give one, or pass captions='user'")
     started, folder, worker, stop = time.perf_counter(), Path(out), None, StopSignal()
     options = WorkerOptions(decode or DecodeConfig(), transform, batch_size, shard_size)
-    if engine == "ray":
-        from itemkit.engine_ray import RayCluster, RayOptions
+    if ray is not None:
+        from itemkit.engine_ray import RayCluster
 
-        worker = RayCluster(models, device, options, ray or RayOptions())
+        worker = RayCluster(models, device, options, ray)
     parts = worker.fingerprint(captions) if worker else fingerprint_of(models, device, captions)
-    parts["transform"] = None if transform is None else transform.fingerprint()
     side = options.decode.least_side
     parts["decode"] = None if side is None else {"least_side": side}
-    run = _run_head(parts, config, report_of_manifest)
-    run["dim"] = int(parts["encoder"].get("dim") or models.encoder.dim)
-
+    parts["transform"] = None if transform is None else transform.fingerprint()
+    parts = json.loads(json.dumps(parts))  # as it will be read back: tuples become lists
+    run = {
+        "kind": store.KIND,
+        "schema_version": store.SCHEMA_VERSION,
+        "complete": False,
+        "created": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "fingerprint": parts,
+        "fingerprint_hash": store.fingerprint_hash(parts),
+        "dim": int(parts["encoder"].get("dim") or models.encoder.dim),
+        "config": models.record() if hasattr(models, "record") else None,
+        "versions": _versions(),
+        "manifest": about,
+        "checksums": {},
+    }
     job = Job(manifest, folder, run, missing, retry_errors)
     if not job.settled:
         with folder_lock(folder):
@@ -708,8 +654,8 @@ def extract(
     elif report.errors:
         warnings.warn("; ".join(report.notes), stacklevel=2)
     if stop.requested is not None:
-        print(f"stopped; everything computed so far is in {out}. Run the same command again to go on",
-              file=sys.stderr, flush=True)  # fmt: skip
+        note = f"stopped; everything computed so far is in {out}. Run the same command again to go on"
+        print(note, file=sys.stderr, flush=True)
         if stop.requested == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt
@@ -725,7 +671,8 @@ def _compute(job: Job, worker: Any, stop: StopSignal, progress: bool) -> None:
             bar.update(len(items))
             if stop.requested:
                 break
-    job.check_that_anything_worked()
+    if not job.worked:
+        job.give_up_after(1)
     job.conclude()
 
 
@@ -741,27 +688,30 @@ def fingerprint_of(models: Models | Preset, device: str, captions: str) -> dict[
     return models.fingerprint(captions, device)
 
 
-def _checked(manifest: pd.DataFrame, captions: str, missing: str, limit: int | None) -> pd.DataFrame:
+def _checked(manifest: pd.DataFrame, captions: str, missing: str) -> pd.DataFrame:
+    """The manifest with paths as text, and the user's captions cleaned beside what was posted."""
     if schema.PATH not in manifest:
         raise InputError(f"the manifest has no column '{schema.PATH}', only {list(manifest.columns)}")
-    manifest = manifest.iloc[:limit].reset_index(drop=True)
     if not len(manifest):
         raise InputError("the manifest has no rows; nothing to extract")
+    manifest = manifest.reset_index(drop=True)
     for row, path in enumerate(manifest[schema.PATH]):
         if not (isinstance(path, str | os.PathLike) and str(path)):
             raise InputError(f"row {row} of the manifest has the path {path!r}; give a text or drop the row")
     manifest[schema.PATH] = pd.Series(map(os.fspath, manifest[schema.PATH]), dtype=object)
     if schema.LABEL in manifest:
         known = manifest[schema.LABEL].dropna()
-        for row, label in known[~known.isin((schema.REAL, schema.FAKE))].items():
+        for row, label in known[~known.isin(schema.LABEL_NAMES)].items():
             raise InputError(
-                f"row {row} of the manifest has the label {label!r}; expected {schema.REAL} for real, "
-                f"{schema.FAKE} for fake or nothing (itemkit.manifest.read_manifest also takes words)"
+                f"row {row} of the manifest has the label {label!r}; expected 0 for real, 1 for fake or "
+                "nothing (itemkit.manifest.read_manifest also takes words)"
             )
     if captions != "user":
         return manifest
-    manifest = with_clean_captions(manifest)
-    without = manifest[schema.CAPTION].isna()
+    given = manifest.get(schema.CAPTION, pd.Series(None, manifest.index)).astype(object)
+    clean = given.map(lambda text: clean_caption(store.utf8(str(text))) or None, na_action="ignore")
+    clean = clean.astype(object).where(clean.notna(), None)
+    without, changed = clean.isna(), given.notna() & (given != clean)
     if without.any() and missing == "raise":
         raise InputError(
             f"{int(without.sum())} of {len(manifest)} images have no caption; first: "
@@ -769,48 +719,13 @@ def _checked(manifest: pd.DataFrame, captions: str, missing: str, limit: int | N
             "only counts as none), or pass missing='generate' (the captioner fills in) or missing='error' "
             "(an error row for each)"
         )
-    return manifest
-
-
-def with_clean_captions(manifest: pd.DataFrame) -> pd.DataFrame:
-    """Clean the captions of a manifest; the original stays beside each one that changed.
-
-    Parameters
-    ----------
-    manifest : DataFrame
-
-    Returns
-    -------
-    DataFrame
-        ``caption`` as `captions.clean_caption` gives it, missing where nothing is left; where any changed,
-        also ``caption_posted``, empty where it did not.
-    """
-    from itemkit.captions import clean_caption
-
-    nothing = pd.Series(None, manifest.index, dtype=object)
-    given = manifest.get(schema.CAPTION, nothing).astype(object)
-    clean = given.map(lambda text: clean_caption(store.utf8(str(text))) or None, na_action="ignore")
-    clean = clean.astype(object).where(clean.notna(), None)
-    changed = given.notna() & (given != clean)
-    manifest = manifest.assign(**{schema.CAPTION: clean})
+    manifest[schema.CAPTION] = clean
     return manifest.assign(**{POSTED: given.where(changed, None)}) if changed.any() else manifest
 
 
-def _run_head(parts: dict[str, Any], config: dict | None, report: dict | None) -> dict[str, Any]:
-    parts = json.loads(json.dumps(parts))  # as it will be read back: tuples become lists
+def _versions() -> dict[str, str]:
     versions = {"itemkit": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    return {
-        "kind": store.KIND,
-        "schema_version": store.SCHEMA_VERSION,
-        "complete": False,
-        "created": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "fingerprint": parts,
-        "fingerprint_hash": store.fingerprint_hash(parts),
-        "config": config,
-        "versions": versions,
-        "manifest": report,
-        "checksums": {},
-    }
+    return versions
