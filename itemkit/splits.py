@@ -158,8 +158,8 @@ def split_validation(y: np.ndarray, fraction: float = 0.5, seed: int = 0) -> tup
     Early stopping picks the weights that look best on its images, so calibrating on the same ones would be
     optimistic and void the conformal guarantee.
 
-    Gives the rows for selection (``fraction`` of each class) and those for calibration; raises an `InputError`
-    where a class of the labels `y` has fewer than two images.
+    Gives the rows for selection (``fraction`` of each class) and those for calibration. Raises an
+    `InputError` where a class of the labels `y` has fewer than two images.
     """
     y = np.asarray(y)
     chosen = []
