@@ -25,20 +25,13 @@ PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwG
 # ---- the committed notebooks -------------------------------------------------------------------------------
 
 
-# executed before the package was made flat: `make run` executes them, their outputs are to be made anew
-OLD_OUTPUTS = ("06_ablations",)
-
-
 def test_there_are_notebooks() -> None:
     assert COMMITTED, "notebooks/ is empty"
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_committed_notebook_keeps_the_rules(path: Path) -> None:
-    problems = rules.problems(path)
-    if path.stem in OLD_OUTPUTS and problems:
-        pytest.xfail(f"its outputs are older than its code: `make notebooks NB=notebooks/{path.name}`")
-    assert problems == []
+    assert rules.problems(path) == []
 
 
 @pytest.fixture(scope="session")
