@@ -237,8 +237,7 @@ def fetch_remedy(preset: str = "") -> str:
 
 def not_found(what: str, looked: str | Path, reason: str = "") -> ModelNotFound:
     """Build the one error for a model that is not on this machine; ``reason`` is what is missing there."""
-    where = f"{tidy(looked)}: {reason}" if reason else tidy(looked)
-    return ModelNotFound(what, looked=where, remedy=fetch_remedy())
+    return ModelNotFound(what, looked=tidy(looked) + (reason and f": {reason}"), remedy=fetch_remedy())
 
 
 def tidy(path: str | Path) -> str:
@@ -304,7 +303,7 @@ def choose_weights(located: Located, order: Sequence[str]) -> tuple[Path, ...]:
         raise not_found(located.what, folder, f"no weights ({order[0]}, or its index)")
     files = [first]
     if first.suffix == ".json":
-        names = sorted({str(part) for part in read_json(first).get("weight_map", {}).values()})
+        names = sorted(set(texts_in(read_json(first).get("weight_map"))))
         if not names or any(part != Path(part).name for part in names):
             raise located.refuse(f"{first.name} does not list files of this folder")
         if lost := [part for part in names if not (folder / part).is_file()]:
@@ -317,12 +316,11 @@ def choose_weights(located: Located, order: Sequence[str]) -> tuple[Path, ...]:
 
 def require_tokenizer(located: Located, folder: Path | None = None) -> None:
     """Refuse a folder without a vocabulary: transformers would invent one of five words."""
-    names = {file.name for file in (folder or located.path).iterdir()}
+    names = {file.name for file in settings_files(folder or located.path)}
     alone = {"tokenizer.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
     if not names & alone and not {"vocab.json", "merges.txt"} <= names:
-        raise located.refuse(
-            "its tokenizer is missing (tokenizer.json, or vocab.txt, or vocab.json and merges.txt)"
-        )
+        wanted = "tokenizer.json, or vocab.txt, or vocab.json and merges.txt"
+        raise located.refuse(f"its tokenizer is missing ({wanted})")
 
 
 def require_vocabulary(located: Located, size: int, room: int | None, reads_text: bool = True) -> None:
@@ -331,9 +329,8 @@ def require_vocabulary(located: Located, size: int, room: int | None, reads_text
     Where a model only writes, a few entries too many do no harm.
     """
     if room and not 0.9 * room <= size <= (room if reads_text else room * 1.01):
-        raise located.refuse(
-            f"its tokenizer has {size:,} entries and its text model {room:,}: one is another's"
-        )
+        reason = f"its tokenizer has {size:,} entries and its text model {room:,}: one is another's"
+        raise located.refuse(reason)
 
 
 # -- folders are not trusted ---------------------------------------------------------------------------------
@@ -363,9 +360,9 @@ def check_settings(located: Located, folder: Path | None = None) -> None:
             continue
         for key, value in pairs(read_json(file)):
             for keys, harmless in _FORBIDDEN.items():
-                texts = [text for _, text in pairs(value) if isinstance(text, str)]
-                fine = harmless is not None and all(re.fullmatch(harmless, text) for text in texts)
-                if value and re.fullmatch(keys, key) and not fine:
+                if not value or not re.fullmatch(keys, key):
+                    continue
+                if harmless is None or not all(re.fullmatch(harmless, text) for text in texts_in(value)):
                     raise located.refuse(
                         f"'{key}' in {file.name} leads to code or weights that itemkit never takes",
                         "Use a model that the installed libraries know; if they know this one, remove it.",
@@ -382,6 +379,11 @@ def pairs(value: Any) -> Iterator[tuple[str, Any]]:
             waiting.extend(value.items())
         elif isinstance(value, list):
             waiting.extend(("", item) for item in value)
+
+
+def texts_in(value: Any) -> list[str]:
+    """All texts among the values of nested JSON."""
+    return [text for _, text in pairs(value) if isinstance(text, str)]
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -106,9 +106,10 @@ class Preset:
         if isinstance(encoder, str) and not encoder.startswith("hf-hub:") and not looks_like_path(encoder):
             values["encoder"], _, tag = encoder.partition(":")
             values["encoder_pretrained"] = tag or values["encoder_pretrained"]
-        if isinstance(localiser, str) and localiser.partition(":")[0] in DETECTORS:
-            values["localiser"], _, model = localiser.partition(":")
-            values["localiser_options"] = values["localiser_options"] | ({"model": model} if model else {})
+        name, _, model = localiser.partition(":") if isinstance(localiser, str) else ("", "", "")
+        if model and name in DETECTORS:
+            values["localiser"] = name
+            values["localiser_options"] = {**values["localiser_options"], "model": model}
         return dataclasses.replace(self, **values)
 
     def build(self, device: str | torch.device = "auto") -> Models:

@@ -95,15 +95,6 @@ def test_equal_texts_are_encoded_once(encoder: Encoder, monkeypatch: pytest.Monk
     assert encoder.encode_texts([]).shape == (0, 128)
 
 
-def test_padding_does_not_change_a_text(encoder: Encoder) -> None:
-    tokens = encoder.tokenizer(["a red ball"])
-    assert tokens[0, 4] == len(encoder.tokenizer.tokenizer) - 1 and tokens[0, 5:].eq(0).all()
-    noisy = tokens.clone()
-    noisy[0, 5:] = 4  # whatever stands after the end token
-    encoded = [F.normalize(encoder.model.encode_text(t), dim=-1) for t in (tokens, noisy)]
-    assert torch.allclose(*encoded, atol=1e-6)
-
-
 def test_long_texts_are_counted_before_the_cut(encoder: Encoder) -> None:
     assert encoder.count_tokens(["a red ball", "", "dog " * 40]) == [5, 2, 42]
     cut = encoder.tokenizer(["dog " * 40])[0]
