@@ -63,7 +63,6 @@ class _Data:
     notes: list[str] = field(default_factory=list)
     report: dict[str, Any] = field(default_factory=dict)
     written: Counter[str] = field(default_factory=Counter)  # images by name
-    without: int = 0  # rows with a path in place of the bytes
 
 
 def read_manifest(
@@ -230,10 +229,10 @@ def require_two_classes(df: pd.DataFrame, purpose: str = "This step") -> None:
 def describe_manifest(manifest: pd.DataFrame) -> list[str]:
     """Say in lines what a manifest of `read_manifest` holds and what was left out."""
     report = manifest.attrs["report"]
-    head = {key: report[key] for key in ("images", "source", "real", "fake", "notes")}
-    n, where, real, fake, notes = head.values()
-    none = n - real - fake
-    lines = [f"{count(n, 'image')} in {where}: {real:,} real, {fake:,} fake, {none:,} without a label"]
+    head = {key: report[key] for key in ("images", "source", "real", "fake", "captions", "notes")}
+    n, where, real, fake, captions, notes = head.values()
+    labels = f"{real:,} real, {fake:,} fake, {n - real - fake:,} without a label"
+    lines = [f"{count(n, 'image')} in {where}: {labels}; {captions:,} with a caption"]
     for key, value in report.items():
         items = value if isinstance(value, list) else [value]
         if isinstance(value, dict):
@@ -346,7 +345,6 @@ def _unpack(batch: Any, split: str | None, data: _Data) -> pd.DataFrame:
 def _write_image(content: bytes | None, path: str | None, data: _Data) -> str:
     """Write an image as a file named by its content, once; equal images are numbered, so no row is lost."""
     if content is None and path:
-        data.without += 1
         return str(path)
     folder = _absolute(data.images_to or data.base)
     # a row without an image becomes a missing file, so an error row later on: nothing is dropped quietly
@@ -416,11 +414,6 @@ def _finish(parts: Iterable[pd.DataFrame], data: _Data) -> pd.DataFrame:
     raw = pd.concat([*parts] or [pd.DataFrame()], ignore_index=True).rename(columns=str)
     if not len(raw):
         raise InputError(f"{data.what} has no rows; expected one per image")
-    if data.without:
-        data.notes.append(
-            f"{data.what} holds no bytes in {count(data.without, 'row')}, only paths on the machine where it "
-            "was made: if those files are not here, export the table again with the images inside (embedded)"
-        )
     again = pd.Series(raw.columns).groupby(raw.columns).cumcount()  # two columns "label" must agree, too
     raw.columns = [name + "'" * n for name, n in zip(raw.columns, again, strict=True)]
     found = _match_columns(raw, data)
@@ -449,7 +442,17 @@ def _finish(parts: Iterable[pd.DataFrame], data: _Data) -> pd.DataFrame:
             schema.CAPTION: text[schema.CAPTION].where(text[schema.CAPTION] != "", None),
         }
     ).astype({schema.SPLIT: object, schema.CAPTION: object})
-    _check_paths(df, data)
+    if (twice := df[schema.PATH].duplicated()).any():
+        first = df[schema.PATH][twice].iloc[0]
+        rows = ", ".join(str(i + 1) for i in df.index[df[schema.PATH] == first][:5])
+        where = f"{printable(first)} (rows {rows}). Keep one row each"
+        raise InputError(f"{data.what} lists {twice.sum()} paths more than once; first: {where}")
+    if not any(map(os.path.lexists, paths)):
+        raise InputError(
+            f"none of the {len(df):,} images of {data.what} exists; first looked for: {printable(paths[0])}. "
+            f"Relative paths start from {data.base.absolute()}: pass root= if they lie elsewhere. If it "
+            "should hold the images itself, it holds no bytes: export it again with them embedded"
+        )
 
     def counts(values: pd.Series) -> dict[str, int]:
         return {printable(name): int(n) for name, n in values.value_counts().items()}
@@ -521,24 +524,6 @@ def _resolve(paths: pd.Series, data: _Data) -> pd.Series:
     return paths.map(lambda path: os.path.abspath(os.path.join(data.base, path)))
 
 
-def _check_paths(df: pd.DataFrame, data: _Data) -> None:
-    twice = df.index[df[schema.PATH].duplicated()]
-    if len(twice):
-        first = df[schema.PATH][twice[0]]
-        rows = ", ".join(str(i + 1) for i in df.index[df[schema.PATH] == first][:5])
-        where = f"{printable(first)} (rows {rows})"
-        raise InputError(
-            f"{data.what} lists {len(twice)} paths more than once; first: {where}. Keep one row each"
-        )
-    if not any(map(os.path.lexists, df[schema.PATH])):
-        where = f"Relative paths are read against {data.base.absolute()}: pass root= if they lie elsewhere"
-        hint = data.notes[-1] if data.without else where
-        first = printable(df[schema.PATH].iloc[0])
-        raise InputError(
-            f"none of the {len(df):,} images of {data.what} exists; first looked for: {first}. {hint}"
-        )
-
-
 def _texts(raw: pd.DataFrame, name: str, data: _Data, several: bool = False) -> pd.Series:
     """Values of one column as text, empty where missing; `several`: of a list the first that is not empty."""
     values = raw[name].astype(object)
@@ -562,20 +547,21 @@ def _first(texts: Any) -> Any:
 # ---- labels of a table
 
 # How a column may say labels, the surest first.
-_HOW = ("flags", "words", "names", "unclear flags", "unnamed words")
+_HOW = ("flags", "words", "names", "unclear flags", "unnamed words", "other words")
 _UNUSED = {
     "unclear flags": "it holds 0 and 1 without saying which is fake; rename it to 'is_fake' or 'is_real'",
     "unnamed words": "its values look like labels; rename it to 'label' to use them",
+    "other words": "its values are no words for real and fake",
 }
 
 
 def _read_label_column(name: str, text: pd.Series) -> tuple[str, pd.Series] | None:
     """How a column says labels (one of `_HOW`), and which (0, 1, nan); None if it says none without doubt."""
     words = [w for w in text.unique() if w]
-    if not words or len(words) > 2000:
-        return None
     plain = normalise(name)
     exact = plain in ALIASES[schema.LABEL]
+    if not words or (len(words) > 2000 and not exact):
+        return None
     like = bool(_LABEL_NAMES.fullmatch(plain) or difflib.get_close_matches(plain, ["label"], 1, 0.75))
     means = read_name(re.sub(r"^(is|was|isa)_", "", plain))
     flags = {w: _FLAGS[w.casefold()] for w in words if w.casefold() in _FLAGS}
@@ -592,7 +578,7 @@ def _read_label_column(name: str, text: pd.Series) -> tuple[str, pd.Series] | No
         return ("words" if like else "unnamed words", values) if like or values.nunique() > 1 else None
     if plain == "typ" or (plain in ALIASES[schema.GENERATOR] and schema.REAL in known.values()):
         return "names", values.mask((text != "") & values.isna(), schema.FAKE)
-    return None
+    return ("other words", values * np.nan) if exact else None
 
 
 def _find_labels(
@@ -611,15 +597,11 @@ def _find_labels(
     order = sorted(readings, key=lambda c: (c != exact, _HOW.index(readings[c][0])))
     usable = [c for c in order if readings[c][0] not in _UNUSED]
     unused = {c: _UNUSED[readings[c][0]] for c in order if c not in (*usable, found.get(schema.SOURCE))}
-    if exact is not None and exact not in readings:
-        bad = [v for v in text[schema.LABEL].unique() if v.casefold() not in _FLAGS]
-        bad = [repr(v) for v in bad if v and read_name(v).label is None]
-        if bad and not usable:
-            raise InputError(
-                f"{data.what}: column {exact!r} holds {', '.join(bad[:8])}; expected 0 or real, 1 or fake, "
-                "or empty where unknown"
-            )
-        unused[exact] = "its values are no words for real and fake"
+    if not usable and exact in unused:
+        bad = ", ".join(map(repr, text[schema.LABEL].unique()[:8]))
+        raise InputError(
+            f"{data.what}: column {exact!r} holds {bad}; expected 0 or real, 1 or fake, or nothing"
+        )
     used = {*found.values(), *usable, *unused}
     data.report |= {
         "labels": "none found",

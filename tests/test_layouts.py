@@ -521,7 +521,7 @@ def test_communityforensics(tmp_path):
 def test_rows_with_a_path_but_no_bytes(tmp_path):
     images = [{"bytes": None, "path": f"/data/{i}.png"} for i in range(2)]
     path = parquet(tmp_path / "t.parquet", {"image": images, "label": [0, 1]})
-    with pytest.raises(InputError, match=r"/data/0\.png\. t\.parquet holds no bytes in 2 rows, only paths"):
+    with pytest.raises(InputError, match=r"/data/0\.png\. .*holds no bytes: export it again"):
         read_manifest(path)
     (tmp_path / "a.png").write_bytes(png(1))
     inside = {"a.png": None, "b.png": png(2), "c": None}
@@ -529,7 +529,6 @@ def test_rows_with_a_path_but_no_bytes(tmp_path):
     path = parquet(tmp_path / "t.parquet", {"image": images, "label": [0, 1, 1]})
     df = read_manifest(path, images_to=tmp_path / "out")
     assert [os.path.relpath(p, tmp_path) for p in df["path"]][::2] == ["a.png", "c"]
-    assert "holds no bytes in 2 rows" in describe_manifest(df)[-1]
 
 
 def test_equal_images_in_a_table_keep_their_rows(tmp_path):
