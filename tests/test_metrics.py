@@ -7,13 +7,11 @@ from sklearn import metrics as sk
 from itemkit.errors import InputError
 from itemkit.metrics import (
     METRICS,
-    RANK_METRICS,
     average_precision,
     bootstrap,
     effect_size,
-    frechet_distance,
     replicate,
-    stratified_weights,
+    resample,
 )
 
 Y = np.array([0, 0, 0, 1, 1])
@@ -88,8 +86,7 @@ def test_intervals_hold_the_value_they_belong_to():
 def test_resamples_of_many_images_do_not_drift():
     y, s = np.arange(400_000) % 2, np.arange(400_000) % 2 + 0.1 * (np.arange(400_000) % 10)
     once = np.ones((len(y), 1), np.float32)
-    exact = replicate(y, s, once.astype(np.float64), ["auroc"])["auroc"][0]
-    assert replicate(y, s, once, ["auroc"])["auroc"][0] == pytest.approx(exact, abs=1e-9) and exact <= 1
+    assert replicate(y, s, once, ["auroc"])["auroc"][0] == pytest.approx(sk.roc_auc_score(y, s), abs=1e-9)
 
 
 def test_balanced_calibration_does_not_depend_on_the_mix():
@@ -108,24 +105,14 @@ def test_balanced_calibration_does_not_depend_on_the_mix():
 def test_weights_are_repeated_images():
     y, s = random_case(5)
     p = 1 / (1 + np.exp(-s))
-    weights = stratified_weights(y, 20, np.random.default_rng(0))
-    assert (weights[y == 1].sum(0) == (y == 1).sum()).all() and (
-        weights[y == 0].sum(0) == (y == 0).sum()
-    ).all()
+    weights = resample(y, 20, np.random.default_rng(0))
+    assert all((weights[y == c].sum(0) == (y == c).sum()).all() for c in (0, 1))
     fast = replicate(y, s, weights, METRICS, 0.0, p)
     for b in range(20):
         rows = np.repeat(np.arange(len(y)), weights[:, b].astype(int))
         slow = metrics_of(y[rows], s[rows], 0.0, p[rows])
         for name in METRICS:
             assert fast[name][b] == pytest.approx(slow[name], abs=1e-5), name
-
-
-def test_order_of_images_and_monotone_scores_change_nothing():
-    y, s = random_case(7)
-    shuffle = np.random.default_rng(1).permutation(len(y))
-    row = metrics_of(y, s)
-    for other in (metrics_of(y[shuffle], s[shuffle]), metrics_of(y, np.exp(s))):
-        assert [other[k] for k in RANK_METRICS] == pytest.approx([row[k] for k in RANK_METRICS], abs=1e-12)
 
 
 def test_bootstrap_is_reproducible_and_brackets_the_value():
@@ -165,19 +152,6 @@ def test_effect_size_intervals_cover():
     assert (hits / 300 >= 0.90).all() and (hits / 300 <= 0.99).all()
 
 
-def test_frechet_distance_by_hand():
-    rng = np.random.default_rng(0)
-    a = rng.normal(size=(500, 5))
-    assert frechet_distance(a, a, n_boot=0)["value"] == pytest.approx(0, abs=1e-8)
-    moved = frechet_distance(a, a + [3, 0, 4, 0, 0], n_boot=0)
-    assert moved["value"] == pytest.approx(25)  # equal covariance: the squared distance of the means
-    line = frechet_distance(np.array([[-1.0], [1.0]]), np.array([[-3.0], [3.0]]), n_boot=0)
-    assert line["value"] == pytest.approx(8.0)  # standard deviations sqrt 2 and 3 sqrt 2
-    wide = frechet_distance(a, 2 * rng.normal(size=(500, 5)), n_boot=40)
-    assert wide["low"] <= 5.0 <= wide["high"]  # (2 - 1)^2 per dimension
-    assert (wide["n_a"], wide["n_b"]) == (500, 500)
-
-
 def test_degenerate_inputs_are_clear_errors():
     with pytest.raises(InputError, match="only fake images among 3; these metrics need both"):
         average_precision([1, 1, 1], [0.1, 0.2, 0.3])
@@ -195,5 +169,3 @@ def test_degenerate_inputs_are_clear_errors():
         bootstrap([0, 1], [0.1, 0.2], metrics=["accuracy"])
     with pytest.raises(InputError, match="1 real and 3 fake values; an effect size needs at least 2"):
         effect_size([1.0], [1.0, 2.0, 3.0])
-    with pytest.raises(InputError, match=r"embeddings have shapes \(4, 3\) and \(4, 2\)"):
-        frechet_distance(np.zeros((4, 3)), np.zeros((4, 2)))

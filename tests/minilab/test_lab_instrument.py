@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
+from itemkit.errors import InputError
 from minilab import build, cards, fakes, flow, gan, guards, ladders, latent, vae, vq, world
 from minilab.renders import RenderSet, make_renders
 from minilab.world import SIZE
@@ -184,6 +185,21 @@ def test_rungs_start_where_they_should(generators: Path, monkeypatch: pytest.Mon
         np.testing.assert_array_equal(pictures, scenes.images)
     assert asked == [0.2, 0.4, 0.6, 0.8, 0.9]
     assert {ladders.ladder_of(r) for r in ladders.RUNGS} == {"flow", "latent_flow", "gan", "keep"}
+
+
+def test_frechet_distance_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(500, 5))
+    assert ladders.frechet_distance(a, a, n_boot=0)["value"] == pytest.approx(0, abs=1e-8)
+    moved = ladders.frechet_distance(a, a + [3, 0, 4, 0, 0], n_boot=0)
+    assert moved["value"] == pytest.approx(25)  # equal covariance: the squared distance of the means
+    line = ladders.frechet_distance(np.array([[-1.0], [1.0]]), np.array([[-3.0], [3.0]]), n_boot=0)
+    assert line["value"] == pytest.approx(8.0)  # standard deviations sqrt 2 and 3 sqrt 2
+    wide = ladders.frechet_distance(a, 2 * rng.normal(size=(500, 5)), n_boot=40)
+    assert wide["low"] <= 5.0 <= wide["high"]  # (2 - 1)^2 per dimension
+    assert (wide["n_a"], wide["n_b"]) == (500, 500)
+    with pytest.raises(InputError, match=r"embeddings have shapes \(4, 3\) and \(4, 2\)"):
+        ladders.frechet_distance(np.zeros((4, 3)), np.zeros((4, 2)))
 
 
 def test_rungs_and_fakes_share_no_scene() -> None:
