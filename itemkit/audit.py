@@ -79,6 +79,7 @@ class _Property(NamedTuple):
     group: str = schema.IMAGE_ID  # copies of one image, fakes of one prompt: never on both sides of a fold
 
 
+_CAPTIONED = ("caption_vocabulary", schema.CAPTION)
 PROPERTIES = (
     _Property("format", "category", "the file format"),
     _Property("size", "category", "the exact width and height"),
@@ -91,10 +92,8 @@ PROPERTIES = (
     _Property("metadata", "category", "the kinds of metadata (EXIF, colour profile, comment)"),
     _Property("bytes_per_pixel", "number", "the file size per pixel", _BYTES),
     _Property("caption_present", "category", "the presence of a caption", _CAPTIONS),
-    _Property(
-        "caption_words", "number", "the length of the caption", _CAPTIONS, "vocabulary", schema.CAPTION
-    ),
-    _Property("vocabulary", "text", "the words of the caption", _CAPTIONS, "vocabulary", schema.CAPTION),
+    _Property("caption_words", "number", "the length of the caption", _CAPTIONS, *_CAPTIONED),
+    _Property("caption_vocabulary", "text", "the words of the caption", _CAPTIONS, *_CAPTIONED),
 )
 
 
@@ -221,7 +220,7 @@ def audit(
     table = table.assign(
         caption_present=captions.notna().map({True: "with", False: "without"}),
         caption_words=captions.fillna("").str.split().str.len().astype(float),
-        vocabulary=captions,
+        caption_vocabulary=captions,
     )
     if len(table) > MAX_NEAR:
         notes.append(f"Near copies were not looked for: more than {MAX_NEAR:,} images.")

@@ -74,14 +74,14 @@ def test_each_planted_leak_is_found_and_named(tmp_path):
 
     report = audit(manifest(tmp_path, 120, make, captions))
     found = auroc_of(report)
-    for name in ("format", "size", "width", "height", "metadata", "vocabulary"):
+    for name in ("format", "size", "width", "height", "metadata", "caption_vocabulary"):
         assert found[name] > 0.9, (name, found[name])
     assert found["jpeg_quality"] == 1 and found["jpeg_subsampling"] == 1  # among the JPEG files alone
     rows = report.table.set_index("property")
     assert rows.loc["jpeg_quality", ["n_real", "n_fake"]].tolist() == [120, 12]
     assert rows.loc["format", "verdict"] == "decides"
     assert "fakes 'PNG' 90%, 'JPEG' 10%; real images 'JPEG' 100%" in rows.loc["format", "sentence"]
-    assert "'artstation'" in rows.loc["vocabulary", "sentence"]
+    assert "'artstation'" in rows.loc["caption_vocabulary", "sentence"]
     assert report.table["auroc"].dropna().is_monotonic_decreasing
     text = report.to_text()
     assert "240 images: 120 real, 120 fake" in text and "Equalise both classes before training" in text
@@ -360,7 +360,7 @@ def test_real_images_leak_before_and_not_after(real_dir, tmp_path):
     found = auroc_of(report)
     # fakes are 256, 512 or 559 px squares, 89 % of them PNG; photographs are JPEG of other sizes
     assert found["size"] > 0.99 and found["width"] > 0.99 and 0.92 < found["format"] < 0.96
-    assert found["vocabulary"] > 0.97 and found["bytes_per_pixel"] > 0.9
+    assert found["caption_vocabulary"] > 0.97 and found["bytes_per_pixel"] > 0.9
     assert found["jpeg_quality"] == 0.5  # all 1,050 JPEG files were saved at quality 75 with 4:2:0
     assert len(report.duplicates) == 1 and report.duplicates["distance"].tolist() == [10]
     sample = pd.concat([df[df["label"] == 0].head(150), df[df["label"] == 1].iloc[::3]])
