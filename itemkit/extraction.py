@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import threading
@@ -23,7 +24,6 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,7 +43,7 @@ from itemkit.store import ERRORS_FILE, FEATURE_ID, FILE_KEY, MANIFEST_FILE, REAS
 from itemkit.text import count, printable
 
 if TYPE_CHECKING:
-    from itemkit.engine_ray import RayOptions
+    from itemkit.engine_ray import RayCluster, RayOptions
     from itemkit.presets import Preset
 
 CPU_BATCH, GPU_BATCH = 32, 256
@@ -107,15 +107,25 @@ class Worker:
 
     def run(self, items: Iterable[Item]) -> Generator[list[Item], None, None]:
         """Deal with items batch by batch; the shards of what was computed are on disk when it ends."""
-        clock, last = self.steps.clock, time.monotonic()
         source = batches(items, self._reader, lambda: self.batch_size, self._prefetch)
+        last = time.monotonic()
+
+        def decoded() -> list[Item] | None:
+            with self.steps.clock("decode"):
+                return next(source, None)
+
         try:
-            while True:
-                with clock("decode"):
-                    batch = next(source, None)
-                if batch is None:
-                    break
-                self._batch(batch)
+            for batch in iter(decoded, None):
+                fresh = []
+                for item in batch:
+                    if not item.reason:
+                        item.status = self._known.setdefault(item.feature_id, Status.COMPUTED)
+                        if item.status == Status.COMPUTED:
+                            self._known[item.feature_id] = Status.COPY
+                            fresh.append(item)
+                while fresh:
+                    part, fresh = fresh[: self.batch_size], fresh[self.batch_size :]
+                    self._compute(part)
                 full = sum(map(len, self._waiting)) >= self.options.shard_size
                 if full or time.monotonic() - last > FLUSH_SECONDS:
                     self._write()
@@ -131,18 +141,6 @@ class Worker:
         if parts:
             with self.steps.clock("write"):
                 store.write_shard(self.folder, concat_features(parts), self.fingerprint)
-
-    def _batch(self, batch: list[Item]) -> None:
-        fresh = []
-        for item in batch:
-            if not item.reason:
-                item.status = self._known.setdefault(item.feature_id, Status.COMPUTED)
-                if item.status == Status.COMPUTED:
-                    self._known[item.feature_id] = Status.COPY
-                    fresh.append(item)
-        while fresh:
-            part, fresh = fresh[: self.batch_size], fresh[self.batch_size :]
-            self._compute(part)
 
     def _compute(self, items: list[Item]) -> None:
         """Run the models; where they fail, on halves, down to the image to blame."""
@@ -186,16 +184,16 @@ class Worker:
                 "`itemkit doctor --deep`; try another device or precision"
             )
             items[row].fail("image", f"{items[row].name}: a model gave no finite embedding for it", broken)
+        done = [item for item in items if not item.reason]
+        if not done:
+            return
         features = features.select(~bad)
-        done = [items[row] for row in np.flatnonzero(~bad)]
         for item, tokens in zip(done, features.table[schema.CAPTION_TOKENS], strict=True):
             item.tokens = int(tokens)
-        own = {
-            name: [getattr(i, name) for i in done] for name in (FEATURE_ID, schema.IMAGE_ID, *FILE_KEY[1:])
-        }
+        names = (FEATURE_ID, schema.IMAGE_ID, *FILE_KEY[1:])
+        own = {name: [getattr(item, name) for item in done] for name in names}
         features.table = features.table.assign(**own, **{schema.PATH: [item.name for item in done]})
-        if done:
-            self._waiting.append(features)
+        self._waiting.append(features)
 
 
 def bad_rows(features: Features) -> np.ndarray:
@@ -207,19 +205,17 @@ def bad_rows(features: Features) -> np.ndarray:
     return bad
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means that memory ran out, on a GPU or in the machine."""
-    text = str(error).lower()
-    words = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in text for word in words)
-    )
+    words = "out of memory|can't allocate memory|cublas_status_alloc_failed"
+    by_words = isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE)
+    return isinstance(error, MemoryError) or bool(by_words)
 
 
 def is_fatal(error: Exception) -> bool:
     """Whether an error has broken the device, so that every later call would fail as well."""
-    broken = type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
-    return not is_out_of_memory(error) and (broken or "cuDNN error" in str(error))
+    broken = type(error).__name__ == "AcceleratorError" or re.search("CUDA error|cuDNN error", str(error))
+    return bool(broken) and not is_out_of_memory(error)
 
 
 def raise_malloc_thresholds() -> None:
@@ -412,16 +408,15 @@ class Job:
         table = pd.concat([mine, other], ignore_index=True)
         self.table = pa.table({store.utf8(str(n)): store.as_column(table[n], KINDS.get(n)) for n in table})
         self.rows = rows
-        self.errors = len(self.table) - self.table[REASON].null_count
-        self.complete = self.table[FEATURE_ID].null_count == self.errors
+        self.complete = self.table[FEATURE_ID].null_count + self.table[REASON].null_count == len(table)
         # cut short just before its last write, a store is complete and does not say so
         self.changed = not same_rows(self.before, self.table) or (self.complete and not self.run["complete"])
 
     def finish(self) -> None:
         """Write manifest, errors and run.json."""
-        self.run["complete"] = self.complete
-        shards = len(store.shard_files(self.folder))
-        self.run["counts"] = {"images": len(self.table), "errors": self.errors, "shards": shards}
+        n, shards = len(self.table), len(store.shard_files(self.folder))
+        errors = n - self.table[REASON].null_count
+        self.run |= {"complete": self.complete, "counts": {"images": n, "errors": errors, "shards": shards}}
         store.write_state(self.folder, self.run, self.table)
 
 
@@ -453,28 +448,27 @@ def same_rows(old: pa.Table, new: pa.Table) -> bool:
 # ---------------------------------------------------------------------------------------------- the run
 
 
-class StopSignal:
-    """Ctrl-C (or a cluster's SIGTERM) lets the batch at hand finish; a second Ctrl-C stops at once."""
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Signals that came: one lets the batch at hand finish, a second Ctrl-C stops at once."""
+    came: list[int] = []
 
-    requested: int | None = None
-
-    def __enter__(self) -> StopSignal:
-        # Python allows it in the main thread alone
-        main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
-        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None and number == signal.SIGINT:
+    def handle(number: int, frame: object) -> None:
+        if came and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = number
+        came.append(number)
         note = "\nfinishing the batch at hand, then stopping (Ctrl-C again: at once)"
         print(note, file=sys.stderr, flush=True)
+
+    # Python allows it in the main thread alone
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -507,7 +501,7 @@ class ExtractReport:
         return "\n".join([line, *self.notes])
 
 
-def _report(job: Job, started: float, worker: Any) -> ExtractReport:
+def _report(job: Job, started: float, worker: RayCluster | Worker | None) -> ExtractReport:
     failed = job.rows[job.rows["status"] == Status.ERRORS]
     notes = [
         f"{count(len(rows), 'image')} without features (step '{stage}'), the first: {rows[REASON].iloc[0]}"
@@ -611,7 +605,8 @@ def extract(
         models = get_preset(models)
     if models.captioner is None and (captions == "generate" or missing == "generate"):
         raise InputError("there is no captioner to make captions with; give one, or pass captions='user'")
-    started, folder, worker, stop = time.perf_counter(), Path(out), None, StopSignal()
+    started, folder, came = time.perf_counter(), Path(out), list[int]()
+    worker: RayCluster | Worker | None = None
     options = WorkerOptions(decode or DecodeConfig(), transform, batch_size, shard_size)
     if ray is not None:
         from itemkit.engine_ray import RayCluster
@@ -645,7 +640,7 @@ def extract(
                     if worker is None:
                         models = build_models(models, device)
                         worker = Worker(folder, job.run, models, job.tokens.index, options)
-                    _compute(job, worker, stop, progress)
+                    came = _compute(job, worker, progress)
                 job.run["last_run"] = dataclasses.asdict(_report(job, started, worker))
                 job.finish()
     report = _report(job, started, worker)
@@ -653,27 +648,26 @@ def extract(
         print(report, file=sys.stderr, flush=True)
     elif report.errors:
         warnings.warn("; ".join(report.notes), stacklevel=2)
-    if stop.requested is not None:
+    if came:
         note = f"stopped; everything computed so far is in {out}. Run the same command again to go on"
         print(note, file=sys.stderr, flush=True)
-        if stop.requested == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt if came[0] == signal.SIGINT else SystemExit(128 + came[0])
     return report
 
 
-def _compute(job: Job, worker: Any, stop: StopSignal, progress: bool) -> None:
-    """Let the workers work; returns early, with everything on disk, when asked to stop."""
+def _compute(job: Job, worker: RayCluster | Worker, progress: bool) -> list[int]:
+    """Let the workers work; returns early, with everything on disk, when signals ask for it."""
     bar = tqdm(total=len(job.todo), unit="image", file=sys.stderr, disable=not progress)
-    with stop, bar, contextlib.closing(worker.work(job)) as source:
+    with stop_signals() as came, bar, contextlib.closing(worker.work(job)) as source:
         for items in source:
             job.note(items)
             bar.update(len(items))
-            if stop.requested:
+            if came:
                 break
     if not job.worked:
         job.give_up_after(1)
     job.conclude()
+    return came
 
 
 def build_models(models: Models | Preset, device: str) -> Models:

@@ -81,13 +81,7 @@ class DamagedError(StoreError):
 
 
 def read_run(folder: str | Path) -> dict:
-    """Read ``run.json`` of a feature store and check that this version of itemkit can read the store.
-
-    Raises
-    ------
-    StoreError
-        The folder is no feature store, one of another schema version, or the file is damaged.
-    """
+    """Read ``run.json`` of a feature store and check that this version of itemkit can read the store."""
     path = Path(folder) / RUN_FILE
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
@@ -142,15 +136,7 @@ def _read(path: Path, checksums: Sequence[str], columns: Sequence[str] | None = 
 
 
 def read_shard(path: Path, columns: Sequence[str], fingerprint: str) -> pa.Table:
-    """Read some columns of a shard, after a look at all of its bytes.
-
-    Raises
-    ------
-    DamagedError
-        Any bit of it changed since it was written.
-    StoreError
-        It was made by other models than those whose `fingerprint_hash` is given.
-    """
+    """Read some columns of a shard, after a look at all of its bytes and at what models made it."""
     table = _read(path, [path.stem.rpartition("-")[2]], list(columns))
     if (table.schema.metadata or {}).get(_FINGERPRINT) != fingerprint.encode():
         raise StoreError(f"{path} was made with other models or options than the store it lies in; remove it")
@@ -158,17 +144,7 @@ def read_shard(path: Path, columns: Sequence[str], fingerprint: str) -> pa.Table
 
 
 def write_shard(folder: Path, features: Features, fingerprint: str) -> None:
-    """Write features as the next shard; embeddings become float16.
-
-    Parameters
-    ----------
-    folder : Path
-        The store.
-    features : Features
-        The table has all scalar columns of a shard.
-    fingerprint : str
-        The `fingerprint_hash` of the models.
-    """
+    """Write features, in whose table are all scalar columns, as the next shard; embeddings become float16."""
     columns = {name: as_column(features.table[name], kind) for name, kind in SHARD_COLUMNS.items()}
     counts = np.bincount(features.owner, minlength=len(features))
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
@@ -209,26 +185,14 @@ def _parquet(table: pa.Table) -> pa.Buffer:
 
 
 def read_state(folder: Path, name: str, run: dict) -> pa.Table:
-    """Read manifest.parquet or errors.parquet.
-
-    Raises
-    ------
-    DamagedError
-        It is missing, or any bit of it changed since it was written.
-    """
+    """Read manifest.parquet or errors.parquet, to the bit as it was written."""
     return _read(folder / name, run["checksums"].get(name, ()))
 
 
 def write_state(folder: Path, run: dict, manifest: pa.Table) -> None:
     """Replace both tables and ``run.json``: cut short anywhere, the store is as before or unfinished.
 
-    Parameters
-    ----------
-    folder : Path
-    run : dict
-        To be written in the end; its ``checksums`` are updated.
-    manifest : Table
-        With the columns ``feature_id, stage, reason``; the errors are the rows with a reason.
+    The errors are the rows of the manifest with a reason. The ``checksums`` of ``run`` are updated.
     """
     errors = manifest.filter(manifest[REASON].is_valid()).drop_columns([FEATURE_ID])
     data = {MANIFEST_FILE: _parquet(manifest), ERRORS_FILE: _parquet(errors)}
@@ -322,7 +286,7 @@ def load_features(
     table[schema.LABEL] = table[schema.LABEL].astype("Int8")  # also where no label is missing
     leading = [schema.IMAGE_ID, *schema.MANIFEST_COLUMNS, schema.N_OBJECTS]
     table = table[[*leading, *table.columns.difference(leading, sort=False)]]
-    return _read_embeddings(table, shards, found["shard"].to_numpy(), found["row"].to_numpy(), columns, run)
+    return _read_embeddings(table, found, shards, columns, run)
 
 
 def _read_tables(folder: Path) -> tuple[dict, pd.DataFrame]:
@@ -346,16 +310,11 @@ def _unfinished(folder: Path) -> StoreError:
 
 
 def _read_embeddings(
-    table: pd.DataFrame,
-    shards: list[Path],
-    shard_of: np.ndarray,
-    row_of: np.ndarray,
-    columns: Sequence[str],
-    run: dict,
+    table: pd.DataFrame, found: pd.DataFrame, shards: list[Path], columns: Sequence[str], run: dict
 ) -> Features:
     """Embeddings of the images of a table, one shard in memory at a time."""
     n, dim = len(table), int(run["dim"])
-    with_objects = schema.OBJECTS in columns
+    with_objects, shard_of = schema.OBJECTS in columns, found["shard"].to_numpy()
     owner = np.repeat(np.arange(n), table[schema.N_OBJECTS] * with_objects)
     wanted = [*columns, *(OBJECT_ARRAYS if with_objects else ())]
     arrays = {
@@ -366,17 +325,18 @@ def _read_embeddings(
     objects |= {name: np.zeros(len(owner), np.float32) for name in BOX_COLUMNS}
     for number in np.unique(shard_of) if wanted else ():
         rows, those = shard_of == number, shard_of[owner] == number
-        shard = read_shard(shards[number], wanted, run["fingerprint_hash"]).take(row_of[rows])
+        shard = read_shard(shards[number], wanted, run["fingerprint_hash"]).take(
+            found["row"].to_numpy()[rows]
+        )
         for name in set(ARRAYS) & set(wanted):
-            found = shard[name].combine_chunks()
-            while not pa.types.is_floating(found.type):
-                found = found.flatten()
-            arrays[name][those if name in OBJECT_ARRAYS else rows] = found.to_numpy().reshape(-1, dim)
+            values = shard[name].combine_chunks()
+            while not pa.types.is_floating(values.type):
+                values = values.flatten()
+            arrays[name][those if name in OBJECT_ARRAYS else rows] = values.to_numpy().reshape(-1, dim)
         if with_objects:
-            for name, values in zip(
-                objects, shard[schema.OBJECTS].combine_chunks().flatten().flatten(), strict=True
-            ):
-                objects[name][those] = values.to_numpy(zero_copy_only=False)
+            values = shard[schema.OBJECTS].combine_chunks().flatten()
+            for name in objects:
+                objects[name][those] = values.field(name).to_numpy(zero_copy_only=False)
     for x in arrays.values():
         if not np.isfinite(x).all():
             raise StoreError(f"{shards[0].parent} holds embeddings that are not finite; extract again")
