@@ -93,18 +93,8 @@ def _rank(rate: float, n: int) -> int:
 def lacking(rate: float, n: int, label: int) -> str | None:
     """Why ``n`` calibration images of a class cannot promise a rate of errors; None if they can.
 
-    Parameters
-    ----------
-    rate : float
-        Of false positives (label 0, option fpr) or of missed fakes (label 1, option fnr).
-    n : int
-        Calibration images of the class.
-    label : {0, 1}
-
-    Raises
-    ------
-    InputError
-        The rate is no number between 0 and 1.
+    The rate is of false positives (label 0, option fpr) or of missed fakes (label 1, option fnr); an
+    InputError if it is no number between 0 and 1.
     """
     option = ("fpr", "fnr")[label]
     if not 0 < rate < 1:
@@ -152,14 +142,10 @@ def threshold_at_fpr(real_scores: np.ndarray, fpr: float = 0.05) -> Threshold:
     Parameters
     ----------
     real_scores : vector
-        Scores of real validation images; images the detector was not trained on.
+        Scores of real validation images that the detector was not trained on; an InputError if they are too
+        few for this rate says how many it takes.
     fpr : float
         See `Threshold`.
-
-    Raises
-    ------
-    InputError
-        Too few real images for this rate; the message says how many it takes.
     """
     scores = np.sort(np.asarray(real_scores, np.float64))[::-1]
     n = len(scores)
@@ -256,13 +242,10 @@ def check_promises(
 
     Parameters
     ----------
-    real_calibration, fake_calibration : vectors
-        Scores of the validation images that set thresholds.
-    real_new, fake_new : vectors
-        Scores of images of the same kinds that nothing was chosen on.
+    real_calibration, fake_calibration, real_new, fake_new : vectors
+        Scores of the validation images that set thresholds, and of images that nothing was chosen on.
     rates : floats
-        Rates of error, of which at most so much was promised: reals called fake (above the threshold, which
-        is the same as "real" being ruled out), fakes of which "fake" is ruled out.
+        Promised at most: reals above the threshold ("real" is ruled out), fakes for which "fake" is.
 
     Returns
     -------

@@ -6,6 +6,7 @@ import functools
 import html
 import math
 import re
+import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from itemkit.errors import InputError
-from itemkit.models import find_folder, load_processor, load_transformer, quiet
+from itemkit.models import find_folder, load_processor, load_transformer
 
 if TYPE_CHECKING:
     import torch
@@ -195,7 +196,7 @@ class Captioner:
 
         options = asdict(self.decoding)
         del options["prompt"]
-        with quiet(), torch.no_grad():
+        with torch.no_grad():
             out = self.model.generate(
                 **self._inputs(images),
                 **options,
@@ -282,7 +283,7 @@ def _mean_until_end(tokens: Tensor, logprobs: Tensor, end_ids: Sequence[int]) ->
     return torch.where(counted > 0, logprobs, 0.0).sum(dim=1) / counted.sum(dim=1)
 
 
-def _text_limits(model: Any) -> tuple[list[int], float]:
+def _text_limits(model: Any) -> tuple[list[int], int]:
     """End tokens, and how many tokens fit behind the start token."""
     if type(model).__name__ == "BlipForConditionalGeneration":
         # it stops at BERT's separator, whatever its generation settings say
@@ -290,4 +291,4 @@ def _text_limits(model: Any) -> tuple[list[int], float]:
         return [text.sep_token_id], text.max_position_embeddings - 1
     inner: Any = getattr(model, "language_model", None)  # BLIP-2 asks its language model
     end = (getattr(inner, "generation_config", None) or model.generation_config).eos_token_id
-    return [end] if isinstance(end, int) else list(end or []), math.inf
+    return [end] if isinstance(end, int) else list(end or []), sys.maxsize

@@ -18,11 +18,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import safetensors.numpy
 from sklearn.base import clone
 
 from itemkit import schema
-from itemkit._files import atomic_write
 from itemkit.calibrate import (
     Calibrator,
     Threshold,
@@ -37,12 +35,13 @@ from itemkit.calibrate import (
 )
 from itemkit.errors import InputError
 from itemkit.features import Features
-from itemkit.head import MisalignmentMLP, damaged, read_sealed, write_sealed
+from itemkit.head import FILES as HEAD_FILES
+from itemkit.head import MisalignmentMLP, intact, read_sealed, write_sealed
 from itemkit.metrics import METRICS, bootstrap
 from itemkit.misalignment import RepresentationConfig, get_representation, misalign, represent
 from itemkit.models import differences
 from itemkit.splits import split_validation
-from itemkit.text import one_line, printable
+from itemkit.text import printable
 
 FORMAT = "itemkit detector 2"
 # Not part of a model's identity: where it ran and with how many bits (cosine above 0.999), and what was done
@@ -54,7 +53,7 @@ FEW = 20  # calibration images of a class below which p(fake) is said to be roug
 # reference of the verdict, unseen by the training.
 SELECTION_FRACTION = 0.5
 ONE_CLASS_METRICS = ("called_fake", "above_half")
-FILES = ("head.json", "head.safetensors", "calibration.safetensors")
+FILES = ("detector.json", "calibration.safetensors")
 
 
 class Detector:
@@ -69,13 +68,12 @@ class Detector:
 
     Attributes
     ----------
-    head_ : fitted MisalignmentMLP
-    calibrator_ : Calibrator
+    head_, calibrator_ : fitted MisalignmentMLP, Calibrator
     real_scores_, fake_scores_ : float arrays
         Sorted log-odds of the calibration images.
     trained_on_ : dict
-        What made it: version, preset and models of the features, their fingerprint, width and note, images of
-        each generator, seed and members of the head.
+        What made it: version, preset, models, width and note of the features, images of each generator, seed
+        and members of the head.
     notes : list of str
         What was done otherwise because there were few validation images.
     """
@@ -144,16 +142,8 @@ class Detector:
     def check(self, features: Features, ignore: Sequence[str] = ()) -> None:
         """Refuse features that were not made like those this detector was trained on.
 
-        Parameters
-        ----------
-        features : Features
-        ignore : names
-            Parts allowed to differ on purpose, e.g. ``("captions", "captioner")`` for a user's own captions.
-
-        Raises
-        ------
-        InputError
-            Names the differing keys with both values.
+        ``ignore`` names parts that differ on purpose, e.g. ``("captions", "captioner")`` for a user's own
+        captions. The InputError names the differing keys with both values.
         """
         self._fitted()
         ignore = (*ignore, *IGNORED, *(() if self.representation.uses_objects else OBJECT_PARTS))
@@ -170,17 +160,10 @@ class Detector:
 
     def score(self, features: Features, ignore: Sequence[str] = ()) -> np.ndarray:
         """Calibrated p(fake), shape (n,), for a real and a fake image being equally likely beforehand."""
-        logits = self.decision_function(features, ignore)
-        return self.calibrator_(logits)
+        return self.calibrator_(self.decision_function(features, ignore))
 
     def threshold(self, fpr: float = 0.05) -> Threshold:
-        """Threshold on the raw log-odds at a false-positive rate, from the calibration reals.
-
-        Raises
-        ------
-        InputError
-            They are too few for this rate.
-        """
+        """Threshold on the raw log-odds at a false-positive rate; InputError with too few reals."""
         self._fitted()
         return threshold_at_fpr(self.real_scores_, fpr)
 
@@ -201,8 +184,7 @@ class Detector:
         fpr, fnr : float
             At most this share of real images like the calibration ones is called fake, and of fakes *like the
             calibration ones* real; nothing is promised for generators that were not among them.
-        ignore : names
-            See `check`.
+        ignore : names, see `check`
 
         Returns
         -------
@@ -250,11 +232,7 @@ class Detector:
         return both[["level", "text", "x0", "y0", "x1", "y1", "score", "cosine", "real_below"]]
 
     def seen(self, features: Features) -> np.ndarray:
-        """Whether this detector was made with an image, by the id of its content, shape (n,).
-
-        "train" for images it was trained on, "val" for those that stopped the training or calibrated it, ""
-        for new ones.
-        """
+        """For each image "train" or "val" if it helped to make this detector (by its content), or ""."""
         self._fitted()
         where, keys = np.full(len(features), "", dtype="<U5"), image_keys(features)
         for part, known in self.image_keys_.items():
@@ -267,23 +245,19 @@ class Detector:
         Parameters
         ----------
         features : Features
-            Labelled test images; of one class, too: then the share called fake is all that can be said.
+            Labelled test images; of one class, too: then the share called fake is all that can be said. Those
+            that made this detector are counted all the same, with a warning.
         fpr : float
             The threshold comes from the calibration reals at this rate; the rate realised on the test reals
             is one minus ``accuracy_real``. Where they are too few to promise it, what needs it is empty.
         n_boot : int
-            Resamples, see `itemkit.metrics.bootstrap`.
+            Resamples.
 
         Returns
         -------
         DataFrame
             ``generator, metric, value, low, high, n_real, n_fake, over, note``; generator "all" counts every
             real once. ``over`` says what the interval is over, ``note`` why a value is not defined (empty).
-
-        Warns
-        -----
-        UserWarning
-            Some images trained, stopped or calibrated this detector; they are counted all the same.
         """
         logits, y = self.decision_function(features), features.labels
         if not len(y):
@@ -360,13 +334,9 @@ class Detector:
     def save(self, folder: str | Path) -> Path:
         """Write ``detector.json``, ``head.json`` and two safetensors files into a folder."""
         self._fitted()
-        path = self.head_.save(folder)
-        arrays = {"real_scores": self.real_scores_, "fake_scores": self.fake_scores_}
-        arrays |= {f"real_cosines_{level}": grid for level, grid in self.real_cosines_.items()}
-        arrays |= {f"{part}_keys": keys for part, keys in self.image_keys_.items()}
-        atomic_write(path / "calibration.safetensors", safetensors.numpy.save(arrays))
         n_real, rates = len(self.real_scores_), (0.01, 0.05, 0.1)
         contents = {
+            "format": FORMAT,
             "representation": self.representation.to_dict(),
             "calibration": self.calibrator_.method,
             "calibrator": asdict(self.calibrator_),
@@ -379,33 +349,26 @@ class Detector:
             "notes": self.notes,
             "trained_on": self.trained_on_,
         }
-        write_sealed(path / "detector.json", FORMAT, contents, FILES)
-        return path
+        arrays = {"real_scores": self.real_scores_, "fake_scores": self.fake_scores_}
+        arrays |= {f"real_cosines_{level}": grid for level, grid in self.real_cosines_.items()}
+        arrays |= {f"{part}_keys": keys for part, keys in self.image_keys_.items()}
+        path = self.head_.save(folder)
+        return write_sealed(path, FILES, contents, arrays, HEAD_FILES)
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> Detector:
-        """Read a detector written by `save`.
-
-        Raises
-        ------
-        ModelNotFound
-            The folder holds none, or one that is damaged.
-        """
-        folder = Path(folder)
-        meta = read_sealed(folder / "detector.json", FORMAT, FILES)
-        head = MisalignmentMLP.load(folder, device)
-        try:
+        """Read a detector written by `save`; ModelNotFound if the folder holds none, or a damaged one."""
+        meta, arrays = read_sealed(Path(folder), FILES, FORMAT, HEAD_FILES)
+        fitted = MisalignmentMLP.load(folder, device)
+        with intact(Path(folder)):
             fields = {name: meta["representation"][name] for name in ("level", "kind", "pooling")}
-            detector = cls(RepresentationConfig(**fields), clone(head))
+            detector = cls(RepresentationConfig(**fields), clone(fitted))
             numbers = {name: meta["calibrator"][name] for name in ("method", "scale", "offset")}
             detector.calibrator_ = Calibrator(**numbers)
-            detector.head_, detector.notes, detector.trained_on_ = head, meta["notes"], meta["trained_on"]
-            arrays = safetensors.numpy.load_file(folder / "calibration.safetensors")
+            detector.head_, detector.notes, detector.trained_on_ = fitted, meta["notes"], meta["trained_on"]
             detector.real_scores_, detector.fake_scores_ = arrays["real_scores"], arrays["fake_scores"]
             detector.real_cosines_ = {level: arrays[f"real_cosines_{level}"] for level in ("global", "local")}
             detector.image_keys_ = {part: arrays[f"{part}_keys"] for part in ("train", "val")}
-        except (InputError, TypeError, KeyError, safetensors.SafetensorError) as error:
-            raise damaged(folder, one_line(error)) from error
         return detector
 
 

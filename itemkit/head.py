@@ -6,11 +6,12 @@ is one permutation, a batch one index. Nothing here touches torch's global rando
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.numpy import load_file, save
 from scipy.special import expit
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -37,15 +38,13 @@ from itemkit.text import one_line
 
 # ------------------------------------------------------------------------------------------------ the network
 
-ACTIVATIONS = {"relu": F.relu, "leaky_relu": F.leaky_relu}
-
 
 @dataclass(frozen=True)
 class Architecture:
     """Shape and training recipe of a head; no other can be made or read from a file."""
 
     hidden: tuple[int, ...] = (256, 64)  # widths of the hidden layers
-    activation: str = "relu"
+    activation: str = "relu"  # or leaky_relu
     dropout: float = 0.2  # share of hidden units silenced in training
     batch_norm: bool = False  # normalise each hidden layer over the batch
     learning_rate: float = 1e-3  # of AdamW
@@ -54,11 +53,8 @@ class Architecture:
 
     def __post_init__(self) -> None:
         widths = [isinstance(width, Integral) and 1 <= width <= 65_536 for width in self.hidden]
-        if len(widths) > 16 or not all(widths) or self.activation not in ACTIVATIONS:
-            raise InputError(
-                f"hidden_sizes={self.hidden!r:.60}, activation {self.activation!r:.20}: expected at most 16 "
-                f"widths from 1 to 65,536, such as (256, 64), and one of {', '.join(ACTIVATIONS)}"
-            )
+        if len(widths) > 16 or not all(widths):
+            raise InputError("hidden_sizes: expected at most 16 widths from 1 to 65,536, such as (256, 64)")
 
 
 ARCHITECTURES = {
@@ -104,7 +100,7 @@ class Net(nn.Module):
             x = torch.baddbmm(self.biases[i], x, self.weights[i])
             if self.arch.batch_norm:
                 x = self._batch_norm(x, self.norms[i], training=noise is not None)
-            x = ACTIVATIONS[self.arch.activation](x)
+            x = F.relu(x) if self.arch.activation == "relu" else F.leaky_relu(x)
             if noise is not None and self.arch.dropout:
                 kept = 1 - self.arch.dropout  # the others grow, so that the sum stays as large
                 x = x * torch.empty_like(x).bernoulli_(kept, generator=noise) / kept
@@ -175,6 +171,7 @@ class EarlyStopping:
 # --------------------------------------------------------------------------------------------- the classifier
 
 FORMAT = "itemkit head 2"
+FILES = ("head.json", "head.safetensors")
 PREDICT_ROWS = 65536  # at once
 
 
@@ -212,8 +209,6 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         ``epoch, train_loss, val_loss, val_ap, seconds`` (mean over members; AP of their mean logit).
     best_epoch_ : list of int
         Epoch whose weights each member has.
-    classes_, n_features_in_
-        As in scikit-learn; ``classes_[1]`` is the positive class.
     """
 
     architecture: str = "itemkit"
@@ -236,9 +231,9 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         "dropout": [Interval(Real, 0, 1, closed="left"), None],
         "learning_rate": [Interval(Real, 0, None, closed="neither"), None],
         "weight_decay": [Interval(Real, 0, None, closed="left"), None],
-        **dict.fromkeys(
-            ("batch_size", "max_epochs", "patience"), [Interval(Integral, 1, 2**31, closed="both")]
-        ),
+        "batch_size": [Interval(Integral, 1, 2**31, closed="both")],
+        "max_epochs": [Interval(Integral, 1, None, closed="left")],
+        "patience": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0, None, closed="left")],
         "validation_fraction": [Interval(Real, 0, 1, closed="left")],
         "members": [Interval(Integral, 1, 1000, closed="both")],
@@ -269,15 +264,12 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         X, y : arrays, shape (n, k) and (n,)
             Features and labels of two classes.
         X_val, y_val : arrays, optional
-            Images of both classes to stop the training on; without them ``validation_fraction`` of the rows
-            is held out.
+            Of both classes, to stop the training on; without them ``validation_fraction`` is held out.
 
         Raises
         ------
-        InputError
-            Not two classes, too few rows to hold some out, or divergence.
         ValueError
-            A number that no head can have, or data that scikit-learn refuses.
+            A number that no head can have, not two classes, too few rows to hold some out, or divergence.
         """
         arch = self.resolved_architecture()
         X, y = validate_data(self, X, y, dtype=np.float32)
@@ -329,10 +321,8 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
                 total = total + loss.detach() * len(rows)
             train_loss = float(total) / len(x) / net.members
             if not math.isfinite(train_loss):
-                raise InputError(
-                    f"the training diverged in epoch {epoch} (loss {train_loss}); "
-                    f"try a learning_rate below {arch.learning_rate:g}"
-                )
+                hint = f"try a learning_rate below {arch.learning_rate:g}"
+                raise InputError(f"the training diverged in epoch {epoch} (loss {train_loss}); {hint}")
             if val is not None:
                 with torch.no_grad():
                     logits = net(val[0])
@@ -373,14 +363,10 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
     def save(self, folder: str | Path) -> Path:
         """Write ``head.safetensors`` (weights) and ``head.json`` (everything else) into a folder."""
         check_is_fitted(self, "net_")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {k: v.cpu().contiguous() for k, v in self.net_.state_dict().items()}
-        tensors |= {"input_mean": torch.from_numpy(self.mean_), "input_scale": torch.from_numpy(self.scale_)}
-        atomic_write(folder / "head.safetensors", save(tensors))
         params = self.get_params()
         del params["device"]  # where a head is used is for the user to say
         contents = {
+            "format": FORMAT,
             "params": params,
             "network": asdict(
                 self.net_.arch
@@ -391,37 +377,28 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
             "history": self.history_,
             "torch": str(torch.__version__),
         }
-        write_sealed(folder / "head.json", FORMAT, contents, ("head.safetensors",))
-        return folder
+        arrays = {name: tensor.cpu().numpy() for name, tensor in self.net_.state_dict().items()}
+        arrays |= {"input_mean": self.mean_, "input_scale": self.scale_}
+        return write_sealed(Path(folder), FILES, contents, arrays)
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> MisalignmentMLP:
-        """Read a head written by `save`, onto a device.
+        """Read a head written by `save`; ModelNotFound if there is none, or it is damaged.
 
-        Raises
-        ------
-        ModelNotFound
-            There is none, or it is damaged; no size in its files is believed before it is checked.
+        No size in its files is believed before it is checked.
         """
-        folder, where = Path(folder), choose_device(device)
-        meta = read_sealed(folder / "head.json", FORMAT, ("head.safetensors",))
-        try:
+        where, (meta, arrays) = choose_device(device), read_sealed(Path(folder), FILES, FORMAT)
+        with intact(Path(folder)):
             names = [name for name in cls._get_param_names() if name != "device"]
             head = cls(**{name: meta["params"][name] for name in names}, device=device)
             head.resolved_architecture()  # refuses numbers that no head can have
             arch = Architecture(**meta["network"] | {"hidden": tuple(meta["network"]["hidden"])})
-            tensors = load_file(folder / "head.safetensors")
-            if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-                raise InputError("head.safetensors holds a number that is not finite")
-            head.mean_, head.scale_ = tensors.pop("input_mean").numpy(), tensors.pop("input_scale").numpy()
+            head.mean_, head.scale_ = arrays.pop("input_mean"), arrays.pop("input_scale")
             with torch.device("meta"):  # shapes without memory, to hold those of the file against
                 head.net_ = Net(len(head.mean_), arch, head.members)
-            # copies: where a number lies in memory changes the last bits of a product
-            head.net_.load_state_dict({k: v.clone() for k, v in tensors.items()}, assign=True)
+            head.net_.load_state_dict({k: torch.tensor(v) for k, v in arrays.items()}, assign=True)
             head.n_features_in_, head.classes_ = meta["n_features"], np.array(meta["classes"])
             head.best_epoch_, head.history_ = meta["best_epoch"], meta["history"]
-        except (ValueError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
-            raise damaged(folder, one_line(error)) from error
         head.net_.to(where)
         return head
 
@@ -431,48 +408,52 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
 MAX_JSON = 2**24  # bytes
 
 
-def damaged(folder: Path, reason: str) -> ModelNotFound:
-    """Error for a folder that was cut off or changed after it was written."""
-    return ModelNotFound(str(folder), reason=f"is damaged ({reason}); train again")
-
-
-def write_sealed(path: Path, form: str, contents: dict[str, Any], files: Sequence[str]) -> None:
-    """Write a JSON file that knows its format, its own checksum and those of the files beside it."""
-    sums = {name: _sha256(path.with_name(name)) for name in files}
-    text = json.dumps({"format": form} | contents | {"files": sums}, default=lambda x: x.tolist())
-    write_json(path, (meta := json.loads(text)) | {"sha256": _checksum(meta)})
-
-
-def read_sealed(path: Path, form: str, files: Sequence[str]) -> dict[str, Any]:
-    """Read what `write_sealed` wrote, if neither it nor the files beside it have changed since.
-
-    Raises
-    ------
-    ModelNotFound
-        There is no such file, or something differs.
-    """
-    if not path.is_file():
-        raise ModelNotFound(
-            f"{path.parent} holds no detector: {path.name} is missing. Train one with `itemkit train`, or "
-            "give the folder of one"
-        )
+@contextlib.contextmanager
+def intact(folder: Path) -> Iterator[None]:
+    """Whatever fails inside says that the folder was cut off or changed after it was written."""
     try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelNotFound(str(folder), reason=f"is damaged ({one_line(error)}); train again") from error
+
+
+def write_sealed(
+    folder: Path, files: tuple[str, str], contents: dict, arrays: dict, beside: Sequence[str] = ()
+) -> Path:
+    """Write a JSON file and one of arrays; the first knows the checksum of itself and of all other files."""
+    name, arrays_name = files
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / arrays_name, save({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
+    sums = {file: _sha256(folder / file) for file in (*beside, arrays_name)}
+    meta = json.loads(json.dumps(contents | {"files": sums}, default=lambda x: x.tolist()))
+    write_json(folder / name, meta | {"sha256": _checksum(meta)})
+    return folder
+
+
+def read_sealed(
+    folder: Path, files: tuple[str, str], form: str, beside: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Read what `write_sealed` wrote, if neither it nor the files beside it have changed since."""
+    name, arrays_name = files
+    path = folder / name
+    if not path.is_file():
+        raise ModelNotFound(f"{folder} holds no detector: {name} is missing. Train one with `itemkit train`, "
+                            "or give the folder of one")  # fmt: skip
+    with intact(folder):
         if path.stat().st_size > MAX_JSON:
-            raise ValueError(f"{path.name} is larger than any that itemkit writes")
+            raise ValueError(f"{name} is larger than any that itemkit writes")
         meta = json.loads(path.read_bytes())
         if not isinstance(meta, dict) or meta.get("format") != form:
-            raise ValueError(
-                f"{path.name} is not in the format {form!r}, which this version of itemkit reads"
-            )
-        whole = meta.pop("sha256", None) == _checksum(meta)
-        changed = (
-            [f for f in files if meta["files"][f] != _sha256(path.with_name(f))] if whole else [path.name]
-        )
-        if changed:
-            raise ValueError(f"{changed[0]} was changed after it was written")
-    except (OSError, ValueError, RecursionError) as error:
-        raise damaged(path.parent, one_line(error)) from error
-    return meta
+            raise ValueError(f"{name} is not in the format {form!r}, which this version of itemkit reads")
+        if meta.pop("sha256", None) != _checksum(meta):
+            raise ValueError(f"{name} was changed after it was written")
+        for file in (*beside, arrays_name):
+            if meta["files"][file] != _sha256(folder / file):
+                raise ValueError(f"{file} was changed after it was written")
+        arrays = load_file(folder / arrays_name)
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError(f"{arrays_name} holds a number that is not finite")
+    return meta, arrays
 
 
 def _checksum(meta: dict[str, Any]) -> str:

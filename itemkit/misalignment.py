@@ -50,7 +50,7 @@ def misalign(image_emb: np.ndarray, text_emb: np.ndarray, kind: str = "absolute"
         L2-normalised; row i of both is pair i. Whole images with captions give the global misalignment,
         regions with phrases the local one.
     kind : {"cosine", "difference", "absolute", "product", "concat"}
-        The form, see `FORMS`.
+        The form, see `FORMS`. The paper says "in pre-trained CLIP's joint space"; every kind is our reading.
 
     Returns
     -------
@@ -60,11 +60,6 @@ def misalign(image_emb: np.ndarray, text_emb: np.ndarray, kind: str = "absolute"
     ------
     InputError
         Shapes differ, or a row's norm is off 1 by more than 1e-3.
-
-    References
-    ----------
-    Zhang et al. 2025 (arXiv 2511.00427), abstract: misalignment "in pre-trained CLIP's joint space". The form
-    is not stated there; every kind is our reading.
     """
     if kind not in FORMS:
         raise InputError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
@@ -115,9 +110,7 @@ def pool(
     local : float array, shape (m, k)
         One vector per semantic object.
     owner : int array, shape (m,)
-        Image to which each object belongs; any order.
-    n_images : int
-        Images; those without objects get zeros.
+        Image of each object, in any order; images without objects get zeros.
     how : str
         Name in `POOLINGS`.
     cosine : float array, shape (m,)
@@ -150,20 +143,13 @@ LEVELS = ("global", "local", "hierarchical")
 class RepresentationConfig:
     """Which misalignment vector the head is given.
 
-    Attributes
-    ----------
-    level : {"hierarchical", "global", "local"}
-        The whole image against its caption, its regions against their phrases, or both side by side. The
-        paper's abstract (Zhang et al. 2025, arXiv 2511.00427) describes the hierarchical one.
-    kind : {"absolute", "cosine", "difference", "product", "concat"}
-        Form of one pair's misalignment, see `FORMS`. The paper's is unknown; the default is our choice.
-    pooling : {"mean_worst", "mean", "worst", "top_k", "soft_worst"}
-        How a varying number of objects becomes one vector, see `POOLINGS`. Our choice as well.
+    The paper's abstract (Zhang et al. 2025, arXiv 2511.00427) describes the hierarchical one: the whole image
+    against its caption, and its regions against their phrases. Form and pooling are not stated there.
     """
 
-    level: str = "hierarchical"
-    kind: str = "absolute"
-    pooling: str = "mean_worst"
+    level: str = "hierarchical"  # out of LEVELS
+    kind: str = "absolute"  # of one pair's misalignment, out of FORMS; our choice
+    pooling: str = "mean_worst"  # of a varying number of objects, out of POOLINGS; our choice
 
     def __post_init__(self) -> None:
         for name, allowed in (("level", LEVELS), ("kind", KINDS), ("pooling", POOLINGS)):
@@ -210,11 +196,6 @@ def represent(features: Features, config: RepresentationConfig | str = "absolute
 
     An image whose caption names no object counts as its own only object (our rule): the local part then says
     nothing new and stays in the range of its neighbours, where zeros would be a strong misalignment.
-
-    Parameters
-    ----------
-    features : Features
-    config : RepresentationConfig or name
 
     Returns
     -------

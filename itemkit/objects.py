@@ -89,18 +89,9 @@ class Parser:
         self.nlp, self.rules, self._record = nlp, rules, dict(record or {})
 
     def objects(self, captions: Sequence[str]) -> list[list[str]]:
-        """Name the semantic objects of each caption.
+        """Name the semantic objects of each caption, as lower-case phrases in its order, without repeats.
 
-        Parameters
-        ----------
-        captions : sequence of str
-            Equal captions are parsed once; an empty caption has no objects.
-
-        Returns
-        -------
-        list of list of str
-            Lower-case phrases, without article unless the rules keep it, in the order of the caption,
-            without repeats.
+        Equal captions are parsed once; an empty caption has no objects.
         """
         unique = list(dict.fromkeys(captions))
         parsed = zip(unique, self.nlp.pipe(" ".join(text.split()) for text in unique), strict=True)

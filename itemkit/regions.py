@@ -22,12 +22,7 @@ from torch import Tensor
 
 from itemkit.encoder import stack_pixels
 from itemkit.errors import InputError
-from itemkit.models import (
-    GRID_MAX_STEPS,
-    LOCALISERS,
-    localiser_settings,
-    part_fingerprint,
-)
+from itemkit.models import GRID_MAX_STEPS, LOCALISERS, localiser_settings, part_fingerprint
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -94,17 +89,17 @@ class Localiser(ABC):
         return dict(self.settings)
 
 
-def windows(width: int, height: int, scales: Sequence[float], overlap: float) -> list[Box]:
-    """Square windows that cover an image evenly.
+def windows(size: tuple[int, int], scales: Sequence[float], overlap: float) -> list[Box]:
+    """Square windows that cover an image of this width and height evenly.
 
-    >>> windows(40, 40, [1.0, 0.5], 0.0)[1:]
+    >>> windows((40, 40), [1.0, 0.5], 0.0)[1:]
     [(0.0, 0.0, 20.0, 20.0), (20.0, 0.0, 40.0, 20.0), (0.0, 20.0, 20.0, 40.0), (20.0, 20.0, 40.0, 40.0)]
     """
     found: list[Box] = []
     for scale in scales:
-        side = max(1, round(scale * min(width, height)))
-        for y in _starts(height, side, overlap):
-            for x in _starts(width, side, overlap):
+        side = max(1, round(scale * min(size)))
+        for y in _starts(size[1], side, overlap):
+            for x in _starts(size[0], side, overlap):
                 found.append((float(x), float(y), float(x + side), float(y + side)))
     return list(dict.fromkeys(found))
 
@@ -163,8 +158,9 @@ def cells_to_pixels(
 ) -> np.ndarray:
     """Turn boxes in patches into boxes in pixels of the original image of this size, clipped to it."""
     x0, y0, x1, y1 = frame
-    patch = np.float32([(x1 - x0) / grid[1], (y1 - y0) / grid[0]] * 2)
-    return np.clip(cells * patch + np.float32([x0, y0] * 2), 0, np.float32([*size, *size]))
+    cell = [(x1 - x0) / grid[1], (y1 - y0) / grid[0]] * 2
+    patch, corner, limit = np.array([cell, [x0, y0] * 2, [*size, *size]], np.float32)
+    return np.clip(cells * patch + corner, 0, limit)
 
 
 def inside(grid: tuple[int, int], frame: Box, size: tuple[int, int]) -> Tensor:
@@ -204,7 +200,7 @@ class Grid(Localiser):
 
     def locate(self, images, embedding, phrase_emb, owner, phrases=None):  # types: see Localiser
         """See `Localiser.locate`."""
-        laid = {i: windows(*images[i].size, self.scales, self.overlap) for i in owner.unique().tolist()}
+        laid = {i: windows(images[i].size, self.scales, self.overlap) for i in owner.unique().tolist()}
         crops = [images[i] for i, boxes in laid.items() for _ in boxes]
         emb = embed_boxes(self.encoder, crops, [box for boxes in laid.values() for box in boxes])
         found = _empty(len(owner), phrase_emb.shape[1], emb.device)
@@ -245,7 +241,7 @@ class Dense(Localiser):
         """See `Localiser.locate`."""
         if embedding.patches is None:
             raise InputError("dense: the images were embedded without patches; use patches=True")
-        grid, device = self.encoder.patch_grid, embedding.pooled.device
+        grid, device = self.encoder.patch_grid or (1, 1), embedding.pooled.device
         found = _empty(len(owner), phrase_emb.shape[1], device)
         for i in owner.unique().tolist():  # by image: patches repeated for each phrase would be large
             rows, size, patches = owner == i, images[i].size, embedding.patches[i]
@@ -353,10 +349,8 @@ def make_localiser(name: str, encoder: Encoder, **options: Any) -> Localiser:
     ----------
     name : {"whole", "grid", "dense", "owlv2", "grounding_dino"}
         The last two are object detectors of transformers: pass ``model=`` a folder or hub name.
-    encoder : Encoder
-        Embeds the regions.
     **options
-        Of the localiser's class.
+        See `models.LOCALISERS`.
 
     Raises
     ------
@@ -368,4 +362,5 @@ def make_localiser(name: str, encoder: Encoder, **options: Any) -> Localiser:
         from itemkit.detection import load_detector
 
         return load_detector(name, encoder, **options)
-    return {"whole": Whole, "grid": Grid, "dense": Dense}[name](encoder, **options)
+    kinds: dict[str, type] = {"whole": Whole, "grid": Grid, "dense": Dense}
+    return kinds[name](encoder, **options)

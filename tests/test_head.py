@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.metrics import roc_auc_score as auroc
@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from itemkit.errors import InputError, ModelNotFound
-from itemkit.head import ARCHITECTURES, MisalignmentMLP, write_sealed
+from itemkit.head import ARCHITECTURES, FILES, MisalignmentMLP, write_sealed
 
 QUICK = {"max_epochs": 12, "patience": 4, "device": "cpu"}
 
@@ -274,8 +274,8 @@ def test_files_made_to_look_whole_are_checked_as_well(trained, tmp_path):
         meta = json.loads((folder / "head.json").read_text())
         for part, values in change.items():
             meta[part] |= values
-        contents = {k: v for k, v in meta.items() if k not in ("format", "sha256", "files")}
-        write_sealed(folder / "head.json", meta["format"], contents, ("head.safetensors",))
+        contents = {k: v for k, v in meta.items() if k not in ("sha256", "files")}
+        write_sealed(folder, FILES, contents, load_file(folder / "head.safetensors"))
         with pytest.raises(ModelNotFound, match=r"is damaged \(.*\); train again$"):
             MisalignmentMLP.load(folder)
 

@@ -17,7 +17,7 @@ from itemkit.misalignment import (
     represent,
 )
 
-from synthetic import make_features, unit
+from synthetic import make_features
 
 A = np.array([[1.0, 0.0], [0.6, 0.8]])
 B = np.array([[0.6, 0.8], [0.8, -0.6]])
@@ -37,14 +37,6 @@ def test_kinds_by_hand(kind, expected):
     out = misalign(A, B, kind)
     assert out.dtype == np.float32
     np.testing.assert_allclose(out, expected, atol=1e-6)
-
-
-def test_cosine_is_the_sum_of_the_product_and_follows_from_the_difference():
-    rng = np.random.default_rng(0)
-    a, b = unit(rng.normal(size=(50, 16))), unit(rng.normal(size=(50, 16)))
-    cosine = misalign(a, b, "cosine")[:, 0]
-    np.testing.assert_allclose(misalign(a, b, "product").sum(1), cosine, atol=1e-6)
-    np.testing.assert_allclose((misalign(a, b, "difference") ** 2).sum(1), 2 - 2 * cosine, atol=1e-5)
 
 
 # three objects of image 0 (cosines 0.9, 0.1, 0.5), one of image 2, none of image 1

@@ -26,14 +26,8 @@ VOCAB = spacy.blank("en").vocab
 def parsed(text: str) -> Doc:
     """Build a parse from "word/TAG/head/dep" items; head is the index of the word it hangs on."""
     words, tags, heads, deps = zip(*(item.split("/") for item in text.split()), strict=True)
-    return Doc(
-        VOCAB,
-        words=words,
-        tags=tags,
-        pos=[POS[tag] for tag in tags],
-        heads=[int(head) for head in heads],
-        deps=deps,
-    )
+    pos, numbers = [POS[tag] for tag in tags], [int(head) for head in heads]
+    return Doc(VOCAB, words=words, tags=tags, pos=pos, heads=numbers, deps=deps)
 
 
 BALL = "a/DT/2/det red/JJ/2/amod ball/NN/2/ROOT on/IN/2/prep the/DT/5/det grass/NN/3/pobj"

@@ -60,20 +60,14 @@ def embed(encoder, images: list[Image.Image], patches: bool = True) -> ImageEmbe
 
 
 def test_windows_by_hand() -> None:
-    quarters = [
-        (0.0, 0.0, 20.0, 20.0),
-        (20.0, 0.0, 40.0, 20.0),
-        (0.0, 20.0, 20.0, 40.0),
-        (20.0, 20.0, 40.0, 40.0),
-    ]
-    assert windows(40, 40, [1.0, 0.5], 0.0) == [(0.0, 0.0, 40.0, 40.0), *quarters]
-    assert windows(40, 20, [1.0], 0.5) == [(float(x), 0.0, float(x + 20), 20.0) for x in (0, 10, 20)]
-    assert windows(1, 1, [0.3], 0.5) == [(0.0, 0.0, 1.0, 1.0)]
+    assert windows((40, 40), [1.0, 0.5], 0.0)[:2] == [(0.0, 0.0, 40.0, 40.0), (0.0, 0.0, 20.0, 20.0)]
+    assert windows((40, 20), [1.0], 0.5) == [(float(x), 0.0, float(x + 20), 20.0) for x in (0, 10, 20)]
+    assert windows((1, 1), [0.3], 0.5) == [(0.0, 0.0, 1.0, 1.0)]
 
 
 @pytest.mark.parametrize("size", [(37, 53), (400, 10), (10, 400), (3, 2)])
 def test_windows_lie_inside_and_reach_the_edges(size: tuple[int, int]) -> None:
-    found = windows(*size, [1.0, 0.45], 0.5)
+    found = windows(size, [1.0, 0.45], 0.5)
     assert all(0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1] for x0, y0, x1, y1 in found)
     assert max(b[2] for b in found) == size[0] and max(b[3] for b in found) == size[1]
     assert len(found) == len(set(found)) <= 2 * 12 * 12
@@ -266,36 +260,21 @@ def test_detector_equals_transformers_own_boxes(folders, clip, name: str) -> Non
     ours = located(folders, clip, name, [image], TEXTS[:2], torch.tensor([0, 0]))
     model = transformers.AutoModelForZeroShotObjectDetection.from_pretrained(folders[name]).eval()
     processor = transformers.AutoProcessor.from_pretrained(folders[name])
+    text = {"owlv2": [TEXTS[:2]], "grounding_dino": "red ball. the grass."}[name]
     with torch.no_grad():
-        if name == "owlv2":
-            inputs = processor(images=image, text=[TEXTS[:2]], return_tensors="pt")
-            output = model(**inputs)
-            size = [(image.height, image.width)]
-            found = processor.post_process_grounded_object_detection(
-                output, threshold=0.0, target_sizes=size
-            )[0]
-            assert model.config.model_type == "owlv2"
-            for index in range(2):
-                confidence = output.logits[0].sigmoid()[:, index]
-                assert float(ours.scores[index]) == pytest.approx(float(confidence.max()), abs=1e-5)
-                box = found["boxes"][confidence.argmax()]
-                limit = torch.tensor([image.width, image.height] * 2)
-                box = torch.minimum(box.clamp(min=0), limit)
-                if bool(box[2] > box[0]) and bool(box[3] > box[1]):
-                    assert torch.allclose(ours.boxes[index], box, atol=1e-3)
-        else:
-            inputs = processor(images=image, text="red ball. the grass.", return_tensors="pt")
-            output = model(**inputs)
-            found = processor.post_process_grounded_object_detection(
-                output, threshold=0.0, target_sizes=[(image.height, image.width)]
-            )[0]
-            # [CLS] red ball . the grass . [SEP]
-            for index, tokens in enumerate(([1, 2], [4, 5])):
-                confidence = output.logits[0].sigmoid()[:, tokens].amax(dim=1)
-                assert float(ours.scores[index]) == pytest.approx(float(confidence.max()), abs=1e-5)
-                best = found["boxes"][confidence.argmax()]
-                limit = torch.tensor([image.width, image.height] * 2)
-                assert torch.allclose(ours.boxes[index], torch.minimum(best.clamp(min=0), limit), atol=1e-3)
+        output = model(**processor(images=image, text=text, return_tensors="pt"))
+    (found,) = processor.post_process_grounded_object_detection(
+        output, threshold=0.0, target_sizes=[(image.height, image.width)]
+    )
+    # the columns of each phrase; for Grounding DINO [CLS] red ball . the grass . [SEP]
+    columns = {"owlv2": ([0], [1]), "grounding_dino": ([1, 2], [4, 5])}[name]
+    for index, mine in enumerate(columns):
+        confidence = output.logits[0].sigmoid()[:, mine].amax(dim=1)
+        assert float(ours.scores[index]) == pytest.approx(float(confidence.max()), abs=1e-5)
+        limit = torch.tensor([image.width, image.height] * 2)
+        box = torch.minimum(found["boxes"][confidence.argmax()].clamp(min=0), limit)
+        if bool(box[2] > box[0]) and bool(box[3] > box[1]):
+            assert torch.allclose(ours.boxes[index], box, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["owlv2", "grounding_dino"])
