@@ -16,14 +16,7 @@ from torch import Tensor
 
 from itemkit.devices import choose_device, choose_precision
 from itemkit.errors import InputError
-from itemkit.models import (
-    LOCALISERS,
-    find_folder,
-    load_processor,
-    load_transformer,
-    localiser_settings,
-    quiet,
-)
+from itemkit.models import LOCALISERS, find_folder, load_processor, load_transformer, localiser_settings
 from itemkit.regions import BoxLocaliser
 
 if TYPE_CHECKING:
@@ -71,15 +64,14 @@ class Owlv2(ObjectDetector):
 
     def detect(self, image: Image, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
         """See `ObjectDetector.detect`."""
-        with quiet():
-            inputs = self.processor(
-                images=image.convert("RGB"),
-                text=[list(phrases)],
-                return_tensors="pt",
-                padding="max_length",
-                truncation=True,  # its text tower has 16 positions
-                max_length=self.model.config.text_config.max_position_embeddings,
-            )
+        inputs = self.processor(
+            images=image.convert("RGB"),
+            text=[list(phrases)],
+            return_tensors="pt",
+            padding="max_length",
+            truncation=True,  # its text tower has 16 positions
+            max_length=self.model.config.text_config.max_position_embeddings,
+        )
         with torch.no_grad():
             out = self.model(**self._to_device(inputs))
         # The processor pads the image to a square at the bottom and on the right.
@@ -102,9 +94,8 @@ class GroundingDino(ObjectDetector):
     def detect(self, image: Image, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
         """See `ObjectDetector.detect`."""
         prompt, spans = _prompt(phrases)
-        with quiet():
-            inputs = self.processor(images=image.convert("RGB"), text=prompt, return_tensors="pt")
-            offsets = self.processor.tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
+        inputs = self.processor(images=image.convert("RGB"), text=prompt, return_tensors="pt")
+        offsets = self.processor.tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
         with torch.no_grad():
             out = self.model(**self._to_device(inputs))
         scores = out.logits[0].float().sigmoid()

@@ -26,7 +26,7 @@ from itemkit import _torchvision
 from itemkit.captions import as_captions
 from itemkit.devices import choose_device, choose_precision, dtype_name
 from itemkit.errors import ItemkitError, ModelNotFound
-from itemkit.models import LOCALISERS, PARTS, Models, tidy
+from itemkit.models import PARTS, Models, tidy
 from itemkit.presets import MINI_REMEDY, Preset, mini_folder
 from itemkit.text import one_line
 
@@ -219,13 +219,12 @@ def check_models(preset: Preset) -> Iterator[Check]:
             yield Check(part, FAIL, place.fact, place.remedy)
         elif place is not None:
             # as in the run.json of a store
-            digest = made_of.get(part, {}).get("weights_sha256") or made_of.get(part, {}).get("files_sha256")
-            yield Check(part, OK, tidy(place.path) + (f", sha256 {digest[:12]}" if digest else ""))
-        elif part == "localiser" and isinstance(model, str) and model in LOCALISERS:
-            yield Check(part, OK, f"'{model}', works with the encoder")
+            says = made_of.get(part, {})
+            digest = says.get("weights_sha256") or says.get("files_sha256") or "not computed"
+            yield Check(part, OK, f"{tidy(place.path)}, sha256 {digest[:12]}")
         else:
-            own = f"your own, {model}" if isinstance(model, str) else "given as an object"
-            yield Check(part, OK, "left out" if model is None else own)
+            shown = f"'{model}'" if isinstance(model, str) else "given as an object"
+            yield Check(part, OK, "left out" if model is None else shown)
 
 
 # -- the deep test -------------------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ COPY_WHOLE = "Copy the whole model folder, not only its weights, or fetch it aga
 
 @dataclass(frozen=True)
 class Located:
-    """A model's files on this machine, and what can be said of the model before it is loaded."""
+    """A model's files on this machine, before and after it is loaded."""
 
     what: str  # what was asked for, in words
     path: Path  # the folder, or the one file of weights, that will be read
@@ -498,30 +498,18 @@ def reading(located: Located) -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' warnings and progress bars off the terminal and out of notebooks."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
 def from_disk_only() -> Iterator[None]:
-    """Keep the libraries off the network, quiet, and from running code of a folder, while a model loads.
+    """Keep the libraries off the network and from running code of a folder, while a model loads.
 
     `check_settings` refuses what asks for code; this is for the way that nobody thought of. With no time for
-    an answer transformers does not ask its question.
+    an answer transformers does not ask its question. From here on it is silent, as its models talk at work.
     """
     from huggingface_hub import constants
     from transformers import dynamic_module_utils as dynamic
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
     def refuse(*args: object, **options: object) -> None:
         raise InputError("a model folder asks for code of its own, which itemkit never runs")
@@ -530,7 +518,6 @@ def from_disk_only() -> Iterator[None]:
         patch.object(constants, "HF_HUB_OFFLINE", True),
         patch.object(dynamic, "TIME_OUT_REMOTE_CODE", 0),
         patch.object(dynamic, "get_class_in_module", refuse),
-        quiet(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # of torch, about pickles

@@ -121,7 +121,7 @@ def test_present_models_have_path_and_hash(folders: dict[str, Path]) -> None:
     assert {check.status for check in models.values()} == {OK}
     for name, folder in folders.items():
         assert folder.name in models[name].detail and "sha256 " in models[name].detail
-    assert models["localiser"].detail == "'grid', works with the encoder"
+    assert models["localiser"].detail == "'grid'"
     parts = {**folders, "captioner": None, "encoder": Oracle([])}
     (check,) = doctor.check_models(preset_of(parts))
     assert check.status == FAIL and "version = '1'" in check.detail  # it has to say which answers it gives
