@@ -160,7 +160,8 @@ class Detector:
 
     def score(self, features: Features, ignore: Sequence[str] = ()) -> np.ndarray:
         """Calibrated p(fake), shape (n,), for a real and a fake image being equally likely beforehand."""
-        return self.calibrator_(self.decision_function(features, ignore))
+        logits = self.decision_function(features, ignore)  # first: an untrained detector says so here
+        return self.calibrator_(logits)
 
     def threshold(self, fpr: float = 0.05) -> Threshold:
         """Threshold on the raw log-odds at a false-positive rate; InputError with too few reals."""
