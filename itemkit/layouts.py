@@ -8,6 +8,7 @@ names the set whose photographs an image is compared with, so that a reader can 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -183,7 +184,8 @@ class Tree:
 
     def _sniff(self, path: Path) -> bool:
         try:
-            return path.is_file() and looks_like_image(path.open("rb").read(64))
+            with path.open("rb") if path.is_file() else contextlib.nullcontext(io.BytesIO()) as file:
+                return looks_like_image(file.read(64))
         except OSError as error:
             self._shut(error)
             return False
@@ -191,9 +193,8 @@ class Tree:
     def require_images(self) -> None:
         """Raise an `InputError` that says what is there if there is no image."""
         if not self.folders:
-            there = ", ".join(
-                f"{n:,} {ending}" for ending, n in self.skipped["files_left_out"].most_common(5)
-            )
+            found = self.skipped["files_left_out"].most_common(5)
+            there = ", ".join(f"{n:,} {ending}" for ending, n in found)
             shut = "".join(f"; cannot look into {name}" for name in self.skipped["not_readable"][:3])
             wanted = " ".join(EXTENSIONS)
             raise InputError(

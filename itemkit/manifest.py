@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from itemkit import _files, layouts, schema
 from itemkit.errors import InputError
@@ -46,9 +48,7 @@ _FLAGS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "no": 0, "y
 _IMAGE_COLUMNS = ("image", "img", "image_data", "image_bytes", "jpg", "png", "webp")
 _ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}
 _TEXT, _ARROW = (".csv", ".tsv", ".jsonl", ".ndjson"), (".parquet", ".arrow")
-# A table is read alike whatever it is called, so these are names for people.
-TABLE_LAYOUTS = ("csv", "grip", "parquet", "openfake", "communityforensics", "datasets")
-LAYOUTS = ("auto", *TABLE_LAYOUTS, *layouts.FOLDER_LAYOUTS)
+LAYOUTS = ("auto", *layouts.FOLDER_LAYOUTS)
 _SHARD = re.compile(r"(\w+?)-\d{5}-of-\d{5}")  # how hub data sets name their files: train-00000-of-00002
 
 
@@ -81,8 +81,8 @@ def read_manifest(
         A CSV, TSV, JSON-lines or Parquet table; a folder tree in a layout of the field; a folder of Parquet
         files or one written by ``Dataset.save_to_disk``.
     layout : str
-        One of `LAYOUTS`. ``auto`` decides from what it finds: folders named after real and fake go before a
-        table beside them, more than one other answer is an error.
+        Of a folder, one of `LAYOUTS`. ``auto`` decides from what it finds: folders named after real and fake
+        go before a table beside them, more than one other answer is an error.
     root : path, optional
         Folder against which the table's relative paths are read; default is the table's own folder.
     real_root : path, optional
@@ -121,18 +121,13 @@ def _absolute(path: Any) -> Path:
 def _read_path(path: Path, layout: str, root: Any, real_root: Any, images_to: Any) -> pd.DataFrame:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; give a table, or a folder of images")
-    is_table = path.is_file() or layout in TABLE_LAYOUTS
-    if is_table and (layout in layouts.FOLDER_LAYOUTS or real_root is not None):
-        raise InputError(f"{path} is a table; layout={layout!r} and real_root= are for folders of images")
-    base = Path(root).absolute() if root is not None else path if path.is_dir() else path.parent
-    data = _Data(path.name, base, path.name if path.is_dir() else path.stem, images_to)
-    if is_table:
-        files = [path] if path.is_file() else _arrow_files(path) if layout not in ("csv", "grip") else []
-        if not files:
-            raise InputError(
-                f"layout {layout!r}: {path} is a folder without such files; name the table itself"
-            )
-        return _read_tables(files, path, data)
+    folder = path.is_dir()
+    base = Path(root).absolute() if root is not None else path if folder else path.parent
+    data = _Data(path.name, base, path.name if folder else path.stem, images_to)
+    if not folder:
+        if layout != "auto" or real_root is not None:
+            raise InputError(f"{path} is a table; layout={layout!r} and real_root= are for folders of images")
+        return _read_tables([path], path, data)
     reals = None if real_root is None else _absolute(real_root)
     if reals is not None and not reals.is_dir():
         raise InputError(f"real_root {reals} is not a folder")
@@ -157,7 +152,9 @@ def _read_folder(path: Path, layout: str, reals: Path | None, data: _Data) -> pd
     if tables:
         names = ", ".join(t.name for t in tables[:3]) + (" ..." if len(tables) > 3 else "")
         data.notes.append(f"tables beside the images are not read: {names} (give the table itself to use it)")
-    labels = (_add_metadata(raw, listing, data) if listing else None) or about["labels"]
+    labels = about["labels"]
+    if listing:
+        raw, labels = _add_metadata(raw, listing, labels, data)
     if closed := sum(not reads(path) for path in raw[schema.PATH]):
         data.notes.append(
             f"{count(closed, 'image')} in HEIC, HEIF or AVIF cannot be read here and will be error rows: "
@@ -167,28 +164,22 @@ def _read_folder(path: Path, layout: str, reals: Path | None, data: _Data) -> pd
     return _finish([raw], data)
 
 
-def _add_metadata(raw: pd.DataFrame, files: list[Path], data: _Data) -> str | None:
+def _add_metadata(raw: pd.DataFrame, files: list[Path], labels: str, data: _Data) -> tuple[pd.DataFrame, str]:
     """Fill in captions, and labels where the folders have none, from ``metadata`` files; say which labels."""
     parts = [_read_tables([file], file, _Data(file.name, file.parent, data.name)) for file in files]
     reports = [part.attrs["report"] for part in parts]
     data.notes += [f"{report['source']}: {note}" for report in reports for note in report["notes"]]
-    rows = pd.concat(parts).drop_duplicates(schema.PATH).set_index(schema.PATH)
-    rows = rows.reindex(raw[schema.PATH]).reset_index(drop=True)
+    raw = raw.set_index(schema.PATH)
+    rows = pd.concat(parts).drop_duplicates(schema.PATH).set_index(schema.PATH).reindex(raw.index)
     n = int(rows.notna().any(axis=1).sum())
     data.notes.append(f"{count(len(files), 'metadata file')} read, which list {n:,} of the images")
-    for column in (schema.CAPTION, schema.SPLIT):
-        raw[column] = raw[column].where(raw[column].notna(), rows[column])
-    if not rows[schema.LABEL].notna().any():
-        return None
-    if raw[schema.LABEL].isna().all():
-        raw[schema.LABEL] = rows[schema.LABEL]
-        for column in (schema.GENERATOR, schema.SOURCE):
-            raw[column] = rows[column].where(rows[column].notna(), raw[column])
-        return f"{files[0].name}, {reports[0]['labels']}"
-    label = raw[schema.LABEL].astype("Int8")
-    said = {"the folders": (label, raw[schema.PATH]), files[0].name: (rows[schema.LABEL], raw[schema.PATH])}
-    _must_agree(data.what, said)
-    return None
+    if raw[schema.LABEL].notna().any():
+        paths, label = raw.index.to_series(), raw[schema.LABEL].astype("Int8")
+        _must_agree(data.what, {"the folders": (label, paths), files[0].name: (rows[schema.LABEL], paths)})
+    elif rows[schema.LABEL].notna().any():
+        raw[[schema.GENERATOR, schema.SOURCE]] = None
+        labels = f"{files[0].name}, {reports[0]['labels']}"
+    return raw.combine_first(rows).reset_index(), labels
 
 
 def write_manifest(df: pd.DataFrame, path: str | Path) -> None:
@@ -248,9 +239,19 @@ def describe_manifest(manifest: pd.DataFrame) -> list[str]:
 
 def _read_tables(files: list[Path], top: Path, data: _Data) -> pd.DataFrame:
     """One table in one or several files; `top` is the file or the folder of them."""
-    arrow = files[0].suffix.lower() in _ARROW
-    parts = (part for f in files for part in (_arrow_rows(f, top, data) if arrow else [_read_text(f, data)]))
-    return _finish(parts, data)
+
+    def parts() -> Iterator[pd.DataFrame]:
+        for file in files:
+            if file.suffix.lower() not in _ARROW:
+                yield _read_text(file, data)
+                continue
+            shard = _SHARD.match(file.stem)
+            places = [shard[1] if shard else file.stem, *file.relative_to(top).parts[:-1]]
+            split = next((split for name in places if (split := read_name(name).split)), None)
+            for batch in _batches(file):
+                yield _unpack(batch, split, data)
+
+    return _finish(parts(), data)
 
 
 def _arrow_files(path: Path) -> list[Path]:
@@ -271,9 +272,6 @@ def _arrow_files(path: Path) -> list[Path]:
 
 def _batches(path: Path) -> Iterator[Any]:
     """Record batches of a Parquet file, or of an Arrow file (stream as ``datasets`` writes it, or file)."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
         if path.suffix.lower() == ".parquet":
             yield from pq.ParquetFile(path).iter_batches(batch_size=256)
@@ -285,14 +283,6 @@ def _batches(path: Path) -> Iterator[Any]:
         yield from table.to_batches(max_chunksize=256)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}); fetch it again") from None
-
-
-def _arrow_rows(path: Path, top: Path, data: _Data) -> Iterator[pd.DataFrame]:
-    shard = _SHARD.match(path.stem)
-    places = [shard[1] if shard else path.stem, *path.relative_to(top).parts[:-1]]
-    split = next((split for name in places if (split := read_name(name).split)), None)
-    for batch in _batches(path):
-        yield _unpack(batch, split, data)
 
 
 def _dataset_rows(dataset: Any, data: _Data) -> Iterator[pd.DataFrame]:
@@ -308,7 +298,6 @@ def _dataset_rows(dataset: Any, data: _Data) -> Iterator[pd.DataFrame]:
 
 def _image_column(columns: Any) -> str | None:
     """Column of an Arrow schema that holds images as bytes, alone or with their path."""
-    import pyarrow as pa
 
     def holds_bytes(kind: Any) -> bool:
         if pa.types.is_struct(kind):
@@ -430,7 +419,8 @@ def _finish(parts: Iterable[pd.DataFrame], data: _Data) -> pd.DataFrame:
     is_real, is_fake = ((label == value).fillna(False).astype(bool) for value in (schema.REAL, schema.FAKE))
     generator = text[schema.GENERATOR].mask(text[schema.GENERATOR] == "", named)
     # "camera" or "LAION" in the generator column of a photograph is where it comes from, not what made it
-    origin = generator.where(is_real & ~generator.map(_is_real_word).astype(bool), "")
+    sure = generator.map(lambda word: read_name(word)[:2] == (schema.REAL, 2)).astype(bool)
+    origin = generator.where(is_real & ~sure, "")
     origin = text[schema.SOURCE].where(text[schema.SOURCE] != "", origin)
     df = pd.DataFrame(
         {
@@ -469,11 +459,6 @@ def _finish(parts: Iterable[pd.DataFrame], data: _Data) -> pd.DataFrame:
         "notes": list(map(printable, data.notes)),
     }
     return df
-
-
-def _is_real_word(value: str) -> bool:
-    name = read_name(value)
-    return name.label == schema.REAL and name.sure == 2
 
 
 def _match_columns(raw: pd.DataFrame, data: _Data) -> dict[str, str]:
@@ -546,9 +531,11 @@ def _first(texts: Any) -> Any:
 
 # ---- labels of a table
 
-# How a column may say labels, the surest first.
-_HOW = ("flags", "words", "names", "unclear flags", "unnamed words", "other words")
-_UNUSED = {
+# How a column may say labels, the surest first, and why it is not used.
+_HOW = {
+    "flags": "",
+    "words": "",
+    "names": "",
     "unclear flags": "it holds 0 and 1 without saying which is fake; rename it to 'is_fake' or 'is_real'",
     "unnamed words": "its values look like labels; rename it to 'label' to use them",
     "other words": "its values are no words for real and fake",
@@ -594,9 +581,9 @@ def _find_labels(
         with contextlib.suppress(InputError):  # lists, bytes
             if reading := _read_label_column(name, _texts(raw, name, data)):
                 readings[name] = reading
-    order = sorted(readings, key=lambda c: (c != exact, _HOW.index(readings[c][0])))
-    usable = [c for c in order if readings[c][0] not in _UNUSED]
-    unused = {c: _UNUSED[readings[c][0]] for c in order if c not in (*usable, found.get(schema.SOURCE))}
+    order = sorted(readings, key=lambda c: (c != exact, list(_HOW).index(readings[c][0])))
+    usable = [c for c in order if not _HOW[readings[c][0]]]
+    unused = {c: _HOW[readings[c][0]] for c in order if c not in (*usable, found.get(schema.SOURCE))}
     if not usable and exact in unused:
         bad = ", ".join(map(repr, text[schema.LABEL].unique()[:8]))
         raise InputError(
@@ -638,7 +625,7 @@ def _must_agree(what: str, said_by: dict[str, tuple[pd.Series, pd.Series]]) -> N
         wrong = np.flatnonzero((label.notna() & values.notna() & (label != values)).fillna(False))
         if len(wrong):
             row = wrong[0]
-            first, second = (f"{w[row]!r}, read as {schema.LABEL_NAMES[int(v[row])]}"
+            first, second = (f"{w.iloc[row]!r}, read as {schema.LABEL_NAMES[int(v.iloc[row])]}"
                           for v, w in ((label, words), (values, said)))  # fmt: skip
             raise InputError(
                 f"{what}: {one} and {other} contradict each other in {count(len(wrong), 'row')}; first: row "

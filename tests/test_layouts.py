@@ -329,11 +329,7 @@ def test_an_explicit_layout_decides(tree):
     df = read_manifest(root, layout="genimage")
     assert df["label"].tolist() == [1, 0] and df.attrs["report"]["labels"].endswith("'genimage' has them")
     parquet(root / "t.parquet", {"image": [png(7), png(8), png(9)], "label": [1, 1, 1]})
-    with pytest.raises(InputError, match=r"layout 'csv': .* is a folder .*name the table itself"):
-        read_manifest(root, layout="csv")
-    assert read_manifest(root, layout="parquet", images_to=root.parent / "out")["label"].tolist() == [1] * 3
-    with pytest.raises(InputError, match="is a table; layout='csv' and real_root="):
-        read_manifest(root, layout="csv", real_root=root)
+    assert read_manifest(root / "t.parquet", images_to=root.parent / "out")["label"].tolist() == [1] * 3
     root = tree("a.png", root="plain")
     (root / "metadata.csv").write_text("file_name,label,text\na.png,ai,a dog\n")
     df = read_manifest(root, layout="unlabelled")
@@ -512,7 +508,7 @@ def test_communityforensics(tmp_path):
             "prompt": ["x", "", ""],
         },
     )  # fmt: skip
-    df = read_manifest(path, layout="communityforensics", images_to=tmp_path / "out")
+    df = read_manifest(path, images_to=tmp_path / "out")
     assert df["label"].tolist() == [1, 0, 1] and df["generator"].tolist() == ["sd-2", "real", "sd-2"]
     assert df["source"].tolist() == ["cf", "coco", "cf"] and set(df["split"]) == {"systematic"}
     assert list(map(os.path.exists, df["path"])) == [True, True, False]  # an error row later, not a lost one

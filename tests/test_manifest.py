@@ -167,7 +167,7 @@ def test_what_will_become_of_the_splits_is_said(csv):
 
 
 def test_grip_csv(csv):
-    df = read_manifest(csv("filename,typ\na0.png,real\na1.png,dalle3\na2.png,midjourney\n"), layout="grip")
+    df = read_manifest(csv("filename,typ\na0.png,real\na1.png,dalle3\na2.png,midjourney\n"))
     assert df["label"].tolist() == [0, 1, 1] and df["generator"].tolist() == ["real", "dalle3", "midjourney"]
 
 
