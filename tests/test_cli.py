@@ -535,13 +535,10 @@ def test_threads_reach_torch_decoding_and_what_is_started(
     for name in ("OMP_NUM_THREADS", "ITEMKIT_THREADS"):
         monkeypatch.setenv(name, "7")
     found: list[int] = []
-
-    def note(args: object) -> None:
-        found.append(DecodeConfig().n_threads())
-
     monkeypatch.setattr(torch, "set_num_threads", found.append)
     for command in ("run", "study"):
-        monkeypatch.setattr(cli, command, named(command, note))
+        stand_in = named(command, lambda args: found.append(DecodeConfig().n_threads()))
+        monkeypatch.setattr(cli, command, stand_in)
         run(command, "--threads", "3")
         joblib = Parallel(n_jobs=2)(delayed(os.environ.get)("OMP_NUM_THREADS") for _ in range(2))
         assert (found, joblib, os.environ["OMP_NUM_THREADS"]) == ([3, 3], ["3"] * 2, "3")
