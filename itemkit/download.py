@@ -41,9 +41,9 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # not the netwo
 def download(
     preset: Preset, to: str | Path | None = None, report: Callable[[str], Any] = print
 ) -> dict[str, str]:
-    """Fetch all models of a preset; what is there already, whole, is not fetched again.
+    """Fetch all models of a preset; gives the revision of each: the hub's commit, or a pipeline's version.
 
-    Gives for each part its revision: the hub's commit, or the version of a spaCy pipeline.
+    What is there already, whole, is not fetched again.
 
     Parameters
     ----------
@@ -53,8 +53,6 @@ def download(
         Folder to fill: ``captioner``, ``parser``, ``encoder``, ``detector``, each complete and readable
         without a network; ``get_preset(name, folder=to)`` reads it. Without it the models go where the
         loaders look by themselves: the hub's cache, and the Python environment for spaCy's.
-    report : callable
-        Gets a line before and after each model.
 
     Raises
     ------

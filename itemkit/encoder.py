@@ -107,9 +107,9 @@ _PREPROCESS = {
     "mode": "RGB", "mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711],
     "interpolation": "bicubic", "resize_mode": "shortest", "fill_color": 0,
 }  # fmt: skip
-_TRANSFORMERS_REMEDY = (
-    "The encoder is read in open_clip's format: name a model of open_clip instead (ViT-B-32:openai, "
-    "hf-hub:owner/name), or a folder that `itemkit download` wrote."
+_OTHER_FORMAT = (
+    "The encoder is read in open_clip's format, not in transformers': name a model of open_clip instead "
+    "(ViT-B-32:openai, hf-hub:owner/name), or a folder that `itemkit download` wrote."
 )
 
 
@@ -150,15 +150,14 @@ def find_encoder(model: str | Path, pretrained: str | None = None) -> Source:
         config, given = settings["model_cfg"], settings.get("preprocess_cfg", {})
         text, size = dict(config["text_cfg"]), _size(config["vision_cfg"].get("image_size", 224))
         preprocess = {key: given.get(key, value) for key, value in _PREPROCESS.items()} | {"size": list(size)}
+        foreign = {str(key) for key in text.get("tokenizer_kwargs") or ()} - _TOKENIZER_OPTIONS
         int(config["embed_dim"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{CONFIG_FILE} is not as open_clip writes it ({type(error).__name__}: {error})"
         raise located.refuse(reason) from None
-    if foreign := set(text.get("tokenizer_kwargs") or ()) - _TOKENIZER_OPTIONS:
-        raise located.refuse(
-            f"{CONFIG_FILE} gives the tokenizer the option '{min(foreign)}'",
-            f"Remove it; tokenizer_kwargs may have {', '.join(sorted(_TOKENIZER_OPTIONS))}.",
-        )
+    if foreign:
+        remedy = f"Remove it; tokenizer_kwargs may have {', '.join(sorted(_TOKENIZER_OPTIONS))}."
+        raise located.refuse(f"{CONFIG_FILE} gives the tokenizer the option '{min(foreign)}'", remedy)
     # a folder holds its own tokenizer; a text tower of transformers always lies elsewhere
     outside = [None if in_folder else text.get("hf_tokenizer_name"), text.get("hf_model_name")]
     folders = [_outside(located, str(name)) for name in dict.fromkeys(outside) if name]
@@ -169,8 +168,7 @@ def find_encoder(model: str | Path, pretrained: str | None = None) -> Source:
     with open(located.weights[0], "rb") as file:
         tensors = file.read(2**20)  # their names stand first in all formats
     if b"vision_model.embeddings" in tensors or b"text_model.embeddings" in tensors:
-        reason = f"{located.weights[0].name} is in transformers' format"
-        raise located.refuse(reason, _TRANSFORMERS_REMEDY)
+        raise located.refuse(f"{located.weights[0].name} is in transformers' format", _OTHER_FORMAT)
     return Source(
         **vars(located),
         open_clip_name=f"local-dir:{located.path}" if in_folder else str(model).replace("/", "-"),
@@ -186,12 +184,7 @@ def _in_folder(model: str | Path) -> tuple[Located, dict[str, Any]]:
     """Weights and settings of a folder in open_clip's local-dir format."""
     located = find_place(model, "encoder")
     if not (located.path / CONFIG_FILE).is_file():
-        if (located.path / "config.json").is_file():
-            reason = f"it is a transformers folder, which has no {CONFIG_FILE}"
-            raise located.refuse(reason, _TRANSFORMERS_REMEDY)
-        raise not_found(
-            located.what, located.path, f"no {CONFIG_FILE}, which open_clip's local-dir format has"
-        )
+        raise located.refuse(f"it has no {CONFIG_FILE}", _OTHER_FORMAT)
     check_settings(located)
     rest = [f.name for f in sorted(located.path.iterdir()) if f.suffix in (".safetensors", ".bin", ".pth")]
     rest.sort(key=lambda name: not name.endswith(".safetensors"))
@@ -244,9 +237,7 @@ def of_hub(name: str, tag: str) -> tuple[str, tuple[str, str], dict[str, Any]]:
 def _outside(located: Located, name: str) -> Path:
     """Folder, in the hub's cache alone, of a tokenizer or text tower that an encoder takes from elsewhere."""
     if looks_like_path(name) or Path(name).exists():
-        raise located.refuse(
-            f"it takes its text tower from the folder '{name}'", "Name a model of a hub there."
-        )
+        raise located.refuse(f"it takes its text tower from the folder '{name}'", "Name a hub's model there.")
     other = find_place(name, f"{located.what}, its text model")
     check_settings(other)
     return other.path
