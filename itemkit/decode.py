@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import hashlib
 import os
 from collections import deque
@@ -22,14 +21,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-class Status(enum.StrEnum):
-    """What became of a row."""
-
-    REUSED = "reused"  # features of an earlier run
-    COMPUTED = "computed"
-    COPY = "copies"  # same content as an image computed now
-    ERRORS = "errors"  # without features
-    LEFT = "left"  # not reached
+# What became of a row: features of an earlier run, computed, same content as an image computed now, without
+# features, not reached.
+STATUSES = ("reused", "computed", "copies", "errors", "left")
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ class Item:
     file_size: int = -1
     mtime_ns: int = -1
     tokens: int = 0  # of the caption
-    status: str = Status.LEFT
+    status: str = "left"
     stage: str = ""  # where it failed
     reason: str = ""
     error: Exception | None = None  # where it was not the file's fault
@@ -75,7 +69,7 @@ class Item:
 
     def fail(self, stage: str, reason: str, error: Exception | None = None) -> None:
         """Note why it has no features."""
-        self.status, self.stage, self.error = Status.ERRORS, stage, error
+        self.status, self.stage, self.error = "errors", stage, error
         self.reason = printable(reason)
 
 
@@ -99,15 +93,8 @@ def reason_of(error: BaseException, path: str = "", name: str = "") -> str:
 class Reader:
     """Reads, identifies and decodes single images; nothing is raised: what fails is noted in the item.
 
-    Parameters
-    ----------
-    config : DecodeConfig
-    known : container of str
-        Features that need not be made: their images are not decoded.
-    transform : callable, optional
-        ``(image, image_id) -> image``, e.g. a perturbation; must depend on its arguments alone.
-    preprocess : callable, optional
-        The encoder's preprocessing, so that it too runs in the decoding threads.
+    Images of ``known`` features are not decoded. ``transform`` (e.g. a perturbation) and ``preprocess`` (of
+    the encoder) follow the decoding.
     """
 
     def __init__(
@@ -176,17 +163,10 @@ def batches(
     """Read and decode items in order, in batches; the pixels of a batch are gone when the next is asked for.
 
     Two stages share the threads: files are read somewhat ahead, so that the size of an image is known before
-    it is decoded; and it is decoded once the pixels of its batch leave room for it.
-
-    Parameters
-    ----------
-    items : iterable of Item
-    reader : Reader
-    batch_size : callable
-        Asked before each batch: how many images it may hold. One of large images is cut shorter.
-    prefetch : int
-        Batches decoded while the consumer works on one. With 0 a batch is decoded while the consumer waits:
-        fastest on a CPU, where decoders and models want the same cores.
+    it is decoded; and it is decoded once there is room for its pixels. ``batch_size`` is asked before each
+    batch; one of large images is cut shorter. ``prefetch`` batches are decoded while the consumer works on
+    one. With 0 a batch is decoded while the consumer waits: fastest on a CPU, where decoders and models want
+    the same cores.
     """
     config, source = reader.config, iter(items)
     pool = ThreadPool(config.n_threads())  # daemons: one that hangs in a decoder keeps nobody from leaving

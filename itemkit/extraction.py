@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from itemkit import __version__, schema, store
 from itemkit._files import folder_lock, remove_leftovers
 from itemkit.captions import clean_caption
-from itemkit.decode import DecodeConfig, Item, Reader, Status, batches, feature_of, reason_of
+from itemkit.decode import STATUSES, DecodeConfig, Item, Reader, batches, feature_of, reason_of
 from itemkit.errors import InputError, ItemkitError, StoreError
 from itemkit.features import ARRAYS, IMAGE_ARRAYS, Features, concat_features
 from itemkit.images import read_bytes
@@ -97,13 +97,9 @@ class Worker:
         prefetch = options.decode.prefetch
         self._prefetch = prefetch if prefetch is not None else (2 if on_gpu else 0)
         # feature to the status of another image that has the same one
-        self._known = dict.fromkeys(stored, Status.REUSED)
+        self._known = dict.fromkeys(stored, "reused")
         self._reader = Reader(options.decode, self._known, options.transform, models.encoder.preprocess)
         self._waiting: list[Features] = []
-
-    def work(self, job: Job) -> Generator[list[Item], None, None]:
-        """Deal with all that is to do; see `run`."""
-        return self.run(job.items(job.todo))
 
     def run(self, items: Iterable[Item]) -> Generator[list[Item], None, None]:
         """Deal with items batch by batch; the shards of what was computed are on disk when it ends."""
@@ -119,9 +115,9 @@ class Worker:
                 fresh = []
                 for item in batch:
                     if not item.reason:
-                        item.status = self._known.setdefault(item.feature_id, Status.COMPUTED)
-                        if item.status == Status.COMPUTED:
-                            self._known[item.feature_id] = Status.COPY
+                        item.status = self._known.setdefault(item.feature_id, "computed")
+                        if item.status == "computed":
+                            self._known[item.feature_id] = "copies"
                             fresh.append(item)
                 while fresh:
                     part, fresh = fresh[: self.batch_size], fresh[self.batch_size :]
@@ -278,9 +274,9 @@ class Job:
         columns = list(dict.fromkeys([*known, *schema.MANIFEST_COLUMNS, STAGE, REASON]))
         self.known = known.reindex(columns=columns)
         self.plan = self._plan(stored, by_user and missing == "error", retry_errors)
-        self.todo = self.plan.index[self.plan["status"] == Status.LEFT]
+        self.todo = self.plan.index[self.plan["status"] == "left"]
         self.noted: list[tuple] = []
-        self.worked = bool((self.plan["status"] == Status.REUSED).any())
+        self.worked = bool((self.plan["status"] == "reused").any())
         self._failed: list[Item] = []  # in a row
         self.conclude()
 
@@ -323,12 +319,12 @@ class Job:
         rows = rows.fillna(rows[FILE_KEY].join(files, on=FILE_KEY)).fillna("")
         rows[FEATURE_ID] = list(map(feature_of, self.captions, rows[schema.IMAGE_ID]))
         tokens = rows[FEATURE_ID].map(self.tokens)
-        status = np.select([rows[REASON] != "", tokens.notna()], [Status.ERRORS, Status.REUSED], Status.LEFT)
+        status = np.select([rows[REASON] != "", tokens.notna()], ["errors", "reused"], "left")
         return rows.assign(tokens=tokens.fillna(0).astype(np.int64), status=status.astype(object))
 
-    def items(self, rows: Iterable[int]) -> Iterator[Item]:
-        """Rows of ``todo`` as a worker takes them."""
-        for row in rows:
+    def items(self) -> Iterator[Item]:
+        """What is to do, as a worker takes it."""
+        for row in self.todo:
             yield Item(int(row), self.paths[row], self.names[row], self.captions[row])
 
     @property
@@ -362,7 +358,7 @@ class Job:
         """Note what became of some rows."""
         for item in items:
             self.noted.append((item.row, *(getattr(item, name) for name in FILE)))
-            if item.status == Status.COMPUTED:
+            if item.status == "computed":
                 self.worked, self._failed = True, []
             elif item.error is not None:
                 self._failed.append(item)
@@ -391,15 +387,15 @@ class Job:
         noted = pd.DataFrame(self.noted, columns=["row", *FILE]).set_index("row")
         rows.loc[noted.index, FILE] = noted
         # an image that was not tried, as a copy of one that then failed, fails with it
-        failed = rows[rows["status"] == Status.ERRORS].drop_duplicates(FEATURE_ID).set_index(FEATURE_ID)
-        lost = rows["status"].eq(Status.COPY) & rows[FEATURE_ID].isin(failed.index)
+        failed = rows[rows["status"] == "errors"].drop_duplicates(FEATURE_ID).set_index(FEATURE_ID)
+        lost = rows["status"].eq("copies") & rows[FEATURE_ID].isin(failed.index)
         rows.loc[lost, [STAGE, REASON]] = failed.loc[rows[FEATURE_ID][lost], [STAGE, REASON]].to_numpy()
         given = self.manifest.reindex(columns=list(dict.fromkeys([*schema.MANIFEST_COLUMNS, *self.manifest])))
         wrong = contradictions(rows.assign(label=given[schema.LABEL]))
         rows.loc[wrong.index, STAGE], rows.loc[wrong.index, REASON] = "label", wrong
-        rows.loc[rows[REASON] != "", "status"] = Status.ERRORS
+        rows.loc[rows[REASON] != "", "status"] = "errors"
         mine = rows.drop(columns=["tokens", "status"]).replace("", None)
-        mine.loc[rows["status"].isin((Status.ERRORS, Status.LEFT)), FEATURE_ID] = None
+        mine.loc[rows["status"].isin(("errors", "left")), FEATURE_ID] = None
         mine = mine.join(given.drop(columns=list(mine), errors="ignore")).astype(object)
         other = self.known[~self.known[schema.PATH].isin(mine[schema.PATH])].astype(object)
         label = mine.dropna(subset=[schema.IMAGE_ID, schema.LABEL]).drop_duplicates(schema.IMAGE_ID)
@@ -502,7 +498,7 @@ class ExtractReport:
 
 
 def _report(job: Job, started: float, worker: RayCluster | Worker | None) -> ExtractReport:
-    failed = job.rows[job.rows["status"] == Status.ERRORS]
+    failed = job.rows[job.rows["status"] == "errors"]
     notes = [
         f"{count(len(rows), 'image')} without features (step '{stage}'), the first: {rows[REASON].iloc[0]}"
         for stage, rows in failed.groupby(STAGE, sort=False)
@@ -521,7 +517,7 @@ def _report(job: Job, started: float, worker: RayCluster | Worker | None) -> Ext
         )
     return ExtractReport(
         n=len(job.rows),
-        **{status: int((job.rows["status"] == status).sum()) for status in Status},
+        **{status: int((job.rows["status"] == status).sum()) for status in STATUSES},
         seconds=round(time.perf_counter() - started, 3),
         stages={name: round(s, 3) for name, s in worker.seconds.items()} if worker else {},
         batch_size=worker.batch_size if worker else 0,
@@ -608,11 +604,7 @@ def extract(
     started, folder, came = time.perf_counter(), Path(out), list[int]()
     worker: RayCluster | Worker | None = None
     options = WorkerOptions(decode or DecodeConfig(), transform, batch_size, shard_size)
-    if ray is not None:
-        from itemkit.engine_ray import RayCluster
-
-        worker = RayCluster(models, device, options, ray)
-    parts = worker.fingerprint(captions) if worker else fingerprint_of(models, device, captions)
+    parts = models.fingerprint(captions)
     side = options.decode.least_side
     parts["decode"] = None if side is None else {"least_side": side}
     parts["transform"] = None if transform is None else transform.fingerprint()
@@ -637,9 +629,13 @@ def extract(
             if not job.settled:
                 job.open()
                 if len(job.todo):
-                    if worker is None:
-                        models = build_models(models, device)
-                        worker = Worker(folder, job.run, models, job.tokens.index, options)
+                    if ray is None:
+                        loaded = build_models(models, device)
+                        worker = Worker(folder, job.run, loaded, job.tokens.index, options)
+                    else:
+                        from itemkit.engine_ray import RayCluster
+
+                        worker = RayCluster(folder, job.run, (models, device), job.tokens.index, options, ray)
                     came = _compute(job, worker, progress)
                 job.run["last_run"] = dataclasses.asdict(_report(job, started, worker))
                 job.finish()
@@ -658,7 +654,7 @@ def extract(
 def _compute(job: Job, worker: RayCluster | Worker, progress: bool) -> list[int]:
     """Let the workers work; returns early, with everything on disk, when signals ask for it."""
     bar = tqdm(total=len(job.todo), unit="image", file=sys.stderr, disable=not progress)
-    with stop_signals() as came, bar, contextlib.closing(worker.work(job)) as source:
+    with stop_signals() as came, bar, contextlib.closing(worker.run(job.items())) as source:
         for items in source:
             job.note(items)
             bar.update(len(items))
@@ -673,13 +669,6 @@ def _compute(job: Job, worker: RayCluster | Worker, progress: bool) -> list[int]
 def build_models(models: Models | Preset, device: str) -> Models:
     """The models themselves, loaded if they are not yet."""
     return models.build(device) if hasattr(models, "build") else models
-
-
-def fingerprint_of(models: Models | Preset, device: str, captions: str) -> dict[str, Any]:
-    """What the models are; nothing is loaded for it."""
-    if isinstance(models, Models):
-        return models.fingerprint(captions)
-    return models.fingerprint(captions, device)
 
 
 def _checked(manifest: pd.DataFrame, captions: str, missing: str) -> pd.DataFrame:

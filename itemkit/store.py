@@ -235,13 +235,6 @@ def load_features(
         One row per image file, without those that ended in ``errors.parquet``. Embeddings are float32 and
         L2-normalised anew after their float16 storage. Every labelled image has a split (see
         `itemkit.splits.fill_splits`; ``run["splits"]`` says where those came from).
-
-    Raises
-    ------
-    StoreError
-        No store, another schema, unfinished, or a file is damaged or missing.
-    InputError
-        Unknown columns.
     """
     folder = Path(folder)
     if unknown := sorted(set(columns) - set(EMBEDDINGS)):

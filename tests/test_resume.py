@@ -67,7 +67,7 @@ for line in sys.stdin:
         code = 1
     sys.stderr.flush()
     Path(task["log"] + ".code").write_text(str(code))
-    os._exit(code)
+    sys.exit(code)  # as any program ends: what still hangs must not keep it
 """
 
 

@@ -90,29 +90,15 @@ def test_cleaning_twice_changes_nothing_and_ends():
     rng = np.random.default_rng(0)
     bits = [
         *"ab AB1#@&;.,!?_-~'\"«»“”‘’|·•–\n:/",
-        "&amp;",
-        "&#64;",
-        "&#xFDFA;",
-        "＆",
-        "＠",
         "RT ",
-        "@joe",
-        "#GoldenDay_1",
-    ]
-    bits += [
-        "http://x.y",
-        "t.co/",
         "\u200d",
         "\u200c",
         "\ufe0f",
         "\U0001f600",
-        "´",
-        "e\u0301",
         "\u0301",
-        "ﬁ",
-        "①",
         "\ud83d",
     ]
+    bits += "&amp; &#64; &#xFDFA; ＆ ＠ @joe #GoldenDay_1 http://x.y t.co/ ´ e\u0301 ﬁ ①".split()
     for length in rng.integers(0, 15, 10_000):
         clean = clean_caption("".join(rng.choice(bits, length)))
         assert clean_caption(clean) == clean
