@@ -157,24 +157,16 @@ class Captioner:
     """An image-to-text model of transformers. Made by `load_captioner`."""
 
     def __init__(
-        self,
-        model: Any,
-        image_processor: Any,
-        tokenizer: Any,
-        processor: Any | None = None,
-        *,
-        decoding: Decoding = Decoding(),
-        record: Mapping[str, Any] | None = None,
+        self, model: Any, processor: Any, tokenizer: Any, decoding: Decoding, record: Mapping[str, Any]
     ) -> None:
-        self.model, self.processor = model, processor
-        self.image_processor, self.tokenizer = image_processor, tokenizer
+        self.model, self.processor, self.tokenizer = model, processor, tokenizer
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.batch_size = CPU_BATCH if self.device.type == "cpu" else GPU_BATCH
         self._end_ids, room = _text_limits(model)
         least, most = min(decoding.min_new_tokens, room), min(decoding.max_new_tokens, room)
         self.decoding = replace(decoding, min_new_tokens=least, max_new_tokens=most)
-        self._record = dict(record or {})
+        self._record = dict(record)
 
     def caption(self, images: Sequence[Image]) -> list[Caption]:
         """Caption PIL images, in batches and in their order."""
@@ -222,8 +214,7 @@ class Captioner:
         rgb, prompt = [image.convert("RGB") for image in images], self.decoding.prompt
         text = {"text": [prompt] * len(rgb)} if prompt else {}
         try:
-            read = self.processor or self.image_processor
-            inputs = read(images=rgb, return_tensors="pt", **text)
+            inputs = self.processor(images=rgb, return_tensors="pt", **text)
         except (ValueError, TypeError) as error:
             raise InputError(
                 f"{type(self.model).__name__} takes no images with the prompt '{prompt}' ({error}). Set the "
@@ -262,14 +253,8 @@ def load_captioner(
     network = load_transformer(AutoModelForImageTextToText, located, dtype=dtype)
     room = getattr(network.config.get_text_config(decoder=True), "vocab_size", None)
     processor, image_processor, tokenizer = load_processor(located, room, reads_text=False)
-    return Captioner(
-        network.to(chosen),
-        image_processor,
-        tokenizer,
-        processor,
-        decoding=options,
-        record=located.fingerprint(precision=precision, decoding=asdict(options)),
-    )
+    record = located.fingerprint(precision=precision, decoding=asdict(options))
+    return Captioner(network.to(chosen), processor or image_processor, tokenizer, options, record)
 
 
 def _mean_until_end(tokens: Tensor, logprobs: Tensor, end_ids: Sequence[int]) -> Tensor:

@@ -218,9 +218,7 @@ class Detector:
             ``cosine``, ``real_below`` (share of validation reals, or of their objects, with a lower cosine:
             small means unusually misaligned).
         """
-        if not -len(features) <= row < len(features):
-            raise InputError(f"row {row}: expected 0 to {len(features) - 1}")
-        one = features.select([row % len(features)])
+        one = features.select([row])
         self.check(one, ignore)
         whole = pd.DataFrame({"level": "global", "text": one.table[schema.CAPTION].to_numpy()})
         whole["cosine"] = misalign(one.image_emb, one.caption_emb, "cosine")[:, 0]

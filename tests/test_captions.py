@@ -146,6 +146,26 @@ def test_bad_decoding(options: dict[str, int]) -> None:
         Decoding(**{"max_new_tokens": 8, **options})
 
 
+@pytest.mark.slow
+def test_true_size_blip_large(tmp_path: Path) -> None:
+    """1.9 GB on disk: the captioner of the preset `paper`, random, through the same loader."""
+    tokenizer = models.word_tokenizer([f"word{i}" for i in range(30000)], 512)
+    sizes = {"image_size": 384, "patch_size": 16, "width": 768, "layers": 12, "text_layers": 12, "heads": 12}
+    config = models.tiny_blip_config(tokenizer, max_length=512, **sizes)
+    large = {"hidden_size": 1024, "intermediate_size": 4096}
+    large |= {"num_hidden_layers": 24, "num_attention_heads": 16}
+    config = transformers.BlipConfig(
+        text_config=config.text_config.to_dict() | {"encoder_hidden_size": 1024},
+        vision_config=config.vision_config.to_dict() | large,
+    )
+    transformers.BlipForConditionalGeneration(config).save_pretrained(tmp_path)
+    processor = transformers.BlipImageProcessor(size={"height": 384, "width": 384})
+    transformers.BlipProcessor(processor, tokenizer).save_pretrained(tmp_path)
+    options = {"num_beams": 3, "min_new_tokens": 5, "max_new_tokens": 7}
+    captions = load_captioner(tmp_path, device="cpu", **options).caption(pictures(1))
+    assert len(captions) == 1 and math.isfinite(captions[0].logprob)
+
+
 @pytest.mark.gpu
 def test_cuda_gives_the_same_captions(folders: dict[str, Path]) -> None:
     if not torch.cuda.is_available():
