@@ -88,14 +88,14 @@ def ablation(
     wide = cells.pivot(index="seed", columns=["detector", *PAIR], values="value")
     rows = []
     for question, options in questions.items():
-        first, *_ = (wide[names[question, option]] for option in options)
+        reference = next(iter(options))
         for option in options:
-            mine = wide[names[question, option]]
+            mine, first = (wide[names[question, name]] for name in (option, reference))
             gap = mine - first
             value, difference = mine.mean(axis=1), gap.mean(axis=1)
             (low, high), (gap_low, gap_high) = _t_interval(value), _t_interval(difference)
             rows.append(
-                {"question": question, "option": option, "reference": option == next(iter(options)),
+                {"question": question, "option": option, "reference": option == reference,
                  "value": value.mean(), "low": low, "high": high,
                  "difference": difference.mean(), "difference_low": gap_low, "difference_high": gap_high,
                  "difference_sd": difference.std(), "cells_better": float((gap.mean() > 0).mean()),
@@ -127,8 +127,7 @@ def what_matters(table: pd.DataFrame, least: float = 0.01) -> pd.DataFrame:
     DataFrame, one row per question, largest effect first
         ``question, reference, option, difference, low, high, cells_better, matters``: "yes" if some option's
         whole interval is farther from zero than ``least`` (shown: the farthest of those), "no" if the
-        intervals of all are nearer, else "unclear" (shown: the farthest of all). Intervals are over seeds;
-        other test images would move all options together.
+        intervals of all are nearer, else "unclear" (shown: the farthest of all). Intervals are over seeds.
     """
     rows = []
     for question, part in table.groupby("question", sort=False):
@@ -157,8 +156,7 @@ def degrade_captions(
     Parameters
     ----------
     table : DataFrame
-        With ``image_id, path, caption``, e.g. `Features.table`. The damage follows from the image's content:
-        it is the same whatever folder the images lie in and whatever others lie beside them.
+        With ``image_id, path, caption``. The damage follows from the image's content alone.
     share : float
         Probability that an object is made wrong. What is wrong at a small share stays so, and in the same
         way, at a larger one.

@@ -60,11 +60,9 @@ class FeatureScorer:
 
     def fit(self, train: Features, val: Features) -> FeatureScorer:
         """Train on ``train``, stop on ``val`` where the classifier can."""
-        if len(np.unique(train.labels)) < 2:
-            raise InputError(f"{len(train)} training images of one class; expected real and fake ones")
         parts = (train, val) if isinstance(self.estimator, MisalignmentMLP | PixelCNN) else (train,)
-        given = [array for part in parts for array in (self.vectors(part), part.labels)]
-        self.estimator_ = clone(self.estimator).fit(*given)
+        arrays = [array for part in parts for array in (self.vectors(part), part.labels)]
+        self.estimator_ = clone(self.estimator).fit(*arrays)
         return self
 
     def decision_function(self, features: Features) -> np.ndarray:
@@ -78,7 +76,7 @@ def logistic() -> Any:
 
 
 def in_chunks(function: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
-    """What a function gives for rows, a few rows at a time, to bound memory."""
+    """What a function gives for rows, a few at a time, to bound memory."""
     return np.concatenate([function(x[i : i + CHUNK]) for i in range(0, len(x), CHUNK)])
 
 
@@ -210,12 +208,9 @@ class PixelCNN(BaseEstimator):
     def _batch(self, images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         side = self.crop
         top, left = (rng.integers(max(n - side, 0) + 1, size=len(images)) for n in images.shape[1:3])
-        flip = rng.random(len(images)) < 0.5
-        out = [
-            augment(image[t : t + side, k : k + side][:, :: -1 if f else 1], rng)
-            for image, t, k, f in zip(images, top, left, flip, strict=True)
-        ]
-        return np.stack(out)
+        step = np.where(rng.random(len(images)) < 0.5, -1, 1)  # to the left: mirrored
+        crops = (x[t : t + side, k : k + side] for x, t, k in zip(images, top, left, strict=True))
+        return np.stack([augment(x[:, ::s], rng) for x, s in zip(crops, step, strict=True)])
 
     def fit(self, X: np.ndarray, y: np.ndarray, X_val: np.ndarray, y_val: np.ndarray) -> PixelCNN:
         """Train on uint8 images (n, h, w, 3) and labels (1 fake), stop on others."""
@@ -350,8 +345,7 @@ class Control:
     ) -> Any:
         """Untrained `Scorer` of this control, beside a detector of this representation and untrained head.
 
-        ``seed`` is that of head, shuffling and network; ``generic_emb`` the embedding of one caption for all,
-        ``encoder.encode_texts(["a photo"])[0]``.
+        ``generic_emb`` is the embedding of one caption for all, ``encoder.encode_texts(["a photo"])[0]``.
         """
         if self.needs == "generic_emb" and generic_emb is None:
             raise InputError(f"the control {self.title!r} needs {NEEDS[self.needs]}")

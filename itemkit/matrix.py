@@ -71,8 +71,8 @@ def train_on_test_on(
     train_generators, test_generators : names, optional
         By default those with enough images. "a+b" trains on both.
     threshold : {"fpr", "best"}
-        For accuracies: the validation threshold at 5 % false positives (where there are too few images to
-        promise it, accuracies are NaN), or the one with the best balanced accuracy on validation images.
+        For accuracies, on validation images: 5 % false positives, or the best balanced accuracy. Where the
+        images are too few to promise 5 %, accuracies are NaN.
     metrics : names out of `itemkit.metrics.METRICS`
     families : dict, optional
         Generator -> family. A test generator of a family trained on counts as seen: image-to-image with a

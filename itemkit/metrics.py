@@ -46,8 +46,8 @@ def _ladder(y: np.ndarray, s: np.ndarray, weights: np.ndarray) -> tuple[np.ndarr
     order = np.argsort(-s, kind="stable")
     s, weights, fake = s[order], weights[order], y[order] == 1
     starts = np.flatnonzero(np.r_[True, s[1:] != s[:-1]])
-    sides = (np.add.reduceat(weights * mask[:, None], starts, axis=0) for mask in (fake, ~fake))
-    return s[starts], *sides
+    n_fake, n_real = (np.add.reduceat(weights * mask[:, None], starts, axis=0) for mask in (fake, ~fake))
+    return s[starts], n_fake, n_real
 
 
 def _calibration(values: np.ndarray, fake: np.ndarray, real: np.ndarray, balanced: bool) -> dict:
@@ -73,7 +73,7 @@ def replicate(
     probability: np.ndarray | None = None,
     balanced: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Every metric under every column of image weights.
+    """Every metric under every column of image weights, each an array (b,).
 
     Parameters
     ----------
@@ -82,17 +82,12 @@ def replicate(
     weights : array, shape (n, b)
         How often each image occurs in each of b resamples; a column of ones is the sample itself.
     metrics : names out of `METRICS`
-        Threshold metrics need ``threshold``, calibration metrics ``probability``.
-    threshold : float, optional
+    threshold : float, for accuracies
         An image is called fake when its score is *above* it.
-    probability : vector of length n, optional
-        Calibrated p(fake), for "ece" and "brier".
+    probability : vector of length n, for "ece" and "brier"
+        Calibrated p(fake).
     balanced : bool
         Give both classes half of the weight in "ece" and "brier".
-
-    Returns
-    -------
-    dict of float arrays, shape (b,).
     """
     y, s = check_scores(y, s)
     if unknown := [name for name in metrics if name not in METRICS]:
@@ -135,20 +130,7 @@ def average_precision(y: np.ndarray, s: np.ndarray) -> float:
 
 
 def resample(strata: np.ndarray, n_boot: int, rng: np.random.Generator) -> np.ndarray:
-    """Bootstrap weights that keep the number of images in each stratum.
-
-    Parameters
-    ----------
-    strata : vector of length n
-        Images of one value are drawn among themselves, with replacement.
-    n_boot : int
-    rng : Generator
-
-    Returns
-    -------
-    float32 array, shape (n, n_boot)
-        How often each image is drawn in each resample.
-    """
+    """Bootstrap weights (n, n_boot): how often each image is drawn, with replacement within its stratum."""
     weights = np.empty((len(strata), n_boot), np.float32)
     for name in np.unique(strata):
         rows = np.flatnonzero(strata == name)
@@ -210,7 +192,7 @@ def bootstrap(
     rows = []
     for name in metrics:
         value = float(point[name][0])
-        low, high = interval(np.concatenate([part[name] for part in parts] or [[]]), name, value)
+        low, high = interval(np.concatenate([part[name] for part in parts] or [np.empty(0)]), name, value)
         rows.append({"metric": name, "value": value, "low": low, "high": high})
     return pd.DataFrame(rows).assign(n_real=int((y == 0).sum()), n_fake=int((y == 1).sum()))
 
@@ -229,9 +211,8 @@ def effect_size(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
     -------
     dict
         ``d, d_low, d_high`` (Cohen's d with pooled standard deviation; normal approximation of Hedges and
-        Olkin 1985), ``auroc, auroc_low, auroc_high`` (chance that a real value exceeds a fake one; DeLong
-        variance on the logit scale, so it stays inside 0..1; exact 0 or 1 gives the rule-of-three bound),
-        ``n_real, n_fake``.
+        Olkin 1985), ``auroc, auroc_low, auroc_high`` (DeLong variance on the logit scale, so it stays inside
+        0..1; exact 0 or 1 gives the rule-of-three bound), ``n_real, n_fake``.
     """
     real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
     n_r, n_f = len(real), len(fake)

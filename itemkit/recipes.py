@@ -110,12 +110,9 @@ def standard_detectors(
     generic_emb: np.ndarray | None = None,
     skip: Sequence[str] = (),
 ) -> tuple[dict[str, Recipe], dict[str, str]]:
-    """Make recipes of the misalignment detector and of every control that these features allow.
+    """Recipes of the misalignment detector ("item", first) and of every control that these features allow.
 
-    Returns
-    -------
-    tuple
-        Recipes by name ("item" first), and what each left-out control lacks.
+    The second table says what each left-out control lacks.
     """
     lacks = {name: c.missing(features, generic_emb) for name, c in CONTROLS.items() if name not in skip}
     able = [name for name, reason in lacks.items() if not reason]

@@ -130,8 +130,7 @@ class Study:
                 if not mine.any():
                     raise InputError(f"no real test image shares its {pair_by} with the fakes of {name}")
             groups[name] = fake | mine
-            if not self._seen(train, name):
-                unseen |= groups[name]
+            unseen |= groups[name] & (not self._seen(train, name))
         return groups | ({POOLED: unseen} if unseen.any() else {})
 
     def _evaluate(self, runs: Sequence[Run]) -> tuple[pd.DataFrame, np.ndarray]:
@@ -145,7 +144,8 @@ class Study:
         weights = np.c_[np.ones(len(y)), resample(strata, self.options["n_boot"], rng)]
         rows, values = [], []
         for run in runs:
-            s, p = np.asarray(run.test_scores), run.calibrator(run.test_scores)
+            s = np.asarray(run.test_scores)
+            p = run.calibrator(s)
             # without a threshold its metrics stay empty; everything else does not need one
             defined = [m for m in metrics if run.threshold is not None or m not in THRESHOLD_METRICS]
             for name, mask in self._groups(run.train_generator).items():
@@ -155,7 +155,8 @@ class Study:
                         "test_generator": name, "seed": run.seed,
                         "seen": name != POOLED and self._seen(run.train_generator, name)}  # fmt: skip
                 for metric in metrics:
-                    value, *drawn = found.get(metric, np.full(weights.shape[1], np.nan))
+                    both = found.get(metric, np.full(weights.shape[1], np.nan))
+                    value, drawn = float(both[0]), both[1:]
                     low, high = interval(drawn, metric, value)
                     rows.append(cell | {"metric": metric, "value": value, "low": low, "high": high,
                                         "n_real": int(mask.sum()) - n_fake, "n_fake": n_fake})  # fmt: skip
@@ -177,11 +178,8 @@ class Study:
     def mean(self, cells: pd.DataFrame) -> dict[str, float]:
         """Mean over some rows of `table` of one contender and metric.
 
-        Returns
-        -------
-        dict
-            ``value``; ``low, high`` by bootstrap over the test images, all cells resampled together;
-            ``seed_sd``, standard deviation over seeds of the mean over cells; ``n_seeds``.
+        ``low, high`` are by bootstrap over the test images, all rows resampled together; ``seed_sd`` is the
+        standard deviation over seeds of the mean over cells.
         """
         value, metric = (cells["value"].mean(), cells["metric"].iloc[0]) if len(cells) else (np.nan, "")
         low, high = interval(self._drawn(cells), metric, value)

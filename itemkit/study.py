@@ -7,14 +7,13 @@ contenders are stands in `itemkit.recipes`, what follows from their scores in `i
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from itemkit import schema, workflow
 from itemkit._files import atomic_write
@@ -28,27 +27,18 @@ from itemkit.images import EqualiseConfig, equalise
 from itemkit.manifest import describe_manifest, read_manifest, require_two_classes
 from itemkit.matrix import train_on_test_on
 from itemkit.misalignment import KINDS, LEVELS, RepresentationConfig
-from itemkit.perturb import jpeg_random
+from itemkit.perturb import Perturbation, jpeg_random
 from itemkit.presets import Preset, get_preset
 from itemkit.protocols import Protocol, get_protocol
 from itemkit.recipes import DEFAULT, Recipe, control, early, external, item, standard_detectors
 from itemkit.results import STUDY_METRICS, Study, study_table, to_markdown
 from itemkit.text import count, did_you_mean, markdown_table, one_line, write_csv
 
-__all__ = [
-    "Recipe",
-    "Study",
-    "control",
-    "early",
-    "item",
-    "run_study",
-    "standard_detectors",
-    "train_on_test_on",
-]
+__all__ = ["Recipe", "Study", "control", "early", "item", "run_study", "standard_detectors",
+           "train_on_test_on"]  # fmt: skip
 
 PIXELS_MINI, PIXELS = 48, 128
-MAX_PIXEL_IMAGES = 40_000
-"""Above this the controls that look at pixels are left out: the images are held in memory (2 GB)."""
+MAX_PIXEL_IMAGES = 40_000  # with more the controls on pixels are left out: all are held in memory (2 GB)
 GENERIC_CAPTION = "a photo"
 JPEG_QUALITIES = (50, 95)
 LATE = {
@@ -70,19 +60,9 @@ class StudyReport:
     failures: list[str]  # contenders and sections that failed, with the reason
 
 
-@dataclass(frozen=True)
-class Equalised:
-    """A transform that brings every image to one size and codec."""
-
-    config: EqualiseConfig
-
-    def __call__(self, image: Image.Image, image_id: str | None = None) -> Image.Image:
-        """Equalise one image."""
-        return equalise(image, self.config)
-
-    def fingerprint(self) -> dict[str, object]:
-        """Everything that changes the pixels, for cache keys."""
-        return {"equalise": asdict(self.config)}
+def equalised(config: EqualiseConfig) -> Perturbation:
+    """A transform to one size and codec; its name tells everything that changes the pixels."""
+    return Perturbation(str(config), "equalised", 0.0, "", lambda image, rng: equalise(image, config))
 
 
 def run_study(
@@ -151,7 +131,8 @@ def run_study(
     unchanged: Features | None = None
     for condition in plan.conditions:
         print(f"{plan.title}: {condition}", file=sys.stderr, flush=True)
-        transform, remarks = _transform(condition, plan, unchanged)
+        remarks: list[str] = []
+        transform = _transform(condition, plan, unchanged, remarks)
         features = workflow.features(
             chosen, manifest, out, device, name=plan.name if plan.train else "", transform=transform,
             captions=captions, progress=progress,
@@ -245,19 +226,20 @@ def _images(
 
 
 def _transform(
-    condition: str, plan: Protocol, unchanged: Features | None
-) -> tuple[Callable[..., Any] | None, list[str]]:
-    """What is done to every image in a condition, with a remark on it."""
+    condition: str, plan: Protocol, unchanged: Features | None, remarks: list[str]
+) -> Perturbation | None:
+    """What is done to every image in a condition."""
     if condition == "random JPEG":
-        return jpeg_random(*JPEG_QUALITIES), []
+        return jpeg_random(*JPEG_QUALITIES)
     if condition != "equalised":
-        return None, []
+        return None
     config = plan.equalise
     if plan.name == "own" and unchanged is not None:  # enlarging would leave traces that tell sizes apart
         side = int(unchanged.table[["width", "height"]].min(axis=1).quantile(0.05))
         config = replace(config, size=max(32, min(config.size, side)))
-    remark = f"every image cropped and scaled to {config.size} px, then {config.codec} {config.quality}."
-    return Equalised(config), [remark]
+    scaled = f"every image cropped and scaled to {config.size} px"
+    remarks.append(f"{scaled}, then {config.codec} {config.quality}.")
+    return equalised(config)
 
 
 def _playing(features: Features, plan: Protocol, remarks: list[str]) -> Features:
@@ -275,7 +257,7 @@ def _playing(features: Features, plan: Protocol, remarks: list[str]) -> Features
             f"{count(n, 'training or validation image')} left out, because a copy of each is among the "
             "validation or test images."
         )
-    fakes = plays & (table[schema.LABEL] == schema.FAKE).to_numpy(bool)
+    fakes = plays & (table[schema.LABEL] == schema.FAKE).fillna(False).to_numpy(bool)
     names = sorted(set(table.loc[fakes, schema.GENERATOR].astype(str)))
     if not plan.train and len({plan.families.get(name, name) for name in names}) == 1:
         remarks.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -98,6 +99,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Preset:
         parser=fakes.FakeParser(), localiser=fakes.FakeLocaliser(),
     )  # fmt: skip
     monkeypatch.setitem(presets.PRESETS, "stub", preset)
+    monkeypatch.setattr(study, "MisalignmentMLP", partial(study.MisalignmentMLP, max_epochs=4))
     return preset
 
 
@@ -360,12 +362,10 @@ def test_an_interrupted_study_goes_on(grow, stub: Preset, tmp_path: Path, monkey
 
 
 def test_equalised_means_one_size_and_codec_for_all() -> None:
-    transform = study.Equalised(get_protocol("genimage").equalise)
+    transform = study.equalised(get_protocol("genimage").equalise)
     sides = {transform(Image.new("RGB", size), "x").size for size in ((48, 48), (300, 200), (128, 500))}
     assert sides == {(128, 128)}
-    assert transform.fingerprint() == {
-        "equalise": {"size": 128, "codec": "jpeg", "quality": 96, "subsampling": "4:2:0"}
-    }
+    assert "size=128, codec='jpeg', quality=96, subsampling='4:2:0'" in transform.fingerprint()["name"]
 
 
 def test_the_mini_study_with_its_answers(stub: Preset, tmp_path: Path, monkeypatch) -> None:
