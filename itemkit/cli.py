@@ -316,6 +316,7 @@ def extract(args: argparse.Namespace) -> int:
     """Features of all images of a manifest; run it again to go on where it stopped."""
     from itemkit import schema
     from itemkit.decode import DecodeConfig
+    from itemkit.engine_ray import RayOptions
     from itemkit.extraction import extract
     from itemkit.perturb import get_perturbation
 
@@ -323,17 +324,13 @@ def extract(args: argparse.Namespace) -> int:
     manifest = _manifest(args, args.manifest)
     if preset.name == "mini" and not (manifest[schema.SOURCE] == schema.LAB_SOURCE).all():
         _say(f"note: {schema.MINI_WARNING}")
-    ray = None
-    if args.engine == "ray":
-        from itemkit.engine_ray import RayOptions
-
-        ray = RayOptions(args.address, args.workers, args.cpus_per_worker, args.gpus_per_worker)
+    ray = RayOptions(args.address, args.workers, args.cpus_per_worker, args.gpus_per_worker)
     same = ("device", "captions", "missing", "batch_size", "retry_errors")
     report = extract(
         manifest.iloc[: args.limit],
         args.out,
         preset,
-        ray=ray,
+        ray=ray if args.engine == "ray" else None,
         transform=get_perturbation(args.perturb) if args.perturb else None,
         decode=DecodeConfig(threads=args.threads, least_side=args.scaled_jpeg),
         **{name: getattr(args, name) for name in same},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -151,13 +152,12 @@ def features(
 
 def _known_splits(manifest: pd.DataFrame, plain: Path) -> pd.Series | None:
     """Split of each path: as given, or as the images' content says; None where no store has read that."""
-    if manifest.loc[manifest[schema.LABEL].notna(), schema.SPLIT].notna().all():
-        if set(schema.SPLITS) <= set(manifest[schema.SPLIT]):
-            return _split_of(manifest)
-    try:  # most data sets have been through the plain preset before
+    given = manifest.loc[manifest[schema.LABEL].notna(), schema.SPLIT]
+    if given.notna().all() and set(schema.SPLITS) <= set(given):
+        return _split_of(manifest)
+    with contextlib.suppress(StoreError):  # most data sets have been through the plain preset before
         return _split_of(_divided(load_features(plain, (), rows=manifest), manifest).table)
-    except StoreError:
-        return None
+    return None
 
 
 def _split_of(table: pd.DataFrame) -> pd.Series:
@@ -178,18 +178,18 @@ def _part(
     manifest: pd.DataFrame, split_of: pd.Series | None, splits: Sequence[str], generators: Sequence[str]
 ) -> pd.DataFrame:
     """Rows of some generators and, where they are known already, splits."""
-    there = sorted(set(manifest[schema.GENERATOR]))
-    if unknown := sorted(set(generators) - set(there)):
-        hint = did_you_mean(unknown[0], there)
-        raise InputError(f"no image of {', '.join(unknown)}.{hint} Generators there are: {', '.join(there)}")
-    split = manifest[schema.PATH].map(manifest[schema.SPLIT] if split_of is None else split_of)
+    there = sorted(manifest[schema.GENERATOR].unique())
+    for name in generators:
+        if name not in there:
+            hint = did_you_mean(name, there)
+            raise InputError(f"no image of {name}.{hint} Generators there are: {', '.join(there)}")
     asked = manifest[schema.GENERATOR].isin(generators or there)
     if splits and split_of is not None:
+        split = manifest[schema.PATH].map(split_of)
         asked &= split.isin(splits)
-    if not asked.any():
-        counts = ", ".join(f"{k} ({v})" for k, v in split.value_counts().items())
-        wanted = f"split in {list(splits) or 'any'} and generator in {list(generators) or 'any'}"
-        raise InputError(f"no image with {wanted}; splits there are: {counts or 'none'}")
+        if not asked.any():
+            counts = ", ".join(f"{k} ({v})" for k, v in split.value_counts().items())
+            raise InputError(f"no such image has split in {list(splits)}; splits there are: {counts}")
     return manifest[asked].reset_index(drop=True)
 
 
@@ -366,9 +366,17 @@ def _image_files(paths: str | Path | Iterable[str | Path]) -> Iterator[str]:
 def _answer(judge: Detector, one: Features, fpr: float, fnr: float, ignore: Sequence[str]) -> dict[str, Any]:
     verdict = judge.verdict(one, fpr, fnr, ignore).iloc[0]
     whole, *local = judge.explain(one, 0, ignore=ignore).to_dict("records")
+    objects = [
+        {
+            "phrase": thing["text"],
+            "box": [_number(thing[side], 1) for side in ("x0", "y0", "x1", "y1")],
+            "cosine": _number(thing["cosine"]),
+            "real_below": _number(thing["real_below"]),
+        }
+        for thing in local
+    ]
     return {
-        "path": verdict["path"],
-        "image_id": verdict["image_id"],
+        **verdict[["path", "image_id"]],
         "seen": str(judge.seen(one)[0]),
         "verdict": verdict["verdict"],
         "p_fake": _number(verdict["p_fake"]),
@@ -376,15 +384,7 @@ def _answer(judge: Detector, one: Features, fpr: float, fnr: float, ignore: Sequ
         "caption": whole["text"],
         "global_cosine": _number(whole["cosine"]),
         "global_real_below": _number(whole["real_below"]),
-        "objects": [
-            {
-                "phrase": thing["text"],
-                "box": [_number(thing[side], 1) for side in ("x0", "y0", "x1", "y1")],
-                "cosine": _number(thing["cosine"]),
-                "real_below": _number(thing["real_below"]),
-            }
-            for thing in local
-        ],
+        "objects": objects,
         **one.provenance,
     }
 
