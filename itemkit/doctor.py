@@ -57,16 +57,9 @@ class Check:
 
 
 def run_doctor(preset: Preset, device: str = "auto", deep: bool = False) -> Iterator[Check]:
-    """Look at everything a preset needs; each check comes as soon as it is done.
+    """Look at everything a preset needs on a device; each check comes as soon as it is done.
 
-    Parameters
-    ----------
-    preset : Preset
-        Whose models are looked for.
-    device : str
-        "auto", "cpu", "cuda", "cuda:1", ...
-    deep : bool
-        Also build the models and ask them questions with known answers; takes as long as loading them.
+    The ``deep`` test also builds the models and asks them questions; it takes as long as loading them.
     """
     yield check_python()
     yield from check_packages()

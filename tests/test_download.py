@@ -213,28 +213,26 @@ def test_without_a_folder_the_cache_is_filled_and_the_loaders_find_it(hub: Hub, 
     preset.build("cpu")
 
 
-@pytest.mark.parametrize("part", ["captioner", "encoder"])
+@pytest.mark.parametrize(
+    ("part", "kind", "safe", "pickled"),
+    [
+        ("captioner", "blip", "model.safetensors", "pytorch_model.bin"),
+        ("encoder", "clip", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+    ],
+)
 def test_pickled_weights_are_taken_only_where_there_is_nothing_else(
-    hub: Hub, shelf: Path, tiny: Preset, tmp_path: Path, part: str
+    hub: Hub, shelf: Path, tiny: Preset, tmp_path: Path, part: str, kind: str, safe: str, pickled: str
 ) -> None:
-    kind, name = ("blip", "model") if part == "captioner" else ("clip", "open_clip_model")
     hub.root = tmp_path / "shelf"
-    old = hub.root / "tiny" / kind
-    shutil.copytree(shelf / "tiny" / kind, old)
-    weights = load_file(old / f"{name}.safetensors")
-    (old / f"{name}.safetensors").unlink()
-    torch.save(weights, old / ("pytorch_model.bin" if part == "captioner" else "open_clip_pytorch_model.bin"))
-    others: dict[str, Any] = {key: None for key in ("captioner", "parser") if key != part}
-    if part == "captioner":
-        others["encoder"] = shelf / "tiny" / "clip"  # an encoder given as a folder is left out
-    preset = get_preset("tiny", **({"localiser": "whole"} | others))
-    assert list(download.download(preset, tmp_path / "models")) == [part]
-    options = {"captioner": None, "parser": None, "localiser": "whole"}
-    if part == "captioner":
-        options |= {"captioner": tmp_path / "models" / part, "encoder": shelf / "tiny" / "clip"}
-        get_preset("tiny", **options).build("cpu")
-    else:
-        get_preset("tiny", tmp_path / "models", **options).build("cpu")
+    old = shutil.copytree(shelf / "tiny" / kind, hub.root / "tiny" / kind)
+    weights = load_file(old / safe)
+    (old / safe).unlink()
+    torch.save(weights, old / pickled)
+    # an encoder given as a folder is left out
+    parts: dict[str, Any] = {"captioner": None, "encoder": shelf / "tiny" / "clip", "parser": None}
+    del parts[part]
+    assert list(download.download(get_preset("tiny", localiser="whole", **parts), tmp_path / "m")) == [part]
+    get_preset("tiny", tmp_path / "m", localiser="whole", **parts).build("cpu")
 
 
 def test_a_hub_repository_of_open_clip_is_taken_as_it_is(hub: Hub, tiny: Preset, tmp_path: Path) -> None:
