@@ -58,7 +58,7 @@ GENERATOR_NAMES = re.compile(
 )
 
 # Folders that only hold others; they name neither a generator nor a source.
-_CONTAINERS = {"images", "image", "img", "imgs", "data", "dataset", "datasets", "diffusion_datasets"}
+_CONTAINERS = {"", "images", "image", "img", "imgs", "data", "dataset", "datasets", "diffusion_datasets"}
 _CLASS_LEVEL = {"progan", "cyclegan", "stylegan", "stylegan2"}  # ForenSynths sets with one folder per class
 _GENIMAGE_DOWNLOAD = re.compile(r"imagenet_(?:ai_\d+_)?(\w+)", re.IGNORECASE)
 _GENIMAGE_NAMES = {
@@ -290,24 +290,25 @@ def _by_words(tree: Tree) -> Places:
 
 
 def _by_names(tree: Tree, real: str, fake: str) -> Places:
-    names = {parts: [normalise(part) for part in parts] for parts in tree.folders}
-    at = {p: next((i for i, name in enumerate(n) if name in (real, fake)), None) for p, n in names.items()}
-    return {
-        p: (i, schema.FAKE if names[p][i] == fake else schema.REAL) for p, i in at.items() if i is not None
-    }
+    places: Places = {}
+    for parts in tree.folders:
+        for i, name in enumerate(map(normalise, parts)):
+            if name in (real, fake):
+                places.setdefault(parts, (i, schema.FAKE if name == fake else schema.REAL))
+    return places
 
 
 def _by_neighbour(tree: Tree) -> Places:
     """`real` beside one folder per generator, at any depth (DiffusionForensics)."""
-    at = {parts: tree.beside_real(parts) for parts in tree.folders}
-    words = {parts: read_name(parts[i]) for parts, i in at.items() if i is not None}
-    return {parts: (at[parts] or 0, 0 if name.label == schema.REAL else 1) for parts, name in words.items()}
+    at = {parts: i for parts in tree.folders if (i := tree.beside_real(parts)) is not None}
+    reals = {parts: read_name(parts[i]).label == schema.REAL for parts, i in at.items()}
+    return {parts: (i, schema.REAL if reals[parts] else schema.FAKE) for parts, i in at.items()}
 
 
 def _by_root(tree: Tree) -> Places:
     """Fakes, one folder per generator (DRCT-2M, Synthbuster); a folder named after a photo set is real."""
-    photos = {parts: not _PHOTO_SETS.isdisjoint(map(normalise, parts)) for parts in tree.folders}
-    return {parts: (0, schema.REAL if real else schema.FAKE) for parts, real in photos.items()}
+    fakes = {parts: _PHOTO_SETS.isdisjoint(map(normalise, parts)) for parts in tree.folders}
+    return {parts: (0, schema.FAKE if fake else schema.REAL) for parts, fake in fakes.items()}
 
 
 def _nowhere(tree: Tree) -> Places:

@@ -143,13 +143,6 @@ def test_a_leak_of_one_generator_is_not_lost_in_the_whole(tmp_path):
         audit(df, by="label")
 
 
-def test_files_cut_off_are_left_out(tmp_path):
-    df = manifest(tmp_path, 12, different)
-    for path in df["path"][:2]:
-        Path(path).write_bytes(Path(path).read_bytes()[:-200])
-    assert audit(df).errors["kind"].tolist() == ["truncated"] * 2
-
-
 def test_names_that_are_not_utf8_and_broken_files_do_not_end_it(tmp_path):
     df = manifest(tmp_path, 12, alike)
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")
@@ -160,11 +153,6 @@ def test_names_that_are_not_utf8_and_broken_files_do_not_end_it(tmp_path):
     assert len(report.measurements) == 23 and report.to_text().encode()
     with pytest.warns(UserWarning, match="1 of 24 images cannot be read"):
         assert len(equalise_folder(df, tmp_path / "eq", EqualiseConfig(size=32))) == 23
-
-
-def test_extra_columns_do_not_disturb(tmp_path):
-    df = manifest(tmp_path, 15, alike).assign(width=1, image_id="x", format="?")
-    assert len(audit(df).table) == 13
 
 
 def test_measure_by_hand(tmp_path):
@@ -201,14 +189,8 @@ def test_a_property_without_meaning_scores_chance(kind):
         "number": lambda: rng.normal(size=300),
         "text": lambda: [" ".join(rng.choice(list("abcdefg"), 3)) for _ in y],
     }[kind]
-    points = [auroc(draw(), y, range(300), kind)[0] for _ in range(12)]
-    assert abs(np.mean(points) - 0.5) < 3 * np.std(points) / np.sqrt(12) and np.std(points) < 0.07
-
-
-def test_a_constant_property_scores_exactly_chance():
-    y = np.repeat([0, 1], [70, 30])
-    assert auroc(["x"] * 100, y, range(100), "category") == (0.5, 0.5, 0.5)
-    assert auroc([3.0] * 100, y, range(100), "number") == (0.5, 0.5, 0.5)
+    points = [auroc(draw(), y, range(300), kind)[0] for _ in range(6)]
+    assert abs(np.mean(points) - 0.5) < 3 * np.std(points) / np.sqrt(6) and np.std(points) < 0.07
 
 
 def test_category_by_hand():
@@ -241,17 +223,6 @@ def test_groups_are_not_split_over_folds():
     y = np.array([(i // 10) % 2 for i in range(400)])
     grouped, alone = auroc(captions, y, captions, "text")[0], auroc(captions, y, range(400), "text")[0]
     assert alone > 0.95 and grouped < 0.75
-
-
-def test_interval_covers_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    hits = 0
-    for _ in range(30):
-        y = np.repeat([0, 1], 150)
-        values = np.where(rng.random(300) < np.where(y, 0.7, 0.3), "a", "b")
-        _, low, high = auroc(values, y, range(300), "category")
-        hits += low <= 0.7 <= high  # 0.7 * 0.7 + (0.7 * 0.3 + 0.3 * 0.7) / 2
-    assert hits >= 25  # 95 % of 30 is 28.5; fewer than 25 would happen once in 300 runs
 
 
 # ---- duplicates

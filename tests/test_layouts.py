@@ -84,12 +84,6 @@ def test_genimage_as_downloaded_from_any_depth(tree, folder, generator, depth):
     assert set(df["source"]) == {generator} and set(df["split"]) == {"train"}
 
 
-def test_upper_case_and_deep_folders(tree):
-    root = tree("X/Midjourney/Train/AI/x/y/a.PNG", "X/Midjourney/Train/Nature/b.Jpg")
-    df = read_manifest(root)
-    assert df["label"].tolist() == [1, 0] and df["generator"].tolist() == ["Midjourney", "real"]
-
-
 def test_forensynths_with_class_level(tree):
     root = tree(
         "test/progan/airplane/0_real/a.png", "test/progan/airplane/1_fake/a.png",
@@ -116,13 +110,6 @@ def test_ufd_diffusion_sets_are_paired_with_the_reals_they_share(tree):
         fakes = df[df["label"] == 1].set_index("generator")["source"].to_dict()
         assert fakes == {"guided": "imagenet", "ldm_200": "laion", "dalle": "laion"}
         assert sorted(df[df["label"] == 0]["source"]) == ["imagenet", "laion"]
-
-
-def test_aigibench_and_fatformer(tree):
-    root = tree("val/sdv3/0_real/a.png", "val/sdv3/1_fake/b.png", "train/sdv14/dog/1_fake/c.png")
-    found = table(read_manifest(root, layout="aigibench"), root)
-    assert found["val/sdv3/1_fake/b.png"] == (1, "sdv3", "sdv3", "val")
-    assert found["train/sdv14/dog/1_fake/c.png"] == (1, "sdv14", "sdv14", "train")
 
 
 def test_diffusionforensics(tree):
@@ -202,11 +189,12 @@ FAKE = ("fake", "AI", "aigc", "generated", "synthetic", "manipulated", "forged",
         "gan", "diffusion", "1_fake", "training_fake", "fake images", "AI-generated", "x_fake")  # fmt: skip
 
 
-@pytest.mark.parametrize("real", REAL)
-def test_any_word_for_real_beside_any_for_fake_is_a_labelled_tree(tree, real):
-    for number, fake in enumerate(FAKE):
-        pattern = ("{}/{}.png", "a set/{}/cats/{}.png", "Train/{}/{}.png")[(number + len(real)) % 3]
-        df = read_manifest(tree(pattern.format(real, "r"), pattern.format(fake, "f"), root=str(number)))
+@pytest.mark.parametrize("number", range(len(REAL)))
+def test_any_word_for_real_beside_any_for_fake_is_a_labelled_tree(tree, number):
+    real = REAL[number]
+    for fake in FAKE[number % 4 :: 4]:  # what a name says does not depend on its neighbour
+        pattern = ("{}/{}.png", "a set/{}/cats/{}.png", "Train/{}/{}.png")[(number + len(fake)) % 3]
+        df = read_manifest(tree(pattern.format(real, "r"), pattern.format(fake, "f"), root=fake + " set"))
         labels = {Path(p).stem: label for p, label in zip(df["path"], df["label"], strict=True)}
         assert labels == {"r": 0, "f": 1}, (real, fake, pattern)
         assert set(df["split"]) <= {None, "train"}
@@ -605,15 +593,3 @@ def test_datasets_objects(tmp_path):
     assert load_image(df["path"][3]).tobytes() == load_image(png(3)).tobytes()
     both = {"train": FakeDataset(table[:2]), "validation": FakeDataset(table[2:])}
     assert read_manifest(both, images_to=tmp_path / "two")["split"].tolist() == ["train"] * 2 + ["val"] * 2
-
-
-@pytest.mark.real
-def test_layouts_of_real_photographs(real_dir, tmp_path):
-    index = pd.read_csv(real_dir / "index.csv")
-    some = pd.concat([index[index["label"] == "real"].head(3), index[index["label"] == "fake"].head(3)])
-    for row in some.itertuples():
-        folder = tmp_path / "Midjourney/imagenet_midjourney/val" / ("nature" if row.label == "real" else "ai")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / Path(row.path).name).symlink_to(real_dir / row.path)
-    df = read_manifest(tmp_path)
-    assert df["label"].sum() == 3 and all(load_image(p).mode == "RGB" for p in df["path"])
