@@ -194,11 +194,6 @@ def audit(
         Judge these sets by themselves too: the fakes of each generator against the real images of the same
         source (all of them if it has none), or the images of each source.
     progress : bool
-        Show a bar.
-
-    Returns
-    -------
-    AuditReport
 
     Raises
     ------
@@ -443,17 +438,11 @@ def equalise_folder(
         ``errors.csv``. A folder begun with the same config is completed, any other is refused.
     config : EqualiseConfig, optional
     progress : bool
-        Show a bar.
 
     Returns
     -------
     DataFrame
         Manifest of the equalised images; unreadable ones are missing, with a warning.
-
-    Raises
-    ------
-    InputError
-        `out` holds something else, or no image can be read.
     """
     config = config or EqualiseConfig()
     out = Path(os.path.abspath(out))

@@ -183,10 +183,8 @@ def load_image(
 
     Raises
     ------
-    ImageError
-        The image cannot be used; ``str(error)`` names file, reason and next step.
-    MemoryError
-        There is no room for it now, which says nothing about the file.
+    ImageError, MemoryError
+        The image cannot be used, or there is no room for it now, which says nothing about the file.
     """
     name = name or (str(source) if isinstance(source, str | Path) else "image bytes")
     image = source if isinstance(source, Image.Image) else open_image(source, name)

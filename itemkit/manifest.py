@@ -101,8 +101,7 @@ def read_manifest(
     Raises
     ------
     InputError
-        Nothing to read, several possible layouts, columns missing, unknown or contradicting labels, a path
-        twice, values that are no text.
+        Nothing to read, columns missing, unknown or contradicting labels, a path twice, what is no text.
     """
     if layout not in LAYOUTS:
         raise InputError(f"no layout {layout!r};{did_you_mean(layout, LAYOUTS)} Known: {', '.join(LAYOUTS)}")
@@ -185,12 +184,7 @@ def _add_metadata(raw: pd.DataFrame, files: list[Path], labels: str, data: _Data
 def write_manifest(df: pd.DataFrame, path: str | Path) -> None:
     """Write a manifest as CSV, TSV or Parquet, by the extension; paths below its folder are kept relative.
 
-    Parameters
-    ----------
-    df : DataFrame
-        As `read_manifest` gives it.
-    path : path
-        A folder made of this file and the images beside it can be moved as a whole.
+    So a folder made of this file and the images beside it can be moved as a whole.
     """
     path = _absolute(path)
     ending = path.suffix.lower()

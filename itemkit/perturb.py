@@ -36,18 +36,10 @@ class Perturbation:
     apply: Callable[[Image.Image, np.random.Generator], Image.Image]
 
     def __call__(self, image: Image.Image, image_id: str | None = None) -> Image.Image:
-        """Apply the transform.
+        """Apply the transform to an RGB image.
 
-        Parameters
-        ----------
-        image : PIL.Image.Image, mode RGB
-        image_id : str, optional
-            Seeds what is random, together with the name, so that each image has its own noise, and the same
-            on every run. Default: a hash of the pixels.
-
-        Returns
-        -------
-        PIL.Image.Image
+        `image_id` (default: a hash of the pixels) and the name seed what is random: each image has its own
+        noise, and the same on every run.
         """
         if image.mode != "RGB":
             raise InputError(f"{self.name} got an image of mode {image.mode}; convert it with load_image")
