@@ -46,7 +46,7 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.get_num_threads() == before
         devices.set_threads(1)
         assert torch.get_num_threads() == 1 == DecodeConfig().n_threads()
-        assert os.environ["OMP_NUM_THREADS"] == "1"  # for notebooks, and for processes that train side by side
+        assert os.environ["OMP_NUM_THREADS"] == "1"  # for notebooks, and processes that train side by side
     finally:
         torch.set_num_threads(before)
     with pytest.raises(InputError, match="got 0 threads; expected 1 or more"):
