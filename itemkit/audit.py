@@ -146,8 +146,9 @@ class AuditReport:
             kinds = ", ".join(f"{k:,} {kind}" for kind, k in self.errors["kind"].value_counts().items())
             what = f"PARTIAL audit of {len(m):,} of {len(m) + self.left_out:,} images (not read: {kinds})"
         what += f": {real:,} real, {fake:,} fake\n"
-        if not (real and fake):
-            return f"{what}One class only: nothing can be compared; what the images are like is said below."
+        if self.table["auroc"].isna().all():
+            needed = f"that needs {MIN_PER_CLASS} images of each class"
+            return f"{what}Nothing can be compared: {needed}; what these are like is said below."
         one = ""
         if len(self.parts) and (worst := self.parts.iloc[0])["verdict"] in VERDICTS:
             one = f" In '{printable(worst['set'])}' alone '{worst['property']}' reaches {worst['auroc']:.3f}."
@@ -312,10 +313,7 @@ def _judge(prop: _Property, table: pd.DataFrame) -> dict[str, object]:
     groups, values = table[prop.group], table[prop.name]
     n_real, n_fake = int((y == schema.REAL).sum()), int((y == schema.FAKE).sum())
     (auroc, low, high), verdict, sentence = (np.nan,) * 3, "not measurable", ""
-    if not (n_real and n_fake):
-        if len(values) and prop.kind != "text":
-            sentence = f"{prop.what[0].upper()}{prop.what[1:]}: {_describe(prop, values)}."
-    elif min(n_real, n_fake) >= MIN_PER_CLASS and min(groups[y == k].nunique() for k in (0, 1)) >= FOLDS:
+    if min(n_real, n_fake) >= MIN_PER_CLASS and min(groups[y == k].nunique() for k in (0, 1)) >= FOLDS:
         auroc, low, high = held_out_auroc(values, y, groups, prop.kind)
         verdict = next((name for name, bound in VERDICTS.items() if low >= bound), "none")
         verdict = "slight" if verdict == "none" and low > 0.5 else verdict
@@ -327,6 +325,8 @@ def _judge(prop: _Property, table: pd.DataFrame) -> dict[str, object]:
         else:
             fake, real = (_describe(prop, values[y == label]) for label in (schema.FAKE, schema.REAL))
         sentence = f"With nothing but {prop.what}, AUROC {auroc:.3f}: fakes {fake}; real images {real}."
+    elif len(values) and prop.kind != "text":
+        sentence = f"{prop.what[0].upper()}{prop.what[1:]}: {_describe(prop, values)}."
     row = {"property": prop.name, "kind": prop.kind, "n_real": n_real, "n_fake": n_fake, "auroc": auroc}
     return row | {"low": low, "high": high, "verdict": verdict, "sentence": sentence, "advice": prop.advice}
 
