@@ -40,10 +40,7 @@ class RayOptions:
 
     def __post_init__(self) -> None:
         if self.workers < 1 or self.cpus_per_worker < 0 or self.gpus_per_worker < 0:
-            raise InputError(
-                f"got {self.workers} workers with {self.cpus_per_worker:g} CPUs and {self.gpus_per_worker:g} "
-                "GPUs each; at least 1 worker is needed, and no less than 0 of the others"
-            )
+            raise InputError(f"got {self}; at least 1 worker is needed, with no less than 0 CPUs and GPUs")
 
 
 class RayCluster:

@@ -50,6 +50,9 @@ CPU_BATCH, GPU_BATCH = 32, 256
 FLUSH_SECONDS = 120.0  # a shard is written after this time even if it is small
 PACKAGES = ("torch", "open_clip_torch", "transformers", "spacy", "numpy", "pandas", "pyarrow", "pillow")
 POSTED = "caption_posted"  # column of the manifest and of features: the caption as it came
+# errors by which memory ran out, on a GPU or in the machine; and after which every later call fails as well
+NO_MEMORY = "(?i)MemoryError|out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
+NO_DEVICE = "AcceleratorError|CUDA error|cuDNN error"
 MANY = 64  # so many images in a row on which a model fails: it is not the images
 # what the plan, an `Item` and the outcome know of a row beside its name
 FILE = [*FILE_KEY[1:], schema.IMAGE_ID, FEATURE_ID, "tokens", "status", STAGE, REASON]
@@ -144,17 +147,19 @@ class Worker:
             images = [item.image for item in items if item.image is not None]
             features = self.steps(images, [item.caption for item in items], [item.pixels for item in items])
         except Exception as error:
-            if is_fatal(error):
-                raise ItemkitError(
-                    f"the device is broken ({reason_of(error)}); what was computed before is kept: run the "
-                    "same command again, on another device if it happens again"
-                ) from error
             # without its trace, which would keep the batch's tensors alive
             failed = error.with_traceback(None)
         else:
             self._take(items, features)
             return
-        stage, short = self.steps.clock.current, is_out_of_memory(failed)
+        text = f"{type(failed).__name__}: {failed}"
+        short = re.search(NO_MEMORY, text)
+        if not short and re.search(NO_DEVICE, text):
+            raise ItemkitError(
+                f"the device is broken ({reason_of(failed)}); what was computed before is kept: run the same "
+                "command again, on another device if it happens again"
+            ) from failed
+        stage = self.steps.clock.current
         if len(items) == 1:
             why = "memory ran out in this step with this image alone" if short else reason_of(failed)
             items[0].fail(stage, f"{items[0].name}: {why}", failed)
@@ -199,19 +204,6 @@ def bad_rows(features: Features) -> np.ndarray:
         off = ~(np.abs(np.linalg.norm(getattr(features, name), axis=1) - 1) < 1e-2)
         bad[np.flatnonzero(off) if name in IMAGE_ARRAYS else features.owner[off]] = True
     return bad
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error means that memory ran out, on a GPU or in the machine."""
-    words = "out of memory|can't allocate memory|cublas_status_alloc_failed"
-    by_words = isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE)
-    return isinstance(error, MemoryError) or bool(by_words)
-
-
-def is_fatal(error: Exception) -> bool:
-    """Whether an error has broken the device, so that every later call would fail as well."""
-    broken = type(error).__name__ == "AcceleratorError" or re.search("CUDA error|cuDNN error", str(error))
-    return bool(broken) and not is_out_of_memory(error)
 
 
 def raise_malloc_thresholds() -> None:
@@ -485,7 +477,7 @@ class ExtractReport:
     def __str__(self) -> str:
         parts = [f"{self.reused:,} reused, {self.computed:,} computed"]
         if self.copies:
-            parts.append(count(self.copies, "copy of them" if self.copies == 1 else "copies of them"))
+            parts.append(count(self.copies, "duplicate"))
         parts.append(count(self.errors, "error"))
         if self.left:
             parts.append(f"{self.left:,} left to do")

@@ -1,11 +1,8 @@
 """The feature store: embeddings on disk as Parquet shards, one row per image content.
 
-Layout of the folder::
-
-    run.json            configuration, fingerprint of every model, versions, counts, schema version, checksums
-    manifest.parquet    one row per image file: label, generator, ... and the feature row it belongs to
-    errors.parquet      those without features: stage and reason
-    shards/part-*.parquet
+In the folder lie ``run.json`` (configuration, fingerprint of every model, versions, counts, checksums),
+``manifest.parquet`` (one row per image file: label, generator, ... and the feature row it belongs to),
+``errors.parquet`` (those without features: stage and reason) and ``shards/part-*.parquet``.
 
 Features are keyed by content (``feature_id``: hash of the file, joined by the user's caption where one is
 used), labels by path. So a label can be corrected, and a copy of a file added, without computing anything.
