@@ -5,6 +5,7 @@ What fails, or cannot be said of these images, is noted on that page; everything
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -86,9 +87,8 @@ def run_all(
     not_made += _notebooks(chosen, manifest if own else None, features, out, device)
     lines += _of_figures(out / "figures", since)
     if not_made:
-        lines += ["", "## Not made", "", *(f"- {line}" for line in sorted(not_made))]
-    lines += ["", f"{(time.monotonic() - began) / 60:.1f} minutes."]
-    page = "\n".join(lines) + "\n"
+        lines += ["\n## Not made\n", *(f"- {line}" for line in sorted(not_made))]
+    page = "\n".join([*lines, f"\n{(time.monotonic() - began) / 60:.1f} minutes.\n"])
     atomic_write(out / "summary.md", page.encode("utf-8", "backslashreplace"))
     print(page)
     for name in ("figures", "notebooks", "detector", "summary.md"):
@@ -106,34 +106,27 @@ def _say(*lines: str) -> None:
 def _head(features: Features) -> list[str]:
     """What made the numbers, what they are about, and what can be said of any images: how well they fit."""
     made, table = features.provenance, features.table
-    lines = ["# Summary", "", f"Made with preset {made['preset'] or 'of its own'}, models {made['models']}, "]
-    lines[-1] += f"itemkit {made['itemkit']}; {count(len(features), 'image')}."
-    lines += ["", f"**{made['note'][:1].upper()}{made['note'][1:]}.**"] if made["note"] else []
-    if splits := features.run.get("splits"):
-        lines += ["", f"Splits: {printable(splits)}."]
-    if errors := (features.run.get("counts") or {}).get("errors"):
-        lines += ["", f"{count(errors, 'image')} could not be used; errors.parquet of the store says why."]
+    by = f"preset {made['preset']}, models {made['models']}, itemkit {made['itemkit']}"
+    lines = [f"# Summary\n\nMade with {by}; {count(len(features), 'image')}."]
+    lines += [f"\n**{made['note'][:1].upper()}{made['note'][1:]}.**"] if made["note"] else []
+    lines += [f"\nSplits: {printable(features.run['splits'])}."]
+    if errors := features.run["counts"]["errors"]:
+        lines += [f"\n{count(errors, 'image')} could not be used; errors.parquet of the store says why."]
     fit = pd.concat([table[[schema.GENERATOR]], cosines(features)], axis=1)
     fit = fit.groupby(schema.GENERATOR, sort=False, dropna=False)
     shown = fit[["global_cosine", "mean_local_cosine"]].median().round(3).astype(str)
     shown.columns = ["global cosine", "mean local cosine"]
     shown.insert(0, "images", fit.size())
-    lines += ["", "## How well images fit their captions", "", "Medians; nothing is trained here.", ""]
-    return lines + markdown_table(shown.reset_index())
+    title = "\n## How well images fit their captions\n\nMedians; nothing is trained here.\n"
+    return [*lines, title, *markdown_table(shown.reset_index())]
 
 
 def _of_detector(detector: Detector, test: Features, fpr: float, fnr: float) -> list[str]:
     _, shown, lines = workflow.evaluate(detector, test, fpr, fnr)
-    if not detector.lacking(fpr):
+    with contextlib.suppress(InputError):  # too few for this rate, which the other lines say
         lines.insert(0, detector.threshold(fpr).statement)
-    about = [
-        "",
-        "## Detector trained on all generators",
-        "",
-        "Test split; 95 % intervals over its images.",
-        "",
-    ]
-    return [*about, *markdown_table(shown), "", *(f"- {printable(line)}" for line in detector.notes + lines)]
+    title = "\n## Detector trained on all generators\n\nTest split; 95 % intervals over its images.\n"
+    return [title, *markdown_table(shown), "", *(f"- {printable(line)}" for line in detector.notes + lines)]
 
 
 def _of_figures(folder: Path, since: float) -> list[str]:
@@ -142,10 +135,10 @@ def _of_figures(folder: Path, since: float) -> list[str]:
     lines = []
     if (controls := folder / "03_controls.csv") in made:
         wide = wide_table(pd.read_csv(controls), "detector_title", "cell")
-        lines += ["", "## Trained on one generator, tested on unseen families (AUROC, notebook 03)", ""]
+        lines = ["\n## Trained on one generator, tested on unseen families (AUROC, notebook 03)\n"]
         lines += markdown_table(wide.rename(columns={"detector_title": "detector"}))
     figures = [path for path in made if path.suffix == ".png"]
-    return lines + ["", "## Figures", "", *(f"- [{f.stem}](figures/{f.name})" for f in figures)]
+    return [*lines, "\n## Figures\n", *(f"- [{f.stem}](figures/{f.name})" for f in figures)]
 
 
 # -------------------------------------------------------------------------------------------- the notebooks
