@@ -136,17 +136,9 @@ def load_detector(
 ) -> ObjectDetector:
     """Load an object detector from this machine.
 
-    Parameters
-    ----------
-    name : {"owlv2", "grounding_dino"}
-    encoder : Encoder
-        Embeds the regions found.
-    device : str or torch.device
-        See `devices.choose_device`.
-    **options
-        ``model``: transformers folder or hub name; ``threshold``: least confidence, below it the whole image
-        is returned with score 0; ``precision``: see `devices.choose_precision`. Defaults in
-        `models.LOCALISERS`: the threshold is the model's own; on a CPU bfloat16 gains Grounding DINO nothing.
+    Options: ``model``, a transformers folder or hub name; ``threshold``, least confidence, below it the whole
+    image is returned with score 0; ``precision``, see `devices.choose_precision`. Defaults in
+    `models.LOCALISERS`: the threshold is the model's own; on a CPU bfloat16 gains Grounding DINO nothing.
     """
     from transformers import AutoModelForZeroShotObjectDetection
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -93,10 +93,9 @@ def summary(checks: Sequence[Check]) -> str:
 
 def check_python() -> Check:
     """Compare the interpreter with the one everything was tested with."""
-    version = platform.python_version()
-    if sys.version_info[:2] == (3, 11):
-        return Check("python", OK, version)
-    return Check("python", WARN, f"{version}; tested with 3.11", "use 3.11 if something is odd")
+    tested = sys.version_info[:2] == (3, 11)
+    todo = "" if tested else "tested with 3.11; use it if something is odd"
+    return Check("python", OK if tested else WARN, platform.python_version(), todo)
 
 
 def tested_versions() -> dict[str, str]:
@@ -229,15 +228,14 @@ NEEDED = {"encoder": 0.9, "captioner": 0.7, "localiser": 0.5}
 PHOTOS_FILE = Path(__file__).with_name("photos.csv")  # boxes as fractions of the sides, marked by eye
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """An image whose content is known."""
 
     image: Image.Image
     caption: str  # fits it and none of the other cases
-    words: tuple[str, ...]  # a generated caption should hold one of these
+    words: Sequence[str]  # a generated caption should hold one of these
     phrase: str = ""  # an object to point at
-    box: tuple[float, ...] = ()  # where it is, if that is known; pixels, x0, y0, x1, y1
+    box: Sequence[float] = ()  # where it is, if that is known; pixels, x0, y0, x1, y1
 
 
 def photo_cases() -> list[Case]:
@@ -253,8 +251,8 @@ def photo_cases() -> list[Case]:
     for row in pd.read_csv(PHOTOS_FILE, keep_default_na=False).itertuples(index=False):
         image = load_image(next(folder / row.file for folder in folders if (folder / row.file).is_file()))
         shares = zip(row[-4:], image.size * 2, strict=True)
-        box = tuple(float(share) * side for share, side in shares) if row.phrase else ()
-        cases.append(Case(image, row.caption, tuple(row.words.split()), row.phrase, box))
+        box = [float(share) * side for share, side in shares] if row.phrase else []
+        cases.append(Case(image, row.caption, row.words.split(), row.phrase, box))
     return cases
 
 

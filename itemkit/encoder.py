@@ -339,11 +339,7 @@ class Encoder:
         return [len(inner(clean(text), truncation=False, verbose=False).input_ids) for text in texts]
 
     def frame(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """Say which part of an original image the tower sees: x0, y0, x1, y1 in its pixels.
-
-        With CLIP's usual resizing ("shortest") the sides of a wide image are cut off; with "squash" the
-        frame is the whole image; with "longest" it reaches beyond the image, into the padding.
-        """
+        """Which part of an image the tower sees: x0, y0, x1, y1 in its pixels; beyond them is padding."""
         if self.resize_mode == "squash":
             return 0.0, 0.0, float(width), float(height)
         rows, columns = self.image_size

@@ -143,12 +143,7 @@ class Preset:
     def fingerprint(self, captions: str = "generate", device: str | torch.device = "auto") -> dict[str, Any]:
         """What ``build(device).fingerprint(captions)`` says, from the files alone: no model is loaded.
 
-        Parameters
-        ----------
-        captions : {"generate", "user"}
-            Where captions come from.
-        device : str or torch.device
-            Only checked, where it is not "auto" or "cpu": a fingerprint is the same on every device.
+        A device other than "auto" and "cpu" is only checked: a fingerprint is the same on every device.
         """
         from itemkit.captions import Decoding
         from itemkit.objects import ObjectRules
@@ -261,21 +256,13 @@ def get_preset(
     name : str or Preset
         "mini", "fast" or "paper"; or a preset put together by hand.
     folder : str or Path, optional
-        Take the models from the subfolders ``encoder``, ``captioner``, ``parser`` and ``detector`` of this
-        folder, as `itemkit download --to FOLDER` writes them. For "fast" and "paper" the environment variable
-        ITEMKIT_MODELS can name it too, so that a notebook needs no change.
-    use_variable : bool
-        False: as if ITEMKIT_MODELS were not set.
+        Take the models from here, as `itemkit download --to FOLDER` writes them. For "fast" and "paper" the
+        environment variable ITEMKIT_MODELS can name it too, unless not ``use_variable``.
     **overrides
         Fields of `Preset`, e.g. ``localiser="whole"``, ``captioner=my_object``, ``encoder="./my-clip"``. A
         part that is replaced starts from its default options. In one text: ``encoder="ViT-B-16:openai"``
         (name and tag), ``localiser="owlv2:./my-owl"`` (object detector and its model). An object detector
         without a model gets the folder's, or else its default.
-
-    Raises
-    ------
-    InputError
-        Unknown preset or field.
 
     >>> get_preset("fast", localiser="whole").localiser
     'whole'
