@@ -292,14 +292,13 @@ def _dataset_rows(dataset: Any, data: _Data) -> Iterator[pd.DataFrame]:
 
 def _image_column(columns: Any) -> str | None:
     """Column of an Arrow schema that holds images as bytes, alone or with their path."""
-
-    def holds_bytes(kind: Any) -> bool:
-        if pa.types.is_struct(kind):
-            return any(inner.name == "bytes" for inner in kind)
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-    inside = (c.name for c in columns if normalise(c.name) in _IMAGE_COLUMNS and holds_bytes(c.type))
-    return next(inside, None)
+    for column in columns:
+        kind = column.type
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            kind = pa.binary()
+        if kind in (pa.binary(), pa.large_binary()) and normalise(column.name) in _IMAGE_COLUMNS:
+            return column.name
+    return None
 
 
 def _unpack(batch: Any, split: str | None, data: _Data) -> pd.DataFrame:
@@ -630,14 +629,11 @@ def _must_agree(what: str, said_by: dict[str, tuple[pd.Series, pd.Series]]) -> N
 
 def _said_by_generators(text: pd.Series, label: pd.Series) -> pd.Series:
     """What the names of generators say: `real` real, a known one fake; all are if only "reals" have one."""
-    said = {}
-    for word in text.unique():
-        name, known = read_name(word), layouts.GENERATOR_NAMES.match(normalise(word))
-        said[word] = 0.0 if name.label == schema.REAL and name.sure else 1.0 if known else np.nan
-    says = text.map(said)
-    if not (text[label == schema.FAKE] != "").any() and text[label == schema.REAL].nunique() > 1:
-        return says.mask(text != "", 1.0)
-    return says
+    real = text.map(lambda word: read_name(word).label == schema.REAL and read_name(word).sure > 0)
+    known = text.map(lambda word: layouts.GENERATOR_NAMES.match(normalise(word)) is not None)
+    if (text[label == schema.FAKE] == "").all() and text[label == schema.REAL].nunique() > 1:
+        known, real = text != "", real & False
+    return pd.Series(np.where(real, 0.0, np.where(known, 1.0, np.nan)), index=text.index)
 
 
 def _said_by_folder(folder: str) -> float:
