@@ -480,7 +480,3 @@ def download(args: argparse.Namespace) -> int:
     if args.to:
         _print(f"use it with --models {args.to}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -37,7 +37,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if made := os.environ.get("ITEMKIT_RESULTS"):
         return Path(made)
     out = tmp_path_factory.mktemp("results")
-    subprocess.run([sys.executable, "-m", "itemkit.cli", "run", "--out", str(out)], cwd=REPO, check=True)
+    subprocess.run([sys.executable, "-m", "itemkit", "run", "--out", str(out)], cwd=REPO, check=True)
     return out
 
 
