@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from sklearn.base import BaseEstimator, clone
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
@@ -215,12 +216,11 @@ class PixelCNN(BaseEstimator):
     def fit(self, X: np.ndarray, y: np.ndarray, X_val: np.ndarray, y_val: np.ndarray) -> PixelCNN:
         """Train on uint8 images (n, h, w, 3) and labels (1 fake), stop on others."""
         y, y_val = np.asarray(y, np.float32), np.asarray(y_val, np.float32)
-        rng = np.random.default_rng(self.seed)
         if len(y) > self.max_images:
-            by_class = [rng.permutation(np.flatnonzero(y == c)) for c in (0, 1)]
-            share = self.max_images / len(y)
-            rows = np.concatenate([part[: max(1, round(share * len(part)))] for part in by_class])
-            X, y = X[rows], y[rows]
+            X, _, y, _ = train_test_split(
+                X, y, train_size=self.max_images, stratify=y, random_state=self.seed
+            )
+        rng = np.random.default_rng(self.seed)
         # torch's initialisers draw from the global state: leave it as it was
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)

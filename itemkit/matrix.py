@@ -79,12 +79,10 @@ def train_on_test_on(
         flow is not unseen to a detector trained on that flow.
     pair_by : column, optional
         Judge each generator's fakes against the test reals that share this column ("source") instead of all.
-    n_boot : int
-        Bootstrap resamples of the test images.
+    n_boot, jobs : int
+        Bootstrap resamples of the test images; processes that train side by side.
     out : folder, optional
         Keep one JSON per run there, and reuse those that fit.
-    jobs : int
-        Processes that train side by side; the scores do not depend on it.
     progress : bool
 
     Returns
@@ -111,14 +109,11 @@ def train_on_test_on(
     folder = None if out is None else Path(out)
     tasks, common = [], _hash(features)
     for name, recipe in detectors.items():
-        own, digest = features, common
-        if recipe.features is not None:
-            own = _aligned(features, recipe.features, name)
-            digest = _hash(own)
+        own = features if recipe.features is None else _aligned(features, recipe.features, name)
+        digest = common if own is features else _hash(own)
         # threshold and metrics are derived from kept scores and no part of the key
-        key = json.dumps(
-            [itemkit.__version__, digest, recipe.config, recipe.train_images, tests, TRAIN_SHARE]
-        )
+        about = [itemkit.__version__, digest, recipe.config, recipe.train_images, tests, TRAIN_SHARE]
+        key = json.dumps(about, sort_keys=True)
         tasks += [delayed(_runs)(name, recipe, own, train, key, folder, options) for train in trains]
     runs: dict[tuple[str, str], list[Run]] = {}
     failures: dict[str, str] = {}
@@ -239,12 +234,9 @@ def _rows(features: Features, split: str, generators: Sequence[str]) -> np.ndarr
 def _draw(rows: np.ndarray, y: np.ndarray, seed: int, limit: int | None) -> np.ndarray:
     """Part of the training rows, without replacement; the same reals for every generator."""
     share = TRAIN_SHARE if limit is None else min(TRAIN_SHARE, limit / len(rows))
-    parts = []
-    for label in (schema.REAL, schema.FAKE):
-        own = rows[y == label]
-        take = max(2, round(share * len(own)))
-        parts.append(np.random.default_rng([seed, label]).permutation(own)[:take])
-    return np.sort(np.concatenate(parts))
+    classes = (schema.REAL, schema.FAKE)
+    parts = [np.random.default_rng([seed, label]).permutation(rows[y == label]) for label in classes]
+    return np.sort(np.concatenate([part[: max(2, round(share * len(part)))] for part in parts]))
 
 
 def _aligned(base: Features, other: Features, name: str) -> Features:

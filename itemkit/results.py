@@ -345,14 +345,9 @@ SHOWN = {
 def study_table(studies: Mapping[str, Study], protocol: Protocol) -> pd.DataFrame:
     """Join the studies of several conditions and the published numbers into one long table.
 
-    Parameters
-    ----------
-    studies : dict
-        Condition ("raw", "equalised" ...) -> study.
-    protocol : Protocol
-        Where it names its training set, a cell is a test set and all of them count, as in the published
-        means. Where every generator trains in turn, a cell is a pair of generators; mean and worst are over
-        pairs of different families, or over all where there are none.
+    Where the protocol names its training set, a cell is a test set and all of them count, as in the published
+    means. Where every generator trains in turn, a cell is a pair of generators; mean and worst are over pairs
+    of different families, or over all where there are none.
 
     Returns
     -------
