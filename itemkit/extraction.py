@@ -243,8 +243,8 @@ class Job:
         # a store that is new, or whose images lie elsewhere than it has noted
         self.placed = bool(before) and os.path.isdir(store.store_root(folder, before))
         if not self.placed:
-            root = store.common_root(path for path in self.paths if store.utf8(path) == path)
-            self.run["root"] = store.portable_root(root, folder)
+            whole = (path for path in self.paths if store.utf8(path) == path)
+            self.run["root"] = store.portable_root(whole, folder)
         root = store.store_root(folder, self.run)
         self.names = [store.stored_name(path, root) for path in self.paths]
         by_user = run["fingerprint"]["captions"] == "user"

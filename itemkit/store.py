@@ -337,19 +337,14 @@ def _read_embeddings(
 # ---------------------------------------------------------------------------------------------- places
 
 
-def common_root(paths: Iterable[str]) -> str:
-    """The deepest folder that holds all the given files; empty where there is none."""
-    with contextlib.suppress(ValueError):  # different drives
-        return os.path.commonpath({os.path.dirname(path) for path in paths})
-    return ""
-
-
-def portable_root(root: str, folder: Path) -> str:
-    """How a store notes where its images lie: relative to itself if both can be moved together."""
-    root, store = os.path.abspath(root), os.path.abspath(folder)
-    if len(Path(common_root([os.path.join(root, ""), os.path.join(store, "")])).parts) > 1:
-        root = os.path.relpath(root, store)
-    return Path(root).as_posix()
+def portable_root(paths: Iterable[str], folder: Path) -> str:
+    """Folder of all these images as a store notes it: relative to itself if both can be moved together."""
+    with contextlib.suppress(ValueError):  # no images, or on different drives
+        root = os.path.commonpath({os.path.dirname(path) for path in paths})
+        store = os.path.abspath(folder)
+        together = len(Path(os.path.commonpath([root, store])).parts) > 1
+        return Path(os.path.relpath(root, store) if together else root).as_posix()
+    return "."
 
 
 def store_root(folder: Path, run: dict) -> str:
