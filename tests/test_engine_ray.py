@@ -209,10 +209,3 @@ class Homeless:
 
     def build(self, device="auto"):
         raise OSError("no memory left for a second copy of the models")
-
-
-@pytest.mark.slow
-def test_worker_that_cannot_load_its_models_is_not_the_images_fault(ray, tmp_path):
-    manifest = make_images(tmp_path / "images", 4)
-    with pytest.raises(ItemkitError, match="no memory left for a second copy"):
-        extract(manifest, tmp_path / "out", Homeless(), ray=RayOptions(), progress=False)
