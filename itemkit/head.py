@@ -1,13 +1,14 @@
 """The MLP head: a small network from a misalignment vector to the log-odds of fake, and how it is trained.
 
-`Net` is the network, `MisalignmentMLP._train` its loop: the standardised features lie on the device, an epoch
-is one permutation, a batch one index. Nothing here touches torch's global random state or threads.
+`Net` is the network, `MisalignmentMLP._train` its loop. Nothing here touches torch's global random state or
+threads.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from scipy.special import expit
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.preprocessing import LabelEncoder
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -33,10 +35,9 @@ from itemkit._files import atomic_write, write_json
 from itemkit.devices import choose_device
 from itemkit.errors import InputError, ModelNotFound
 from itemkit.metrics import average_precision
+from itemkit.models import file_hash
 from itemkit.splits import split_validation
 from itemkit.text import one_line
-
-# ------------------------------------------------------------------------------------------------ the network
 
 
 @dataclass(frozen=True)
@@ -79,19 +80,17 @@ ARCHITECTURES = {
 class Net(nn.Module):
     """Linear, activation, dropout, again; at the end one number: the log-odds of fake.
 
-    Every weight has the members first, ``(members, in, out)``: networks of one shape side by side on the same
-    inputs. For one member it is the plain perceptron.
+    Every weight has the members first, ``(members, in, out)``: networks of one shape on the same inputs.
     """
 
     def __init__(self, n_in: int, arch: Architecture, members: int = 1) -> None:
         super().__init__()
         self.arch, self.members = arch, members
         widths = [n_in, *arch.hidden, 1]
-        sizes = list(zip(widths, widths[1:], strict=False))
+        sizes = list(itertools.pairwise(widths))
         self.weights = nn.ParameterList([torch.empty(members, a, b) for a, b in sizes])
         self.biases = nn.ParameterList([torch.empty(members, 1, b) for _, b in sizes])
-        wide = [members * width for width in arch.hidden] if arch.batch_norm else []
-        self.norms = nn.ModuleList([nn.BatchNorm1d(width) for width in wide])
+        self.norms = nn.ModuleList([nn.BatchNorm1d(members * b) for b in arch.hidden if arch.batch_norm])
 
     def forward(self, x: Tensor, noise: torch.Generator | None = None) -> Tensor:
         """Logits (members, rows) for x (rows, in); ``noise`` draws the dropout and means training."""
@@ -99,18 +98,13 @@ class Net(nn.Module):
         for i in range(len(self.arch.hidden)):
             x = torch.baddbmm(self.biases[i], x, self.weights[i])
             if self.arch.batch_norm:
-                x = self._batch_norm(x, self.norms[i], training=noise is not None)
+                norm = self.norms[i].train(noise is not None and x.shape[1] > 1)  # one row has no spread
+                x = norm(x.transpose(0, 1).flatten(1)).unflatten(1, (self.members, -1)).transpose(0, 1)
             x = F.relu(x) if self.arch.activation == "relu" else F.leaky_relu(x)
             if noise is not None and self.arch.dropout:
                 kept = 1 - self.arch.dropout  # the others grow, so that the sum stays as large
                 x = x * torch.empty_like(x).bernoulli_(kept, generator=noise) / kept
         return torch.baddbmm(self.biases[-1], x, self.weights[-1])[..., 0]
-
-    def _batch_norm(self, x: Tensor, norm: nn.BatchNorm1d, training: bool) -> Tensor:
-        """Normalise each unit of each member over the rows; one row has no spread to normalise by."""
-        side_by_side = x.transpose(0, 1).flatten(1)
-        normal = norm.train(training and len(side_by_side) > 1)(side_by_side)
-        return normal.unflatten(1, (self.members, -1)).transpose(0, 1)
 
     def start(self, seed: int) -> Net:
         """Draw start weights by torch's own rule for linear layers."""
@@ -162,68 +156,37 @@ class EarlyStopping:
             best[better] = now[better]
         return bool((epoch - self.last_step < self.patience).any())
 
-    def restore(self) -> None:
-        """Give the network the best weights of each member."""
-        for tensor, best in zip(self.net.tensors(), self.best_tensors, strict=True):
-            tensor.copy_(best)
-
 
 # --------------------------------------------------------------------------------------------- the classifier
 
 FORMAT = "itemkit head 2"
 FILES = ("head.json", "head.safetensors")
-PREDICT_ROWS = 65536  # at once
 
 
 @dataclass(eq=False, repr=False)
 class MisalignmentMLP(ClassifierMixin, BaseEstimator):
     """Multi-layer perceptron from a misalignment vector to real or fake: a binary scikit-learn classifier.
 
-    Standardises its input, weights the classes, stops early.
-
-    Parameters
-    ----------
-    architecture : str
-        Name in `ARCHITECTURES`: "itemkit", "linear", "defake", "robust_clip".
-    hidden_sizes, dropout, learning_rate, weight_decay : optional
-        Replace that one number of the architecture.
-    batch_size : int
-        Rows per step.
-    max_epochs, patience, tol : int, int, float
-        Epochs at most; and those in which the validation loss falls by less than ``tol`` in all, after which
-        a member stops and goes back to the weights of its lowest loss.
-    validation_fraction : float
-        Share of the training rows held out, class by class, when ``fit`` is given no validation set. With 0
-        there is no early stopping and the last weights stay.
-    members : int
-        Networks trained at once from different starts; their mean logit is the score.
-    seed : int
-        Of start weights, batches, dropout and the held-out split. On one CPU and one thread count, the same
-        seed gives the same weights, bit for bit; another device has the same starts and batches.
-    device : str
-        "auto" (CUDA where there is one), "cpu", "cuda", ... Not stored with the head.
-
-    Attributes
-    ----------
-    history_ : dict of lists
-        ``epoch, train_loss, val_loss, val_ap, seconds`` (mean over members; AP of their mean logit).
-    best_epoch_ : list of int
-        Epoch whose weights each member has.
+    Standardises its input, weights the classes, stops early. On one CPU and one thread count the same seed
+    gives the same weights, bit for bit; another device has the same starts and batches. ``history_`` has
+    lists of ``epoch, train_loss, val_loss, val_ap, seconds`` (mean over members; AP of their mean logit),
+    ``best_epoch_`` the epoch whose weights each member has.
     """
 
-    architecture: str = "itemkit"
+    architecture: str = "itemkit"  # name in `ARCHITECTURES`; the next four replace that one number of it
     hidden_sizes: tuple[int, ...] | None = None
     dropout: float | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
-    batch_size: int = 256
+    batch_size: int = 256  # rows per step
     max_epochs: int = 60
-    patience: int = 8
-    tol: float = 1e-3
+    patience: int = 8  # a member stops after so many epochs in which its validation loss ...
+    tol: float = 1e-3  # ... falls by less than this in all, and takes the weights of its lowest loss
+    # held out of each class if `fit` is given no validation set; with 0 the last weights stay
     validation_fraction: float = 0.15
-    members: int = 1
-    seed: int = 0
-    device: str = "auto"
+    members: int = 1  # networks trained at once from different starts; their mean logit is the score
+    seed: int = 0  # of start weights, batches, dropout and the held-out split
+    device: str = "auto"  # CUDA where there is one; not stored with the head
 
     _parameter_constraints: ClassVar[dict[str, list]] = {
         "architecture": [StrOptions(set(ARCHITECTURES))],
@@ -264,7 +227,7 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         X, y : arrays, shape (n, k) and (n,)
             Features and labels of two classes.
         X_val, y_val : arrays, optional
-            Of both classes, to stop the training on; without them ``validation_fraction`` is held out.
+            To stop the training on.
 
         Raises
         ------
@@ -274,7 +237,8 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         arch = self.resolved_architecture()
         X, y = validate_data(self, X, y, dtype=np.float32)
         check_classification_targets(y)
-        self.classes_, codes = np.unique(y, return_inverse=True)
+        labels = LabelEncoder().fit(y)
+        self.classes_, codes = labels.classes_, labels.transform(y)
         if len(self.classes_) != 2:
             raise InputError(
                 f"Only binary classification is supported. The type of the target is {type_of_target(y)}: "
@@ -283,9 +247,7 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         codes_val = None
         if X_val is not None:
             X_val, y_val = validate_data(self, X_val, y_val, dtype=np.float32, reset=False)
-            if not np.isin(y_val, self.classes_).all():
-                raise InputError(f"y_val: expected labels out of {self.classes_.tolist()}")
-            codes_val = np.searchsorted(self.classes_, y_val)
+            codes_val = labels.transform(y_val)  # refuses other labels
         elif self.validation_fraction:
             held, rest = split_validation(codes, self.validation_fraction, int(self.seed))
             X_val, codes_val, X, codes = X[held], codes[held], X[rest], codes[rest]
@@ -333,22 +295,19 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
             if not patient:
                 break
         if val is not None:
-            stopping.restore()
+            for tensor, best in zip(net.tensors(), stopping.best_tensors, strict=True):
+                tensor.copy_(best)
         self.best_epoch_ = [epoch] * net.members if val is None else stopping.best_epoch.tolist()
         names = ("epoch", "train_loss", "val_loss", "val_ap", "seconds")
         self.history_ = dict(zip(names, map(list, zip(*history, strict=True)), strict=True))
 
-    def member_logits(self, X: np.ndarray) -> np.ndarray:
-        """Logit of every member, shape (members, n): their spread shows what the seed alone does."""
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        """Log-odds of the positive class, mean over members, shape (n,)."""
         check_is_fitted(self, "net_")
         X = validate_data(self, X, dtype=np.float32, reset=False)
         with torch.no_grad():
-            parts = [self.net_(part).cpu() for part in self._standardise(X).split(PREDICT_ROWS)]
-        return torch.cat(parts, dim=1).numpy()
-
-    def decision_function(self, X: np.ndarray) -> np.ndarray:
-        """Log-odds of the positive class, mean over members, shape (n,)."""
-        return self.member_logits(X).mean(0)
+            parts = [self.net_(part).cpu() for part in self._standardise(X).split(65_536)]
+        return torch.cat(parts, dim=1).numpy().mean(0)
 
     def predict_proba(self, X: np.ndarray) -> np.ndarray:
         """Probability of both classes, shape (n, 2), in the order of ``classes_``."""
@@ -368,9 +327,8 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         contents = {
             "format": FORMAT,
             "params": params,
-            "network": asdict(
-                self.net_.arch
-            ),  # a name alone would be another network once its numbers change
+            # a name alone would be another network once its numbers change
+            "network": asdict(self.net_.arch),
             "classes": self.classes_,
             "n_features": self.n_features_in_,
             "best_epoch": self.best_epoch_,
@@ -383,10 +341,7 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> MisalignmentMLP:
-        """Read a head written by `save`; ModelNotFound if there is none, or it is damaged.
-
-        No size in its files is believed before it is checked.
-        """
+        """Read a head written by `save`; ModelNotFound if there is none, or it is damaged."""
         where, (meta, arrays) = choose_device(device), read_sealed(Path(folder), FILES, FORMAT)
         with intact(Path(folder)):
             names = [name for name in cls._get_param_names() if name != "device"]
@@ -405,8 +360,6 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
 
 # ------------------------------------------------------------------------------------ folders of detectors
 
-MAX_JSON = 2**24  # bytes
-
 
 @contextlib.contextmanager
 def intact(folder: Path) -> Iterator[None]:
@@ -424,7 +377,7 @@ def write_sealed(
     name, arrays_name = files
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / arrays_name, save({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
-    sums = {file: _sha256(folder / file) for file in (*beside, arrays_name)}
+    sums = {file: file_hash(folder / file) for file in (*beside, arrays_name)}
     meta = json.loads(json.dumps(contents | {"files": sums}, default=lambda x: x.tolist()))
     write_json(folder / name, meta | {"sha256": _checksum(meta)})
     return folder
@@ -440,7 +393,7 @@ def read_sealed(
         raise ModelNotFound(f"{folder} holds no detector: {name} is missing. Train one with `itemkit train`, "
                             "or give the folder of one")  # fmt: skip
     with intact(folder):
-        if path.stat().st_size > MAX_JSON:
+        if path.stat().st_size > 2**24:
             raise ValueError(f"{name} is larger than any that itemkit writes")
         meta = json.loads(path.read_bytes())
         if not isinstance(meta, dict) or meta.get("format") != form:
@@ -448,7 +401,7 @@ def read_sealed(
         if meta.pop("sha256", None) != _checksum(meta):
             raise ValueError(f"{name} was changed after it was written")
         for file in (*beside, arrays_name):
-            if meta["files"][file] != _sha256(folder / file):
+            if meta["files"][file] != file_hash(folder / file):
                 raise ValueError(f"{file} was changed after it was written")
         arrays = load_file(folder / arrays_name)
         if not all(np.isfinite(array).all() for array in arrays.values()):
@@ -458,8 +411,3 @@ def read_sealed(
 
 def _checksum(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
