@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shutil
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ from PIL import Image
 
 from benchmarks.report import Result, table
 from benchmarks.subjects import as_manifest, build, caption_of, read_images
-from itemkit.decode import DecodeConfig, Reader, Task, batches
+from itemkit.decode import DecodeConfig, Item, Reader, batches
 from itemkit.devices import dtype_name
 from itemkit.extraction import extract, raise_malloc_thresholds
 from itemkit.features import concat_features
@@ -91,21 +90,14 @@ def best_batch(
 def decode_all(paths: Sequence[str], preprocess: Callable[[Image.Image], Any], config: DecodeConfig) -> int:
     """Decode and preprocess all images as the pipeline does, without any model."""
     reader = Reader(config, preprocess=preprocess)
-    tasks = (Task(row, path, path) for row, path in enumerate(paths))
-    images = 0
-    for batch in batches(tasks, reader, lambda: 64, config):
-        images += len(batch)
-        for item in batch:
-            item.free()
-    return images
+    items = (Item(row, path, path) for row, path in enumerate(paths))
+    return sum(map(len, batches(items, reader, lambda: 64)))
 
 
 def naive_loop(paths: Sequence[str], models: Any, captions: Sequence[str | None]) -> None:
     """One image after the other through all steps, nothing shared and nothing kept."""
-    parts = []
-    for path, caption in zip(paths, captions, strict=True):
-        parts.append(Steps(models)([load_image(path)], [caption]))
-    concat_features(parts)
+    pairs = zip(paths, captions, strict=True)
+    concat_features([Steps(models)([load_image(path)], [caption]) for path, caption in pairs])
 
 
 def gflop_of(encoder: Any, pixels: torch.Tensor) -> float:
@@ -114,7 +106,7 @@ def gflop_of(encoder: Any, pixels: torch.Tensor) -> float:
 
     one = pixels[:1].clone().requires_grad_(True)  # or a fused attention is chosen, which is not counted
     with FlopCounterMode(display=False) as counter:
-        encoder.embed_pixels(one)
+        encoder.model.encode_image(one.to(encoder.device, encoder.dtype))
     return counter.get_total_flops() / 1e9
 
 
@@ -162,19 +154,12 @@ def run_benchmark(models: Any, paths: list[str], args: argparse.Namespace, scrat
     result.per_s["models alone"] = 1 / models_s
     result.per_s["limit"] = 1 / limit
 
-    options: dict[str, Any] = {
-        "captions": "user" if user else "generate",
-        "progress": False,
-        "decode": config,
-    }
-    options["batch_size"] = args.batch_size or batch
+    options: dict[str, Any] = {"captions": "user" if user else "generate", "progress": False}
+    options |= {"decode": config, "batch_size": args.batch_size or batch}
     kinds = {"global": Models(encoder, models.captioner), "hierarchical": models}
     for name, parts in kinds.items():
-        best = None
-        for i in range(args.repeat):
-            report = extract(manifest, scratch / f"{name}{i}", parts, **options)
-            best = report if best is None or report.seconds < best.seconds else best
-        assert best is not None
+        runs = [extract(manifest, scratch / f"{name}{i}", parts, **options) for i in range(args.repeat)]
+        best = min(runs, key=lambda report: report.seconds)
         result.per_s[f"pipeline, {name}"] = best.computed / best.seconds
         result.stages_s[name] = best.stages
         result.seconds[name] = best.seconds
@@ -274,13 +259,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--random-captioner goes with --random-true-size")
     if args.threads:
         torch.set_num_threads(args.threads)
-    scratch = Path(tempfile.mkdtemp(prefix="itemkit-benchmark-"))
-    try:
-        (scratch / "images").mkdir()
-        paths = read_images(args.images, args.n, scratch / "images")
-        result = run_benchmark(build(args), paths, args, scratch)
-    finally:
-        shutil.rmtree(scratch)
+    with tempfile.TemporaryDirectory(prefix="itemkit-benchmark-") as folder:
+        images = Path(folder, "images")
+        images.mkdir()
+        result = run_benchmark(build(args), read_images(args.images, args.n, images), args, Path(folder))
     print(table(result))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

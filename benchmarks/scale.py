@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -99,11 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not os.path.exists("/proc/self/statm"):
         sys.exit("needs /proc to read the memory of this process")
-    scratch = Path(tempfile.mkdtemp(prefix="itemkit-scale-"))
-    try:
-        run(args.rows, scratch)
-    finally:
-        shutil.rmtree(scratch)
+    with tempfile.TemporaryDirectory(prefix="itemkit-scale-") as folder:
+        run(args.rows, Path(folder))
     return 0
 
 

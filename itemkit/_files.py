@@ -26,11 +26,6 @@ def atomic_write(path: Path, content: bytes | memoryview | Callable[[BinaryIO], 
         The final name; an existing file is replaced only when the new one is safely on disk.
     content : bytes (or another buffer) or callable
         What the file holds, or what gets an open binary file and fills it.
-
-    Raises
-    ------
-    StoreError
-        The disk is full or the folder cannot be written; the temporary file is removed, no other is touched.
     """
     tmp = path.with_name(f".{path.name}{_TMP}{os.getpid()}")
     try:
@@ -42,7 +37,13 @@ def atomic_write(path: Path, content: bytes | memoryview | Callable[[BinaryIO], 
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp, path)
-        _sync_folder(path.parent)
+        # the rename itself is only on disk once the folder is; not every system lets a folder be opened
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     except OSError as error:
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
@@ -54,22 +55,12 @@ def write_json(path: Path, value: object) -> None:
     atomic_write(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def _sync_folder(folder: Path) -> None:
-    # the rename itself is only on disk once the folder is; not every system lets a folder be opened
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def explain_write_error(error: OSError, path: Path) -> str:
     """Turn an operating-system error met while writing into what happened and what to do."""
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return (
-            f"the disk is full: could not write {path}. Everything written before is intact; "
-            "free some space and run the same command again, it goes on where it stopped"
+            f"the disk is full: could not write {path}. Everything written before is intact; free some "
+            "space and run the same command again, it goes on where it stopped"
         )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"cannot write into {path.parent} ({error.strerror}); choose a folder that you may write to"
@@ -87,11 +78,6 @@ def folder_lock(folder: Path) -> Iterator[None]:
     """One writer per folder: a second one waits until the first has ended, and says so.
 
     Where the operating system locks files, the lock ends with the process that held it, however that ended.
-
-    Raises
-    ------
-    StoreError
-        Nothing can be written into the folder.
     """
     from filelock import FileLock, Timeout  # only here: a store that is merely read takes no lock
 
@@ -101,12 +87,9 @@ def folder_lock(folder: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0.2)
         except Timeout:
-            print(
-                f"another run is writing to {folder}: waiting until it ends (Ctrl-C leaves). If there is no "
-                f"such run any more, delete {folder / LOCK_FILE}",
-                file=sys.stderr,
-                flush=True,
-            )
+            advice = f"(Ctrl-C leaves). If there is none any more, delete {folder / LOCK_FILE}"
+            note = f"another run is writing to {folder}: waiting until it ends {advice}"
+            print(note, file=sys.stderr, flush=True)
             lock.acquire()
     except OSError as error:
         raise StoreError(explain_write_error(error, folder / LOCK_FILE)) from error

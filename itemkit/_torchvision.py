@@ -3,15 +3,16 @@
 The torchvision wheel of the package index is built for CUDA. Beside a CPU-only torch its library ``_C``
 cannot be loaded, so the operators ``nms`` and ``qnms`` are never registered, and ``import torchvision``
 (with it open_clip, timm and half of transformers) stops with ``operator torchvision::nms does not exist``.
-Only the two *schemas* are missing: once they are defined, the transforms that the model libraries want work
-as usual. ``torchvision.ops.nms`` and ``torchvision.io`` stay unusable; itemkit uses neither.
+Once the two *schemas* are defined, the transforms that the model libraries want work as usual;
+``torchvision.ops.nms`` and ``torchvision.io``, which itemkit does not use, stay unusable.
 
-The repair is lazy: a meta-path finder waits for the first import of torchvision, so ``import itemkit`` loads
-no torch. Each new process gets it by importing itemkit. Where torchvision is whole, nothing is changed.
+The repair waits for the first import of torchvision, so ``import itemkit`` loads no torch. Where torchvision
+is whole, nothing is changed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import sys
 from collections.abc import Sequence
@@ -20,17 +21,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Meaning of the values of `state()`; `doctor` prints them.
-WAITING = "torchvision not imported yet"
-WHOLE = "torchvision is whole"
 REPAIRED = "torchvision has no compiled operators here (CUDA wheel beside CPU torch); import repaired"
-
 _MISSING_SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 _library: Any = None  # a torch.library.Library takes its definitions along when it is collected: keep it
-_state = WAITING
+status = ""  # what was done in this process, for `doctor`
 
 
 class _Finder:
@@ -65,37 +62,20 @@ def install() -> None:
 
 
 def repair(folder: Path) -> None:
-    """Define the two operator schemas if torchvision's own library cannot be loaded.
-
-    Parameters
-    ----------
-    folder : Path
-        The installed ``torchvision`` package.
-    """
-    global _library, _state
+    """Define the two operator schemas if the own library of torchvision, in ``folder``, cannot be loaded."""
+    global _library, status
     import torch
 
-    if _state == REPAIRED:
+    if status == REPAIRED:
         return
     names = [f"_C{suffix}" for suffix in (*importlib.machinery.EXTENSION_SUFFIXES, ".dll")]
     library = next((folder / name for name in names if (folder / name).exists()), None)
     if library is not None:
-        try:
+        with contextlib.suppress(OSError):
             torch.ops.load_library(str(library))
-        except OSError:
-            pass
-        else:
-            _state = WHOLE
             return
     if not hasattr(torch.ops.torchvision, "nms"):
         _library = torch.library.Library("torchvision", "DEF")
         for schema in _MISSING_SCHEMAS:
             _library.define(schema)
-    _state = REPAIRED
-
-
-def state() -> str:
-    """Say in one sentence what was found and done in this process."""
-    if _state == WAITING and "torchvision" in sys.modules:
-        return WHOLE  # imported, without our help, before itemkit
-    return _state
+    status = REPAIRED

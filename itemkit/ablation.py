@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,9 @@ from itemkit import schema
 from itemkit.errors import InputError
 from itemkit.features import OBJECT_ARRAYS, Features
 from itemkit.matrix import train_on_test_on
+from itemkit.metrics import LEVEL
 from itemkit.recipes import Recipe
-
-LEVEL = 0.95  # of all intervals
+from itemkit.results import PAIR
 
 
 def ablation(
@@ -28,12 +27,10 @@ def ablation(
     *,
     train_generators: Sequence[str] | None = None,
     families: Mapping[str, str] | None = None,
-    metric: str = "auroc",
     out: str | Path | None = None,
     jobs: int = 1,
-    progress: bool = False,
 ) -> pd.DataFrame:
-    """Answer questions about the method: train every option, compare it with the first one.
+    """Answer questions about the method: train every option, compare its AUROC with that of the first one.
 
     A recipe that stands in several questions is trained once. Only cells of families not trained on count.
 
@@ -43,9 +40,7 @@ def ablation(
         With labels, generators and splits.
     questions : dict of dict
         Question -> option -> `Recipe`; the first option is the reference, usually the default.
-    metric : str
-        Out of `itemkit.metrics.METRICS`, higher is better.
-    seeds, train_generators, families, out, jobs, progress
+    seeds, train_generators, families, out, jobs
         See `itemkit.matrix.train_on_test_on`.
 
     Returns
@@ -64,41 +59,43 @@ def ablation(
     """
     if lonely := [name for name, options in questions.items() if len(options) < 2]:
         raise InputError(f"question {lonely[0]!r} has one option or none; expected a reference and others")
-    names: dict[tuple[str, str], str] = {}
     recipes: dict[str, Recipe] = {}
-    known: dict[tuple, str] = {}
+    names: dict[tuple[str, str], str] = {}  # one and the same recipe has one name, in whatever questions
     for question, options in questions.items():
         for option, recipe in options.items():
-            same = (json.dumps(recipe.config, sort_keys=True), id(recipe.features), recipe.train_images)
-            name = known.setdefault(same, f"{question}: {option}")
+            same = (
+                name
+                for name, r in recipes.items()
+                if (r.config, r.train_images) == (recipe.config, recipe.train_images)
+                and r.features is recipe.features
+            )
+            name = next(same, f"{question}: {option}")
             names[question, option], recipes[name] = name, recipe
     study = train_on_test_on(
-        features, recipes, seeds, train_generators=train_generators, families=families, metrics=(metric,),
-        n_boot=0, out=out, jobs=jobs, progress=progress,
+        features, recipes, seeds, train_generators=train_generators, families=families, metrics=("auroc",),
+        n_boot=0, out=out, jobs=jobs,
     )  # fmt: skip
-    if study.failures:
-        name, why = next(iter(study.failures.items()))
+    for name, why in study.options["failures"].items():
         raise InputError(f"option {name!r} cannot be compared: {why}. Leave it out; what was trained is kept")
-    cells = pd.concat([study.cells(name, metric) for name in recipes])
-    cells = cells[~cells["seen"]]
+    cells = study.table[
+        ~study.table["seen"] & study.table["test_generator"].isin(study.options["test_generators"])
+    ]
     if cells.empty:
         raise InputError(
             "no generator is of another family than those trained on, so nothing is unseen; give images of "
             "a second family"
         )
-    wide = cells.pivot(
-        index="seed", columns=["detector", "train_generator", "test_generator"], values="value"
-    )
+    wide = cells.pivot(index="seed", columns=["detector", *PAIR], values="value")
     rows = []
     for question, options in questions.items():
-        first = wide[names[question, next(iter(options))]]
-        for i, option in enumerate(options):
-            mine = wide[names[question, option]]
+        reference = next(iter(options))
+        for option in options:
+            mine, first = (wide[names[question, name]] for name in (option, reference))
             gap = mine - first
             value, difference = mine.mean(axis=1), gap.mean(axis=1)
             (low, high), (gap_low, gap_high) = _t_interval(value), _t_interval(difference)
             rows.append(
-                {"question": question, "option": option, "reference": i == 0,
+                {"question": question, "option": option, "reference": option == reference,
                  "value": value.mean(), "low": low, "high": high,
                  "difference": difference.mean(), "difference_low": gap_low, "difference_high": gap_high,
                  "difference_sd": difference.std(), "cells_better": float((gap.mean() > 0).mean()),
@@ -130,44 +127,41 @@ def what_matters(table: pd.DataFrame, least: float = 0.01) -> pd.DataFrame:
     DataFrame, one row per question, largest effect first
         ``question, reference, option, difference, low, high, cells_better, matters``: "yes" if some option's
         whole interval is farther from zero than ``least`` (shown: the farthest of those), "no" if the
-        intervals of all are nearer, else "unclear" (shown: the farthest of all). Intervals are over seeds;
-        other test images would move all options together.
+        intervals of all are nearer, else "unclear" (shown: the farthest of all). Intervals are over seeds.
     """
     rows = []
     for question, part in table.groupby("question", sort=False):
-        others = part[~part["reference"]]
+        reference, others = part.loc[part["reference"], "option"].iloc[0], part[~part["reference"]]
         n, tail = others["n_seeds"], (1 - LEVEL) / 2 / len(others)
         half = stats.t.ppf(1 - tail, (n - 1).clip(lower=1)) * others["difference_sd"] / np.sqrt(n)
         half = half.where(n > 1, np.inf)
-        low, high = others["difference"] - half, others["difference"] + half
-        surely, nearer = (low > least) | (high < -least), (low > -least) & (high < least)
-        far = (others[surely] if surely.any() else others)["difference"].abs().idxmax()
+        others = others.assign(low=others["difference"] - half, high=others["difference"] + half)
+        surely = others[(others["low"] > least) | (others["high"] < -least)]
+        nearer = (others["low"] > -least) & (others["high"] < least)
+        shown = surely if len(surely) else others
+        far = shown.loc[shown["difference"].abs().idxmax()]
         rows.append(
-            {"question": question, "reference": part.loc[part["reference"], "option"].iloc[0],
-             "option": others.loc[far, "option"], "difference": others.loc[far, "difference"],
-             "low": low[far], "high": high[far], "cells_better": others.loc[far, "cells_better"],
-             "matters": "yes" if surely.any() else "no" if nearer.all() else "unclear"}
-        )  # fmt: skip
+            {"question": question, "reference": reference}
+            | far[["option", "difference", "low", "high", "cells_better"]].to_dict()
+            | {"matters": "yes" if len(surely) else "no" if nearer.all() else "unclear"}
+        )
     return pd.DataFrame(rows).sort_values("difference", key=np.abs, ascending=False, ignore_index=True)
 
 
 def degrade_captions(
-    table: pd.DataFrame, share: float, kinds: Sequence[str], colours: Sequence[str] = (), seed: int = 0
+    table: pd.DataFrame, share: float, kinds: Sequence[str], colours: Sequence[str] = ()
 ) -> pd.Series:
     """Make some objects of each caption wrong: another kind, or another colour before it.
 
     Parameters
     ----------
     table : DataFrame
-        With ``image_id, path, caption``, e.g. `Features.table`. The damage follows from the image's content:
-        it is the same whatever folder the images lie in and whatever others lie beside them.
+        With ``image_id, path, caption``. The damage follows from the image's content alone.
     share : float
         Probability that an object is made wrong. What is wrong at a small share stays so, and in the same
         way, at a larger one.
     kinds, colours : sequences of str
         Words of objects, and words that may stand before them.
-    seed : int
-        Another one makes other objects wrong.
 
     Returns
     -------
@@ -176,15 +170,13 @@ def degrade_captions(
     """
     if not 0 <= share <= 1 or len(kinds) < 2:
         raise InputError(f"share={share} and {len(kinds)} kinds; expected 0 to 1, and two kinds or more")
-    rows = zip(table[schema.CAPTION], table[schema.IMAGE_ID], strict=True)
-    texts = [_degrade(str(text), str(image_id), share, kinds, colours, seed) for text, image_id in rows]
+    rows = table[[schema.CAPTION, schema.IMAGE_ID]].astype(str).itertuples(index=False)
+    texts = [_degrade(text, image_id, share, kinds, colours) for text, image_id in rows]
     return pd.Series(texts, index=pd.Index(table[schema.PATH]), name=schema.CAPTION)
 
 
-def _degrade(
-    text: str, image_id: str, share: float, kinds: Sequence[str], colours: Sequence[str], seed: int
-) -> str:
-    rng = np.random.default_rng([seed, int(hashlib.sha256(image_id.encode()).hexdigest()[:16], 16)])
+def _degrade(text: str, image_id: str, share: float, kinds: Sequence[str], colours: Sequence[str]) -> str:
+    rng = np.random.default_rng([0, int(hashlib.sha256(image_id.encode()).hexdigest()[:16], 16)])
     words = text.split(" ")
     plain = [word.strip(",.") for word in words]
     for i, word in enumerate(plain):
@@ -204,17 +196,8 @@ def _degrade(
 
 
 def first_objects(features: Features, at_most: int) -> Features:
-    """Keep the first objects of each image, in the order in which its caption names them.
-
-    Parameters
-    ----------
-    features : Features
-    at_most : int
-        Objects per image; 0 leaves whole images only.
-    """
-    counts = np.bincount(features.owner, minlength=len(features))
-    rank = np.arange(len(features.owner)) - (np.cumsum(counts) - counts)[features.owner]
-    first = np.flatnonzero(rank < at_most)
+    """Keep the first objects of each image, in the order in which its caption names them; 0: whole images."""
+    first = np.flatnonzero(pd.Series(features.owner).groupby(features.owner).cumcount() < at_most)
     return replace(
         features,
         owner=features.owner[first],

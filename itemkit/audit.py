@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,6 +58,12 @@ _FLAT_BITS = 10  # a picture with fewer set (or unset) bits is all but empty: it
 VERDICTS = {"decides": 0.9, "strong": 0.7, "moderate": 0.55}
 _LARGE = threading.Lock()  # images of more than so many pixels are decoded one at a time, to bound memory
 _LARGE_PIXELS = 20_000_000
+_METADATA = {
+    "exif": "exif", "icc_profile": "icc", "xmp": "xmp", "XML:com.adobe.xmp": "xmp", "photoshop": "iptc",
+    "comment": "comment",
+}  # fmt: skip
+# Presence of each word and punctuation mark: how a caption is punctuated is style, too.
+_WORDS = CountVectorizer(binary=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]")
 
 _EQUALISE = "Equalise both classes before training, and report raw and equalised results."
 _BYTES = "In files of one size and codec, what remains of the file size is content: detail and noise."
@@ -70,8 +76,10 @@ class _Property(NamedTuple):
     what: str  # as it stands in the sentence
     advice: str = _EQUALISE
     only: str = ""  # column that must hold a value for the image to take part
+    group: str = schema.IMAGE_ID  # copies of one image, fakes of one prompt: never on both sides of a fold
 
 
+_CAPTIONED = ("caption_vocabulary", schema.CAPTION)
 PROPERTIES = (
     _Property("format", "category", "the file format"),
     _Property("size", "category", "the exact width and height"),
@@ -84,36 +92,22 @@ PROPERTIES = (
     _Property("metadata", "category", "the kinds of metadata (EXIF, colour profile, comment)"),
     _Property("bytes_per_pixel", "number", "the file size per pixel", _BYTES),
     _Property("caption_present", "category", "the presence of a caption", _CAPTIONS),
-    _Property("caption_words", "number", "the length of the caption", _CAPTIONS, "caption_vocabulary"),
-    _Property("caption_vocabulary", "text", "the words of the caption", _CAPTIONS, "caption_vocabulary"),
+    _Property("caption_words", "number", "the length of the caption", _CAPTIONS, *_CAPTIONED),
+    _Property("caption_vocabulary", "text", "the words of the caption", _CAPTIONS, *_CAPTIONED),
 )
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What the audit found.
+    """What the audit found."""
 
-    Attributes
-    ----------
-    table : DataFrame
-        One row per property over all images, ranked: ``property, kind, n_real, n_fake, auroc, low, high,
-        verdict, sentence, advice``. With one class only there is no AUROC; the sentences describe it.
-    parts : DataFrame
-        The same for each generator (or source) by itself, in a column ``set``; the worst first. Empty if
-        there is but one.
-    duplicates : DataFrame
-        Pairs of images that show the same picture; see `find_duplicates`.
-    measurements, errors : DataFrame
-        One row per readable image with all that was measured; ``path, label, kind, reason`` of the others.
-    notes : list of str
-        What was left out, and why.
-    """
-
+    #: One row per property, ranked: ``property, kind, n_real, n_fake, auroc, low, high, verdict, sentence,
+    #: advice``. With one class only there is no AUROC; the sentences describe it.
     table: pd.DataFrame
-    parts: pd.DataFrame
-    duplicates: pd.DataFrame
-    measurements: pd.DataFrame
-    errors: pd.DataFrame
+    parts: pd.DataFrame  # the same for each generator (or source), in a column ``set``; the worst first
+    duplicates: pd.DataFrame  # see `find_duplicates`
+    measurements: pd.DataFrame  # a row per readable image
+    errors: pd.DataFrame  # ``path, label, kind, reason`` of the others
     notes: list[str]
 
     @property
@@ -127,88 +121,65 @@ class AuditReport:
         return self.table[self.table["verdict"].isin(VERDICTS)]
 
     def to_text(self, before: AuditReport | None = None) -> str:
-        """Give the report as plain text, for a terminal.
-
-        Parameters
-        ----------
-        before : AuditReport, optional
-            Of the same images before something was done to them; its AUROC stands beside the one now.
-        """
-        said, lines = self.table["sentence"], [self.headline(), ""]
+        """Give the report as plain text; `before` is one of the same images before something was done."""
+        worst = self.parts[self.parts["verdict"].isin(["decides", "strong"])]
+        said, lines = self.table["sentence"], [self._headline(), ""]
         if self.table["auroc"].notna().any():
             said = self.leaks["sentence"]
-            old = None if before is None else before.table.set_index("property")["auroc"]
             lines += ["AUROC of each property alone, on images it was not fitted to (0.5 is chance)", ""]
-            lines += [*_aligned(self.table, old), ""]
-        worst = self.parts[self.parts["verdict"].isin(["decides", "strong"])]
+            lines += [*_aligned(self.table, before), ""]
         if len(worst):
-            lines += ["Worst of single sets (each against the real images of its source)", ""]
-            lines += [*_aligned(worst.head(12)), *[f"  and {len(worst) - 12} more"][: len(worst) > 12], ""]
+            lines += [f"Worst of single sets ({len(worst)}), against the real images of their source", ""]
+            lines += [*_aligned(worst.head(12)), ""]
         sentences = [*said[said != ""], *self._duplicate_sentences(), *self.notes]
         lines += [f"- {printable(sentence)}" for sentence in sentences]
         if advice := dict.fromkeys([*self.leaks["advice"], *worst["advice"]]):
             lines += ["", "What to do", *(f"- {line}" for line in advice)]
         return "\n".join(lines)
 
-    def headline(self) -> str:
-        """Say what was judged, and what it means for a detector's score on these images."""
-        m = self.measurements
+    def _headline(self) -> str:
+        """What was judged, and what it means for a detector's score on these images."""
+        m, leaks = self.measurements, self.leaks
         real, fake = (int((m[schema.LABEL] == label).sum()) for label in (schema.REAL, schema.FAKE))
         what = f"Audit of {count(len(m), 'image')}"
         if self.left_out:
             kinds = ", ".join(f"{k:,} {kind}" for kind, k in self.errors["kind"].value_counts().items())
-            share = f"{len(m):,} of {len(m) + self.left_out:,} images"
-            what = f"PARTIAL audit of {share}: {self.left_out:,} could not be read ({kinds})"
-        what += f"{';' if self.left_out else ':'} {real:,} real, {fake:,} fake\n"
-        if not (real and fake):
-            return f"{what}One class only: nothing can be compared; what the images are like is said below."
+            what = f"PARTIAL audit of {len(m):,} of {len(m) + self.left_out:,} images (not read: {kinds})"
+        what += f": {real:,} real, {fake:,} fake\n"
+        if self.table["auroc"].isna().all():
+            needed = f"that needs {MIN_PER_CLASS} images of each class"
+            return f"{what}Nothing can be compared: {needed}; what these are like is said below."
         one = ""
         if len(self.parts) and (worst := self.parts.iloc[0])["verdict"] in VERDICTS:
             one = f" In '{printable(worst['set'])}' alone '{worst['property']}' reaches {worst['auroc']:.3f}."
-        if not (n := len(self.leaks)):
+        if not len(leaks):
             return f"{what}No property separates the classes{' as a whole' * bool(one)}.{one}"
-        first = self.leaks.iloc[0]
         return (
-            f"{what}{n} of {len(self.table)} properties separate{'s' * (n == 1)} the classes. The "
-            f"strongest, '{first['property']}', reaches AUROC {first['auroc']:.3f} alone: a detector that "
-            f"sees it can score as much without having learnt anything about generated images.{one}"
+            f"{what}The strongest of {count(len(leaks), 'leak')}, '{leaks.iloc[0]['property']}', reaches "
+            f"AUROC {leaks.iloc[0]['auroc']:.3f} alone: a detector that sees it can score as much without "
+            f"having learnt anything about generated images.{one}"
         )
 
     def _duplicate_sentences(self) -> list[str]:
         found = []
-        for kind, what in (("exact", "exact copies"), ("near", "near copies (perceptual hash)")):
-            pairs = self.duplicates[self.duplicates["kind"] == kind]
-            if len(pairs):
-                first = pairs.sort_values(["across_classes", "across_splits"], ascending=False).iloc[0]
-                splits, classes = int(pairs["across_splits"].sum()), int(pairs["across_classes"].sum())
-                wrong = " One label of each such pair is wrong." if kind == "exact" and classes else ""
-                found.append(
-                    f"Pairs of {what}: {len(pairs):,}, {splits:,} across splits, {classes:,} across classes; "
-                    f"first: {first['path_a']} and {first['path_b']}. Keep one, or both in one split.{wrong}"
-                )
+        for kind, pairs in self.duplicates.groupby("kind"):
+            first = pairs.sort_values(["across_classes", "across_splits"], ascending=False).iloc[0]
+            splits, classes = int(pairs["across_splits"].sum()), int(pairs["across_classes"].sum())
+            found.append(
+                f"Pairs of {kind} copies: {len(pairs):,}, {splits:,} across splits, {classes:,} across "
+                f"classes; first: {first['path_a']} and {first['path_b']}. Keep one, or both in one split."
+            )
         return found or ["No duplicates found."]
 
 
-def _aligned(table: pd.DataFrame, before: pd.Series | None = None) -> list[str]:
+def _aligned(table: pd.DataFrame, before: AuditReport | None = None) -> list[str]:
     """Lines of a ranking with its columns below each other."""
-
-    def three(values: pd.Series) -> pd.Series:
-        return values.map("{:.3f}".format).replace("nan", "-")
-
-    columns = {"set": table["set"].map(printable)} if "set" in table else {}
-    columns["property"] = table["property"]
+    shown = table[["property", "auroc", "low", "high", "n_real", "n_fake", "verdict"]]
     if before is not None:
-        columns["before"] = three(table["property"].map(before))
-    columns |= {
-        "AUROC": three(table["auroc"]),
-        "95 % interval": three(table["low"]) + " - " + three(table["high"]),
-    }
-    columns |= {"real": table["n_real"].map("{:,}".format), "fake": table["n_fake"].map("{:,}".format)}
-    padded = []
-    for name, column in (columns | {"verdict": table["verdict"]}).items():
-        cells = [name, *column]
-        padded.append([cell.ljust(max(map(len, cells))) for cell in cells])
-    return ["  " + "  ".join(row).rstrip() for row in zip(*padded, strict=True)]
+        shown.insert(1, "before", shown["property"].map(before.table.set_index("property")["auroc"]))
+    if "set" in table:
+        shown.insert(0, "set", table["set"].map(printable))
+    return shown.to_string(index=False, float_format="{:.3f}".format, na_rep="-").split("\n")
 
 
 def audit(
@@ -224,11 +195,6 @@ def audit(
         Judge these sets by themselves too: the fakes of each generator against the real images of the same
         source (all of them if it has none), or the images of each source.
     progress : bool
-        Show a bar.
-
-    Returns
-    -------
-    AuditReport
 
     Raises
     ------
@@ -252,12 +218,12 @@ def audit(
         caption_words=captions.fillna("").str.split().str.len().astype(float),
         caption_vocabulary=captions,
     )
-    if not (near := len(table) <= MAX_NEAR):
+    if len(table) > MAX_NEAR:
         notes.append(f"Near copies were not looked for: more than {MAX_NEAR:,} images.")
     whole = _rank(table, "all")
     parts = pd.concat([whole.head(0), *(_rank(part, name) for name, part in _sets(table, by))])
     parts = parts.sort_values("auroc", ascending=False, kind="stable").reset_index(drop=True)
-    found = find_duplicates(table, near)
+    found = find_duplicates(table, near=len(table) <= MAX_NEAR)
     return AuditReport(whole.drop(columns="set"), parts, found, table, errors.reset_index(drop=True), notes)
 
 
@@ -282,58 +248,14 @@ def _rank(table: pd.DataFrame, name: str) -> pd.DataFrame:
     return rows.sort_values("auroc", ascending=False, kind="stable").reset_index(drop=True)
 
 
-def ranking(reports: Mapping[str, AuditReport]) -> pd.DataFrame:
-    """Rankings of one data set in several states, ready for `plots.intervals`.
-
-    Parameters
-    ----------
-    reports : mapping
-        Name of each state ("as they are", "equalised") to its report.
-
-    Returns
-    -------
-    DataFrame
-        ``property, data, value, low, high``; in the order of the first report, without what could not be
-        measured.
-    """
-    table = pd.concat([report.table.assign(data=name) for name, report in reports.items()], ignore_index=True)
-    table = table.rename(columns={"auroc": "value"}).dropna(subset="value")
-    order = list(table["property"].unique())
-    table = table.sort_values("property", key=lambda names: names.map(order.index), kind="stable")
-    return table[["property", "data", "value", "low", "high"]].reset_index(drop=True)
-
-
-_METADATA = {
-    "exif": "exif", "icc_profile": "icc", "xmp": "xmp", "XML:com.adobe.xmp": "xmp", "photoshop": "iptc",
-    "comment": "comment",
-}  # fmt: skip
-
-
-def measure(path: str | Path) -> dict[str, object]:
-    """Measure everything about one image file that is not its content, and its hashes.
-
-    Parameters
-    ----------
-    path : path
-
-    Returns
-    -------
-    dict
-        ``image_id, bytes, format, width, height, size, aspect, colour_mode, jpeg_quality, jpeg_subsampling,
-        metadata, bytes_per_pixel, dhash_x, dhash_y``; the JPEG properties are missing for other formats.
-
-    Raises
-    ------
-    ImageError
-        The file cannot be used as an image.
-    """
+def measure(path: str) -> dict[str, object]:
+    """Measure everything about one image file that is not its content, and its hashes."""
     data = read_bytes(path)
-    image = open_image(data, str(path))
+    image = open_image(data, path)
     is_jpeg, (width, height) = image.format in ("JPEG", "MPO"), image.size
     kinds = {name for key, name in _METADATA.items() if key in image.info}
-    found = {
+    found: dict[str, object] = {
         schema.IMAGE_ID: content_id(data),
-        "bytes": len(data),
         "format": image.format,
         "width": width,
         "height": height,
@@ -344,7 +266,7 @@ def measure(path: str | Path) -> dict[str, object]:
         "jpeg_subsampling": jpeg_subsampling(image) if is_jpeg else None,
         "bytes_per_pixel": len(data) / (width * height),
     }
-    found["dhash_x"], found["dhash_y"] = dhash(_decoded(image, str(path)))
+    found["dhash_x"], found["dhash_y"] = dhash(_decoded(image, path))
     if getattr(image, "text", None):  # PNG: prompts and settings often stay in here, also behind the pixels
         kinds.add("text")
     return found | {"metadata": "+".join(sorted(kinds)) or "none"}
@@ -370,15 +292,15 @@ def _each(work: Callable, rows: pd.DataFrame, progress: bool, what: str) -> tupl
     paths = rows[schema.PATH]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         with tqdm(total=len(paths), desc=what, unit="image", disable=not progress) as bar:
-            for start in range(0, len(paths), 4096):  # a million waiting tasks at once would cost a gigabyte
-                for result in pool.map(one, paths.iloc[start : start + 4096]):
-                    results.append(result)
-                    bar.update()
+            for start in range(0, len(paths), 1024):  # a million waiting tasks at once would cost a gigabyte
+                results += pool.map(one, paths.iloc[start : start + 1024])
+                bar.update(len(results) - bar.n)
+    failed = [isinstance(result, ImageError) for result in results]
     bad = [result for result in results if isinstance(result, ImageError)]
-    if len(bad) == len(results):
+    if all(failed):
         first = f"; first: {bad[0].reason}" if bad else ""
         raise InputError(f"none of the {count(len(results), 'image')} can be read{first}")
-    errors = rows.loc[[isinstance(result, ImageError) for result in results], [schema.PATH, schema.LABEL]]
+    errors = rows.loc[failed, [schema.PATH, schema.LABEL]]
     errors = errors.assign(kind=[error.kind for error in bad], reason=[error.reason for error in bad])
     return [result for result in results if not isinstance(result, ImageError)], errors
 
@@ -388,32 +310,23 @@ def _judge(prop: _Property, table: pd.DataFrame) -> dict[str, object]:
     if prop.only:
         table = table[table[prop.only].notna()]
     y = table[schema.LABEL].astype("Int8").fillna(-1).to_numpy(dtype=np.int64)
-    # copies of one image, or fakes of one prompt, must not sit on both sides of a fold
-    by_caption = prop.name in ("caption_words", "caption_vocabulary")
-    groups, values = table[schema.CAPTION if by_caption else schema.IMAGE_ID], table[prop.name]
+    groups, values = table[prop.group], table[prop.name]
     n_real, n_fake = int((y == schema.REAL).sum()), int((y == schema.FAKE).sum())
-    few, (auroc, low, high), verdict = min(n_real, n_fake), (np.nan,) * 3, "not measurable"
-    if not few:
-        said = "" if prop.kind == "text" or values.isna().all() else _describe(prop, values)
-        sentence = said and f"{prop.what[0].upper()}{prop.what[1:]}: {said}."
-    elif few < MIN_PER_CLASS or min(groups[y == label].nunique() for label in (0, 1)) < FOLDS:
-        why = f"which only {count(few, 'image')} of one class have, or too few unlike ones"
-        sentence = f"Not judged: {prop.what}, {why}."
-    else:
+    (auroc, low, high), verdict, sentence = (np.nan,) * 3, "not measurable", ""
+    if min(n_real, n_fake) >= MIN_PER_CLASS and min(groups[y == k].nunique() for k in (0, 1)) >= FOLDS:
         auroc, low, high = held_out_auroc(values, y, groups, prop.kind)
         verdict = next((name for name, bound in VERDICTS.items() if low >= bound), "none")
         verdict = "slight" if verdict == "none" and low > 0.5 else verdict
         if prop.kind == "text":
-            words = bag_of_words()
-            found = words.fit_transform(values)
+            found = _WORDS.fit_transform(values)
             gap = np.asarray(found[y == 1].mean(axis=0) - found[y == 0].mean(axis=0)).ravel().argsort()
-            fake, real = (words.get_feature_names_out()[rows] for rows in (gap[::-1][:4], gap[:4]))
-            fake, real = ("', '".join(words) for words in (fake, real))
-            said = f"most typical of fakes '{fake}', of real images '{real}'"
+            names = [f"'{name}'" for name in _WORDS.get_feature_names_out()[gap]]
+            fake, real = (f"above all {', '.join(words)}" for words in (names[:-5:-1], names[:4]))
         else:
             fake, real = (_describe(prop, values[y == label]) for label in (schema.FAKE, schema.REAL))
-            said = f"fakes {fake}; real images {real}"
-        sentence = f"With nothing but {prop.what}, AUROC {auroc:.3f}: {said}."
+        sentence = f"With nothing but {prop.what}, AUROC {auroc:.3f}: fakes {fake}; real images {real}."
+    elif len(values) and prop.kind != "text":
+        sentence = f"{prop.what[0].upper()}{prop.what[1:]}: {_describe(prop, values)}."
     row = {"property": prop.name, "kind": prop.kind, "n_real": n_real, "n_fake": n_fake, "auroc": auroc}
     return row | {"low": low, "high": high, "verdict": verdict, "sentence": sentence, "advice": prop.advice}
 
@@ -432,29 +345,14 @@ def held_out_auroc(
 ) -> tuple[float, float, float]:
     """AUROC of "fake" that one property reaches on images which the scoring was not fitted to.
 
-    Each fold is scored by what was fitted to the other folds, and images are compared within their fold only:
-    pooled, a fold with more fakes of a category would lower their common score.
-
-    Parameters
-    ----------
-    values, groups : Series
-        The property; images of one group are kept in one fold.
-    y : int array
-        1 fake, 0 real.
-    kind : {"category", "number", "text"}
-        Scored by how often each class has it, a small decision tree, or logistic regression on its words.
-
-    Returns
-    -------
-    auroc, low, high : float
-        With its 95 % interval; nan where no fold holds both classes.
-
-    References
-    ----------
-    DeLong, DeLong and Clarke-Pearson 1988, for the variance.
+    Each fold is scored by what was fitted to the others (categories by how often each class has them, numbers
+    by a small decision tree, texts by logistic regression on their words), and images are compared within
+    their fold only: pooled, a fold with more fakes of a category would lower their common score. Images of
+    one group are kept in one fold. With its 95 % interval (DeLong et al. 1988); nan where no fold holds both
+    classes.
     """
     if kind == "text":
-        x, model = values.to_numpy(), make_pipeline(bag_of_words(), LogisticRegression(max_iter=1000))
+        x, model = values.to_numpy(), make_pipeline(_WORDS, LogisticRegression(max_iter=1000))
     elif kind == "category":
         x = values.fillna("-").to_numpy(dtype=object)[:, None]
         # in closed form: an optimiser stops before it has seen thousands of rare categories of a large set
@@ -468,36 +366,28 @@ def held_out_auroc(
     dealt = dealt.drop_duplicates("group")
     fold_of = (dealt.groupby("y").cumcount() % FOLDS).set_axis(dealt["group"])
     folds = groups.map(fold_of).to_numpy()
-    places: dict[int, list[np.ndarray]] = {schema.REAL: [], schema.FAKE: []}
+    placed = np.full(len(y), np.nan)  # share of the fold's other class below (fakes) or above (real images)
     for fold in range(FOLDS):
         test = folds == fold
         if len(np.unique(y[test])) < 2 or len(np.unique(y[~test])) < 2:
             continue
         scores = model.fit(x[~test], y[~test]).predict_proba(x[test])[:, 1]
-        ranks = rankdata(scores)
-        for label, placed in places.items():  # share of the fold's other class below each image
+        for label in (schema.REAL, schema.FAKE):
             mine = y[test] == label
-            placed.append((ranks[mine] - rankdata(scores[mine])) / (~mine).sum())
-    if not places[schema.FAKE]:
+            below = (rankdata(scores)[mine] - rankdata(scores[mine])) / (~mine).sum()
+            placed[np.flatnonzero(test)[mine]] = below
+    sides = [placed[(y == label) & ~np.isnan(placed)] for label in (schema.REAL, schema.FAKE)]
+    if not len(sides[1]):
         return np.nan, np.nan, np.nan
-    real, fake = (np.concatenate(placed) for placed in places.values())
-    auroc = float(fake.mean())
-    half = 1.96 * float(np.sqrt(fake.var() / len(fake) + real.var() / len(real)))
+    auroc = float(sides[1].mean())
+    half = 1.96 * float(np.sqrt(sum(side.var() / len(side) for side in sides)))
     return auroc, max(0.0, auroc - half), min(1.0, auroc + half)
-
-
-def bag_of_words() -> CountVectorizer:
-    """Presence of each word and punctuation mark: how a caption is punctuated is style, too."""
-    return CountVectorizer(binary=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]")
 
 
 def dhash(image: Image.Image) -> tuple[int, int]:
     """Hash a picture by whether each of 8 x 8 places is darker than its right and its lower neighbour.
 
-    Returns
-    -------
-    (int, int)
-        Two 64-bit numbers, horizontal and vertical.
+    Gives two 64-bit numbers, horizontal and vertical.
     """
     grey = np.asarray(image.convert("L").resize((9, 9), Image.Resampling.BILINEAR), dtype=np.int16)
     right, below = grey[:-1, 1:] > grey[:-1, :-1], grey[1:, :-1] > grey[:-1, :-1]
@@ -506,39 +396,26 @@ def dhash(image: Image.Image) -> tuple[int, int]:
 
 
 def find_duplicates(df: pd.DataFrame, near: bool = True) -> pd.DataFrame:
-    """List pairs of images that show the same picture.
+    """List pairs of images that show the same picture: exact copies, and `near` ones by their hashes.
 
-    Parameters
-    ----------
-    df : DataFrame
-        Columns ``path, label, split, image_id, dhash_x, dhash_y``.
-    near : bool
-        Also compare the perceptual hashes, every image with every other: about 1 s for 10,000 images and
-        2 min for 100,000.
-
-    Returns
-    -------
-    DataFrame
-        ``kind`` (exact, near), ``distance`` in bits, ``path_a``, ``path_b``, and whether the pair crosses
-        classes and splits. Of several equal images each is paired with the first one only.
+    Every image is compared with every other: about 1 s for 10,000 images and 2 min for 100,000. Of several
+    equal images each is paired with the first one only. Gives ``kind, distance`` (bits), ``path_a, path_b,
+    across_classes, across_splits``.
     """
     df = df.reset_index(drop=True)
-    kept = df.index[~df[schema.IMAGE_ID].duplicated()].to_numpy()
-    first = df[schema.IMAGE_ID].map(pd.Series(kept, index=df.loc[kept, schema.IMAGE_ID]))
-    pairs = [("exact", 0, int(first[i]), i) for i in np.setdiff1d(df.index, kept).tolist()]
-    if near:
-        hashes = df.loc[kept, ["dhash_x", "dhash_y"]].to_numpy(dtype=np.uint64)
-        bits = np.bitwise_count(hashes).sum(axis=1)
-        informative = (bits >= _FLAT_BITS) & (bits <= 128 - _FLAT_BITS)
-        kept, (x, y) = kept[informative], hashes[informative].T
-        step = max(1, 2_000_000 // max(len(kept), 1))  # rows at a time: 2 million distances, 16 MB
-        for start in range(0, len(kept), step):
-            rows = slice(start, start + step)
-            distance = np.bitwise_count(x[rows, None] ^ x[start:])
-            distance += np.bitwise_count(y[rows, None] ^ y[start:])
-            for i, j in zip(*np.nonzero(distance <= NEAR_BITS), strict=True):
-                if j > i:
-                    pairs.append(("near", int(distance[i, j]), int(kept[start + i]), int(kept[start + j])))
+    first = df.groupby(schema.IMAGE_ID)[schema.PATH].transform(lambda group: group.index[0])
+    pairs = [("exact", 0, int(first[i]), i) for i in df.index[first != df.index]]
+    kept = np.unique(first.to_numpy(dtype=np.int64))
+    hashes = df.loc[kept, ["dhash_x", "dhash_y"]].to_numpy(dtype=np.uint64)
+    bits = np.bitwise_count(hashes).sum(axis=1)
+    informative = (bits >= _FLAT_BITS) & (bits <= 128 - _FLAT_BITS)
+    kept, hashes = kept[informative & near], hashes[informative & near]
+    step = max(1, 2_000_000 // max(len(kept), 1))  # rows at a time: 2 million distances
+    for start in range(0, len(kept), step):
+        rows = hashes[start : start + step, None]
+        distance = np.bitwise_count(rows ^ hashes[start:]).sum(axis=2)
+        for i, j in zip(*np.nonzero(np.triu(distance <= NEAR_BITS, 1)), strict=True):
+            pairs.append(("near", int(distance[i, j]), int(kept[start + i]), int(kept[start + j])))
     found = pd.DataFrame(pairs, columns=["kind", "distance", "a", "b"])
     a, b = (df.loc[found[side].astype(int)].reset_index(drop=True) for side in ("a", "b"))
     found = found.drop(columns=["a", "b"]).assign(path_a=a[schema.PATH], path_b=b[schema.PATH])
@@ -561,26 +438,20 @@ def equalise_folder(
         ``errors.csv``. A folder begun with the same config is completed, any other is refused.
     config : EqualiseConfig, optional
     progress : bool
-        Show a bar.
 
     Returns
     -------
     DataFrame
         Manifest of the equalised images; unreadable ones are missing, with a warning.
-
-    Raises
-    ------
-    InputError
-        `out` holds something else, or no image can be read.
     """
     config = config or EqualiseConfig()
     out = Path(os.path.abspath(out))
     noted = out / "equalise.json"
-    if noted.is_file():
-        if (found := json.loads(noted.read_text())) != asdict(config):
-            raise InputError(f"{out} was equalised with {found}, not {asdict(config)}; choose another folder")
-    elif out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty and was not made by equalise; choose an empty folder")
+    if out.exists() and any(out.iterdir()):
+        found = json.loads(noted.read_text()) if noted.is_file() else "nothing known"
+        if found != asdict(config):
+            wanted = f"expected an empty folder or one of {asdict(config)}"
+            raise InputError(f"{out} is not empty and was equalised with {found}; {wanted}")
     (out / "images").mkdir(parents=True, exist_ok=True)
     _files.write_json(noted, asdict(config))
 
@@ -593,7 +464,7 @@ def equalise_folder(
             _files.atomic_write(target, equalised_bytes(image, config))
         return str(target), min(image.size)
 
-    rows = manifest.drop(columns=schema.IMAGE_ID, errors="ignore").reset_index(drop=True)
+    rows = manifest.reset_index(drop=True)
     done, errors = _each(write, rows, progress, "equalise")
     (out / "errors.csv").unlink(missing_ok=True)  # of an earlier run: those images may be mended by now
     if len(errors):
@@ -602,14 +473,12 @@ def equalise_folder(
         warnings.warn(told, stacklevel=2)
     copy = rows.drop(index=errors.index).reset_index(drop=True)
     copy[schema.PATH] = [path for path, _ in done]
-    sides = pd.Series([side for _, side in done]).groupby(copy[schema.LABEL])
-    enlarged = sides.apply(lambda side: (side < config.size).mean())  # share of each class
-    if len(enlarged) == 2 and np.ptp(enlarged) > 0.02:
-        real, fake = enlarged[schema.REAL], enlarged[schema.FAKE]
+    small = pd.Series([side < config.size for _, side in done]).groupby(copy[schema.LABEL]).mean()
+    if len(small) == 2 and np.ptp(small) > 0.02:
         warnings.warn(
-            f"{real:.0%} of the real and {fake:.0%} of the fake images were smaller than {config.size} px "
-            "and were enlarged, which leaves traces that tell the classes apart; size "
-            f"{int(sides.quantile(0.01).min())} enlarges at most 1 % of either",
+            f"{small[schema.REAL]:.0%} of the real and {small[schema.FAKE]:.0%} of the fake images were "
+            f"smaller than {config.size} px and were enlarged, which leaves traces that tell the classes "
+            "apart; choose a smaller size",
             stacklevel=2,
         )
     write_manifest(copy, out / "manifest.csv")

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 from scipy.special import expit
+from sklearn.metrics import roc_curve
 
 from itemkit import schema
 from itemkit.errors import InputError
@@ -18,14 +19,10 @@ from itemkit.metrics import check_scores
 
 @dataclass(frozen=True)
 class Calibrator:
-    """Monotone map from a score to p(fake), under the assumption that real and fake are equally frequent.
+    """Monotone map from a score to p(fake) = sigmoid(scale * score + offset).
 
-    Attributes
-    ----------
-    method : {"temperature", "platt", "none"}
-        One scale (Guo et al. 2017); scale and offset (Platt 1999); the score's own log-odds.
-    scale, offset : float
-        p = sigmoid(scale * score + offset); temperature is 1 / scale.
+    It assumes that real and fake are equally frequent. ``method`` is "temperature" (one scale, Guo et al.
+    2017), "platt" (scale and offset, Platt 1999) or "none" (the score's own log-odds).
     """
 
     method: str = "none"
@@ -51,14 +48,9 @@ def fit_calibrator(y: np.ndarray, s: np.ndarray, method: str = "temperature") ->
     Parameters
     ----------
     y, s : vectors
-        Labels (1 fake) and scores of images that neither trained nor will test the detector.
+        Labels (1 fake) and scores of images that neither trained nor will test the detector. Both classes
+        are given half of the weight, so p(fake) means: if a real and a fake image are equally likely.
     method : {"temperature", "platt"}
-
-    Returns
-    -------
-    Calibrator
-        Both classes are given half of the weight, so p(fake) means: if a real and a fake image are equally
-        likely.
     """
     y, s = check_scores(y, s)
     # Platt's targets (n+1)/(n+2) instead of 0 and 1: without them separable validation scores would drive the
@@ -89,20 +81,42 @@ def fit_calibrator(y: np.ndarray, s: np.ndarray, method: str = "temperature") ->
     return Calibrator("platt", scale=scale / spread, offset=float(found.x[1]) - scale * centre / spread)
 
 
+def _rank(rate: float, n: int) -> int:
+    """Which of n calibration scores, counted from the wrong end, keeps a rate of errors; 0 if none does.
+
+    With the k-th of n exchangeable scores as threshold, the true rate follows Beta(k, n + 1 - k), whatever
+    the scores' distribution is (ties only lower it). Its mean is k / (n + 1).
+    """
+    return math.floor(rate * (n + 1) + 1e-9)
+
+
+def lacking(rate: float, n: int, label: int) -> str | None:
+    """Why ``n`` calibration images of a class cannot promise a rate of errors; None if they can.
+
+    The rate is of false positives (label 0, option fpr) or of missed fakes (label 1, option fnr); an
+    InputError if it is no number between 0 and 1.
+    """
+    option = ("fpr", "fnr")[label]
+    if not 0 < rate < 1:
+        raise InputError(f"{option}={rate}: expected a rate between 0 and 1, such as 0.05")
+    if _rank(rate, n):
+        return None
+    what = ("false-positive rate", "rate of missed fakes")[label]
+    least = math.ceil(1000 / (n + 1)) / 1000  # the smallest rate that n images can promise, rounded up
+    less = f"; --{option} {least:g} asks for less" if n else ""
+    return (
+        f"a {what} of {rate:g} needs at least {math.ceil(1 / rate - 1e-9) - 1} {schema.LABEL_NAMES[label]} "
+        f"validation images to calibrate on, got {n}{less}"
+    )
+
+
 @dataclass(frozen=True)
 class Threshold:
-    """A score above ``value`` is called fake; what that promises about real images is in ``statement``.
+    """A score above ``value`` is called fake.
 
-    Attributes
-    ----------
-    value : float
-        Threshold on the raw score.
-    fpr : float
-        Requested false-positive rate: at most this on average over draws of validation images.
-    n_real, rank : int
-        Validation reals, and the rank (from the top) of the one whose score is the threshold.
-    low, high : float
-        95 % interval of the true false-positive rate for reals drawn like the validation ones.
+    At most ``fpr`` of real images is, on average over draws of validation images. ``rank`` is that of the
+    threshold among the ``n_real`` validation reals, from the top; ``low, high`` the 95 % interval of the true
+    rate for reals like these.
     """
 
     value: float
@@ -122,58 +136,16 @@ class Threshold:
         )
 
 
-def lacking(rate: float, n: int, label: int) -> str | None:
-    """Why ``n`` calibration images of a class cannot promise a rate of errors; None if they can.
-
-    Parameters
-    ----------
-    rate : float
-        Of false positives (label 0, option fpr) or of missed fakes (label 1, option fnr).
-    n : int
-        Calibration images of the class.
-    label : {0, 1}
-
-    Raises
-    ------
-    InputError
-        The rate is no number between 0 and 1.
-    """
-    option = ("fpr", "fnr")[label]
-    if not 0 < rate < 1:
-        raise InputError(f"{option}={rate}: expected a rate between 0 and 1, such as 0.05")
-    if rate * (n + 1) >= 1 - 1e-9:
-        return None
-    what = ("false-positive rate", "rate of missed fakes")[label]
-    least = math.ceil(1000 / (n + 1)) / 1000  # the smallest rate that n images can promise, rounded up
-    less = f"; --{option} {least:g} asks for less" if n else ""
-    return (
-        f"a {what} of {rate:g} needs at least {math.ceil(1 / rate - 1e-9) - 1} {schema.LABEL_NAMES[label]} "
-        f"validation images to calibrate on, got {n}{less}"
-    )
-
-
 def threshold_at_fpr(real_scores: np.ndarray, fpr: float = 0.05) -> Threshold:
     """Threshold at a requested false-positive rate, with a promise that needs no assumption on the scores.
-
-    With the k-th largest of n exchangeable real scores as threshold, the true false-positive rate follows a
-    Beta(k, n + 1 - k) distribution whatever the scores' distribution is (ties only lower the rate). Its mean
-    is k / (n + 1); the largest k is taken for which that is at most ``fpr``.
 
     Parameters
     ----------
     real_scores : vector
-        Scores of real validation images; images the detector was not trained on.
+        Scores of real validation images that the detector was not trained on; an InputError if they are too
+        few for this rate says how many it takes.
     fpr : float
         See `Threshold`.
-
-    Returns
-    -------
-    Threshold
-
-    Raises
-    ------
-    InputError
-        Too few real images for this rate; the message says how many it takes.
     """
     scores = np.sort(np.asarray(real_scores, np.float64))[::-1]
     n = len(scores)
@@ -181,7 +153,7 @@ def threshold_at_fpr(real_scores: np.ndarray, fpr: float = 0.05) -> Threshold:
         raise InputError(reason)
     if not np.isfinite(scores).all():
         raise InputError("some validation scores are not finite")
-    rank = math.floor(fpr * (n + 1) + 1e-9)
+    rank = _rank(fpr, n)
     low, high = stats.beta.ppf([0.025, 0.975], rank, n + 1 - rank)
     return Threshold(float(scores[rank - 1]), fpr, n, rank, float(low), float(high))
 
@@ -192,16 +164,15 @@ def best_threshold(y: np.ndarray, s: np.ndarray) -> float:
     Of several that are equally good, the middle one. On validation images this is how a detector without a
     requested rate decides. On the images it is judged on it is an oracle: print it only under that name.
     """
-    y, s = check_scores(y, s)
-    values = np.unique(s)
-    middle = values[:-1] + (values[1:] - values[:-1]) / 2
-    middle = np.where(middle < values[1:], middle, values[:-1])  # of neighbouring floats the lower one
-    cuts = np.r_[min(values[0] - 1, np.nextafter(values[0], -np.inf)), middle, values[-1]]
-    real, fake = np.sort(s[y == 0]), np.sort(s[y == 1])
-    right = np.searchsorted(real, cuts, side="right") / len(real)
-    missed = np.searchsorted(fake, cuts, side="right") / len(fake)
-    best = np.flatnonzero(right - missed >= (right - missed).max() - 1e-12)
-    return float(cuts[best[(len(best) - 1) // 2]])
+    fpr, tpr, scores = roc_curve(*check_scores(y, s), drop_intermediate=False)  # descending; first infinity
+    gain = tpr - fpr
+    best = np.flatnonzero(gain >= gain.max() - 1e-12)
+    k = best[len(best) // 2]  # scores[k] and all above are called fake
+    if k == len(scores) - 1:
+        return float(min(scores[k] - 1, np.nextafter(scores[k], -np.inf)))
+    above, below = float(scores[k]), float(scores[k + 1])
+    middle = below + (above - below) / 2
+    return middle if middle < above < math.inf else below  # of neighbouring floats the lower one
 
 
 def conformal_p(calibration: np.ndarray, scores: np.ndarray, label: int) -> np.ndarray:
@@ -209,10 +180,8 @@ def conformal_p(calibration: np.ndarray, scores: np.ndarray, label: int) -> np.n
 
     Parameters
     ----------
-    calibration : vector
-        Scores of validation images of the class.
-    scores : vector
-        Scores of new images.
+    calibration, scores : vectors
+        Scores of n validation images of the class, and of new images.
     label : {0, 1}
         0: how many calibration reals look at least as fake. 1: how many calibration fakes look at least as
         real.
@@ -224,11 +193,8 @@ def conformal_p(calibration: np.ndarray, scores: np.ndarray, label: int) -> np.n
         every a (Vovk et al. 2005; class-conditional form: Vovk 2012).
     """
     ordered = np.sort(np.asarray(calibration, np.float64))
-    scores = np.asarray(scores, np.float64)
-    if label == schema.REAL:
-        count = len(ordered) - np.searchsorted(ordered, scores, side="left")
-    else:
-        count = np.searchsorted(ordered, scores, side="right")
+    below = np.searchsorted(ordered, scores, side="left" if label == schema.REAL else "right")
+    count = len(ordered) - below if label == schema.REAL else below
     return (1 + count) / (len(ordered) + 1)
 
 
@@ -239,10 +205,8 @@ def three_way(like_real: np.ndarray, like_fake: np.ndarray, fpr: float, fnr: flo
     else, be it like both classes or like neither, is "unsure". So at most a share ``fpr`` of reals is called
     fake and at most a share ``fnr`` of fakes *of the kinds seen in validation* is called real.
     """
-    verdict = np.full(len(like_real), "unsure", dtype=object)
-    verdict[(like_real <= fpr) & (like_fake > fnr)] = "fake"
-    verdict[(like_fake <= fnr) & (like_real > fpr)] = "real"
-    return verdict
+    no_real, no_fake = like_real <= fpr, like_fake <= fnr
+    return np.select([no_real & ~no_fake, no_fake & ~no_real], ["fake", "real"], "unsure")
 
 
 def because(verdict: str, like_real: float, like_fake: float, fpr: float, fnr: float) -> str:
@@ -258,14 +222,8 @@ def because(verdict: str, like_real: float, like_fake: float, fpr: float, fnr: f
 
 def proportion_interval(count: int, n: int) -> tuple[float, float]:
     """95 % Clopper-Pearson interval of a share: covers the truth at least as often as it says."""
-    if n == 0:
-        return 0.0, 1.0
-    interval = stats.binomtest(count, n).proportion_ci(0.95, "exact")
-    return float(interval.low), float(interval.high)
-
-
-COLUMNS = ("promise", "label", "requested", "bound", "realised", "low", "high", "likely_low", "likely_high",
-           "n_new", "n_calibration", "kept", "note")  # fmt: skip
+    interval = stats.binomtest(count, n).proportion_ci(0.95, "exact") if n else (0.0, 1.0)
+    return float(interval[0]), float(interval[1])
 
 
 def check_promises(
@@ -279,83 +237,51 @@ def check_promises(
 
     The promises hold on average over calibration sets, so with one calibration set the realised rate may lie
     beyond its bound by chance. For exchangeable images the number of errors follows a beta-binomial
-    distribution whatever the scores are; ``likely_low, likely_high`` are its central 95 %. A realised rate
-    beyond that says that the new images are not like the calibration ones.
+    distribution whatever the scores are; a realised rate above its central 95 % says that the new images are
+    not like the calibration ones.
 
     Parameters
     ----------
-    real_calibration, fake_calibration : vectors
-        Scores of the validation images that set thresholds.
-    real_new, fake_new : vectors
-        Scores of images of the same kinds that nothing was chosen on.
+    real_calibration, fake_calibration, real_new, fake_new : vectors
+        Scores of the validation images that set thresholds, and of images that nothing was chosen on.
     rates : floats
-        Requested rates of error.
+        Promised at most: reals above the threshold ("real" is ruled out), fakes for which "fake" is.
 
     Returns
     -------
     DataFrame
-        One row per promise, class and rate: ``promise`` ("false positives" of `threshold_at_fpr`, to be *at
-        most* ``bound``; "coverage" of `conformal_p`, to be *at least* ``bound``), ``label, requested, bound,
-        realised, low, high`` (Clopper-Pearson), ``likely_low, likely_high, n_new, n_calibration, kept`` (not
-        beyond the likely range on the wrong side), ``note`` (why a rate cannot be promised).
+        One row per class and rate: ``label, requested, realised, low, high`` (Clopper-Pearson),
+        ``likely_low, likely_high`` (beta-binomial), ``n_new, n_calibration, kept`` (not above what is
+        likely), ``note`` (why there is no promise, or nothing to hold it against; then numbers are empty).
     """
     rows = []
     for label, known, new in ((0, real_calibration, real_new), (1, fake_calibration, fake_new)):
-        known, new = np.asarray(known, np.float64), np.asarray(new, np.float64)
         for rate in rates:
-            reason = lacking(rate, len(known), label)
-            # a real with a p-value of at most the rate is one above the threshold at that rate
-            wrong = int((conformal_p(known, new, label) <= rate).sum())
-            shares = _shares(wrong, len(new), len(known), rate)
-            about = shares | {"label": schema.LABEL_NAMES[label], "requested": rate, "note": ""}
-            low, high, likely_low, likely_high = (1 - shares[k] for k in _ENDS)
-            rows.append(about | {
-                "promise": "coverage", "bound": 1 - rate, "realised": 1 - shares["realised"],
-                "low": high, "high": low, "likely_low": likely_high, "likely_high": likely_low,
-                "note": "too few of this class to ever rule it out" if reason else "",
+            n, m, numbers = len(new), len(known), np.full(5, np.nan)
+            reason = lacking(rate, m, label)
+            if n and not reason:
+                errors = int((conformal_p(known, new, label) <= rate).sum())
+                likely = stats.betabinom(n, _rank(rate, m), m + 1 - _rank(rate, m)).ppf([0.025, 0.975]) / n
+                numbers = np.array([errors / n, *proportion_interval(errors, n), *likely])
+            rows.append({
+                "label": schema.LABEL_NAMES[label], "requested": rate,
+                **dict(zip(("realised", "low", "high", "likely_low", "likely_high"), numbers, strict=True)),
+                "n_new": n, "n_calibration": m, "kept": not numbers[0] > numbers[4] + 1e-12,
+                "note": f"not promised: {reason}" if reason else "" if n else "no new images of this class",
             })  # fmt: skip
-            if label == schema.REAL:
-                if reason:
-                    about |= dict.fromkeys(("realised", *_ENDS), np.nan)
-                    about |= {"kept": True, "note": f"not promised: {reason}"}
-                rows.append(about | {"promise": "false positives", "bound": rate})
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    order = ["promise", "label", "requested"]
-    return table.sort_values(order, ascending=[False, False, True], ignore_index=True)
-
-
-_ENDS = ("low", "high", "likely_low", "likely_high")
-
-
-def _shares(count: int, n: int, n_known: int, rate: float) -> dict:
-    """Realised share with its interval, and what a threshold of that rank makes likely."""
-    low, high = proportion_interval(count, n)
-    rank = math.floor(rate * (n_known + 1) + 1e-9)
-    likely = (0.0, 0.0)
-    if rank and n:
-        likely = stats.betabinom(n, rank, n_known + 1 - rank).ppf([0.025, 0.975]) / n
-    realised = count / n if n else float("nan")
-    return {"realised": realised, "low": low, "high": high, "likely_low": float(likely[0]),
-            "likely_high": float(likely[1]), "kept": not realised > likely[1] + 1e-12,
-            "n_new": n, "n_calibration": n_known}  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def promise_sentences(table: pd.DataFrame) -> list[str]:
     """One sentence per row of `check_promises`."""
-    lines = []
-    for row in table.itertuples():
-        if row.promise == "false positives":
-            most, what = "at most", f"false positives at a requested {row.requested:.0%}"
-        else:
-            most, what = "at least", f"{row.label} images covered at a requested {1 - row.requested:.0%}"
-        if pd.isna(row.realised):
-            lines.append(f"{what}: {row.note or 'no new images of this class'}")
-            continue
-        lines.append(
-            f"{what}: {row.realised:.1%} ({row.low:.1%}-{row.high:.1%}) of {row.n_new} new ones; promised on "
-            f"average: {most} {row.bound:.0%}, likely with {row.n_calibration} calibration images: "
-            f"{row.likely_low:.1%}-{row.likely_high:.1%}"
+    errors = {"real": "false positives", "fake": "fakes ruled out"}
+    return [
+        f"{errors[row.label]} at a requested {row.requested:.0%}: "
+        + (
+            row.note
+            or f"{row.realised:.1%} ({row.low:.1%}-{row.high:.1%}) of {row.n_new} new {row.label} images; "
+            f"likely with {row.n_calibration} calibration images: {row.likely_low:.1%}-{row.likely_high:.1%}"
             + ("" if row.kept else "; NOT KEPT: the new images are not like the calibration ones")
-            + (f"; {row.note}" if row.note else "")
         )
-    return lines
+        for row in table.itertuples()
+    ]

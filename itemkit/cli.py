@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import sys
 import warnings
@@ -28,8 +27,6 @@ PARTS = {
     "encoder": "open_clip's NAME:TAG, e.g. ViT-B-16:openai; hf-hub:OWNER/NAME; or a folder",
     "localiser": "whole, grid, dense, owlv2, grounding_dino (these two also as NAME:FOLDER) or MODULE:OBJECT",
 }
-METRICS = ("auroc", "ap", "accuracy_real", "accuracy_fake", "tpr_at_fpr05", "called_fake", "above_half")
-"""Columns of the table that `evaluate` prints; --csv has all."""
 STATUS = (
     "Exit status: 0 done; 1 done, but something was left out or failed in part (an image, a notebook); "
     "2 not done (an unusable input or option)."
@@ -37,18 +34,7 @@ STATUS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Parameters
-    ----------
-    argv : sequence of str, optional
-        Words after ``itemkit``; from the command line by default.
-
-    Returns
-    -------
-    int
-        Exit status: 0 done, 1 done but something was left out or failed in part, 2 not done.
-    """
+    """Run one command, by default that of the command line; returns the exit status (see `STATUS`)."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a caption in any script ends no run, whatever the terminal knows
             stream.reconfigure(errors="backslashreplace")
@@ -112,18 +98,10 @@ def _positive(text: str) -> int:
 
 
 def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = math.nan
-    if not 0 < share < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a share between 0 and 1, e.g. 0.05")
-    return share
-
-
-def _options(*parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Options that several commands share."""
-    return argparse.ArgumentParser(add_help=False, parents=parents)
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected a share between 0 and 1, e.g. 0.05")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,30 +110,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"itemkit {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    parts = _options()
+    # options that several commands share
+    parts, machine, images, rates = (argparse.ArgumentParser(add_help=False) for _ in range(4))
     for part, kinds in PARTS.items():
         parts.add_argument(f"--{part}", help=f"another {part}: {kinds}")
-    machine = _options()
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    few = "processor threads; 1 is quickest beside other busy programs. Without it one per core"
-    machine.add_argument("--threads", type=_positive, metavar="N", help=few)
-    models = _options(machine, parts)
+    option = machine.add_argument
+    option("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    option("--threads", type=_positive, metavar="N", help="of each process; 1 is quickest on a busy machine")
+    models = argparse.ArgumentParser(add_help=False, parents=[machine, parts])
     models.add_argument("--preset", default="mini", help="mini, fast or paper")
     models.add_argument("--models", help="folder of models made by `itemkit download --to FOLDER`")
-    images = _options()
-    images.add_argument("--layout", default="auto", help="how the folder is laid out; auto finds out")
-    images.add_argument("--root", metavar="FOLDER", help="what a table's relative paths start from")
-    images.add_argument("--real-root", metavar="FOLDER", help="second tree, with the real images")
-    images.add_argument(
-        "--images-to", metavar="FOLDER", help="where to write images that a table holds inside"
-    )
-    rates = _options()
-    rates.add_argument(
-        "--fpr", type=_share, default=0.05, help="share of real images that may be called fake"
-    )
-    rates.add_argument(
-        "--fnr", type=_share, default=0.05, help="share of fake images that may be called real"
-    )
+    option = images.add_argument
+    option("--layout", default="auto", help="how the folder is laid out; auto finds out")
+    option("--root", metavar="FOLDER", help="what a table's relative paths start from")
+    option("--real-root", metavar="FOLDER", help="second tree, with the real images")
+    option("--images-to", metavar="FOLDER", help="where to write images that a table holds inside")
+    option = rates.add_argument
+    option("--fpr", type=_share, default=0.05, help="share of real images that may be called fake")
+    option("--fnr", type=_share, default=0.05, help="share of fake images that may be called real")
 
     def add(run: Callable[[argparse.Namespace], int], *shared: Any) -> Callable[..., Any]:
         about: dict[str, Any] = {"help": run.__doc__, "description": run.__doc__, "epilog": STATUS}
@@ -230,8 +202,8 @@ def _parser() -> argparse.ArgumentParser:
     option("--out", default="results", type=Path, help="the study goes to a folder of its own in it")
     option("--captions", default="generate", choices=("generate", "user"), help="whose captions")
     option("--seeds", type=_positive, default=5, help="each draws other training images")
-    elsewhere = "scores of a detector run elsewhere"
-    option("--scores", action="append", default=[], metavar="NAME=CSV", help=elsewhere)
+    scores = {"action": "append", "default": [], "metavar": "NAME=CSV"}
+    option("--scores", **scores, help="scores of a detector run elsewhere")
     option("--without", action="append", default=[], metavar="CONTROL", help="leave out, e.g. cnn")
     option("--skip-missing", action="store_true", help="go on without test sets that are not there")
     option("--per-set", type=_positive, metavar="N", help="at most N images of a set, class and split")
@@ -258,6 +230,16 @@ def _manifest(args: argparse.Namespace, data: str) -> pd.DataFrame:
     manifest = read_manifest(data, args.layout, **options)
     _say(*describe_manifest(manifest))
     return manifest
+
+
+def _features(store: Path) -> Features:
+    """Read a store, and say where its models know nothing of such images."""
+    from itemkit.store import load_features
+
+    features = load_features(store)
+    if note := features.provenance["note"]:
+        _say(f"note: {note}")
+    return features
 
 
 # ------------------------------------------------------------- the commands; their first lines are the help
@@ -296,16 +278,15 @@ def audit(args: argparse.Namespace) -> int:
         raise InputError(f"--{next(iter(given))} goes with --equalise FOLDER, which says where to write")
     config = EqualiseConfig(**given)
     manifest = _manifest(args, args.manifest)
-    options: dict[str, Any] = {"by": args.by, "progress": True}
-    first = audit(manifest, **options)
+    first = audit(manifest, by=args.by, progress=True)
     _print(*first.to_text().split("\n"))
     reports = {"as they are": first}
     if args.csv:
         write_csv(pd.concat([first.table.assign(set="all"), first.parts]), args.csv)
     if args.equalise:
         equalised = equalise_folder(manifest, args.equalise, config, progress=True)
+        reports["equalised"] = audit(equalised, by=args.by, progress=True)
         _print("", f"After equalising into {args.equalise}:", "")
-        reports["equalised"] = audit(equalised, **options)
         _print(*reports["equalised"].to_text(before=first).split("\n"))
     if args.figure:
         _draw_audit(reports, args.figure)
@@ -313,27 +294,29 @@ def audit(args: argparse.Namespace) -> int:
 
 
 def _draw_audit(reports: dict[str, Any], folder: Path) -> None:
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
+    import pandas as pd
 
     from itemkit import plots
-    from itemkit.audit import ranking
 
     plots.style()
-    table = ranking(reports)
+    table = pd.concat([report.table.assign(data=name) for name, report in reports.items()])
+    table = table.rename(columns={"auroc": "value"}).dropna(subset="value")
+    table = table[["property", "data", "value", "low", "high"]]
     if not len(table):
         raise InputError("--figure draws how well each property separates two classes, and here is one")
-    fig = Figure(figsize=(5.5, 0.8 + 0.25 * table["property"].nunique()))
+    fig, ax = plt.subplots(figsize=(5.5, 0.8 + 0.25 * table["property"].nunique()))
     hue = "data" if len(reports) > 1 else None
-    xlabel = "AUROC of this property alone (95 % interval; 0.5 is chance)"
-    plots.intervals(fig.add_subplot(), table, y="property", hue=hue, xlabel=xlabel, reference=0.5)
+    plots.intervals(ax, table, y="property", hue=hue, xlabel="AUROC of this property alone", reference=0.5)
     n = ", ".join(f"{name}: n = {len(report.measurements):,}" for name, report in reports.items())
-    plots.save(fig, "audit", table, folder, n)
+    plots.save(fig, "audit", table, folder, f"95 % intervals; dotted: chance; {n}")
 
 
 def extract(args: argparse.Namespace) -> int:
     """Features of all images of a manifest; run it again to go on where it stopped."""
     from itemkit import schema
     from itemkit.decode import DecodeConfig
+    from itemkit.engine_ray import RayOptions
     from itemkit.extraction import extract
     from itemkit.perturb import get_perturbation
 
@@ -341,17 +324,13 @@ def extract(args: argparse.Namespace) -> int:
     manifest = _manifest(args, args.manifest)
     if preset.name == "mini" and not (manifest[schema.SOURCE] == schema.LAB_SOURCE).all():
         _say(f"note: {schema.MINI_WARNING}")
-    ray = None
-    if args.engine == "ray":
-        from itemkit.engine_ray import RayOptions
-
-        ray = RayOptions(args.address, args.workers, args.cpus_per_worker, args.gpus_per_worker)
-    same = ("device", "engine", "captions", "missing", "batch_size", "limit", "retry_errors")
+    ray = RayOptions(args.address, args.workers, args.cpus_per_worker, args.gpus_per_worker)
+    same = ("device", "captions", "missing", "batch_size", "retry_errors")
     report = extract(
-        manifest,
+        manifest.iloc[: args.limit],
         args.out,
         preset,
-        ray=ray,
+        ray=ray if args.engine == "ray" else None,
         transform=get_perturbation(args.perturb) if args.perturb else None,
         decode=DecodeConfig(threads=args.threads, least_side=args.scaled_jpeg),
         **{name: getattr(args, name) for name in same},
@@ -372,6 +351,7 @@ def train(args: argparse.Namespace) -> int:
     with contextlib.suppress(InputError):  # too few real images: the lines below say how many it takes
         at = f"at {100 * args.fpr:g} % false positives"
         _print(f"its threshold {at}: {detector.threshold(args.fpr).statement}")
+    _say(*(f"itemkit: warning: {note}" for note in detector.notes))
     for reason in detector.lacking(args.fpr, args.fnr):
         _say(f"itemkit: warning: {reason}; until then verdicts are withheld, all else comes")
     return 0
@@ -379,30 +359,34 @@ def train(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Metrics with intervals on the test split, for each generator; and what was promised."""
-    from itemkit import schema
+    import pandas as pd
+
+    from itemkit import schema, workflow
     from itemkit.calibrate import promise_sentences
     from itemkit.detector import Detector
+    from itemkit.store import MANIFEST_FILE
     from itemkit.text import count, write_csv
 
     features = _features(args.features)
-    detector = Detector.load(args.detector, args.device)
-    test, which = _to_evaluate(features, args.features, detector, args.split)
-    table, made = detector.evaluate(test, args.fpr), features.provenance
-    notes = table.loc[table["metric"].isin(METRICS), "note"].unique()
+    detector, made = Detector.load(args.detector, args.device), features.provenance
+    given = pd.read_parquet(args.features / MANIFEST_FILE, columns=[schema.SPLIT])[schema.SPLIT].notna().any()
+    labelled = features.table[schema.LABEL].notna()
+    which = f"split '{args.split or 'test'}' ({features.run.get('splits', 'splits as given')})"
+    if not (args.split or given) and labelled.any() and not any(detector.seen(features)):
+        which = "all, since they came without splits and the detector has seen none of them"
+        test = features.select(labelled)
+    else:
+        test = features.split(args.split or "test")
+    table, shown, lines = workflow.evaluate(detector, test, args.fpr, args.fnr)
     _print(
         f"{count(len(test), 'image')}: {which}",
         f"made with itemkit {made['itemkit']}, preset {made['preset']}, models {made['models']}",
-        f"95 % intervals over images; threshold at {100 * args.fpr:g} % false positives",
+        f"95 % intervals over images; threshold and verdicts at --fpr {args.fpr:g} and --fnr {args.fnr:g}",
         "",
-        *_compact(table).split("\n"),
-        *(f"  - {note}" for note in notes if note),
+        *shown.to_string(index=False).split("\n"),
         "",
-        f"Verdicts at --fpr {args.fpr:g} and --fnr {args.fnr:g}:",
+        *lines,
     )
-    verdicts = detector.verdict(test, args.fpr, args.fnr)["verdict"]
-    for label, answers in verdicts.groupby(test.labels):
-        shares = ", ".join(f"{n:,} {answer}" for answer, n in answers.value_counts().items())
-        _print(f"  {count(len(answers), f'{schema.LABEL_NAMES[label]} image')}: {shares}")
     try:
         lines = promise_sentences(detector.promises(test))
     except InputError as reason:  # the detector knows all of these images; their metrics stand all the same
@@ -414,59 +398,14 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _features(store: Path) -> Features:
-    """Read a store, and say where its models know nothing of such images."""
-    from itemkit.store import load_features
-
-    features = load_features(store)
-    if note := features.provenance["note"]:
-        _say(f"note: {note}")
-    return features
-
-
-def _to_evaluate(features: Features, store: Path, detector: Any, split: str | None) -> tuple[Features, str]:
-    """Take a split; of images that came without any, and that the detector has not seen, take all."""
-    import pandas as pd
-
-    from itemkit import schema
-    from itemkit.store import MANIFEST_FILE
-
-    given = pd.read_parquet(store / MANIFEST_FILE, columns=[schema.SPLIT])[schema.SPLIT]
-    labelled = features.table[schema.LABEL].notna().to_numpy()
-    if split is None and labelled.any() and given.isna().all() and not any(detector.seen(features)):
-        why = "all, since they came without splits and the detector has seen none of them"
-        return features.select(labelled), why
-    split = split or "test"
-    return features.split(split), f"split '{split}' ({features.run.get('splits', 'splits as given')})"
-
-
-def _compact(table: pd.DataFrame) -> str:
-    """One row per generator, for a terminal; a dash, or no column, where a metric is not defined."""
-
-    def cell(value: float, low: float, high: float) -> str:
-        return "-" if math.isnan(value) else f"{value:.2f} ({low:.2f}-{high:.2f})"
-
-    shown = table[table["metric"].isin(METRICS)]
-    cells = [cell(*row) for row in shown[["value", "low", "high"]].itertuples(index=False)]
-    wide = shown.assign(cell=cells).pivot(index="generator", columns="metric", values="cell")
-    counts = table.drop_duplicates("generator").set_index("generator")[["n_real", "n_fake"]]
-    names = [name for name in METRICS if name in wide and (wide[name] != "-").any()]
-    return counts.join(wide[names]).reset_index().to_string(index=False)
-
-
 def export(args: argparse.Namespace) -> int:
     """Embeddings of a feature store in the files of other tools."""
-    from itemkit import schema
     from itemkit.export import export_clip_retrieval, export_numpy
     from itemkit.store import load_features
     from itemkit.text import count
 
-    if args.format == "clip-retrieval":  # it has no place for objects, so they are not even read
-        features = load_features(args.features, (schema.IMAGE_EMB, schema.CAPTION_EMB))
-        export_clip_retrieval(features, args.to)
-    else:
-        features = load_features(args.features)
-        export_numpy(features, args.to)
+    features = load_features(args.features)
+    (export_numpy if args.format == "numpy" else export_clip_retrieval)(features, args.to)
     _print(f"{count(len(features), 'image')} written to {args.to}")
     return 0
 
@@ -478,14 +417,13 @@ def study(args: argparse.Namespace) -> int:
 
     preset = _preset(args)
     given = ("captions", "seeds", "scores", "skip_missing", "per_set", "without", "jobs")
-    options = {name: getattr(args, name) for name in given}
     if args.protocol and args.layout == "auto":
         args.layout = get_protocol(args.protocol).layout
     data = None if args.data is None else _manifest(args, args.data)
+    options = {name: getattr(args, name) for name in given}
     report = run_study(args.protocol, data, args.out, preset, args.device, **options)
     _print(*report.path.read_text(encoding="utf-8").split("\n"))
-    for failure in report.failures:
-        _say(f"itemkit: warning: {failure}")
+    _say(*(f"itemkit: warning: {failure}" for failure in report.failures))
     _print(f"written to {report.path} and table.csv beside it")
     return int(bool(report.failures))
 
@@ -510,22 +448,23 @@ def detect(args: argparse.Namespace) -> int:
 def _answer(answer: dict[str, Any]) -> Iterable[str]:
     """One image's answer as lines of text."""
 
-    def shown(value: float | None, form: str) -> str:
-        return "an unknown share" if value is None else format(value, form)
+    def fit(cosine: float, below: float | None, which: str) -> str:
+        share = "an unknown share" if below is None else f"{below:.0%}"
+        return f"cosine {cosine:.3f}; {share} of {which} less well"
 
     seen = {"train": " (trained with this very image)", "val": " (calibrated with this very image)"}
     yield answer["path"] + seen.get(answer.get("seen", ""), "")
     if "error" in answer:
         yield f"  not judged: {answer['error']}"
         return
-    yield f"  verdict  {answer['verdict']}, p(fake) = {shown(answer['p_fake'], '.2f')} ({answer['because']})"
+    yield f"  verdict  {answer['verdict']}, p(fake) = {answer['p_fake']:.2f} ({answer['because']})"
     yield f"  caption  {answer['caption']}"
-    below = f"{shown(answer['global_real_below'], '.0%')} of validation reals fit their caption less well"
-    yield f"  global   cosine {shown(answer['global_cosine'], '.3f')}; {below}"
+    known = "validation reals fit their caption"
+    yield f"  global   {fit(answer['global_cosine'], answer['global_real_below'], known)}"
     for thing in answer["objects"]:
-        box = ", ".join(shown(side, ".0f") for side in thing["box"])
-        below = f"{shown(thing['real_below'], '.0%')} of objects in validation reals fit less well"
-        yield f"  local    {thing['phrase']}: cosine {shown(thing['cosine'], '.3f')} in box ({box}); {below}"
+        box = ", ".join(f"{side:.0f}" for side in thing["box"])
+        how = fit(thing["cosine"], thing["real_below"], "objects in validation reals fit")
+        yield f"  local    {thing['phrase']} in box ({box}): {how}"
     if not answer["objects"]:
         yield "  local    the caption names no object; judged by the whole image"
     if answer.get("note"):
@@ -541,7 +480,3 @@ def download(args: argparse.Namespace) -> int:
     if args.to:
         _print(f"use it with --models {args.to}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,14 +16,7 @@ from torch import Tensor
 
 from itemkit.devices import choose_device, choose_precision
 from itemkit.errors import InputError
-from itemkit.models import (
-    LOCALISERS,
-    find_folder,
-    load_processor,
-    load_transformer,
-    localiser_settings,
-    quiet,
-)
+from itemkit.models import LOCALISERS, find_folder, load_processor, load_transformer, localiser_settings
 from itemkit.regions import BoxLocaliser
 
 if TYPE_CHECKING:
@@ -71,15 +64,14 @@ class Owlv2(ObjectDetector):
 
     def detect(self, image: Image, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
         """See `ObjectDetector.detect`."""
-        with quiet():
-            inputs = self.processor(
-                images=image.convert("RGB"),
-                text=[list(phrases)],
-                return_tensors="pt",
-                padding="max_length",
-                truncation=True,  # its text tower has 16 positions
-                max_length=self.model.config.text_config.max_position_embeddings,
-            )
+        inputs = self.processor(
+            images=image.convert("RGB"),
+            text=[list(phrases)],
+            return_tensors="pt",
+            padding="max_length",
+            truncation=True,  # its text tower has 16 positions
+            max_length=self.model.config.text_config.max_position_embeddings,
+        )
         with torch.no_grad():
             out = self.model(**self._to_device(inputs))
         # The processor pads the image to a square at the bottom and on the right.
@@ -91,27 +83,19 @@ class Owlv2(ObjectDetector):
 class GroundingDino(ObjectDetector):
     """Grounding DINO: one prompt for all phrases, "cat. red ball."; the best token speaks for its phrase."""
 
+    def boxes(self, image: Image, phrases: Sequence[str]) -> list[tuple[float, ...] | None]:
+        """See `ObjectDetector.boxes`; in as many prompts as the model's text length asks for."""
+        found: list[tuple[float, ...] | None] = []
+        while len(found) < len(phrases):
+            rest = phrases[len(found) :]
+            found += super().boxes(image, rest[: self._fit(rest)])
+        return found
+
     def detect(self, image: Image, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
         """See `ObjectDetector.detect`."""
-        parts, start = [], 0
-        while start < len(phrases):
-            count = self._fit(phrases[start:])
-            parts.append(self._detect(image, phrases[start : start + count]))
-            start += count
-        # Candidates of different prompts are different boxes: stacked, with no confidence for other prompts.
-        total = sum(boxes.shape[0] for boxes, _ in parts)
-        confidence = torch.zeros(total, len(phrases), device=self.device)
-        row = column = 0
-        for _, scores in parts:
-            confidence[row : row + scores.shape[0], column : column + scores.shape[1]] = scores
-            row, column = row + scores.shape[0], column + scores.shape[1]
-        return torch.cat([boxes for boxes, _ in parts]), confidence
-
-    def _detect(self, image: Image, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
         prompt, spans = _prompt(phrases)
-        with quiet():
-            inputs = self.processor(images=image.convert("RGB"), text=prompt, return_tensors="pt")
-            offsets = self.processor.tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
+        inputs = self.processor(images=image.convert("RGB"), text=prompt, return_tensors="pt")
+        offsets = self.processor.tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
         with torch.no_grad():
             out = self.model(**self._to_device(inputs))
         scores = out.logits[0].float().sigmoid()
@@ -152,24 +136,9 @@ def load_detector(
 ) -> ObjectDetector:
     """Load an object detector from this machine.
 
-    Parameters
-    ----------
-    name : {"owlv2", "grounding_dino"}
-    encoder : Encoder
-        Embeds the regions found.
-    device : str or torch.device
-        See `devices.choose_device`.
-    **options
-        ``model``: transformers folder or hub name; ``threshold``: least confidence, below it the whole image
-        is returned with score 0; ``precision``: see `devices.choose_precision`. Defaults in
-        `models.LOCALISERS`: the threshold is the model's own; on a CPU bfloat16 gains Grounding DINO nothing.
-
-    Raises
-    ------
-    ModelNotFound
-        Not on this machine, or not whole.
-    InputError
-        The model is of another kind.
+    Options: ``model``, a transformers folder or hub name; ``threshold``, least confidence, below it the whole
+    image is returned with score 0; ``precision``, see `devices.choose_precision`. Defaults in
+    `models.LOCALISERS`: the threshold is the model's own; on a CPU bfloat16 gains Grounding DINO nothing.
     """
     from transformers import AutoModelForZeroShotObjectDetection
 

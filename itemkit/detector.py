@@ -18,11 +18,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import safetensors.numpy
 from sklearn.base import clone
 
 from itemkit import schema
-from itemkit._files import atomic_write
 from itemkit.calibrate import (
     Calibrator,
     Threshold,
@@ -37,22 +35,25 @@ from itemkit.calibrate import (
 )
 from itemkit.errors import InputError
 from itemkit.features import Features
-from itemkit.head import MisalignmentMLP, damaged, read_description, write_description
+from itemkit.head import FILES as HEAD_FILES
+from itemkit.head import MisalignmentMLP, intact, read_sealed, write_sealed
 from itemkit.metrics import METRICS, bootstrap
 from itemkit.misalignment import RepresentationConfig, get_representation, misalign, represent
 from itemkit.models import differences
 from itemkit.splits import split_validation
-from itemkit.text import one_line, printable
+from itemkit.text import printable
 
 FORMAT = "itemkit detector 2"
 # Not part of a model's identity: where it ran and with how many bits (cosine above 0.999), and what was done
 # to the images before it (a perturbed image is a legitimate question).
 IGNORED = ("device", "dtype", "precision", "batch_size", "transform", "decode")
 OBJECT_PARTS = ("parser", "localiser")
-FEW = 20
-"""Calibration images of a class below which p(fake) is said to be rough. Our choice."""
+FEW = 20  # calibration images of a class below which p(fake) is said to be rough. Our choice
+# Share of the validation images that stops the training; the rest calibrates, sets thresholds and is the
+# reference of the verdict, unseen by the training.
+SELECTION_FRACTION = 0.5
 ONE_CLASS_METRICS = ("called_fake", "above_half")
-FILES = ("head.json", "head.safetensors", "calibration.safetensors")
+FILES = ("detector.json", "calibration.safetensors")
 
 
 class Detector:
@@ -64,32 +65,24 @@ class Detector:
         Which misalignment the head sees.
     head : MisalignmentMLP, optional
         Untrained; ``MisalignmentMLP(members=5)`` averages five starts.
-    selection_fraction : float
-        Share of the validation images that stops the training; the rest calibrates, sets thresholds and is
-        the reference of the verdict, unseen by the training.
 
     Attributes
     ----------
-    head_ : fitted MisalignmentMLP
-    calibrator_ : Calibrator
+    head_, calibrator_ : fitted MisalignmentMLP, Calibrator
     real_scores_, fake_scores_ : float arrays
         Sorted log-odds of the calibration images.
     trained_on_ : dict
-        What made it: version, preset and models of the features, their fingerprint, width and note, images of
-        each generator, seed and members of the head.
+        What made it: version, preset, models, width and note of the features, images of each generator, seed
+        and members of the head.
     notes : list of str
         What was done otherwise because there were few validation images.
     """
 
     def __init__(
-        self,
-        representation: RepresentationConfig | str = "absolute",
-        head: MisalignmentMLP | None = None,
-        selection_fraction: float = 0.5,
+        self, representation: RepresentationConfig | str = "absolute", head: MisalignmentMLP | None = None
     ) -> None:
         self.representation = get_representation(representation)
         self.head = head if head is not None else MisalignmentMLP()
-        self.selection_fraction = selection_fraction
         self.notes: list[str] = []
 
     def fit(self, train: Features, val: Features) -> Detector:
@@ -102,40 +95,7 @@ class Detector:
             images of a class a share of the training images stops the training instead, and all validation
             images calibrate; without one of a class p(fake) is the head's own. `notes` says so.
         """
-        refuse_other_models(train, val, "the validation images", "the training images", IGNORED)
-        shared = val.table[schema.IMAGE_ID].isin(set(train.table[schema.IMAGE_ID])).to_numpy()
-        if shared.any():
-            first = printable(val.table[schema.PATH].iloc[int(shared.argmax())])
-            raise InputError(
-                f"{int(shared.sum())} of {len(val)} validation images are also training images, the first is "
-                f"{first}; thresholds from them would be too low"
-            )
-        y_train, y = train.labels, val.labels
-        n_train, n_val = np.bincount(y_train, minlength=2), np.bincount(y, minlength=2)
-        if not n_train.all():
-            raise InputError(
-                f"{n_train[0]} real and {n_train[1]} fake training images; a detector needs both kinds"
-            )
-        x_train, x_val = represent(train, self.representation), represent(val, self.representation)
         head, self.notes = clone(self.head), []
-        if n_val.min() >= 2:
-            select, rest = split_validation(y, self.selection_fraction, head.seed)
-            self.head_ = head.fit(x_train, y_train, x_val[select], y[select])
-            x_val, y = x_val[rest], y[rest]
-        else:
-            if n_train.min() < 2:
-                head.set_params(validation_fraction=0)
-            how = "on a share of the training images" if n_train.min() > 1 else "after the last epoch"
-            self.notes.append(f"{_numbers(n_val)} validation images: the training was stopped {how}")
-            self.head_ = head.fit(x_train, y_train)
-        logits = self.head_.decision_function(x_val).astype(np.float64) if len(y) else np.zeros(0)
-        self.real_scores_, self.fake_scores_ = (np.sort(logits[y == c]) for c in (schema.REAL, schema.FAKE))
-        fewest = min(len(self.real_scores_), len(self.fake_scores_))
-        self.calibrator_ = fit_calibrator(y, logits) if fewest else Calibrator()
-        if fewest < FEW:
-            how = "is rough" if fewest else "is the head's own, not calibrated"
-            self.notes.append(f"{_numbers(np.bincount(y, minlength=2))} calibration images: p(fake) {how}")
-        self.real_cosines_ = _quantiles(val.select(val.labels == schema.REAL))
         self.trained_on_ = {
             "fingerprint": train.run.get("fingerprint"),
             "dim": train.dim,
@@ -145,24 +105,45 @@ class Detector:
             "train_images": train.table[schema.GENERATOR].value_counts().sort_index().to_dict(),
             "val_images": val.table[schema.GENERATOR].value_counts().sort_index().to_dict(),
         }
+        refuse_other_models(self.trained_on_, val, "the validation images", "the training images", IGNORED)
+        shared = val.table[schema.IMAGE_ID].isin(set(train.table[schema.IMAGE_ID])).to_numpy()
+        if shared.any():
+            first = printable(val.table[schema.PATH].iloc[int(shared.argmax())])
+            raise InputError(
+                f"{int(shared.sum())} of {len(val)} validation images are also training images, the first is "
+                f"{first}; thresholds from them would be too low"
+            )
+        y_train, y = train.labels, val.labels
+        n_train = np.bincount(y_train, minlength=2)
+        if not n_train.all():
+            raise InputError(f"{_numbers(y_train)} training images; a detector needs both kinds")
+        x_train, x_val = represent(train, self.representation), represent(val, self.representation)
+        if np.bincount(y, minlength=2).min() >= 2:
+            select, rest = split_validation(y, SELECTION_FRACTION, head.seed)
+            self.head_ = head.fit(x_train, y_train, x_val[select], y[select])
+            x_val, y = x_val[rest], y[rest]
+        else:
+            if n_train.min() < 2:
+                head.set_params(validation_fraction=0)
+            how = "on a share of the training images" if n_train.min() > 1 else "after the last epoch"
+            self.notes.append(f"{_numbers(y)} validation images: the training was stopped {how}")
+            self.head_ = head.fit(x_train, y_train)
+        logits = self.head_.decision_function(x_val).astype(np.float64) if len(y) else np.zeros(0)
+        self.real_scores_, self.fake_scores_ = (np.sort(logits[y == c]) for c in (schema.REAL, schema.FAKE))
+        fewest = min(len(self.real_scores_), len(self.fake_scores_))
+        self.calibrator_ = fit_calibrator(y, logits) if fewest else Calibrator()
+        if fewest < FEW:
+            how = "is rough" if fewest else "is the head's own, not calibrated"
+            self.notes.append(f"{_numbers(y)} calibration images: p(fake) {how}")
+        self.real_cosines_ = _quantiles(val.select(val.labels == schema.REAL))
         self.image_keys_ = {"train": image_keys(train), "val": image_keys(val)}
-        for note in self.notes:
-            warnings.warn(note, stacklevel=2)
         return self
 
     def check(self, features: Features, ignore: Sequence[str] = ()) -> None:
         """Refuse features that were not made like those this detector was trained on.
 
-        Parameters
-        ----------
-        features : Features
-        ignore : names
-            Parts allowed to differ on purpose, e.g. ``("captions", "captioner")`` for a user's own captions.
-
-        Raises
-        ------
-        InputError
-            Names the differing keys with both values.
+        ``ignore`` names parts that differ on purpose, e.g. ``("captions", "captioner")`` for a user's own
+        captions. The InputError names the differing keys with both values.
         """
         self._fitted()
         ignore = (*ignore, *IGNORED, *(() if self.representation.uses_objects else OBJECT_PARTS))
@@ -179,17 +160,11 @@ class Detector:
 
     def score(self, features: Features, ignore: Sequence[str] = ()) -> np.ndarray:
         """Calibrated p(fake), shape (n,), for a real and a fake image being equally likely beforehand."""
-        logits = self.decision_function(features, ignore)
+        logits = self.decision_function(features, ignore)  # first: an untrained detector says so here
         return self.calibrator_(logits)
 
     def threshold(self, fpr: float = 0.05) -> Threshold:
-        """Threshold on the raw log-odds at a false-positive rate, from the calibration reals.
-
-        Raises
-        ------
-        InputError
-            They are too few for this rate.
-        """
+        """Threshold on the raw log-odds at a false-positive rate; InputError with too few reals."""
         self._fitted()
         return threshold_at_fpr(self.real_scores_, fpr)
 
@@ -207,21 +182,17 @@ class Detector:
         Parameters
         ----------
         features : Features
-        fpr : float
-            At most this share of real images like the calibration ones is called fake.
-        fnr : float
-            At most this share of fakes *like the calibration ones* is called real; nothing is promised for
-            generators that were not among them.
-        ignore : names
-            See `check`.
+        fpr, fnr : float
+            At most this share of real images like the calibration ones is called fake, and of fakes *like the
+            calibration ones* real; nothing is promised for generators that were not among them.
+        ignore : names, see `check`
 
         Returns
         -------
         DataFrame, one row per image
-            ``image_id, path, p_fake, verdict, like_real, like_fake, because``. ``like_real`` is the share of
-            calibration reals that look at least as fake as this image, ``like_fake`` the share of calibration
-            fakes that look at least as real (both count the image itself). The verdict is "withheld" where
-            the calibration images are too few to promise both rates; ``because`` then says what it takes.
+            ``image_id, path, p_fake, verdict, like_real, like_fake, because``; the last but one are the two
+            of `calibrate.conformal_p`. The verdict is "withheld" where the calibration images are too few to
+            promise both rates; ``because`` then says what it takes.
         """
         missing = self.lacking(fpr, fnr)
         logits = self.decision_function(features, ignore)
@@ -239,14 +210,6 @@ class Detector:
     def explain(self, features: Features, row: int, ignore: Sequence[str] = ()) -> pd.DataFrame:
         """Evidence for one image: how well it fits its caption, and each region its phrase.
 
-        Parameters
-        ----------
-        features : Features
-        row : int
-            Position of the image.
-        ignore : names
-            See `check`.
-
         Returns
         -------
         DataFrame
@@ -255,29 +218,20 @@ class Detector:
             ``cosine``, ``real_below`` (share of validation reals, or of their objects, with a lower cosine:
             small means unusually misaligned).
         """
-        if not -len(features) <= row < len(features):
-            raise InputError(f"row {row}: expected 0 to {len(features) - 1}")
-        one = features.select([row % len(features)])
+        one = features.select([row])
         self.check(one, ignore)
         whole = pd.DataFrame({"level": "global", "text": one.table[schema.CAPTION].to_numpy()})
         whole["cosine"] = misalign(one.image_emb, one.caption_emb, "cosine")[:, 0]
         local = one.objects.rename(columns={"phrase": "text"}).assign(level="local")
         local["cosine"] = misalign(one.region_emb, one.phrase_emb, "cosine")[:, 0]
-        table = pd.concat([whole, local.sort_values("cosine", kind="stable")], ignore_index=True)
-        table["real_below"] = np.nan
-        for level, grid in self.real_cosines_.items():
-            if len(grid):
-                cosine = table.loc[table["level"] == level, "cosine"]
-                table.loc[cosine.index, "real_below"] = np.interp(cosine, grid, np.linspace(0, 1, len(grid)))
-        columns = ["level", "text", "x0", "y0", "x1", "y1", "score", "cosine", "real_below"]
-        return table.reindex(columns=columns)
+        for table, grid in ((whole, self.real_cosines_["global"]), (local, self.real_cosines_["local"])):
+            shares = np.linspace(0, 1, len(grid))
+            table["real_below"] = np.interp(table["cosine"], grid, shares) if len(grid) else np.nan
+        both = pd.concat([whole, local.sort_values("cosine", kind="stable")], ignore_index=True)
+        return both[["level", "text", "x0", "y0", "x1", "y1", "score", "cosine", "real_below"]]
 
     def seen(self, features: Features) -> np.ndarray:
-        """Whether this detector was made with an image, by the id of its content, shape (n,).
-
-        "train" for images it was trained on, "val" for those that stopped the training or calibrated it, ""
-        for new ones.
-        """
+        """For each image "train" or "val" if it helped to make this detector (by its content), or ""."""
         self._fitted()
         where, keys = np.full(len(features), "", dtype="<U5"), image_keys(features)
         for part, known in self.image_keys_.items():
@@ -290,23 +244,19 @@ class Detector:
         Parameters
         ----------
         features : Features
-            Labelled test images; of one class, too: then the share called fake is all that can be said.
+            Labelled test images; of one class, too: then the share called fake is all that can be said. Those
+            that made this detector are counted all the same, with a warning.
         fpr : float
             The threshold comes from the calibration reals at this rate; the rate realised on the test reals
             is one minus ``accuracy_real``. Where they are too few to promise it, what needs it is empty.
         n_boot : int
-            Resamples, see `itemkit.metrics.bootstrap`.
+            Resamples.
 
         Returns
         -------
         DataFrame
             ``generator, metric, value, low, high, n_real, n_fake, over, note``; generator "all" counts every
             real once. ``over`` says what the interval is over, ``note`` why a value is not defined (empty).
-
-        Warns
-        -----
-        UserWarning
-            Some images trained, stopped or calibrated this detector; they are counted all the same.
         """
         logits, y = self.decision_function(features), features.labels
         if not len(y):
@@ -319,47 +269,45 @@ class Detector:
                 "of it",
                 stacklevel=2,
             )
-        no_threshold = lacking(fpr, len(self.real_scores_), schema.REAL)
-        cut = None if no_threshold else self.threshold(fpr).value
         generator = features.table[schema.GENERATOR].fillna("").astype(str).to_numpy()
         names = list(dict.fromkeys(generator[y == schema.FAKE]))
         tables = []
         for name in ["all", *names] if len(names) > 1 else ["all"]:
-            rows = np.ones(len(y), bool) if name == "all" else (y == schema.REAL) | (generator == name)
-            table = self._metrics(y[rows], logits[rows], cut, no_threshold, n_boot)
-            tables.append(table.assign(generator=name))
-        table = pd.concat(tables, ignore_index=True)
-        return table[["generator", *table.columns.drop("generator")]]
+            rows = (y == schema.REAL) | (generator == name) | (name == "all")
+            table = self._metrics(y[rows], logits[rows], fpr, n_boot)
+            table.insert(0, "generator", name)
+            tables.append(table)
+        return pd.concat(tables, ignore_index=True)
 
-    def _metrics(
-        self, y: np.ndarray, logits: np.ndarray, cut: float | None, no_threshold: str | None, n_boot: int
-    ) -> pd.DataFrame:
-        p, n = self.calibrator_(logits), np.bincount(y, minlength=2)
-        both = bool(n.all())
-        names = METRICS if both else (*ONE_CLASS_METRICS, *METRICS)
-        table = pd.DataFrame({"value": np.nan, "low": np.nan, "high": np.nan}, pd.Index(names, name="metric"))
-        table = table.assign(n_real=int(n[0]), n_fake=int(n[1]), over="", note="")
+    def _metrics(self, y: np.ndarray, logits: np.ndarray, fpr: float, n_boot: int) -> pd.DataFrame:
+        """Metrics of one generator: resampled where both classes are there, exact where it is a share."""
+        p, both, cut = self.calibrator_(logits), len(set(y)) == 2, None
+        if not (no_threshold := lacking(fpr, len(self.real_scores_), schema.REAL)):
+            cut = self.threshold(fpr).value
+        found = {}
         if both:
-            found = bootstrap(y, logits, cut, p, n_boot=n_boot, balanced=True).set_index("metric")
-            table.update(found[["value", "low", "high"]])
-        # shares have an exact interval, which is honest about three images, too
+            for row in bootstrap(y, logits, cut, p, n_boot=n_boot, balanced=True).itertuples():
+                over = f"images, {n_boot} resamples within each class"
+                found[row.metric] = (row.value, row.low, row.high, over)
         shares = {} if both else {"above_half": p > 0.5}
         if cut is not None:
             called = logits > cut
             shares |= {"accuracy_real": ~called[y == schema.REAL], "accuracy_fake": called[y == schema.FAKE]}
             shares |= {} if both else {"called_fake": called}
         for name, hits in shares.items():
-            if len(hits):
+            if len(hits):  # an exact interval, which is honest about three images, too
                 interval = proportion_interval(int(hits.sum()), len(hits))
-                table.loc[name, ["value", "low", "high"]] = (hits.mean(), *interval)
-        defined = table["value"].notna()
-        table.loc[defined, "over"] = f"images, {n_boot} resamples within each class"
-        table.loc[defined & table.index.isin(list(shares)), "over"] = "images, exact binomial"
-        needs_both = "" if both else f"needs real and fake images, got {_numbers(n)}"
-        table.loc[~defined, "note"] = f"not defined: {needs_both or no_threshold}"
-        if no_threshold and not both:
-            table.loc["called_fake", "note"] = f"not defined: {no_threshold}"
-        return table.reset_index()
+                found[name] = (hits.mean(), *interval, "images, exact binomial")
+        one_class = "" if both else f"needs real and fake images, got {_numbers(y)}"
+        rows = []
+        for name in METRICS if both else (*ONE_CLASS_METRICS, *METRICS):
+            why = (name not in ONE_CLASS_METRICS and one_class) or no_threshold
+            numbers = found.get(name, (np.nan, np.nan, np.nan, ""))
+            rows.append((name, *numbers, "" if name in found else f"not defined: {why}"))
+        table = pd.DataFrame(rows, columns=["metric", "value", "low", "high", "over", "note"])
+        table.insert(4, "n_real", int((y == schema.REAL).sum()))
+        table.insert(5, "n_fake", int((y == schema.FAKE).sum()))
+        return table
 
     def promises(self, features: Features) -> pd.DataFrame:
         """Hold what thresholds and verdicts promise against labelled images: `calibrate.check_promises`.
@@ -385,18 +333,13 @@ class Detector:
     def save(self, folder: str | Path) -> Path:
         """Write ``detector.json``, ``head.json`` and two safetensors files into a folder."""
         self._fitted()
-        path = self.head_.save(folder)
-        arrays = {"real_scores": self.real_scores_, "fake_scores": self.fake_scores_}
-        arrays |= {f"real_cosines_{level}": grid for level, grid in self.real_cosines_.items()}
-        arrays |= {f"{part}_keys": keys for part, keys in self.image_keys_.items()}
-        data = safetensors.numpy.save(arrays)
-        atomic_write(path / "calibration.safetensors", data)
         n_real, rates = len(self.real_scores_), (0.01, 0.05, 0.1)
         contents = {
+            "format": FORMAT,
             "representation": self.representation.to_dict(),
             "calibration": self.calibrator_.method,
             "calibrator": asdict(self.calibrator_),
-            "selection_fraction": self.selection_fraction,
+            "selection_fraction": SELECTION_FRACTION,
             # for the reader; any other rate follows from the stored scores
             "thresholds": {
                 f"{fpr:g}": lacking(fpr, n_real, schema.REAL) or self.threshold(fpr).statement
@@ -405,33 +348,26 @@ class Detector:
             "notes": self.notes,
             "trained_on": self.trained_on_,
         }
-        write_description(path, "detector.json", FORMAT, contents, FILES)
-        return path
+        arrays = {"real_scores": self.real_scores_, "fake_scores": self.fake_scores_}
+        arrays |= {f"real_cosines_{level}": grid for level, grid in self.real_cosines_.items()}
+        arrays |= {f"{part}_keys": keys for part, keys in self.image_keys_.items()}
+        path = self.head_.save(folder)
+        return write_sealed(path, FILES, contents, arrays, HEAD_FILES)
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> Detector:
-        """Read a detector written by `save`.
-
-        Raises
-        ------
-        ModelNotFound
-            The folder holds none, or one that is damaged.
-        """
-        folder = Path(folder)
-        meta = read_description(folder, "detector.json", FORMAT, FILES)
-        head = MisalignmentMLP.load(folder, device)
-        try:
-            kind = RepresentationConfig(**meta["representation"])
-            detector = cls(kind, clone(head), meta["selection_fraction"])
-            numbers = (meta["calibrator"][name] for name in ("method", "scale", "offset"))
-            detector.calibrator_ = Calibrator(*numbers)
-            arrays = safetensors.numpy.load_file(folder / "calibration.safetensors")
-        except (InputError, TypeError, KeyError, safetensors.SafetensorError) as error:
-            raise damaged(folder, one_line(error)) from error
-        detector.head_, detector.notes, detector.trained_on_ = head, meta["notes"], meta["trained_on"]
-        detector.real_scores_, detector.fake_scores_ = arrays["real_scores"], arrays["fake_scores"]
-        detector.real_cosines_ = {level: arrays[f"real_cosines_{level}"] for level in ("global", "local")}
-        detector.image_keys_ = {part: arrays[f"{part}_keys"] for part in ("train", "val")}
+        """Read a detector written by `save`; ModelNotFound if the folder holds none, or a damaged one."""
+        meta, arrays = read_sealed(Path(folder), FILES, FORMAT, HEAD_FILES)
+        fitted = MisalignmentMLP.load(folder, device)
+        with intact(Path(folder)):
+            fields = {name: meta["representation"][name] for name in ("level", "kind", "pooling")}
+            detector = cls(RepresentationConfig(**fields), clone(fitted))
+            numbers = {name: meta["calibrator"][name] for name in ("method", "scale", "offset")}
+            detector.calibrator_ = Calibrator(**numbers)
+            detector.head_, detector.notes, detector.trained_on_ = fitted, meta["notes"], meta["trained_on"]
+            detector.real_scores_, detector.fake_scores_ = arrays["real_scores"], arrays["fake_scores"]
+            detector.real_cosines_ = {level: arrays[f"real_cosines_{level}"] for level in ("global", "local")}
+            detector.image_keys_ = {part: arrays[f"{part}_keys"] for part in ("train", "val")}
         return detector
 
 
@@ -443,11 +379,9 @@ def image_keys(features: Features) -> np.ndarray:
 
 
 def refuse_other_models(
-    trained: Features | dict[str, Any], given: Features, what: str, than: str, ignore: Sequence[str]
+    trained: dict[str, Any], given: Features, what: str, than: str, ignore: Sequence[str]
 ) -> None:
     """Raise an InputError if other models made ``given``, or if only one side knows its models."""
-    if isinstance(trained, Features):
-        trained = {"fingerprint": trained.run.get("fingerprint"), "dim": trained.dim}
     there, here = trained["fingerprint"], given.run.get("fingerprint")
     if bool(there) != bool(here):
         raise InputError(
@@ -470,14 +404,11 @@ def refuse_other_models(
 
 def _quantiles(real: Features) -> dict[str, np.ndarray]:
     """Percentiles of the cosines of real images, and of their objects; empty without any."""
-    parts = ((real.image_emb, real.caption_emb), (real.region_emb, real.phrase_emb))
-    found = (misalign(*pair, "cosine")[:, 0] for pair in parts)
-    grid = np.linspace(0, 1, 101)
-    return {
-        level: np.quantile(values, grid).astype(np.float64) if len(values) else np.zeros(0)
-        for level, values in zip(("global", "local"), found, strict=True)
-    }
+    pairs = {"global": (real.image_emb, real.caption_emb), "local": (real.region_emb, real.phrase_emb)}
+    found = {level: misalign(*pair, "cosine")[:, 0].astype(np.float64) for level, pair in pairs.items()}
+    return {level: np.quantile(x, np.linspace(0, 1, 101)) if len(x) else x for level, x in found.items()}
 
 
-def _numbers(n: np.ndarray) -> str:
+def _numbers(y: np.ndarray) -> str:
+    n = np.bincount(y, minlength=2)
     return f"{n[schema.REAL]:,} real and {n[schema.FAKE]:,} fake"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from itemkit.errors import InputError
@@ -10,75 +11,51 @@ if TYPE_CHECKING:
     import torch
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+THREADS_VARIABLE = "ITEMKIT_THREADS"
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """Turn a wish into a device; never falls back from a device that was asked for by name.
+    """Turn a wish into a device, or raise `InputError` where a device that was named is not there.
 
-    Parameters
-    ----------
-    device : str or torch.device
-        "auto" is the current CUDA device where there is one, else the CPU. "cpu", "cuda", "cuda:1", "mps" are
-        taken at their word. "auto" does not pick "mps": nothing was verified there.
-
-    Returns
-    -------
-    torch.device
-
-    Raises
-    ------
-    InputError
-        Unknown name, or the device is not there.
+    "auto" is the current CUDA device where there is one, else the CPU; not "mps", where nothing was verified.
     """
     import torch
 
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    known = "use 'auto', 'cpu', 'cuda', 'cuda:0' or 'mps'"
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
-        raise InputError(
-            f"device {device!r} is unknown; use 'auto', 'cpu', 'cuda', 'cuda:0' or 'mps'"
-        ) from None
-    if chosen.type == "cuda":
-        if torch.version.cuda is None:
-            raise InputError(
-                f"device {str(device)!r} was asked for, but this torch ({torch.__version__}) is built "
-                "without CUDA. Use device='cpu' or 'auto', or install a CUDA build of torch."
-            )
-        count = torch.cuda.device_count()
-        if not count or (chosen.index or 0) >= count:
-            raise InputError(
-                f"device {str(device)!r} was asked for, but torch sees {count} CUDA device(s). "
-                "Use device='cpu' or 'auto', or check `nvidia-smi` and CUDA_VISIBLE_DEVICES."
-            )
-    elif chosen.type not in ("cpu", "mps"):
-        raise InputError(f"device {str(device)!r} is not supported; use 'auto', 'cpu', 'cuda' or 'mps'")
-    elif chosen.index:
-        raise InputError(
-            f"device {str(device)!r} was asked for, but there is one '{chosen.type}' only. Use "
-            f"device='{chosen.type}'; --threads says on how many cores"
-        )
+        raise InputError(f"device {device!r} is unknown; {known}") from None
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"device {device!r} is not supported; {known}")
+    index = chosen.index or 0
+    if chosen.type == "cuda" and torch.version.cuda is None:
+        lacks = f"this torch ({torch.__version__}) is built without CUDA; install a CUDA build of it"
+    elif chosen.type == "cuda" and index >= torch.cuda.device_count():
+        lacks = f"torch sees {torch.cuda.device_count()} CUDA device(s); check CUDA_VISIBLE_DEVICES"
+    elif chosen.type != "cuda" and index:
+        lacks = f"there is one '{chosen.type}' only; --threads says on how many cores"
     elif chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device 'mps' was asked for, but torch sees none here. Use device='cpu' or 'auto'.")
-    return chosen
+        lacks = "torch sees none here"
+    else:
+        return chosen
+    raise InputError(f"device '{device}' was asked for, but {lacks}. Use 'cpu' or 'auto'.")
 
 
 def set_threads(n: int | None) -> None:
-    """Bound the processor cores that this process computes on (torch); None leaves it as it is.
+    """Bound the threads of this process and of those it starts: of torch, and of decoding; None: as it is.
 
     Two processes with two threads each on two cores slow each other down twentyfold: on a busy machine, and
     with several processes, one thread each is the safe choice.
-
-    Raises
-    ------
-    InputError
-        Less than one.
     """
     if n is None:
         return
     if n < 1:
         raise InputError(f"got {n} threads; expected 1 or more")
+    # first, since some libraries read them when they are imported; processes started later inherit them
+    os.environ |= {"OMP_NUM_THREADS": str(n), THREADS_VARIABLE: str(n)}
     import torch
 
     torch.set_num_threads(n)
@@ -98,12 +75,6 @@ def choose_precision(precision: str = "auto", device: str | torch.device = "cpu"
 
         In bfloat16 an embedding's last bits depend on the size of the batch (cosine still above 0.999), so a
         comparison to the last digit wants "float32". The preset "mini" asks for float32.
-    device : str or torch.device
-        Where the model will run.
-
-    Returns
-    -------
-    torch.dtype
     """
     import torch
 
@@ -113,19 +84,14 @@ def choose_precision(precision: str = "auto", device: str | torch.device = "cpu"
     if precision == "float16" and kind == "cpu":
         raise InputError("precision 'float16' is not for the CPU; use 'auto', 'bfloat16' or 'float32'")
     if precision != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+        return getattr(torch, precision)
     if kind == "cuda":
         fast = torch.cuda.get_device_capability(device)[0] >= 8
     else:
-        fast = kind == "cpu" and _cpu_has("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        # private in torch 2.13, and the only way to ask without parsing /proc/cpuinfo; a missing one is a no
+        questions = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        fast = kind == "cpu" and any(getattr(torch.cpu, name, bool)() for name in questions)
     return torch.bfloat16 if fast else torch.float32
-
-
-def _cpu_has(*questions: str) -> bool:
-    # Private in torch 2.13 and the only way to ask without parsing /proc/cpuinfo: a missing one means "no".
-    import torch
-
-    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in questions)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,46 +17,33 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from itemkit._files import explain_write_error
-from itemkit.encoder import CONFIG_FILE, find_encoder
+from itemkit.encoder import CONFIG_FILE, of_hub
 from itemkit.errors import InputError, ModelNotFound, StoreError
-from itemkit.models import looks_like_path, names_object, tidy
+from itemkit.models import looks_like_path, read_json, tidy
 from itemkit.objects import find_parser
-from itemkit.presets import MODELS_VARIABLE, Preset, get_preset
+from itemkit.presets import FOLDERS, Preset, get_preset
 from itemkit.text import one_line
 
 TIMEOUT_S = 10.0  # for a first answer, not for a whole download
 PARSER_TIMEOUT_S = 900.0  # a spaCy pipeline has 12 to 600 MB
 
-FOLDERS = {"captioner": "captioner", "parser": "parser", "localiser": "detector", "encoder": "encoder"}
-OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-_SIDE = ("*.json", "*.txt", "*.model", "*.jinja")  # configuration and tokenizer
+# kinds of weights, the first that a repository has is taken; and configuration and tokenizer beside them
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+_OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_SIDE = ("*.json", "*.txt", "*.model", "*.jinja")
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # not the network
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """A part that is given by a hub's name."""
-
-    preset: str
-    part: str
-    model: str
-    tag: str | None
-    place: Path | None  # folder to fill; None: the hub's cache, or the Python environment for spaCy's
-
-    def __str__(self) -> str:
-        return f"{self.part} '{self.model}'" + (f" ({self.tag})" if self.tag else "")
 
 
 def download(
     preset: Preset, to: str | Path | None = None, report: Callable[[str], Any] = print
 ) -> dict[str, str]:
-    """Fetch all models of a preset; what is there already, whole, is not fetched again.
+    """Fetch all models of a preset; gives the revision of each: the hub's commit, or a pipeline's version.
+
+    What is there already, whole, is not fetched again.
 
     Parameters
     ----------
@@ -67,159 +53,106 @@ def download(
         Folder to fill: ``captioner``, ``parser``, ``encoder``, ``detector``, each complete and readable
         without a network; ``get_preset(name, folder=to)`` reads it. Without it the models go where the
         loaders look by themselves: the hub's cache, and the Python environment for spaCy's.
-    report : callable
-        Gets a line before and after each model.
-
-    Returns
-    -------
-    dict
-        For each part its revision: the hub's commit, or the version of a spaCy pipeline.
 
     Raises
     ------
     ModelNotFound
         The hub cannot be reached or has no such model; said within seconds.
     InputError
-        The preset has nothing to fetch, or the folder holds something else.
+        The preset has nothing to fetch or an unknown name, or the folder holds something else.
     StoreError
         The folder cannot be written, or the disk is full.
     """
-    folder = None if to is None else Path(os.path.abspath(os.path.expanduser(to)))
-    parts = _wanted(preset, folder)
-    for wanted in parts:  # what can be said before anything large is fetched
-        if wanted.part == "encoder":
-            with contextlib.suppress(ModelNotFound):
-                find_encoder(wanted.model, wanted.tag)
-        if wanted.place is not None and wanted.place.exists() and not _is_ours(wanted, wanted.place):
-            again = "choose another folder with --to"
-            raise InputError(f"{tidy(wanted.place)} was not made by this `itemkit download`; {again}")
+    folder = None if to is None else Path(to).expanduser().absolute()
+    tag = preset.encoder_pretrained or ""
+    wanted = {part: str(model) for part, model in preset.by_name().items() if not looks_like_path(model)}
+    if Path(tag).suffix:  # a file of weights
+        wanted.pop("encoder", None)
+    if not wanted:
+        raise InputError(
+            f"preset '{preset.name}' has nothing to download: its models are folders on this machine (the "
+            "mini ones come with itemkit); `--preset fast` and `--preset paper` are fetched"
+        )
+    places = {part: None if folder is None else folder / FOLDERS[part] for part in wanted}
+    preset.find()  # an unknown name or tag is an error before anything large is fetched
+    for part, place in places.items():
+        if place is not None and place.exists():
+            ours = _version(place, wanted[part]) if part == "parser" else (place / ".cache").is_dir()
+            if not ours:
+                what = f"{tidy(place)} was not made by this `itemkit download`"
+                raise InputError(f"{what}; choose another folder with --to")
     revisions = {}
     try:
-        for wanted in parts:
-            report(f"{wanted}: fetching what is missing ...")
-            by_tag = wanted.part == "encoder" and not wanted.model.startswith("hf-hub:")
-            fetch = _fetch_parser if wanted.part == "parser" else _fetch_tag if by_tag else _fetch_repository
-            revision = revisions[wanted.part] = fetch(wanted)
+        for part, model in wanted.items():
+            what = f"{part} '{model}'" + (f" ({tag})" if part == "encoder" and tag else "")
+            report(f"{what}: fetching what is missing ...")
+            if part == "parser":
+                revision = _fetch_parser(what, model, places[part])
+            else:
+                revision = _fetch_repositories(what, part, model, tag, places[part])
             there = preset if folder is None else get_preset(preset.name, folder)
-            if isinstance(error := there.find().get(wanted.part), ModelNotFound):  # the loader's own checks
+            if isinstance(error := there.find().get(part), ModelNotFound):  # the loader's own checks
                 raise error
-            report(f"{wanted}: revision {revision[:12]} is there")
+            revisions[part] = revision
+            report(f"{what}: revision {revision[:12]} is there")
     except OSError as error:
         raise StoreError(explain_write_error(error, folder or Path())) from error
     return revisions
 
 
-def _wanted(preset: Preset, folder: Path | None) -> list[_Wanted]:
-    given: dict[str, tuple[Any, str | None]] = {
-        "captioner": (preset.captioner, None),
-        "parser": (preset.parser, None),
-        "localiser": (preset.localiser_options.get("model"), None),
-        "encoder": (preset.encoder, preset.encoder_pretrained),
-    }
-    wanted = [
-        _Wanted(preset.name, part, model, tag, None if folder is None else folder / FOLDERS[part])
-        for part, (model, tag) in given.items()
-        if isinstance(model, str) and not looks_like_path(model) and not names_object(model)
-        if not (tag and Path(tag).suffix)  # a file of weights
-    ]
-    if wanted:
-        return wanted
-    if os.environ.get(MODELS_VARIABLE):
-        raise InputError(
-            f"preset '{preset.name}' reads its models from {MODELS_VARIABLE}; unset it to fetch them"
-        )
-    raise InputError(
-        f"preset '{preset.name}' has nothing to download: its models are folders on this machine (the mini "
-        "ones come with itemkit); `--preset fast` and `--preset paper` are fetched"
-    )
+def _fetch_repositories(what: str, part: str, model: str, tag: str, place: Path | None) -> str:
+    """A captioner, an object detector, an encoder; a tag's folder gets open_clip's local-dir settings."""
+    if part != "encoder":
+        return _fetch(what, place, model, _WEIGHTS, _SIDE)
+    if model.startswith("hf-hub:"):
+        return _fetch(what, place, model.removeprefix("hf-hub:"), _OPEN_CLIP_WEIGHTS, _SIDE)
+    repo, weights, settings = of_hub(model.replace("/", "-"), tag)
+    # tokenizers other than CLIP's own, and foreign text towers, lie in a repository that the model names
+    text = settings["model_cfg"]["text_cfg"]
+    texts = {text.get("hf_tokenizer_name"), text.get("hf_model_name")} - {None, ""}
+    revision = _fetch(what, place, repo, weights, _SIDE if repo in texts else ())
+    for other in sorted(texts - {repo}):
+        _fetch(what, place, other, (), _SIDE)
+    if place is not None:
+        if settings.pop("quick_gelu"):
+            settings["model_cfg"]["quick_gelu"] = True
+        (place / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return revision
 
 
-def _is_ours(wanted: _Wanted, place: Path) -> bool:
-    """Whether a folder is one that may be gone on with: with the hub's notes, or this very pipeline."""
-    return _version(wanted, place) != "" if wanted.part == "parser" else (place / ".cache").is_dir()
-
-
-# ----------------------------------------------------------------------------------------------- repositories
-
-
-def _fetch(wanted: _Wanted, repo: str, weights: Sequence[str], side: Sequence[str] = _SIDE) -> str:
+def _fetch(what: str, place: Path | None, repo: str, weights: Sequence[str], side: Sequence[str]) -> str:
     """Fetch side files and the first kind of weights that a repository has; returns the commit."""
-    from huggingface_hub import constants
-
-    if not constants.HF_HUB_OFFLINE:
-        _require_answer(wanted, constants.ENDPOINT)
-    listing = _snapshot(wanted, repo, allow_patterns=[*weights, *side], dry_run=True)
-    names = [file.filename for file in listing]
-    kinds = [[name for name in names if Path(name).match(kind)] for kind in weights]
-    chosen = next((kind for kind in kinds if kind), [])
-    if not chosen and (weights or not names):
-        raise ModelNotFound(f"{wanted}: the hub's repository '{repo}' holds no weights in a known format")
-    chosen = chosen + [name for name in names if not any(name in kind for kind in kinds)]
-    _snapshot(wanted, repo, allow_patterns=chosen, revision=listing[0].commit_hash)
-    if wanted.place is not None and weights:  # another model's, which was here before, would be read first
-        for file in wanted.place.iterdir():
-            if file.suffix in (".safetensors", ".bin") and file.name not in chosen:
-                file.unlink()
-    return listing[0].commit_hash
-
-
-def _snapshot(wanted: _Wanted, repo: str, **options: Any) -> Any:
-    """The one place where the hub is asked; its library resumes what was interrupted, mends what changed."""
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     # in folders below lies the same model for other programs
-    options |= {"ignore_patterns": ["*/*", "*.fp16.*"], "etag_timeout": TIMEOUT_S}
-    if wanted.place is not None:
-        options["local_dir"] = wanted.place
+    options: dict[str, Any] = {"ignore_patterns": ["*/*", "*.fp16.*"], "etag_timeout": TIMEOUT_S}
+    if place is not None:
+        options["local_dir"] = place
     try:
-        return snapshot_download(repo, **options)
+        if not constants.HF_HUB_OFFLINE:
+            _require_answer(constants.ENDPOINT)
+        listing = snapshot_download(repo, allow_patterns=[*weights, *side], dry_run=True, **options)
+        names, commit = [file.filename for file in listing], listing[0].commit_hash if listing else ""
+        kinds = [[name for name in names if Path(name).match(kind)] for kind in weights]
+        chosen = next((kind for kind in kinds if kind), [])
+        if not names or (weights and not chosen):
+            raise ModelNotFound(f"{what}: the hub's repository '{repo}' holds no weights in a known format")
+        chosen += [name for name in names if not any(name in kind for kind in kinds)]
+        snapshot_download(repo, allow_patterns=chosen, revision=commit, **options)
+        if place is None and side and "config.json" not in names:
+            _note_absent(repo, "config.json")
+    except ModelNotFound:
+        raise
     except Exception as error:  # the hub's library raises errors of several others for a missing network
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno in _DISK:
             raise cause from error
-        if isinstance(cause, GatedRepoError):
-            consent = "Give it on the model's page, log in with `hf auth login` and run the command again"
-            reason = f"is given by the hub after consent only ('{repo}')"
-            raise ModelNotFound(str(wanted), reason=reason, remedy=consent) from error
-        if isinstance(cause, (RepositoryNotFoundError, HFValidationError)):
-            raise ModelNotFound(f"{wanted}: the hub has no repository '{repo}' (or none for you)") from error
-        raise _unreachable(wanted, constants.ENDPOINT, cause) from error
-
-
-def _fetch_repository(wanted: _Wanted) -> str:
-    """A captioner, an object detector, or an encoder in open_clip's own layout; taken as it is."""
-    repo = wanted.model.removeprefix("hf-hub:")
-    return _fetch(wanted, repo, OPEN_CLIP_WEIGHTS if repo != wanted.model else _WEIGHTS)
-
-
-def _fetch_tag(wanted: _Wanted) -> str:
-    """An encoder that open_clip knows by name and tag; a folder gets open_clip's local-dir of it."""
-    import open_clip
-
-    name = wanted.model.replace("/", "-")
-    known, config = open_clip.get_pretrained_cfg(name, wanted.tag), open_clip.get_model_config(name)
-    repo, _, file = (known.get("hf_hub") or "").rpartition("/")
-    if not repo:
-        raise ModelNotFound(f"{wanted}: open_clip names no repository of the hub for these weights")
-    # tokenizers other than CLIP's own, and foreign text towers, lie in a repository that the model names
-    text = config.get("text_cfg", {})
-    texts = {text.get("hf_tokenizer_name"), text.get("hf_model_name")} - {None, ""}
-    # in the loader's order
-    weights = (str(Path(file).with_suffix(".safetensors")), file) if file else OPEN_CLIP_WEIGHTS
-    revision = _fetch(wanted, repo, weights, _SIDE if repo in texts else ())
-    for other in sorted(texts):
-        if other != repo:
-            _fetch(wanted, other, ())
-        if wanted.place is None:
-            _note_absent(other, "config.json")
-    if wanted.place is not None:
-        settings = {k: known[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in known}
-        if known.get("quick_gelu"):  # open_clip only warns where a tag has another activation than the name
-            config["quick_gelu"] = True
-        body = {"model_cfg": config, "preprocess_cfg": settings}
-        (wanted.place / CONFIG_FILE).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-    return revision
+        raise _failed(what, f"'{repo}' at {constants.ENDPOINT}", cause) from error
+    if place is not None and weights:  # another model's, which was here before, would be read first
+        for file in place.iterdir():
+            if file.suffix in (".safetensors", ".bin") and file.name not in chosen:
+                file.unlink()
+    return commit
 
 
 def _note_absent(repo: str, name: str) -> None:
@@ -230,71 +163,57 @@ def _note_absent(repo: str, name: str) -> None:
         hf_hub_download(repo, name, etag_timeout=TIMEOUT_S)
 
 
-# ----------------------------------------------------------------------------------------------- the parser
-
-
-def _fetch_parser(wanted: _Wanted) -> str:
+def _fetch_parser(what: str, model: str, place: Path | None) -> str:
     """A spaCy pipeline: into the environment by spaCy's own command, or its data alone into a folder."""
-    place = wanted.place
     if place is not None and place.exists():  # renamed to this when it was whole
-        return _version(wanted, place)
+        return _version(place, model)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         try:
-            found = find_parser(wanted.model).path
+            found = find_parser(model).path
         except ModelNotFound:
-            _install_parser(wanted, Path(scratch))
-            found = find_parser(wanted.model if place is None else Path(scratch) / wanted.model).path
+            target = None if place is None else Path(scratch)
+            _install_parser(what, model, target)
+            found = find_parser(model if target is None else target / model).path
         if place is not None:
             unfinished = place.with_name(".parser")
             shutil.rmtree(unfinished, ignore_errors=True)
             shutil.copytree(found, unfinished, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
             found = unfinished.rename(place)
-        return _version(wanted, found)
+        return _version(found, model)
 
 
-def _install_parser(wanted: _Wanted, scratch: Path) -> None:
-    """Let spaCy and pip fetch a pipeline, into the environment or, as a package, into a scratch folder."""
+def _install_parser(what: str, model: str, target: Path | None) -> None:
+    """Let spaCy and pip fetch a pipeline, into the environment or, as a package, into a folder."""
     from spacy import about
 
-    _require_answer(wanted, about.__compatibility__)  # spaCy's own try may hang
-    where = [] if wanted.place is None else ["--target", str(scratch)]
-    command = [sys.executable, "-m", "spacy", "download", wanted.model, "--no-deps", *where]
+    where = [] if target is None else ["--target", str(target)]
+    command = [sys.executable, "-m", "spacy", "download", model, "--no-deps", *where]
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=PARSER_TIMEOUT_S)
-    except subprocess.TimeoutExpired as error:
-        raise ModelNotFound(f"{wanted}: no end of the download in {error.timeout:.0f} s") from error
-    if run.returncode:
-        said = [line.strip() for line in (run.stdout + run.stderr).splitlines() if line.strip()]
-        failed = f"`python -m spacy download {wanted.model}` failed: {said[-1] if said else 'silently'}"
-        raise ModelNotFound(f"{wanted}: {failed}")
+        _require_answer(about.__compatibility__)  # spaCy's own try may hang
+        subprocess.run(command, capture_output=True, text=True, timeout=PARSER_TIMEOUT_S, check=True)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        said = [line for line in (getattr(error, "stderr", None) or "").splitlines() if line.strip()]
+        raise _failed(what, about.__compatibility__, said[-1] if said else error) from error
 
 
-def _version(wanted: _Wanted, folder: Path) -> str:
+def _version(folder: Path, model: str) -> str:
     """Version of a pipeline; nothing where a folder holds another one, or none."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        return str(meta["version"]) if f"{meta['lang']}_{meta['name']}" == wanted.model else ""
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    meta = read_json(folder / "meta.json")
+    return str(meta.get("version")) if f"{meta.get('lang')}_{meta.get('name')}" == model else ""
 
 
-# ------------------------------------------------------------------------------------------------ no network
-
-
-def _require_answer(wanted: _Wanted, address: str) -> None:
+def _require_answer(address: str) -> None:
     """Raise within seconds where a server cannot be reached: the libraries below may wait for minutes."""
-    try:
+    with contextlib.suppress(urllib.error.HTTPError):  # an answer
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT_S).close()
-    except urllib.error.HTTPError:
-        return  # an answer
-    except (OSError, ValueError) as error:
-        raise _unreachable(wanted, address, error) from error
 
 
-def _unreachable(wanted: _Wanted, address: str, error: BaseException) -> ModelNotFound:
+def _failed(what: str, where: str, error: BaseException | str) -> ModelNotFound:
+    kind = "" if isinstance(error, str) else f"{type(error).__name__}: "
     return ModelNotFound(
-        str(wanted),
-        reason=f"cannot be fetched: no answer from {address} ({one_line(error)})",
-        remedy=f"Run `itemkit download --preset {wanted.preset} --to FOLDER` on a machine with a network, "
-        "copy FOLDER here and name it with `--models FOLDER`; or use preset 'mini', which comes with itemkit",
+        what,
+        reason=f"cannot be fetched from {where} ({kind}{one_line(error)})",
+        remedy="Check its name; where its page asks for consent, give it and log in with `hf auth login`; "
+        "without a network fetch it elsewhere with `--to FOLDER`, copy FOLDER here and name it with "
+        "`--models FOLDER`; or use preset 'mini', which comes with itemkit",
     )

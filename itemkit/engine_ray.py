@@ -11,16 +11,16 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from itemkit.decode import Item, Task, reason_of
+from itemkit.decode import Item, reason_of
 from itemkit.errors import InputError, ItemkitError, MissingExtra, StoreError
-from itemkit.extraction import GPU_BATCH, Job, Worker, WorkerOptions, build_models, fingerprint_of
+from itemkit.extraction import GPU_BATCH, Worker, WorkerOptions, build_models
 from itemkit.models import Models
 
 if TYPE_CHECKING:
@@ -40,68 +40,52 @@ class RayOptions:
 
     def __post_init__(self) -> None:
         if self.workers < 1 or self.cpus_per_worker < 0 or self.gpus_per_worker < 0:
-            raise InputError(
-                f"got {self.workers} workers with {self.cpus_per_worker:g} CPUs and {self.gpus_per_worker:g} "
-                "GPUs each; at least 1 worker is needed, and no less than 0 of the others"
-            )
+            raise InputError(f"got {self}; at least 1 worker is needed, with no less than 0 CPUs and GPUs")
 
 
 class RayCluster:
-    """Workers on a cluster.
+    """Workers on a cluster: as `itemkit.extraction.Worker`, whose place it takes.
 
-    Parameters
-    ----------
-    models : Models or Preset
-        A preset is loaded in the workers; models put together by hand are sent to them.
-    device : str
-        For a preset.
-    options : WorkerOptions
-    spread : RayOptions
+    ``models`` are a preset, which is loaded in the workers, or models put together by hand, which are sent to
+    them; and the device.
     """
 
     def __init__(
-        self, models: Models | Preset, device: str, options: WorkerOptions, spread: RayOptions
+        self,
+        folder: Path,
+        run: dict,
+        models: tuple[Models | Preset, str],
+        stored: pd.Index,
+        options: WorkerOptions,
+        spread: RayOptions,
     ) -> None:
         self.seconds: dict[str, float] = {}
         self.batch_size = 0
         self._options, self._spread = options, spread
         self._ray = start_ray(spread)
         check_room(self._ray, spread)
-        self._needs = {"num_cpus": spread.cpus_per_worker, "num_gpus": spread.gpus_per_worker}
-        self._models = self._ray.put((models, device))
+        needs = {"num_cpus": spread.cpus_per_worker, "num_gpus": spread.gpus_per_worker}
+        actor = self._ray.remote(_Maker).options(**needs, max_restarts=-1, max_task_retries=RETRIES)
+        same = [self._ray.put(value) for value in (models, stored)]
+        self._makers = [actor.remote(folder.absolute(), run, *same, options) for _ in range(spread.workers)]
 
-    def fingerprint(self, captions: str) -> dict[str, Any]:
-        """What the models are, as a worker sees it: on its device, from its files."""
-        ask = self._ray.remote(**self._needs)(lambda models: fingerprint_of(models[0], models[1], captions))
-        return self._ray.get(ask.remote(self._models))
-
-    def work(self, job: Job) -> Generator[list[Item], None, None]:
-        """Let the workers make the shards of ``job.todo``; see `itemkit.extraction.Worker.run`."""
-        ray, spread = self._ray, self._spread
-        stored = ray.put(job.known.tokens.index)
-        actor = ray.remote(_Maker).options(**self._needs, max_restarts=-1, max_task_retries=RETRIES)
-        makers = [
-            actor.remote(job.folder.absolute(), job.run, self._models, stored, self._options)
-            for _ in range(spread.workers)
-        ]
+    def run(self, items: Iterable[Item]) -> Generator[list[Item], None, None]:
+        """Let the workers make the shards of these items."""
+        ray, workers, todo = self._ray, self._spread.workers, list(items)
         # shards of full size, but several for each worker, so that they end together
-        size = min(self._options.shard_size, math.ceil(len(job.todo) / (4 * spread.workers)))
-        size = max(size, self._options.batch_size or (GPU_BATCH if spread.gpus_per_worker else 1))
-        first = job.next_shard
-        starts = range(0, len(job.todo), size)
-        shards = [
-            (first + i, list(job.tasks(job.todo[start : start + size]))) for i, start in enumerate(starts)
-        ][::-1]
-        pending: dict[Any, tuple[Any, int, list[Task]]] = {}
+        size = min(self._options.shard_size, math.ceil(len(todo) / (4 * workers)))
+        size = max(size, self._options.batch_size or (GPU_BATCH if self._spread.gpus_per_worker else 1))
+        shards = [todo[start : start + size] for start in range(0, len(todo), size)][::-1]
+        pending: dict[Any, tuple[Any, list[Item]]] = {}
         try:
             while shards or pending:
-                busy = [maker for maker, _, _ in pending.values()]
-                for maker in [maker for maker in makers if maker not in busy][: len(shards)]:
-                    number, tasks = shards.pop()
-                    pending[maker.make.remote(tasks, number)] = (maker, number, tasks)
+                busy = [maker for maker, _ in pending.values()]
+                for maker in [maker for maker in self._makers if maker not in busy][: len(shards)]:
+                    shard = shards.pop()
+                    pending[maker.make.remote(shard)] = (maker, shard)
                 # wakes up now and then, so that Ctrl-C is heard while workers work
                 for ready in ray.wait(list(pending), timeout=0.5)[0]:
-                    _, number, tasks = pending.pop(ready)
+                    _, shard = pending.pop(ready)
                     try:
                         results, seconds, self.batch_size = ray.get(ready)
                     except ray.exceptions.RayTaskError as error:
@@ -110,12 +94,13 @@ class RayCluster:
                             f"a Ray worker failed ({reason_of(cause)}); what was computed before is kept"
                         ) from error  # fmt: skip
                     except ray.exceptions.RayError as error:  # the worker died, again and again
-                        if len(tasks) > 1:
-                            half = len(tasks) // 2
-                            shards += [(number, tasks[half:]), (number, tasks[:half])]
+                        if len(shard) > 1:
+                            half = len(shard) // 2
+                            shards += [shard[half:], shard[:half]]
                             continue
-                        reason = f"{tasks[0].name}: the worker died on it ({reason_of(error)[:200]})"
-                        results, seconds = [Item(tasks[0], stage="worker", reason=reason)], {}
+                        why = f"the worker died on it ({reason_of(error)[:200]})"
+                        shard[0].fail("worker", f"{shard[0].name}: {why}")
+                        results, seconds = shard, {}
                     for step, s in seconds.items():
                         self.seconds[step] = self.seconds.get(step, 0.0) + s
                     yield results
@@ -123,7 +108,7 @@ class RayCluster:
                     break
                 yield []
         finally:
-            for maker in makers:
+            for maker in self._makers:
                 ray.kill(maker)
 
 
@@ -137,10 +122,10 @@ class _Maker:
             raise StoreError(f"a Ray worker does not see {folder}; give a folder that all machines share")
         self._worker = Worker(folder, run, build_models(*models), stored, options)
 
-    def make(self, tasks: list[Task], number: int) -> tuple[list[Item], dict[str, float], int]:
-        """Write the shard of these tasks; what became of each, seconds per step, and the batch size."""
+    def make(self, items: list[Item]) -> tuple[list[Item], dict[str, float], int]:
+        """Write the shard of these items; what became of each, seconds per step, and the batch size."""
         before = dict(self._worker.seconds)
-        results = [result for part in self._worker.run(tasks, number) for result in part]
+        results = [result for part in self._worker.run(items) for result in part]
         for result in results:
             if result.error is not None:  # as it is, it may not survive the way back
                 result.error = ItemkitError(f"step '{result.stage}': {reason_of(result.error)}")
@@ -154,7 +139,7 @@ def start_ray(spread: RayOptions) -> Any:
         import ray
     except ImportError as error:
         raise MissingExtra(
-            'the Ray engine needs an optional package: pip install "itemkit[ray]", or use engine="local"'
+            'the Ray engine needs an optional package: pip install "itemkit[ray]", or run without Ray'
         ) from error
     if not ray.is_initialized():
         where: dict[str, Any] = {"address": spread.address}
@@ -186,7 +171,7 @@ def check_room(ray: Any, spread: RayOptions) -> None:
         raise InputError(
             f"asked for {spread.workers} Ray workers with {need['CPU']:g} CPUs and {need['GPU']:g} GPUs "
             f"each; there are {there['CPU']:g} CPUs and {there['GPU']:g} GPUs in all, with room for "
-            f"{sum(rooms)} such workers. Ask for fewer or smaller ones, or name a larger cluster (address)"
+            f"{sum(rooms)} such workers. Ask for fewer or smaller ones"
         )
     if there["GPU"] and not need["GPU"]:
         warnings.warn(

@@ -18,20 +18,18 @@ class ModelNotFound(ItemkitError):
         What was asked for, e.g. ``captioner 'Salesforce/blip'``; or the whole message, if there is no more.
     reason : str
         What is wrong with it, as the rest of a sentence; that it is not here, by default.
-    looked : str
-        Where it was looked for.
-    remedy : str
-        What to do, in whole sentences.
+    looked, remedy : str
+        Where it was looked for, and what to do, in whole sentences. ``fact`` is the message without that.
     """
 
     def __init__(self, what: str, *, reason: str = "", looked: str = "", remedy: str = "") -> None:
         self.what, self.reason, self.looked, self.remedy = what, reason, looked, remedy
-        text = what
-        if reason or looked:
-            text += f" {reason or 'is not on this machine'}" + (f" (looked in {looked})" if looked else "")
-        if remedy:
-            text = f"{text.rstrip('. ')}. {remedy.strip()}"
-        super().__init__(text)
+        self.fact = what
+        if looked:
+            self.fact += f" {reason or 'is not on this machine'} (looked in {looked})"
+        elif reason:
+            self.fact += f" {reason}"
+        super().__init__(f"{self.fact.rstrip('. ')}. {remedy}" if remedy else self.fact)
 
 
 class StoreError(ItemkitError):

@@ -23,33 +23,18 @@ BOX_COLUMNS = ("x0", "y0", "x1", "y1", "score")
 class Features:
     """Embeddings of a set of images, from which every misalignment is derived.
 
-    Attributes
-    ----------
-    table : DataFrame, n rows
-        ``image_id, path, label, generator, source, split, caption, caption_logprob, n_objects, ...``.
-    image_emb, caption_emb : float32 array, shape (n, d)
-        L2-normalised embeddings of each whole image and of its caption.
-    region_emb, phrase_emb : float32 array, shape (m, d)
-        L2-normalised embeddings of each semantic object's region and of its phrase.
-    owner : int64 array, shape (m,)
-        Row of ``table`` to which each object belongs; ascending.
-    objects : DataFrame, m rows
-        ``phrase, x0, y0, x1, y1, score``; boxes in pixels of the original image.
-    run : dict
-        The store's ``run.json``: configuration, model fingerprints, versions, counts.
-    pixels : uint8 array, shape (n, h, w, 3), optional
-        The images themselves, all of one size, for the pixel controls only; never stored.
+    Embeddings are L2-normalised float32 rows of the joint space; n images have m semantic objects in all.
     """
 
-    table: pd.DataFrame
-    image_emb: np.ndarray
-    caption_emb: np.ndarray
-    region_emb: np.ndarray
-    phrase_emb: np.ndarray
-    owner: np.ndarray
-    objects: pd.DataFrame
-    run: dict = field(default_factory=dict)
-    pixels: np.ndarray | None = None
+    table: pd.DataFrame  # n rows: image_id, path, label, generator, source, split, caption, n_objects ...
+    image_emb: np.ndarray  # (n, d), of each whole image
+    caption_emb: np.ndarray  # (n, d), of its caption
+    region_emb: np.ndarray  # (m, d), of each object's region
+    phrase_emb: np.ndarray  # (m, d), of its phrase
+    owner: np.ndarray  # (m,), int64: the row of `table` to which each object belongs; ascending
+    objects: pd.DataFrame  # m rows: phrase, x0, y0, x1, y1 (in pixels of the original image), score
+    run: dict = field(default_factory=dict)  # the store's run.json
+    pixels: np.ndarray | None = None  # (n, h, w, 3), uint8, for the pixel controls only; never stored
 
     def __len__(self) -> int:
         return len(self.table)
@@ -75,11 +60,8 @@ class Features:
     def provenance(self) -> dict[str, Any]:
         """What made these features, to be kept beside every number derived from them.
 
-        Returns
-        -------
-        dict
-            ``itemkit`` (version), ``preset``, ``models`` (16 hex digits of the fingerprint; "" for embeddings
-            made elsewhere), ``note`` (what the numbers are about, where the mini models made them).
+        ``itemkit`` (version), ``preset``, ``models`` (16 hex digits of the fingerprint; "" for embeddings
+        made elsewhere), ``note`` (what the numbers are about, where the mini models made them).
         """
         preset = (self.run.get("config") or {}).get("name", "")
         note = ""
@@ -87,20 +69,15 @@ class Features:
             ours = schema.SOURCE in self.table and (self.table[schema.SOURCE] == schema.LAB_SOURCE).all()
             note = schema.LAB_NOTE if ours else schema.MINI_WARNING
         version = (self.run.get("versions") or {}).get("itemkit", __version__)
-        return {"itemkit": version, "preset": preset, "models": self.run.get("fingerprint_hash", ""),
-                "note": note}  # fmt: skip
+        models = self.run.get("fingerprint_hash", "")
+        return {"itemkit": version, "preset": preset, "models": models, "note": note}
 
     def select(self, rows: np.ndarray | pd.Series) -> Features:
         """Keep some images, with their objects.
 
         Parameters
         ----------
-        rows : boolean mask of length n, or integer row positions (order is kept as given, no repeats).
-
-        Returns
-        -------
-        Features
-            The chosen rows in the given order.
+        rows : boolean mask of length n, or integer positions without repeats, which give the order
         """
         rows = np.asarray(rows)
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
@@ -121,17 +98,7 @@ class Features:
         )
 
     def split(self, name: str) -> Features:
-        """Select the labelled images of one split.
-
-        Parameters
-        ----------
-        name : {"train", "val", "test"}
-
-        Raises
-        ------
-        InputError
-            There is none; says which splits there are.
-        """
+        """Select the labelled images of split "train", "val" or "test"; raises if there is none."""
         labelled = self.table[self.table[schema.LABEL].notna()]
         rows = (self.table[schema.SPLIT] == name).fillna(False) & self.table[schema.LABEL].notna()
         if not rows.any():
@@ -143,17 +110,7 @@ class Features:
         return self.select(rows.to_numpy(dtype=bool))
 
     def with_generators(self, names: Sequence[str]) -> Features:
-        """Select all real images and the fake ones of these generators.
-
-        Parameters
-        ----------
-        names : sequence of str
-
-        Raises
-        ------
-        InputError
-            A generator of which there is no image.
-        """
+        """Select all real images and the fake ones of these generators; each must have some."""
         column = self.table[schema.GENERATOR]
         fakes = sorted(set(column.dropna()) - {schema.REAL_GENERATOR})
         for name in names:

@@ -1,63 +1,61 @@
 """The MLP head: a small network from a misalignment vector to the log-odds of fake, and how it is trained.
 
-`Net` is the network, `MisalignmentMLP._train` its loop: the standardised features go to the device once, an
-epoch is one permutation, a batch is one index. Nothing here touches torch's global random state or threads.
+`Net` is the network, `MisalignmentMLP._train` its loop. Nothing here touches torch's global random state or
+threads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import math
-import numbers
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.numpy import load_file, save
 from scipy.special import expit
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.preprocessing import LabelEncoder
+from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from itemkit._files import atomic_write, write_json
-from itemkit.devices import choose_device, choose_precision, dtype_name
+from itemkit.devices import choose_device
 from itemkit.errors import InputError, ModelNotFound
 from itemkit.metrics import average_precision
+from itemkit.models import file_hash
 from itemkit.splits import split_validation
-from itemkit.text import did_you_mean, one_line
-
-# ------------------------------------------------------------------------------------------------ the network
+from itemkit.text import one_line
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape and training recipe of a head.
+    """Shape and training recipe of a head; no other can be made or read from a file."""
 
-    Attributes
-    ----------
-    hidden : widths of the hidden layers
-    activation : {"relu", "leaky_relu"}
-    dropout : share of hidden units silenced in training
-    batch_norm : normalise each hidden layer over the batch
-    learning_rate, weight_decay : of AdamW
-    source : where the numbers come from
-    """
-
-    hidden: tuple[int, ...] = (256, 64)
-    activation: str = "relu"
-    dropout: float = 0.2
-    batch_norm: bool = False
-    learning_rate: float = 1e-3
+    hidden: tuple[int, ...] = (256, 64)  # widths of the hidden layers
+    activation: str = "relu"  # or leaky_relu
+    dropout: float = 0.2  # share of hidden units silenced in training
+    batch_norm: bool = False  # normalise each hidden layer over the batch
+    learning_rate: float = 1e-3  # of AdamW
     weight_decay: float = 1e-2
-    source: str = "our choice; the paper says MLP and no more"
+    source: str = "our choice; the paper says MLP and no more"  # of these numbers
+
+    def __post_init__(self) -> None:
+        widths = [isinstance(width, Integral) and 1 <= width <= 65_536 for width in self.hidden]
+        if len(widths) > 16 or not all(widths):
+            raise InputError("hidden_sizes: expected at most 16 widths from 1 to 65,536, such as (256, 64)")
 
 
 ARCHITECTURES = {
@@ -82,31 +80,31 @@ ARCHITECTURES = {
 class Net(nn.Module):
     """Linear, activation, dropout, again; at the end one number: the log-odds of fake.
 
-    Every weight has the members first, ``(members, in, out)``: networks of one shape side by side on the same
-    inputs. For one member it is the plain perceptron.
+    Every weight has the members first, ``(members, in, out)``: networks of one shape on the same inputs.
     """
 
     def __init__(self, n_in: int, arch: Architecture, members: int = 1) -> None:
         super().__init__()
         self.arch, self.members = arch, members
         widths = [n_in, *arch.hidden, 1]
-        sizes = list(zip(widths, widths[1:], strict=False))
+        sizes = list(itertools.pairwise(widths))
         self.weights = nn.ParameterList([torch.empty(members, a, b) for a, b in sizes])
         self.biases = nn.ParameterList([torch.empty(members, 1, b) for _, b in sizes])
-        wide = [members * width for width in arch.hidden] if arch.batch_norm else []
-        self.norms = nn.ModuleList([nn.BatchNorm1d(width) for width in wide])
+        self.norms = nn.ModuleList([nn.BatchNorm1d(members * b) for b in arch.hidden if arch.batch_norm])
 
     def forward(self, x: Tensor, noise: torch.Generator | None = None) -> Tensor:
         """Logits (members, rows) for x (rows, in); ``noise`` draws the dropout and means training."""
-        x = x[None].expand(self.members, -1, -1)
+        x = x.expand(self.members, -1, -1)
         for i in range(len(self.arch.hidden)):
-            x = linear(x, self.weights[i], self.biases[i])
+            x = torch.baddbmm(self.biases[i], x, self.weights[i])
             if self.arch.batch_norm:
-                x = batch_norm(x, self.norms[i], training=noise is not None)
+                norm = self.norms[i].train(noise is not None and x.shape[1] > 1)  # one row has no spread
+                x = norm(x.transpose(0, 1).flatten(1)).unflatten(1, (self.members, -1)).transpose(0, 1)
             x = F.relu(x) if self.arch.activation == "relu" else F.leaky_relu(x)
-            if noise is not None:
-                x = dropout(x, self.arch.dropout, noise)
-        return linear(x, self.weights[-1], self.biases[-1])[..., 0].float()
+            if noise is not None and self.arch.dropout:
+                kept = 1 - self.arch.dropout  # the others grow, so that the sum stays as large
+                x = x * torch.empty_like(x).bernoulli_(kept, generator=noise) / kept
+        return torch.baddbmm(self.biases[-1], x, self.weights[-1])[..., 0]
 
     def start(self, seed: int) -> Net:
         """Draw start weights by torch's own rule for linear layers."""
@@ -123,104 +121,7 @@ class Net(nn.Module):
 
     def tensors(self) -> list[Tensor]:
         """Everything that is learned, running statistics included, with the members first."""
-        learned = (t for t in (*self.parameters(), *self.buffers()) if t.ndim)
-        return [t.detach().view(self.members, -1) for t in learned]
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``x @ weight + bias`` for each member."""
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    if len(weight) == 1:  # a product of matrices is quicker than a batch of one
-        return torch.addmm(bias[0], x[0], weight[0])[None]
-    return torch.baddbmm(bias, x, weight)
-
-
-def dropout(x: Tensor, share: float, noise: torch.Generator) -> Tensor:
-    """Silence a share of the units, and scale the others up so that the sum stays as large."""
-    keep = 1 - share
-    return x * torch.empty_like(x).bernoulli_(keep, generator=noise).div_(keep) if share else x
-
-
-def batch_norm(x: Tensor, norm: nn.BatchNorm1d, training: bool) -> Tensor:
-    """Normalise each unit of each member over the rows."""
-    members, rows, width = x.shape
-    flat = x.transpose(0, 1).reshape(rows, members * width)
-    # a batch of one row has no spread to normalise by
-    flat = F.batch_norm(
-        flat, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=training and rows > 1
-    )
-    return flat.reshape(rows, members, width).transpose(0, 1)
-
-
-class EarlyStopping:
-    """Best weights of each member so far, and which members still have patience; see `MisalignmentMLP`."""
-
-    def __init__(self, net: Net, patience: int, tol: float) -> None:
-        self.net, self.patience, self.tol = net, patience, tol
-        self.best = torch.full((net.members,), float("inf"))
-        self.anchor = self.best.clone()  # loss at the last step worth waiting for
-        self.best_epoch, self.last_step = torch.zeros((2, net.members), dtype=torch.long)
-        self.alive = torch.ones(net.members, dtype=torch.bool)
-        self.best_tensors = [t.clone() for t in net.tensors()]
-
-    def update(self, epoch: int, losses: Tensor) -> None:
-        """Note the validation loss of each member after an epoch; members without patience learn in vain."""
-        better = self.alive & (losses < self.best)
-        self.best[better], self.best_epoch[better] = losses[better], epoch
-        for old, new in zip(self.best_tensors, self.net.tensors(), strict=True):
-            old[better.to(new.device)] = new[better.to(new.device)]
-        step = self.alive & (losses < self.anchor - self.tol)
-        self.anchor[step], self.last_step[step] = losses[step], epoch
-        self.alive &= epoch - self.last_step < self.patience
-
-    def restore(self) -> None:
-        """Give the network the best weights of each member."""
-        for tensor, best in zip(self.net.tensors(), self.best_tensors, strict=True):
-            tensor.copy_(best)
-
-
-BLOCK = 256  # rows that stay in the processor's cache between two steps; five times quicker than whole arrays
-LARGE = 5e7  # numbers in the training set from which precision="auto" considers bfloat16
-PREDICT_ROWS = 65536
-
-
-def moments(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each column, float32.
-
-    A constant column has deviation 1: it stays zero instead of being divided by its rounding error.
-    """
-    x = torch.from_numpy(X)
-    centre = x[:BLOCK].mean(0)  # near enough to the mean for a large mean to cost no digits
-    total, square = torch.zeros((2, x.shape[1]), dtype=torch.float64)
-    for block in x.split(BLOCK):
-        off = block - centre
-        total += off.sum(0)
-        square += off.square_().sum(0)
-    off = total / len(x)
-    mean, scale = (off + centre).numpy(), (square / len(x) - off**2).clamp_min(0).sqrt().numpy()
-    scale[scale <= 1e-6 * np.maximum(1e-6, np.abs(mean))] = 1
-    return mean.astype(np.float32), scale.astype(np.float32)
-
-
-# --------------------------------------------------------------------------------------------- the classifier
-
-FORMAT = "itemkit head 2"
-HISTORY = ("epoch", "train_loss", "val_loss", "val_ap", "seconds")
-MAX_JSON = 2**24  # bytes
-MAX_LAYERS = 16
-# smallest and largest value of each number that a head is made with; whole where the smallest is written so
-LIMITS: dict[str, tuple[float, float]] = {
-    "batch_size": (1, 2**31), "max_epochs": (1, 10**6), "patience": (1, 10**6), "members": (1, 1000),
-    "seed": (0, 2**62), "dropout": (0.0, 0.99), "learning_rate": (1e-12, math.inf),
-    "weight_decay": (0.0, math.inf), "tol": (0.0, math.inf), "validation_fraction": (0.0, 0.99),
-}  # fmt: skip
-
-
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    kind: Any
-    kind, what = (numbers.Integral, "whole number") if isinstance(low, int) else (numbers.Real, "number")
-    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
-        raise InputError(f"{name}={value!r}: expected a {what} from {low:g} to {high:g}")
+        return [t.view(self.members, -1) for t in self.state_dict().values() if t.ndim]
 
 
 def cross_entropy(logits: Tensor, y: Tensor, weight: Tensor) -> Tensor:
@@ -235,62 +136,72 @@ def balance(y: Tensor) -> Tensor:
     return (len(y) / (counts > 0).sum() / counts)[y].float()
 
 
+class EarlyStopping:
+    """Best weights of each member so far, and which members still have patience; see `MisalignmentMLP`."""
+
+    def __init__(self, net: Net, patience: int, tol: float) -> None:
+        self.net, self.patience, self.tol = net, patience, tol
+        self.best = self.anchor = torch.full((net.members,), math.inf)  # anchor: a step worth waiting for
+        self.best_epoch = self.last_step = torch.zeros(net.members, dtype=torch.long)
+        self.best_tensors = [t.clone() for t in net.tensors()]
+
+    def update(self, epoch: int, losses: Tensor) -> bool:
+        """Note the validation loss of each member after an epoch; False when all have lost patience."""
+        alive = epoch - self.last_step <= self.patience  # the others learn on in vain
+        better, step = alive & (losses < self.best), alive & (losses < self.anchor - self.tol)
+        self.best, self.anchor = losses.where(better, self.best), losses.where(step, self.anchor)
+        self.best_epoch = self.best_epoch.masked_fill(better, epoch)
+        self.last_step = self.last_step.masked_fill(step, epoch)
+        for best, now in zip(self.best_tensors, self.net.tensors(), strict=True):
+            best[better] = now[better]
+        return bool((epoch - self.last_step < self.patience).any())
+
+
+# --------------------------------------------------------------------------------------------- the classifier
+
+FORMAT = "itemkit head 2"
+FILES = ("head.json", "head.safetensors")
+
+
 @dataclass(eq=False, repr=False)
 class MisalignmentMLP(ClassifierMixin, BaseEstimator):
-    """Multi-layer perceptron from a misalignment vector to real or fake.
+    """Multi-layer perceptron from a misalignment vector to real or fake: a binary scikit-learn classifier.
 
-    A binary scikit-learn classifier: works in ``Pipeline``, ``cross_val_score``, ``GridSearchCV`` and
-    ``CalibratedClassifierCV``. Standardises its input, weights the classes, stops early.
-
-    Parameters
-    ----------
-    architecture : str
-        Name in `ARCHITECTURES`: "itemkit", "linear", "defake", "robust_clip".
-    hidden_sizes, dropout, learning_rate, weight_decay : optional
-        Replace that one number of the architecture.
-    batch_size : int
-        Rows per step.
-    max_epochs, patience, tol : int, int, float
-        Epochs at most, and epochs in which the validation loss falls by less than ``tol`` in all, after
-        which a member stops and goes back to the weights of its lowest loss.
-    validation_fraction : float
-        Share of the training rows held out, class by class, when ``fit`` is given no validation set. With 0
-        there is no early stopping and the last weights stay.
-    members : int
-        Networks trained at once from different starts; their mean logit is the score.
-    seed : int
-        Of start weights, batches, dropout and the held-out split. On one CPU and one thread count, the same
-        seed gives the same weights, bit for bit; another device has the same starts and batches.
-    device : str
-        "auto" (CUDA where there is one), "cpu", "cuda", ... Not stored with the head.
-    precision : str
-        Of the arithmetic in training; the weights are float32. "auto" is float32, and bfloat16 only for large
-        training sets on hardware that is quick at it. ``precision_`` says what was used.
-
-    Attributes
-    ----------
-    history_ : dict of lists
-        ``epoch, train_loss, val_loss, val_ap, seconds`` (mean over members; AP of their mean logit).
-    best_epoch_ : list of int
-        Epoch whose weights each member has.
-    classes_, n_features_in_
-        As in scikit-learn; ``classes_[1]`` is the positive class.
+    Standardises its input, weights the classes, stops early. On one CPU and one thread count the same seed
+    gives the same weights, bit for bit; another device has the same starts and batches. ``history_`` has
+    lists of ``epoch, train_loss, val_loss, val_ap, seconds`` (mean over members; AP of their mean logit),
+    ``best_epoch_`` the epoch whose weights each member has.
     """
 
-    architecture: str = "itemkit"
+    architecture: str = "itemkit"  # name in `ARCHITECTURES`; the next four replace that one number of it
     hidden_sizes: tuple[int, ...] | None = None
     dropout: float | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
-    batch_size: int = 256
+    batch_size: int = 256  # rows per step
     max_epochs: int = 60
-    patience: int = 8
-    tol: float = 1e-3
+    patience: int = 8  # a member stops after so many epochs in which its validation loss ...
+    tol: float = 1e-3  # ... falls by less than this in all, and takes the weights of its lowest loss
+    # held out of each class if `fit` is given no validation set; with 0 the last weights stay
     validation_fraction: float = 0.15
-    members: int = 1
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "auto"
+    members: int = 1  # networks trained at once from different starts; their mean logit is the score
+    seed: int = 0  # of start weights, batches, dropout and the held-out split
+    device: str = "auto"  # CUDA where there is one; not stored with the head
+
+    _parameter_constraints: ClassVar[dict[str, list]] = {
+        "architecture": [StrOptions(set(ARCHITECTURES))],
+        "hidden_sizes": ["array-like", None],
+        "dropout": [Interval(Real, 0, 1, closed="left"), None],
+        "learning_rate": [Interval(Real, 0, None, closed="neither"), None],
+        "weight_decay": [Interval(Real, 0, None, closed="left"), None],
+        "batch_size": [Interval(Integral, 1, 2**31, closed="both")],
+        "max_epochs": [Interval(Integral, 1, None, closed="left")],
+        "patience": [Interval(Integral, 1, None, closed="left")],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "validation_fraction": [Interval(Real, 0, 1, closed="left")],
+        "members": [Interval(Integral, 1, 1000, closed="both")],
+        "seed": [Interval(Integral, 0, 2**62, closed="both")],
+    }
 
     def __sklearn_tags__(self) -> Any:
         """Tell scikit-learn that this classifier knows two classes only."""
@@ -300,21 +211,10 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
 
     def resolved_architecture(self) -> Architecture:
         """The named architecture with the replaced numbers; every number of this head is checked here."""
-        if self.architecture not in tuple(ARCHITECTURES):
-            raise InputError(
-                f"architecture={self.architecture!r}: expected one of {', '.join(ARCHITECTURES)}, "
-                f"with hidden_sizes=... for other widths.{did_you_mean(self.architecture, ARCHITECTURES)}"
-            )
-        given = {name: getattr(self, name) for name in LIMITS if getattr(self, name) is not None}
-        for name, value in given.items():
-            _check_number(name, value, *LIMITS[name])
-        replaced = {k: v for k, v in given.items() if k in ("dropout", "learning_rate", "weight_decay")}
-        if self.hidden_sizes is not None:
-            if not isinstance(self.hidden_sizes, list | tuple) or len(self.hidden_sizes) > MAX_LAYERS:
-                raise InputError(f"hidden_sizes: expected at most {MAX_LAYERS} widths, such as (256, 64)")
-            for width in self.hidden_sizes:
-                _check_number("hidden_sizes", width, 1, 65_536)
-            replaced["hidden"] = tuple(self.hidden_sizes)
+        self._validate_params()
+        given = {name: getattr(self, name) for name in ("dropout", "learning_rate", "weight_decay")}
+        given["hidden"] = None if self.hidden_sizes is None else tuple(self.hidden_sizes)
+        replaced = {name: value for name, value in given.items() if value is not None}
         return replace(ARCHITECTURES[self.architecture], **replaced)
 
     def fit(
@@ -327,117 +227,87 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         X, y : arrays, shape (n, k) and (n,)
             Features and labels of two classes.
         X_val, y_val : arrays, optional
-            Images to stop the training on; without them ``validation_fraction`` of the rows is held out.
+            To stop the training on.
 
         Raises
         ------
-        InputError
+        ValueError
             A number that no head can have, not two classes, too few rows to hold some out, or divergence.
         """
         arch = self.resolved_architecture()
         X, y = validate_data(self, X, y, dtype=np.float32)
         check_classification_targets(y)
-        self.classes_ = np.unique(y)
+        labels = LabelEncoder().fit(y)
+        self.classes_, codes = labels.classes_, labels.transform(y)
         if len(self.classes_) != 2:
             raise InputError(
                 f"Only binary classification is supported. The type of the target is {type_of_target(y)}: "
                 f"{len(y)} labels of {len(self.classes_)} class(es), expected two, real and fake"
             )
-        codes = (y == self.classes_[1]).astype(np.int64)
+        codes_val = None
         if X_val is not None:
             X_val, y_val = validate_data(self, X_val, y_val, dtype=np.float32, reset=False)
-            if not np.isin(y_val, self.classes_).all():
-                raise InputError(f"y_val: expected labels out of {self.classes_.tolist()}")
-            codes_val = (y_val == self.classes_[1]).astype(np.int64)
+            codes_val = labels.transform(y_val)  # refuses other labels
         elif self.validation_fraction:
-            if min(counts := np.bincount(codes)) < 2:
-                raise InputError(
-                    f"class {self.classes_.tolist()[counts.argmin()]!r} has 1 row; holding some out for "
-                    "early stopping needs 2. Give X_val and y_val, or validation_fraction=0"
-                )
             held, rest = split_validation(codes, self.validation_fraction, int(self.seed))
             X_val, codes_val, X, codes = X[held], codes[held], X[rest], codes[rest]
 
+        mean, scale = X.mean(0, dtype=np.float64), X.std(0, dtype=np.float64)
+        scale[scale <= 1e-6 * np.maximum(1e-6, np.abs(mean))] = 1  # a constant column stays zero
+        self.mean_, self.scale_ = mean.astype(np.float32), scale.astype(np.float32)
         device = choose_device(self.device)
-        small = self.precision == "auto" and X.size < LARGE
-        dtype = choose_precision("float32" if small else self.precision, device)
-        self.device_, self.precision_ = str(device), dtype_name(dtype)
-        self.mean_, self.scale_ = moments(X)
         self.net_ = Net(X.shape[1], arch, int(self.members)).start(int(self.seed)).to(device)
-        x, y = self._on_device(X, dtype), torch.as_tensor(codes, device=device)
-        val = None
-        if X_val is not None:
-            val = self._on_device(X_val, torch.float32), torch.as_tensor(codes_val, device=device)
-        self._train(arch, x, y, val)
+        val = None if X_val is None else (self._standardise(X_val), torch.as_tensor(codes_val, device=device))
+        self._train(arch, self._standardise(X), torch.as_tensor(codes, device=device), val)
         return self
 
-    def _on_device(self, X: np.ndarray, dtype: torch.dtype) -> Tensor:
-        """Standardised copy of the features beside the network, written once in its number format."""
-        device = next(self.net_.parameters()).device
-        shift, factor = (torch.from_numpy(v).to(device) for v in (self.mean_, 1 / self.scale_))
-        out = torch.empty(X.shape, dtype=dtype, device=device)
-        for into, block in zip(out.split(BLOCK), torch.from_numpy(X).split(BLOCK), strict=True):
-            into.copy_((block.to(device) - shift).mul_(factor))
-        return out
+    def _standardise(self, X: np.ndarray) -> Tensor:
+        """Features of mean 0 and deviation 1 in training, beside the network."""
+        return torch.from_numpy((X - self.mean_) / self.scale_).to(self.net_.weights[0].device)
 
     def _train(self, arch: Architecture, x: Tensor, y: Tensor, val: tuple[Tensor, Tensor] | None) -> None:
-        net, device = self.net_, x.device
-        weight = balance(y)
-        order_rng = torch.Generator().manual_seed(int(self.seed))  # on the CPU: the same batches everywhere
-        noise = torch.Generator(device).manual_seed(int(self.seed) + 1)
+        net, weight = self.net_, balance(y)
+        order = torch.Generator().manual_seed(int(self.seed))  # on the CPU: the same batches everywhere
+        noise = torch.Generator(x.device).manual_seed(int(self.seed) + 1)
         # members do not share weights and AdamW works element by element, so one optimiser trains them apart
         rates = {"lr": arch.learning_rate, "weight_decay": arch.weight_decay}
-        optimiser = torch.optim.AdamW(net.parameters(), **rates, fused=device.type != "mps")
-        stopping = EarlyStopping(net, self.patience, self.tol)
-        self.history_: dict[str, list[float]] = {name: [] for name in HISTORY}
-        start = time.perf_counter()
+        optimiser = torch.optim.AdamW(net.parameters(), **rates, fused=True)
+        stopping, history, start = EarlyStopping(net, self.patience, self.tol), [], time.perf_counter()
         for epoch in range(1, self.max_epochs + 1):
-            total = torch.zeros((), device=device)
-            for rows in torch.randperm(len(x), generator=order_rng).to(device).split(self.batch_size):
-                # index_select: x[rows] takes seven times as long in bfloat16
-                logits = net(x.index_select(0, rows), noise)
-                loss = cross_entropy(logits, y[rows], weight[rows]).sum()
-                optimiser.zero_grad(set_to_none=True)
+            total, patient, val_loss, val_ap = torch.zeros(()), True, None, None
+            for rows in torch.randperm(len(x), generator=order).to(x.device).split(self.batch_size):
+                loss = cross_entropy(net(x[rows], noise), y[rows], weight[rows]).sum()
+                optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
-                total += loss.detach() * len(rows)
-            train_loss, val_loss, val_ap = float(total) / len(x) / net.members, math.nan, math.nan
+                total = total + loss.detach() * len(rows)
+            train_loss = float(total) / len(x) / net.members
+            if not math.isfinite(train_loss):
+                hint = f"try a learning_rate below {arch.learning_rate:g}"
+                raise InputError(f"the training diverged in epoch {epoch} (loss {train_loss}); {hint}")
             if val is not None:
                 with torch.no_grad():
                     logits = net(val[0])
                 losses = cross_entropy(logits, val[1], balance(val[1])).cpu()
-                stopping.update(epoch, losses)
-                val_loss, score = float(losses.mean()), logits.mean(0).cpu().numpy()
-                # scores of a diverged training surface below with their own message
-                if 0 < int(val[1].sum()) < len(score) and np.isfinite(score).all():
-                    val_ap = average_precision(val[1].cpu().numpy(), score)
-            record = (epoch, train_loss, val_loss, val_ap, time.perf_counter() - start)
-            for name, value in zip(HISTORY, record, strict=True):
-                self.history_[name].append(value)
-            if not math.isfinite(train_loss):
-                raise InputError(
-                    f"the training diverged in epoch {epoch} (loss {train_loss}); "
-                    f"try a learning_rate below {arch.learning_rate:g}"
-                )
-            if not stopping.alive.any():
+                patient, val_loss = stopping.update(epoch, losses), float(losses.mean())
+                val_ap = average_precision(val[1].cpu().numpy(), logits.mean(0).cpu().numpy())
+            history.append((epoch, train_loss, val_loss, val_ap, time.perf_counter() - start))
+            if not patient:
                 break
-        self.best_epoch_ = [epoch] * net.members
         if val is not None:
-            stopping.restore()
-            self.best_epoch_ = stopping.best_epoch.tolist()
-
-    def member_logits(self, X: np.ndarray) -> np.ndarray:
-        """Logit of every member, shape (members, n): their spread shows what the seed alone does."""
-        check_is_fitted(self, "net_")
-        X = validate_data(self, X, dtype=np.float32, reset=False)
-        pieces = np.split(X, range(PREDICT_ROWS, len(X), PREDICT_ROWS))
-        with torch.no_grad():
-            logits = [self.net_(self._on_device(piece, torch.float32)).cpu() for piece in pieces]
-        return torch.cat(logits, dim=1).numpy()
+            for tensor, best in zip(net.tensors(), stopping.best_tensors, strict=True):
+                tensor.copy_(best)
+        self.best_epoch_ = [epoch] * net.members if val is None else stopping.best_epoch.tolist()
+        names = ("epoch", "train_loss", "val_loss", "val_ap", "seconds")
+        self.history_ = dict(zip(names, map(list, zip(*history, strict=True)), strict=True))
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         """Log-odds of the positive class, mean over members, shape (n,)."""
-        return self.member_logits(X).mean(0)
+        check_is_fitted(self, "net_")
+        X = validate_data(self, X, dtype=np.float32, reset=False)
+        with torch.no_grad():
+            parts = [self.net_(part).cpu() for part in self._standardise(X).split(65_536)]
+        return torch.cat(parts, dim=1).numpy().mean(0)
 
     def predict_proba(self, X: np.ndarray) -> np.ndarray:
         """Probability of both classes, shape (n, 2), in the order of ``classes_``."""
@@ -452,113 +322,92 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
     def save(self, folder: str | Path) -> Path:
         """Write ``head.safetensors`` (weights) and ``head.json`` (everything else) into a folder."""
         check_is_fitted(self, "net_")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {k: v.detach().cpu().contiguous() for k, v in self.net_.state_dict().items()}
-        tensors |= {"input_mean": torch.from_numpy(self.mean_), "input_scale": torch.from_numpy(self.scale_)}
-        data = save(tensors)
-        atomic_write(folder / "head.safetensors", data)
-        # numbers of NumPy are no JSON; and where a head is used is for the user to say
-        params = {k: getattr(v, "tolist", lambda v=v: v)() for k, v in self.get_params().items()}
-        params["hidden_sizes"] = self.hidden_sizes and [int(width) for width in self.hidden_sizes]
-        del params["device"]
+        params = self.get_params()
+        del params["device"]  # where a head is used is for the user to say
         contents = {
+            "format": FORMAT,
             "params": params,
             # a name alone would be another network once its numbers change
             "network": asdict(self.net_.arch),
-            "classes": self.classes_.tolist(),
+            "classes": self.classes_,
             "n_features": self.n_features_in_,
             "best_epoch": self.best_epoch_,
-            "history": {k: [None if math.isnan(v) else v for v in h] for k, h in self.history_.items()},
-            "precision": self.precision_,
+            "history": self.history_,
             "torch": str(torch.__version__),
         }
-        write_description(folder, "head.json", FORMAT, contents, ("head.safetensors",))
-        return folder
+        arrays = {name: tensor.cpu().numpy() for name, tensor in self.net_.state_dict().items()}
+        arrays |= {"input_mean": self.mean_, "input_scale": self.scale_}
+        return write_sealed(Path(folder), FILES, contents, arrays)
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> MisalignmentMLP:
-        """Read a head written by `save`, onto a device.
-
-        Raises
-        ------
-        ModelNotFound
-            There is none, or it is damaged; no size in its files is believed before it is checked.
-        """
-        folder, where = Path(folder), choose_device(device)
-        meta = read_description(folder, "head.json", FORMAT, ("head.safetensors",))
-        params = meta["params"]
-        params["hidden_sizes"] = params["hidden_sizes"] and tuple(params["hidden_sizes"])
-        head = cls(**params, device=device)
-        try:
+        """Read a head written by `save`; ModelNotFound if there is none, or it is damaged."""
+        where, (meta, arrays) = choose_device(device), read_sealed(Path(folder), FILES, FORMAT)
+        with intact(Path(folder)):
+            names = [name for name in cls._get_param_names() if name != "device"]
+            head = cls(**{name: meta["params"][name] for name in names}, device=device)
             head.resolved_architecture()  # refuses numbers that no head can have
             arch = Architecture(**meta["network"] | {"hidden": tuple(meta["network"]["hidden"])})
-            tensors = load_file(folder / "head.safetensors")
-            head.mean_, head.scale_ = tensors.pop("input_mean").numpy(), tensors.pop("input_scale").numpy()
+            head.mean_, head.scale_ = arrays.pop("input_mean"), arrays.pop("input_scale")
             with torch.device("meta"):  # shapes without memory, to hold those of the file against
                 head.net_ = Net(len(head.mean_), arch, head.members)
-            # copies: where a number lies in memory changes the last bits of a product
-            head.net_.load_state_dict({k: v.clone() for k, v in tensors.items()}, assign=True)
-            if not all(torch.isfinite(t).all() for t in (*tensors.values(), torch.from_numpy(head.mean_))):
-                raise InputError("head.safetensors holds a number that is not finite")
-        except (InputError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
-            raise damaged(folder, one_line(error)) from error
+            head.net_.load_state_dict({k: torch.tensor(v) for k, v in arrays.items()}, assign=True)
+            head.n_features_in_, head.classes_ = meta["n_features"], np.array(meta["classes"])
+            head.best_epoch_, head.history_ = meta["best_epoch"], meta["history"]
         head.net_.to(where)
-        head.n_features_in_, head.classes_ = meta["n_features"], np.array(meta["classes"])
-        head.history_ = {k: [math.nan if v is None else v for v in h] for k, h in meta["history"].items()}
-        head.best_epoch_, head.device_, head.precision_ = meta["best_epoch"], str(where), meta["precision"]
         return head
 
 
 # ------------------------------------------------------------------------------------ folders of detectors
 
 
-def damaged(folder: Path, reason: str) -> ModelNotFound:
-    """Error for a folder that was cut off or changed after it was written."""
-    return ModelNotFound(str(folder), reason=f"is damaged ({reason}); train again")
+@contextlib.contextmanager
+def intact(folder: Path) -> Iterator[None]:
+    """Whatever fails inside says that the folder was cut off or changed after it was written."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelNotFound(str(folder), reason=f"is damaged ({one_line(error)}); train again") from error
 
 
-def write_description(
-    folder: Path, name: str, form: str, contents: dict[str, Any], files: Sequence[str]
-) -> None:
-    """Write a JSON file that knows its format, its own checksum and those of the files beside it."""
-    meta = {"format": form} | contents | {"files": {file: _sha256(folder / file) for file in files}}
+def write_sealed(
+    folder: Path, files: tuple[str, str], contents: dict, arrays: dict, beside: Sequence[str] = ()
+) -> Path:
+    """Write a JSON file and one of arrays; the first knows the checksum of itself and of all other files."""
+    name, arrays_name = files
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / arrays_name, save({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
+    sums = {file: file_hash(folder / file) for file in (*beside, arrays_name)}
+    meta = json.loads(json.dumps(contents | {"files": sums}, default=lambda x: x.tolist()))
     write_json(folder / name, meta | {"sha256": _checksum(meta)})
+    return folder
 
 
-def read_description(folder: Path, name: str, form: str, files: Sequence[str]) -> dict[str, Any]:
-    """Read what `write_description` wrote, if neither it nor the files beside it have changed since.
-
-    Raises
-    ------
-    ModelNotFound
-        There is no such file, or something differs.
-    """
+def read_sealed(
+    folder: Path, files: tuple[str, str], form: str, beside: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Read what `write_sealed` wrote, if neither it nor the files beside it have changed since."""
+    name, arrays_name = files
     path = folder / name
     if not path.is_file():
-        raise ModelNotFound(
-            f"{folder} holds no detector: {name} is missing. Train one with `itemkit train`, or give the "
-            "folder of one"
-        )
-    try:
-        if path.stat().st_size > MAX_JSON:
+        raise ModelNotFound(f"{folder} holds no detector: {name} is missing. Train one with `itemkit train`, "
+                            "or give the folder of one")  # fmt: skip
+    with intact(folder):
+        if path.stat().st_size > 2**24:
             raise ValueError(f"{name} is larger than any that itemkit writes")
         meta = json.loads(path.read_bytes())
         if not isinstance(meta, dict) or meta.get("format") != form:
             raise ValueError(f"{name} is not in the format {form!r}, which this version of itemkit reads")
-        whole = meta.pop("sha256", None) == _checksum(meta)
-        changed = [name] if not whole else [f for f in files if meta["files"][f] != _sha256(folder / f)]
-        if changed:
-            raise ValueError(f"{changed[0]} was changed after it was written")
-    except (OSError, ValueError, RecursionError) as error:
-        raise damaged(folder, one_line(error)) from error
-    return meta
+        if meta.pop("sha256", None) != _checksum(meta):
+            raise ValueError(f"{name} was changed after it was written")
+        for file in (*beside, arrays_name):
+            if meta["files"][file] != file_hash(folder / file):
+                raise ValueError(f"{file} was changed after it was written")
+        arrays = load_file(folder / arrays_name)
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError(f"{arrays_name} holds a number that is not finite")
+    return meta, arrays
 
 
 def _checksum(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import hashlib
 import os
 import re
 import stat
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,6 +39,8 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff",
               ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".heic", ".heif", ".hif")  # fmt: skip
 
+_BAD_EXIF = (ArithmeticError, AttributeError, LookupError, OSError, SyntaxError, TypeError, ValueError,
+             struct.error)  # fmt: skip
 _AGAIN = "fetch the file again or drop the row"
 _PNG = "open it in an image program and store it as PNG"
 _FETCH = "fetch the image itself"
@@ -77,23 +79,13 @@ _TROUBLES = (
      f"{_AGAIN}, or {_PNG}"),
     (r"", "damaged", "is a damaged or incomplete {format}", _AGAIN),
 )  # fmt: skip
-_FILE_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket",
-               stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}  # fmt: skip
 
 
 class ImageError(InputError):
-    """One image cannot be used.
+    """One image (``name``) cannot be used: ``kind`` in a word for counting, ``reason`` in a sentence.
 
-    Attributes
-    ----------
-    name : str
-        The file.
-    kind : str
-        Short class for counting: ``missing``, ``not a file``, ``no access``, ``empty``, ``too large``,
-        ``not an image``, ``unsupported`` (a sound file of a kind that is not read here), ``truncated``,
-        ``damaged``.
-    reason : str
-        The whole sentence: file, problem, next step (also ``str(error)``); printable whatever the name is.
+    Kinds: ``missing``, ``not a file``, ``no access``, ``empty``, ``too large``, ``not an image``,
+    ``unsupported`` (sound, but not read here), ``truncated``, ``damaged``.
     """
 
     def __init__(self, name: str, kind: str, problem: str, step: str) -> None:
@@ -111,45 +103,25 @@ class ImageError(InputError):
 def read_bytes(path: str | Path) -> bytes:
     """Read a regular file (or a link to one) whole; never hangs on a pipe or a device.
 
-    Parameters
-    ----------
-    path : str or Path
-
-    Returns
-    -------
-    bytes
-
-    Raises
-    ------
-    ImageError
-        The file is missing, not a regular file, not readable, empty, or larger than `MAX_FILE_BYTES`.
+    Raises an `ImageError` where it is missing, no file, not readable, empty or over `MAX_FILE_BYTES`.
     """
     name = str(path)
     try:
-        # the type is looked at before opening: opening a device can already have effects
-        mode = os.stat(name).st_mode
-        if not stat.S_ISREG(mode):
-            kind = _FILE_KINDS.get(stat.S_IFMT(mode), "not a regular file")
-            raise ImageError(name, "not a file", f"is {kind}, not an image file", "name the image itself")
-        # should the file have become a pipe since then, opening it still returns at once
-        at_once = getattr(os, "O_NONBLOCK", 0)
-        with open(name, "rb", opener=lambda path, flags: os.open(path, flags | at_once)) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_FILE_BYTES:
-                problem = f"has {size:,} bytes, the limit is {MAX_FILE_BYTES:,}"
-                raise ImageError(name, "too large", problem, "store it smaller")
-            data = file.read(MAX_FILE_BYTES)
+        found = os.stat(name)  # before opening, which can hang or have effects
+        regular, size = stat.S_ISREG(found.st_mode), found.st_size
+        data = Path(name).read_bytes() if regular and size <= MAX_FILE_BYTES else b""
     except FileNotFoundError:
         broken = os.path.islink(name)
         problem = f"links to {os.readlink(name)}, which does not exist" if broken else "no such file"
         raise ImageError(name, "missing", problem, "check the path or drop the row") from None
-    except ImageError:
-        raise
     except (OSError, ValueError) as error:
-        loop = isinstance(error, OSError) and error.errno == errno.ELOOP
-        why = getattr(error, "strerror", None) or error
-        problem = "is a link that points to itself" if loop else f"cannot be opened ({why})"
+        problem = f"cannot be opened ({getattr(error, 'strerror', None) or error})"
         raise ImageError(name, "no access", problem, "check path and permissions") from None
+    if not regular:
+        raise ImageError(name, "not a file", "is a folder, pipe or device", "name the image itself")
+    if size > MAX_FILE_BYTES:
+        problem = f"has {size:,} bytes, the limit is {MAX_FILE_BYTES:,}"
+        raise ImageError(name, "too large", problem, "store it smaller")
     if not data:
         raise ImageError(name, "empty", "is empty (0 bytes)", _AGAIN)
     return data
@@ -177,21 +149,8 @@ def looks_like_image(head: bytes) -> bool:
 def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
     """Open an image by its content, whatever its extension; header only, pixels are not decoded yet.
 
-    Parameters
-    ----------
-    source : path, or the file's bytes
-    name : str, optional
-        What messages call it; default is the path.
-
-    Returns
-    -------
-    PIL.Image.Image
-        As Pillow opens it: format, size, mode and metadata are known.
-
-    Raises
-    ------
-    ImageError
-        See :func:`read_bytes`; or not an image, damaged, or of more pixels than `MAX_PIXELS`, `MAX_SIDE`.
+    `source` is a path or a file's bytes, `name` what messages call it. Raises an `ImageError` as `read_bytes`
+    does, and where it is no image, damaged, or of more pixels than `MAX_PIXELS` or `MAX_SIDE`.
     """
     name = name or ("image bytes" if isinstance(source, bytes) else str(source))
     image = _open(name, source if isinstance(source, bytes) else read_bytes(source))
@@ -222,31 +181,19 @@ def load_image(
         Decode a JPEG at 1/2, 1/4 or 1/8 of its size where its shorter side then keeps at least so many
         pixels: faster for large photographs, but other pixels than decoding and resizing give.
 
-    Returns
-    -------
-    PIL.Image.Image
-        Mode RGB, without metadata.
-
     Raises
     ------
-    ImageError
-        The image cannot be used; ``str(error)`` names file, reason and next step.
-    MemoryError
-        There is no room for it now, which says nothing about the file.
+    ImageError, MemoryError
+        The image cannot be used, or there is no room for it now, which says nothing about the file.
     """
-    if name is None:
-        name = str(source) if isinstance(source, str | Path) else "image bytes"
+    name = name or (str(source) if isinstance(source, str | Path) else "image bytes")
     image = source if isinstance(source, Image.Image) else open_image(source, name)
     try:
         if least_side is not None:
             image.draft(None, (least_side, least_side))  # does nothing to other formats
         image.load()
-        try:
+        with contextlib.suppress(*_BAD_EXIF):  # only the turn of the pixels is unknown
             ImageOps.exif_transpose(image, in_place=True)
-        except MemoryError:
-            raise
-        except Exception:  # noqa: BLE001, S110 - unreadable EXIF: only the turn of the pixels is unknown
-            pass
         return _to_rgb(bound_aspect(image), name)
     except (ImageError, MemoryError):
         raise
@@ -258,8 +205,7 @@ def bound_aspect(image: Image.Image) -> Image.Image:
     """Crop the ends off a strip of over `MAX_ASPECT` times its width, to between that and 2 more.
 
     Encoders resize the shorter side to theirs and keep the centre square; of 20,000 x 1 pixels that would
-    make an image of gigabytes on the way. The crop takes whole multiples of the shorter side off both ends,
-    so the centre square that is left is the same to the pixel wherever the resized length is a whole number.
+    make gigabytes on the way. Whole multiples of the shorter side go, so that the centre square stays.
     """
     width, height = image.size
     short, long = sorted(image.size)
@@ -295,9 +241,9 @@ def _silence_libtiff() -> None:
 
 def _open(name: str, data: bytes) -> Image.Image:
     """As `PIL.Image.open`, which says "cannot identify" whatever the decoder said, and warns about sizes."""
-    trouble = None
     if not data:
         raise ImageError(name, "empty", "is empty (0 bytes)", _AGAIN)
+    trouble = None
     for kind in _formats():
         factory, accept = Image.OPEN[kind]
         accepted = accept is None or accept(data[:16])
@@ -313,9 +259,8 @@ def _open(name: str, data: bytes) -> Image.Image:
         raise trouble
     for pattern, kind, step in (*_IMAGES[1:], *_OTHERS):
         if re.match(pattern, data[:64], re.DOTALL | re.IGNORECASE):
-            if (pattern, kind, step) in _IMAGES:
-                raise ImageError(name, "unsupported", f"is {kind}, for which no reader is installed", step)
-            raise ImageError(name, "not an image", f"looks like {kind}, not an image", step)
+            word = "unsupported" if (pattern, kind, step) in _IMAGES else "not an image"
+            raise ImageError(name, word, f"looks like {kind}, for which there is no reader", step)
     step = f"store it as one of {', '.join(FORMATS)}"
     raise ImageError(name, "not an image", "is not an image in any format known here", step)
 
@@ -396,11 +341,7 @@ def jpeg_bytes(image: Image.Image, quality: int, subsampling: str = "4:2:0") -> 
 
 
 def jpeg_quality(image: Image.Image) -> int:
-    """Estimate the quality (1 to 100) of an opened JPEG from its quantisation tables.
-
-    It is the one whose standard tables lie nearest: exact for files written by libjpeg; for cameras and
-    editors with tables of their own, the nearest equivalent.
-    """
+    """Estimate the quality (1 to 100) of an opened JPEG: that with the nearest standard tables."""
     tables: dict[int, list[int]] = getattr(image, "quantization", {})
     if 0 not in tables:
         raise InputError(f"a {image.format or 'decoded'} image has no quantisation tables; open a JPEG file")
@@ -426,24 +367,14 @@ def jpeg_subsampling(image: Image.Image) -> str:
 
 @dataclass(frozen=True)
 class EqualiseConfig:
-    """What both classes are brought to, so that neither size nor codec tells them apart.
+    """What both classes are brought to, so that neither size nor codec tells them apart."""
 
-    Attributes
-    ----------
-    size : int
-        Side of the square in pixels. Choose no more than the shorter side of the smallest images: an
-        enlarged picture carries traces of its enlargement, which then tell the classes apart again.
-    codec : {"jpeg", "png"}
-    quality : int
-        JPEG quality, 1-100; unused for PNG.
-    subsampling : {"4:4:4", "4:2:2", "4:2:0"}
-        JPEG colour resolution; unused for PNG.
-    """
-
+    # Side of the square in pixels: no more than the shorter side of the smallest images, since an enlarged
+    # picture carries traces of its enlargement, which then tell the classes apart again.
     size: int = 224
-    codec: str = "jpeg"
-    quality: int = 90
-    subsampling: str = "4:2:0"
+    codec: str = "jpeg"  # or "png"
+    quality: int = 90  # of a JPEG, 1-100
+    subsampling: str = "4:2:0"  # of a JPEG
 
     def __post_init__(self) -> None:
         if self.size < 8:
@@ -457,10 +388,7 @@ class EqualiseConfig:
 
 
 def equalise(image: Image.Image, config: EqualiseConfig) -> Image.Image:
-    """Crop the centre square of an RGB image, resize it and send it through the codec.
-
-    Returns ``config.size`` square pixels, as a reader of the equalised file would see them.
-    """
+    """Crop the centre square of an RGB image, resize it and send it through the codec."""
     return load_image(equalised_bytes(image, config), name="equalised image")
 
 

@@ -8,6 +8,7 @@ names the set whose photographs an image is compared with, so that a reader can 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -57,14 +58,13 @@ GENERATOR_NAMES = re.compile(
 )
 
 # Folders that only hold others; they name neither a generator nor a source.
-_CONTAINERS = {"images", "image", "img", "imgs", "data", "dataset", "datasets", "diffusion_datasets"}
+_CONTAINERS = {"", "images", "image", "img", "imgs", "data", "dataset", "datasets", "diffusion_datasets"}
 _CLASS_LEVEL = {"progan", "cyclegan", "stylegan", "stylegan2"}  # ForenSynths sets with one folder per class
 _GENIMAGE_DOWNLOAD = re.compile(r"imagenet_(?:ai_\d+_)?(\w+)", re.IGNORECASE)
 _GENIMAGE_NAMES = {
     "sdv4": "stable_diffusion_v_1_4", "sdv5": "stable_diffusion_v_1_5", "midjourney": "Midjourney",
     "adm": "ADM", "glide": "glide", "wukong": "wukong", "vqdm": "VQDM", "biggan": "BigGAN",
 }  # fmt: skip
-_SYNTHBUSTER_FILE = re.compile(r"r[0-9a-f]{6,}t\.png", re.IGNORECASE)
 _DIFFUSION_FORENSICS = {"lsun_bedroom", "imagenet", "celebahq"}
 _PHOTO_SETS = {"mscoco", "coco", "raise", "raise_1k", "raise1k"}  # reals of DRCT-2M and of Synthbuster
 
@@ -121,41 +121,25 @@ class Tree:
 
     Images are known by their ending or else by their first bytes. Links are followed: a folder that several
     lead to (reals shared by several sets) is listed under each of them.
-
-    Attributes
-    ----------
-    folders : dict
-        Folder (see `Parts`) -> sorted names of its images.
-    children : dict
-        Folder -> names of the folders in it.
-    captions : dict
-        Path of an image -> path of the text or JSON file of the same name beside it.
-    metadata, tables : list of Path
-        Files ``metadata.csv`` or ``.jsonl`` of an ImageFolder; other tables, at the top and in ``data/``.
-    skipped : dict
-        Numbers of files by ending that are no images (``left_out``) or are some although their name does not
-        say so (``by_content``); folders and files that are ``unreadable``; numbers of ``hidden`` ones and of
-        links that lead back to where they lie (``links_back``).
-    reals : str or None
-        Name of a second tree, which has the photographs.
     """
 
-    def __init__(self, root: Path, reals: str | None = None) -> None:
-        self.root, self.reals = root, reals
-        self.folders: dict[Parts, list[str]] = {}
-        self.children: dict[Parts, set[str]] = defaultdict(set)
-        self.captions: dict[str, str] = {}
-        self.metadata: list[Path] = []
-        self.tables: list[Path] = []
-        self.skipped: dict[str, Any] = {"left_out": Counter(), "by_content": Counter(), "unreadable": [],
-                                        "hidden": 0, "links_back": 0}  # fmt: skip
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folders: dict[Parts, list[str]] = {}  # folder -> sorted names of its images
+        self.children: dict[Parts, set[str]] = defaultdict(set)  # folder -> names of the folders in it
+        self.captions: dict[str, str] = {}  # image -> text or JSON file of the same name beside it
+        self.metadata: list[Path] = []  # metadata.csv or .jsonl of an ImageFolder
+        self.tables: list[Path] = []  # other tables, at the top and in data/
+        self.skipped: dict[str, Any] = {"files_left_out": Counter(), "files_taken_by_content": Counter(),
+                                        "not_readable": [], "hidden_files": 0,
+                                        "links_that_lead_back": 0}  # fmt: skip
         for folder, subfolders, files in os.walk(root, followlinks=True, onerror=self._shut):
             if _leads_back(Path(folder), root):
-                self.skipped["links_back"] += 1
+                self.skipped["links_that_lead_back"] += 1
                 subfolders.clear()
                 continue
             visible = sorted(d for d in subfolders if not d.startswith(".") and d != "__MACOSX")
-            self.skipped["hidden"] += len(subfolders) - len(visible)
+            self.skipped["hidden_files"] += len(subfolders) - len(visible)
             subfolders[:] = visible
             self._add(Path(folder), sorted(files))
         # img2dataset keeps the table 00000.parquet beside the folder 00000
@@ -163,23 +147,23 @@ class Tree:
         self.tables = [t for t in self.tables if t.suffix != ".parquet" or normalise(t.stem) not in inside]
 
     def _shut(self, error: OSError) -> None:
-        self.skipped["unreadable"].append(printable(error.filename))
+        self.skipped["not_readable"].append(printable(error.filename))
 
     def _add(self, here: Path, files: list[str]) -> None:
         parts = here.relative_to(self.root).parts
-        images: list[str] = []
-        others: dict[str, str] = {}  # name -> ending
+        images: dict[str, str] = {}  # name -> stem
         texts: dict[str, str] = {}  # stem -> name; of two the .txt, which comes last
+        others: dict[str, str] = {}  # name -> ending
         for name in files:
             stem, ending = os.path.splitext(name)
             ending = ending.lower()
             if name.startswith("."):
-                self.skipped["hidden"] += name != ".DS_Store"
+                self.skipped["hidden_files"] += name != ".DS_Store"
             elif ending in EXTENSIONS:
-                images.append(name)
+                images[name] = stem
             elif ending not in _NO_IMAGES and self._sniff(here / name):
-                images.append(name)
-                self.skipped["by_content"][ending or "(no ending)"] += 1
+                images[name] = stem
+                self.skipped["files_taken_by_content"][ending or "(no ending)"] += 1
             else:
                 others[name] = ending or "(no ending)"
                 if ending in (".json", ".txt"):
@@ -188,21 +172,19 @@ class Tree:
                     self.metadata.append(here / name)
                 elif ending in TABLES and parts in ((), ("data",)):
                     self.tables.append(here / name)
-        for name in images:
-            if text := texts.get(os.path.splitext(name)[0]):
-                self.captions[str(here / name)] = str(here / text)
-                others.pop(text, None)
-        self.skipped["left_out"].update(others.values())
+        for name, stem in images.items():
+            if stem in texts:
+                self.captions[str(here / name)] = str(here / texts[stem])
+                others.pop(texts[stem], None)
+        self.skipped["files_left_out"].update(others.values())
         if images:
-            self.folders[parts] = images
+            self.folders[parts] = list(images)
             for i, part in enumerate(parts):
                 self.children[parts[:i]].add(part)
 
     def _sniff(self, path: Path) -> bool:
-        if not path.is_file():
-            return False
         try:
-            with path.open("rb") as file:
+            with path.open("rb") if path.is_file() else contextlib.nullcontext(io.BytesIO()) as file:
                 return looks_like_image(file.read(64))
         except OSError as error:
             self._shut(error)
@@ -211,12 +193,12 @@ class Tree:
     def require_images(self) -> None:
         """Raise an `InputError` that says what is there if there is no image."""
         if not self.folders:
-            left_out, unreadable = self.skipped["left_out"], self.skipped["unreadable"]
-            there = ", ".join(f"{n:,} {e}" for e, n in left_out.most_common(5)) or "nothing"
-            shut = f"; cannot look into {', '.join(unreadable[:3])}" if unreadable else ""
+            found = self.skipped["files_left_out"].most_common(5)
+            there = ", ".join(f"{n:,} {ending}" for ending, n in found)
+            shut = "".join(f"; cannot look into {name}" for name in self.skipped["not_readable"][:3])
+            wanted = " ".join(EXTENSIONS)
             raise InputError(
-                f"no image below {self.root}: looked for {' '.join(EXTENSIONS)}; found {there}{shut}. "
-                "Check the folder, or give a CSV or Parquet table"
+                f"no image below {self.root}: looked for {wanted}; found {there or 'nothing'}{shut}"
             )
 
     @cached_property
@@ -247,11 +229,15 @@ class Tree:
         at = paired or single
         if len({label for _, label in at}) > 1:
             names = ", ".join(parts[i] for i, _ in at)
-            raise InputError(
-                f"{self.root}: '{'/'.join(parts)}' has label folders of both classes ({names}). Move the "
-                "images, choose another layout= or give a table"
-            )
+            raise self.error(parts, f"has label folders of both classes ({names})")
         return at[0] if at else None
+
+    def error(self, parts: Parts, problem: str) -> InputError:
+        """What is wrong with a folder, and what can be done."""
+        where = "/".join(parts) or "."
+        return InputError(
+            f"{self.root}: '{where}' {problem}. Move or rename it, choose another layout= or give a table"
+        )
 
     def split(self, parts: Parts) -> str | None:
         """Split of a folder; `train` beside `car` and `dog` is a class of pictures, no split."""
@@ -262,18 +248,16 @@ class Tree:
             if name and (all(beside) if splits else 2 * sum(beside) >= len(beside)):
                 splits[name] = part
         if len(splits) > 1:
-            raise InputError(
-                f"{self.root}: '{'/'.join(parts)}' lies under folders of several splits: "
-                f"{', '.join(sorted(splits))}. Rename one of them or give a table"
-            )
+            raise self.error(parts, f"lies under folders of several splits: {', '.join(sorted(splits))}")
         return next(iter(splits), None)
 
-    def used(self) -> dict[str, int]:
+    @cached_property
+    def used(self) -> Counter[str]:
         """Label folders by name, with their numbers of images."""
         names: Counter[str] = Counter()
         for parts, (i, _) in self.labels.items():
             names[parts[i]] += len(self.folders[parts])
-        return dict(names.most_common())
+        return names
 
     @cached_property
     def contest(self) -> list[Parts]:
@@ -292,40 +276,43 @@ def _leads_back(folder: Path, root: Path) -> bool:
     """Whether a folder is a link to one that it lies in itself: to follow it would never end."""
     if folder == root or not folder.is_symlink():
         return False
-    target = folder.resolve()
     above = folder.parents[: len(folder.relative_to(root).parts)]
-    return any(parent.resolve().is_relative_to(target) for parent in above)
+    return any(parent.resolve().is_relative_to(folder.resolve()) for parent in above)
 
 
-# ---- layouts: what label, generator and source each folder's images have
+# ---- layouts: where the label of each folder is said, and generator and source of its images
 
-Facts = dict[Parts, tuple[int | None, str, str]]
+Places = dict[Parts, tuple[int, int | None]]  # folder -> which of its parts says the label, and the label
 
 
-def _by_label(tree: Tree, namer: Callable[..., tuple[str, str]], words: tuple[str, ...] = ()) -> Facts:
-    """Trees whose label is one folder, named by `words` (real, fake) or else by any word for them.
+def _by_words(tree: Tree) -> Places:
+    return tree.labels | dict.fromkeys(tree.contest, (0, None))
 
-    `namer` finds generator and source from the root, the parts above the label, the label and those below.
-    """
-    facts: Facts = {}
+
+def _by_names(tree: Tree, real: str, fake: str) -> Places:
+    places: Places = {}
     for parts in tree.folders:
-        if words:
-            names = [normalise(p) for p in parts]
-            at = next(((i, words.index(n)) for i, n in enumerate(names) if n in words), None)
-        else:
-            at = tree.labels.get(parts)
-        if at is not None:
-            i, label = at
-            facts[parts] = (label, *namer(tree.root, parts[:i], parts[i], parts[i + 1 :]))
-        elif not words and parts in tree.contest:
-            facts[parts] = (None, "unknown", tree.root.name)
-        else:
-            raise InputError(
-                f"{tree.root}: '{'/'.join(parts) or '.'}' has no label folder. Each path needs one of "
-                f"{', '.join(words) or 'real, fake or their likes'}; move it, choose another layout= or "
-                "give a table"
-            )
-    return facts
+        for i, name in enumerate(map(normalise, parts)):
+            if name in (real, fake):
+                places.setdefault(parts, (i, schema.FAKE if name == fake else schema.REAL))
+    return places
+
+
+def _by_neighbour(tree: Tree) -> Places:
+    """`real` beside one folder per generator, at any depth (DiffusionForensics)."""
+    at = {parts: i for parts in tree.folders if (i := tree.beside_real(parts)) is not None}
+    reals = {parts: read_name(parts[i]).label == schema.REAL for parts, i in at.items()}
+    return {parts: (i, schema.REAL if reals[parts] else schema.FAKE) for parts, i in at.items()}
+
+
+def _by_root(tree: Tree) -> Places:
+    """Fakes, one folder per generator (DRCT-2M, Synthbuster); a folder named after a photo set is real."""
+    fakes = {parts: _PHOTO_SETS.isdisjoint(map(normalise, parts)) for parts in tree.folders}
+    return {parts: (0, schema.FAKE if fake else schema.REAL) for parts, fake in fakes.items()}
+
+
+def _nowhere(tree: Tree) -> Places:
+    return dict.fromkeys(tree.folders, (0, None))
 
 
 def _names(parts: Iterable[str]) -> list[str]:
@@ -333,22 +320,22 @@ def _names(parts: Iterable[str]) -> list[str]:
     return [p for p in parts if not (read_name(p).split or normalise(p) in _CONTAINERS or p.isdigit())]
 
 
-def _name_plain(root: Path, before: Parts, own: str, after: Parts) -> tuple[str, str]:
-    outer, inner = _names(before), _names(after)
+def _name_plain(root: Path, parts: Parts, i: int) -> tuple[str, str]:
+    outer, inner = _names(parts[:i]), _names(parts[i + 1 :])
     made = [name for name in outer if read_name(name).label != schema.REAL]  # photos/fake: not by "photos"
-    may_say = [] if read_name(own).sure else [own]  # fake_sdxl
+    may_say = [] if read_name(parts[i]).sure else [parts[i]]  # fake_sdxl
     return (inner[:1] or made[-1:] or may_say or ["unknown"])[0], (outer[-1:] or [root.name])[0]
 
 
-def _name_genimage(root: Path, before: Parts, *_: object) -> tuple[str, str]:
-    names = _names((root.parent.name, root.name, *before))
+def _name_genimage(root: Path, parts: Parts, i: int) -> tuple[str, str]:
+    names = ["unknown", *_names((*root.parts[-2:], *parts[:i]))]
     wrapped = [m[1].lower() for m in map(_GENIMAGE_DOWNLOAD.fullmatch, names) if m]
-    name = _GENIMAGE_NAMES.get(wrapped[-1], wrapped[-1]) if wrapped else (["unknown"] + names)[-1]
+    name = _GENIMAGE_NAMES.get(wrapped[-1], wrapped[-1]) if wrapped else names[-1]
     return name, name
 
 
-def _name_forensynths(root: Path, before: Parts, *_: object) -> tuple[str, str]:
-    chain = (root.name, *before)
+def _name_forensynths(root: Path, parts: Parts, i: int) -> tuple[str, str]:
+    chain = (root.name, *parts[:i])
     known = [p for p in chain if normalise(p) in _CLASS_LEVEL]
     splits = [i for i, p in enumerate(chain) if read_name(p).split]
     after_split = _names(chain[splits[0] + 1 :]) if splits else []
@@ -356,119 +343,84 @@ def _name_forensynths(root: Path, before: Parts, *_: object) -> tuple[str, str]:
     return name, name
 
 
-def _forensynths(tree: Tree) -> Facts:
-    facts = _by_label(tree, _name_forensynths, ("0_real", "1_fake"))
-    reals = {source for label, _, source in facts.values() if label == schema.REAL}
-    for parts, (label, name, source) in facts.items():
-        if source not in reals:  # UniversalFakeDetect: several diffusion sets share the reals of another
-            shared = "imagenet" if name == "guided" else "laion"
-            facts[parts] = (label, name, shared if shared in reals else source)
-    return facts
+def _name_neighbour(root: Path, parts: Parts, i: int) -> tuple[str, str]:
+    return parts[i], (_names(parts[:i])[-1:] or [root.name])[0]
 
 
-def _generators(tree: Tree) -> Facts:
-    """`real` beside one folder per generator, at any depth (DiffusionForensics)."""
-    facts: Facts = {}
-    for parts in tree.folders:
-        depth = tree.beside_real(parts)
-        if depth is None:
-            raise InputError(
-                f"{tree.root}: '{'/'.join(parts) or '.'}' lies beside no folder 'real'. Expected real and "
-                "one folder per generator side by side; move it or give a table"
-            )
-        label = schema.REAL if read_name(parts[depth]).label == schema.REAL else schema.FAKE
-        facts[parts] = (label, parts[depth], (_names(parts[:depth])[-1:] or [tree.root.name])[0])
-    return facts
+def _name_last(root: Path, parts: Parts, i: int) -> tuple[str, str]:
+    photos = [part for part in parts if normalise(part) in _PHOTO_SETS]
+    return (_names(parts)[-1:] or [root.name])[0], (photos or [root.name])[0]
 
 
-def _two_roots(tree: Tree) -> Facts:
-    """Fakes, one folder per generator (DRCT-2M, Synthbuster); a folder named after a photo set is real."""
-    facts: Facts = {}
-    for parts in tree.folders:
-        names = _names(parts) or [tree.root.name]
-        photos = [n for n in names if normalise(n) in _PHOTO_SETS]
-        fake = (schema.FAKE, names[-1], tree.reals or tree.root.name)
-        facts[parts] = (schema.REAL, "", photos[0]) if photos else fake
-    return facts
-
-
-def _unlabelled(tree: Tree) -> Facts:
-    return dict.fromkeys(tree.folders, (None, "unknown", tree.root.name))
-
-
-FOLDER_LAYOUTS: dict[str, Callable[[Tree], Facts]] = {
-    "folder": partial(_by_label, namer=_name_plain),
-    "genimage": partial(_by_label, namer=_name_genimage, words=("nature", "ai")),
-    **dict.fromkeys(("forensynths", "ufd", "cnndetection", "aigibench", "fatformer"), _forensynths),
-    **dict.fromkeys(("generators", "diffusionforensics"), _generators),
-    **dict.fromkeys(("two_roots", "drct", "synthbuster"), _two_roots),
-    "unlabelled": _unlabelled,
+_FORENSYNTHS = partial(_by_names, real="0_real", fake="1_fake"), _name_forensynths
+#: name -> where the labels are said, and what generator and source are called
+FOLDER_LAYOUTS: dict[str, tuple[Callable[[Tree], Places], Callable[[Path, Parts, int], tuple[str, str]]]] = {
+    "folder": (_by_words, _name_plain),
+    "genimage": (partial(_by_names, real="nature", fake="ai"), _name_genimage),
+    **dict.fromkeys(("forensynths", "ufd", "cnndetection", "aigibench", "fatformer"), _FORENSYNTHS),
+    **dict.fromkeys(("generators", "diffusionforensics"), (_by_neighbour, _name_neighbour)),
+    **dict.fromkeys(("two_roots", "drct", "synthbuster"), (_by_root, _name_last)),
+    "unlabelled": (_nowhere, _name_last),
 }
 
 
 def read_folder(tree: Tree, layout: str, real_root: Path | None) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Read a folder tree in one of :data:`FOLDER_LAYOUTS`; ``auto`` decides from the folder names.
 
-    Parameters
-    ----------
-    tree : Tree
-        Of the folder of all images, or of the fakes when `real_root` is given.
-    layout : str
-    real_root : Path, optional
-        Folder of the photographs, for sets that keep them apart.
-
-    Returns
-    -------
-    table : DataFrame
-        Raw rows ``path, label, generator, source, split, caption``, sorted by path.
-    report : dict
-        ``layout``, ``labels`` (where they come from) and ``notes``.
-
-    Raises
-    ------
-    InputError
-        No image; folder names that leave the layout, a label or a split open.
+    Gives raw rows of the manifest's columns, sorted by path, and a report: ``layout``, ``labels`` (where they
+    come from), ``notes``. Raises an `InputError` where the names leave layout, label or split open.
     """
     tree.require_images()
     notes: list[str] = []
     by_words = layout in ("auto", "folder")
     if layout == "auto":
         layout = _detect(tree, real_root, notes)
-    reader = FOLDER_LAYOUTS[layout]
-    if real_root is not None and reader is not _two_roots:
-        raise InputError(
-            f"layout {layout!r} has its photographs in the same tree, but real_root='{real_root}' was given "
-            "too; leave real_root out, or pass layout='two_roots'"
-        )
-    tables = [_rows(tree, reader(tree))]
+    find, namer = FOLDER_LAYOUTS[layout]
+    if real_root is not None and find is not _by_root:
+        raise InputError(f"layout {layout!r} has photographs of its own; leave real_root={real_root} out")
+    table = _rows(tree, find(tree), namer)
     labels = f"the folders, as layout {layout!r} has them"
-    if reader is _unlabelled:
+    if find is _nowhere:
         labels = "none: no folder is named after real or fake, so the images are read without labels"
     elif real_root is not None:
         photos = Tree(real_root)
         photos.require_images()
         for key, value in photos.skipped.items():
             tree.skipped[key] += value
-        tables.append(_rows(photos, dict.fromkeys(photos.folders, (schema.REAL, "", real_root.name))))
+        reals = _rows(photos, dict.fromkeys(photos.folders, (0, schema.REAL)), namer)
+        table = pd.concat([table, reals], ignore_index=True).assign(**{schema.SOURCE: real_root.name})
         labels = f"all of {tree.root.name} fake, all of {real_root.name} real"
-    elif by_words and (used := tree.used()):
-        labels = "folders " + ", ".join(f"{printable(name)} ({n:,})" for name, n in list(used.items())[:8])
-        if set(used) == {"0", "1"}:
+    elif by_words and tree.used:
+        labels = "folders " + ", ".join(f"{printable(k)} ({n:,})" for k, n in tree.used.most_common(8))
+        if set(tree.used) == {"0", "1"}:
             notes.append("folders 0 and 1 are read as 0 = real and 1 = fake; give a table if it is otherwise")
-    return pd.concat(tables, ignore_index=True), {"layout": layout, "labels": labels, "notes": notes}
+    if namer is _name_forensynths:
+        table[schema.SOURCE] = _shared_reals(table)
+    return table, {"layout": layout, "labels": labels, "notes": notes}
 
 
-def _rows(tree: Tree, facts: Facts) -> pd.DataFrame:
-    """One row per image from the facts of its folder."""
+def _rows(tree: Tree, places: Places, namer: Callable[[Path, Parts, int], tuple[str, str]]) -> pd.DataFrame:
+    """One row per image."""
     rows = []
-    for parts, fact in facts.items():
+    for parts, names in tree.folders.items():
+        if parts not in places:
+            raise tree.error(parts, "has no folder that says its label")
+        i, label = places[parts]
+        generator, source = ("unknown", tree.root.name) if label is None else namer(tree.root, parts, i)
         here, split = os.path.join(tree.root, *parts), tree.split(parts)
-        rows += [(os.path.join(here, name), *fact, split) for name in tree.folders[parts]]
-    names = [schema.PATH, schema.LABEL, schema.GENERATOR, schema.SOURCE, schema.SPLIT]
-    table = pd.DataFrame(rows, columns=names, dtype=object)
-    table[schema.CAPTION] = [_read_caption(tree.captions.get(path)) for path in table[schema.PATH]]
+        paths = (os.path.join(here, name) for name in names)
+        rows += [(p, label, generator, source, split, _read_caption(tree.captions.get(p))) for p in paths]
+    table = pd.DataFrame(rows, columns=list(schema.MANIFEST_COLUMNS), dtype=object)
     # folder by folder: a/z before a.png
     return table.sort_values(schema.PATH, key=lambda p: p.str.replace(os.sep, "\0"), ignore_index=True)
+
+
+def _shared_reals(table: pd.DataFrame) -> pd.Series:
+    """Sources of UniversalFakeDetect, where several diffusion sets share the reals of another."""
+    source = table[schema.SOURCE]
+    reals = set(source[table[schema.LABEL] == schema.REAL])
+    shared = table[schema.GENERATOR].map(lambda name: "imagenet" if name == "guided" else "laion")
+    return source.mask(~source.isin(reals) & shared.isin(reals), shared)
 
 
 def _read_caption(path: str | None) -> str | None:
@@ -487,64 +439,44 @@ def _read_caption(path: str | None) -> str | None:
 
 def _detect(tree: Tree, real_root: Path | None, notes: list[str]) -> str:
     """Find the layout of a tree from its folder names; several answers are an error, never a choice."""
-    root, used = tree.root, tree.used()
-    if real_root is not None:
-        if used:
-            what = ", ".join(f"{name} ({count(n, 'image')})" for name, n in used.items())
-            raise InputError(
-                f"{root} holds label folders of its own: {what}; but real_root='{real_root}' was given too. "
-                "Pass layout='two_roots' to take all of the first as fake, or leave real_root out"
-            )
+    root, used = tree.root, ", ".join(f"{name} ({count(n, 'image')})" for name, n in tree.used.items())
+    if used and real_root is not None:
+        raise InputError(
+            f"{root} holds label folders of its own: {used}; pass layout='two_roots' to take all of it as "
+            f"fake, or leave real_root={real_root} out"
+        )
+    fakes_alone = any(re.match("drct|synthbuster", normalise(name)) for name in root.parts[-2:])
+    if real_root is not None or (fakes_alone and not used):
         return "two_roots"
+    if not used and tree.tables:
+        tables = ", ".join(t.name for t in tree.tables[:5])
+        raise InputError(
+            f"{root} has no label folders but holds {tables}: read that table, or pass layout='unlabelled'"
+        )
     if not used:
-        return _detect_unlabelled(tree)
-    loose = [parts for parts in tree.folders if parts not in tree.labels]
-    n = sum(len(tree.folders[parts]) for parts in loose)
+        return "unlabelled"
+    loose = {parts: len(names) for parts, names in tree.folders.items() if parts not in tree.labels}
     if not loose:
-        names = set(map(normalise, used))
+        names = set(map(normalise, tree.used))
         known = {"genimage": {"ai", "nature"}, "forensynths": {"0_real", "1_fake"}}
         return next((name for name, words in known.items() if names <= words), "folder")
+    n = sum(loose.values())
     if tree.contest:
         notes.append(f"{count(n, 'image')} of split 'test' lie under no label folder: read without a label")
         return "folder"
-    depths = {parts: tree.beside_real(parts) for parts in tree.folders}
-    if all(depth is not None for depth in depths.values()):
+    depths = {parts: depth for parts in tree.folders if (depth := tree.beside_real(parts)) is not None}
+    if len(depths) == len(tree.folders):
         bases = {normalise(parts[d - 1] if d else root.name) for parts, d in depths.items()}
-        if bases <= _DIFFUSION_FORENSICS:
-            return "diffusionforensics"
-        beside = sorted({parts[depths[parts] or 0] for parts in loose})
+        beside = sorted({parts[depths[parts]] for parts in loose})
         listed = ", ".join(beside[:8])
-        if all(GENERATOR_NAMES.match(normalise(name)) for name in beside):
-            notes.append(f"folders beside 'real' are read as generators: {listed}")
-            return "generators"
-        raise InputError(
-            f"{root}: beside 'real' there are {listed}, which are no label names. "
-            "If they are generators, pass layout='generators'"
-        )
-    first = "/".join((*loose[0], tree.folders[loose[0]][0]))
-    raise InputError(
-        f"{root}: {sum(used.values()):,} images lie under {', '.join(used)} and {n:,} under no label folder "
-        f"(first: {first}). Move them, or give a table"
-    )
-
-
-def _detect_unlabelled(tree: Tree) -> str:
-    root = tree.root
-    if all(_SYNTHBUSTER_FILE.fullmatch(name) for names in tree.folders.values() for name in names):
-        return "synthbuster"
-    names = {normalise(p) for parts in tree.folders for p in parts}
-    names |= {normalise(root.name), normalise(root.parent.name)}
-    if names & {"train2017", "val2017"}:
-        if any(name.startswith("drct") for name in names):
-            return "drct"
-        raise InputError(
-            f"{root} has train2017/val2017, as both DRCT-2M (fakes) and MSCOCO (photographs) do. Pass "
-            "layout='drct' with real_root= the MSCOCO folder, or layout='unlabelled'"
-        )
-    if tree.tables:
-        tables = ", ".join(t.name for t in tree.tables[:5])
-        raise InputError(
-            f"{root} has no label folders but holds {tables}: read that table instead, or pass "
-            "layout='unlabelled'"
-        )
-    return "unlabelled"
+        known_names = all(GENERATOR_NAMES.match(normalise(name)) for name in beside)
+        if not known_names and not bases <= _DIFFUSION_FORENSICS:
+            raise InputError(
+                f"{root}: beside 'real' there are {listed}, which are no label names. If they are "
+                "generators, pass layout='generators'"
+            )
+        notes.append(f"folders beside 'real' are read as generators: {listed}")
+        return "generators"
+    first = next(iter(loose))
+    problem = f"lies under no label folder (in all {count(n, 'image')}), but others under {used}"
+    raise tree.error((*first, tree.folders[first][0]), problem)

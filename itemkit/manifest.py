@@ -1,5 +1,6 @@
 """The manifest: every image as one row of one table, whatever form the data set came in.
 
+Files, folders and objects become raw rows with columns of any name; `_finish` makes the manifest's of them.
 What is used of a data set and what is not is in ``manifest.attrs["report"]``; `describe_manifest` says it.
 """
 
@@ -12,13 +13,15 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from itemkit import _files, layouts, schema
 from itemkit.errors import InputError
@@ -31,11 +34,11 @@ from itemkit.text import count, did_you_mean, printable
 ALIASES: dict[str, tuple[str, ...]] = {
     schema.PATH: ("path", "filename", "file_name", "file", "filepath", "file_path", "image_path", "img_path",
                   "image", "img", "image_name", "image_file", "name", "filenames", "files", "images"),
+    schema.LABEL: ("label", "labels"),
     schema.GENERATOR: ("generator", "model", "model_name"),
     schema.SOURCE: ("source", "real_source", "dataset"),
     schema.SPLIT: ("split", "subset", "partition", "set", "phase", "usage", "fold", "data_split"),
     schema.CAPTION: ("caption", "text", "prompt", "sentence", "captions", "description"),
-    schema.IMAGE_ID: ("image_id",),
 }  # fmt: skip
 # Columns that hold what this table calls a label, if their values are words for real and fake.
 _LABEL_NAMES = re.compile(
@@ -44,14 +47,22 @@ _LABEL_NAMES = re.compile(
 _FLAGS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "f": 0, "t": 1}
 _IMAGE_COLUMNS = ("image", "img", "image_data", "image_bytes", "jpg", "png", "webp")
 _ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}
-_SEPARATED, _JSON_LINES, _ARROW = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".parquet", ".arrow")
-# layout of a table -> endings of its files, by which they are found in a folder
-TABLE_LAYOUTS = {
-    **dict.fromkeys(("csv", "grip"), (*_SEPARATED, *_JSON_LINES)),
-    **dict.fromkeys(("parquet", "openfake", "communityforensics", "datasets"), _ARROW),
-}
-LAYOUTS = ("auto", *TABLE_LAYOUTS, *layouts.FOLDER_LAYOUTS)
+_TEXT, _ARROW = (".csv", ".tsv", ".jsonl", ".ndjson"), (".parquet", ".arrow")
+LAYOUTS = ("auto", *layouts.FOLDER_LAYOUTS)
 _SHARD = re.compile(r"(\w+?)-\d{5}-of-\d{5}")  # how hub data sets name their files: train-00000-of-00002
+
+
+@dataclass
+class _Data:
+    """A data set on its way to the manifest."""
+
+    what: str  # as messages call it
+    base: Path  # where its relative paths start
+    name: str  # the column `source`, where nothing else says it
+    images_to: Any = None  # folder for images that it holds inside
+    notes: list[str] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
+    written: Counter[str] = field(default_factory=Counter)  # images by name
 
 
 def read_manifest(
@@ -70,9 +81,8 @@ def read_manifest(
         A CSV, TSV, JSON-lines or Parquet table; a folder tree in a layout of the field; a folder of Parquet
         files or one written by ``Dataset.save_to_disk``.
     layout : str
-        One of `LAYOUTS`. ``auto`` decides from what it finds: folders named after real and fake go before a
-        table that lies beside them; more than one other answer is an error that lists them. Any other name
-        decides instead.
+        Of a folder, one of `LAYOUTS`. ``auto`` decides from what it finds: folders named after real and fake
+        go before a table beside them, more than one other answer is an error.
     root : path, optional
         Folder against which the table's relative paths are read; default is the table's own folder.
     real_root : path, optional
@@ -84,27 +94,23 @@ def read_manifest(
     -------
     DataFrame
         Columns ``path`` (absolute), ``label`` (Int8: 0 real, 1 fake, missing when unknown), ``generator``,
-        ``source``, ``split``, ``caption``, and ``image_id`` if the source had it. A table keeps its order,
-        a folder is sorted by path. Paths are not opened: a missing file becomes an error row at extraction.
-        Where a table has several captions for an image (a list, as in Flickr30k and COCO), the first is
-        taken. ``attrs["report"]`` says what was found, used and left out; splits are filled in later, by
-        `splits.fill_splits`, since they follow from the content of the files.
+        ``source``, ``split``, ``caption`` (of several the first). Paths are not opened: a missing file
+        becomes an error row at extraction; nor are splits filled in, which follow from the files' content.
+        ``attrs["report"]`` says what was found, used and left out.
 
     Raises
     ------
     InputError
-        Nothing to read, several possible layouts, columns missing, unknown or contradicting labels, a path
-        twice, values that are no text.
+        Nothing to read, columns missing, unknown or contradicting labels, a path twice, what is no text.
     """
     if layout not in LAYOUTS:
         raise InputError(f"no layout {layout!r};{did_you_mean(layout, LAYOUTS)} Known: {', '.join(LAYOUTS)}")
     if isinstance(source, (str, os.PathLike)):
         return _read_path(_absolute(source), layout, root, real_root, images_to)
-    base, notes = Path(root or os.curdir), list[str]()
     if isinstance(source, pd.DataFrame):
-        return _finish(source, "the table", base, "table", notes)
-    raw = _unpack(_dataset_parts(source), "the data set", base, images_to, notes)
-    return _finish(raw, "the data set", base, "dataset", notes)
+        return _finish([source], _Data("the table", Path(root or os.curdir), "table"))
+    data = _Data("the data set", Path(root or os.curdir), "dataset", images_to)
+    return _finish(_dataset_rows(source, data), data)
 
 
 def _absolute(path: Any) -> Path:
@@ -113,138 +119,91 @@ def _absolute(path: Any) -> Path:
 
 def _read_path(path: Path, layout: str, root: Any, real_root: Any, images_to: Any) -> pd.DataFrame:
     if not path.exists():
-        raise InputError(
-            f"{path}: no such file or folder; give a CSV, TSV or Parquet table, or a folder of images"
-        )
+        raise InputError(f"{path}: no such file or folder; give a table, or a folder of images")
     folder = path.is_dir()
-    if (not folder or layout in TABLE_LAYOUTS) and (
-        layout in layouts.FOLDER_LAYOUTS or real_root is not None
-    ):
-        raise InputError(f"{path} is a table; layout={layout!r} and real_root= are for folders of images")
     base = Path(root).absolute() if root is not None else path if folder else path.parent
-    read = partial(
-        _read_table, top=path, base=base, source=path.name if folder else path.stem, images_to=images_to
-    )
+    data = _Data(path.name, base, path.name if folder else path.stem, images_to)
     if not folder:
-        return read([path])
-    stored = _arrow_files(path)
-    if layout in TABLE_LAYOUTS:
-        endings = TABLE_LAYOUTS[layout]
-        files = stored if endings is _ARROW else [p for p in path.iterdir() if p.suffix.lower() in endings]
-        if not files or (len(files) > 1 and files is not stored):
-            there = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix.lower() in layouts.TABLES))
-            raise InputError(
-                f"layout {layout!r} reads a table ({', '.join(endings)}); {path} holds {there or 'none'}: "
-                "name the table itself"
-            )
-        return read(files)
+        if layout != "auto" or real_root is not None:
+            raise InputError(f"{path} is a table; layout={layout!r} and real_root= are for folders of images")
+        return _read_tables([path], path, data)
     reals = None if real_root is None else _absolute(real_root)
     if reals is not None and not reals.is_dir():
         raise InputError(f"real_root {reals} is not a folder")
-    return _read_folder(path, layout, reals, stored, read)
+    return _read_folder(path, layout, reals, data)
 
 
-def _read_folder(
-    path: Path, layout: str, real_root: Path | None, stored: list[Path], read: Callable[..., pd.DataFrame]
-) -> pd.DataFrame:
+def _read_folder(path: Path, layout: str, reals: Path | None, data: _Data) -> pd.DataFrame:
     """Folder tree, or the table in it where no folder names a label."""
-    tree = layouts.Tree(path, reals=real_root.name if real_root else None)
-    listing = [] if stored else tree.metadata
-    tables = list(dict.fromkeys([*stored, *tree.tables]))
-    notes: list[str] = []
-    use_labels = layout != "unlabelled"
-    if layout == "auto" and real_root is None and not tree.labels:
-        if stored and (not tree.folders or _image_column(_open_arrow(stored[0])[0]) is not None):
-            n = sum(map(len, tree.folders.values()))
-            return read(
-                stored,
-                notes=[f"{count(n, 'image file')} beside the table {stored[0].name}: not read"] * (n > 0),
-            )
-        if not tree.folders and len(tables) == 1:
-            return read(tables)
+    tree, stored = layouts.Tree(path), _arrow_files(path)
+    listing = tree.metadata if layout != "unlabelled" and not stored else []
+    tables = list(dict.fromkeys([*stored, *tree.tables, *(() if listing else tree.metadata)]))
+    if layout == "auto" and reals is None and not tree.labels:
+        n = sum(map(len, tree.folders.values()))
+        inside = stored and n and _image_column(next(_batches(stored[0])).schema) is not None
+        if inside or (not n and (stored or len(tables) == 1)):
+            data.notes += [f"{count(n, 'image file')} beside the table {tables[0].name}: not read"] * (n > 0)
+            return _read_tables(stored or tables, path, data)
         if listing:
             layout = "unlabelled"
-    raw, about = layouts.read_folder(tree, layout, real_root)
-    notes += about["notes"]
+    raw, about = layouts.read_folder(tree, layout, reals)
+    data.notes += about["notes"]
     if tables:
         names = ", ".join(t.name for t in tables[:3]) + (" ..." if len(tables) > 3 else "")
-        notes.append(f"tables beside the images are not read: {names} (give the table itself to use it)")
-    labels = (_add_metadata(raw, listing, path, use_labels, notes) if listing else None) or about["labels"]
+        data.notes.append(f"tables beside the images are not read: {names} (give the table itself to use it)")
+    labels = about["labels"]
+    if listing:
+        raw, labels = _add_metadata(raw, listing, labels, data)
     if closed := sum(not reads(path) for path in raw[schema.PATH]):
-        notes.append(
+        data.notes.append(
             f"{count(closed, 'image')} in HEIC, HEIF or AVIF cannot be read here and will be error rows: "
             'pip install "itemkit[heic]"'
         )
-    df = _finish(raw, str(path), path, path.name, notes, labels)
-    df.attrs["report"] |= {"left_out": tree.skipped, "layout": about["layout"]}
-    return df
+    data.report |= {"labels": labels, "layout": about["layout"], **tree.skipped}
+    return _finish([raw], data)
 
 
-def _add_metadata(
-    raw: pd.DataFrame, files: list[Path], top: Path, use_labels: bool, notes: list[str]
-) -> str | None:
+def _add_metadata(raw: pd.DataFrame, files: list[Path], labels: str, data: _Data) -> tuple[pd.DataFrame, str]:
     """Fill in captions, and labels where the folders have none, from ``metadata`` files; say which labels."""
-    parts = [_read_table([file], file, file.parent, top.name) for file in files]
-    for file, part in zip(files, parts, strict=True):
-        notes += [f"{file.name}: {line}" for line in part.attrs["report"]["notes"]]
-    rows = pd.concat(parts).drop_duplicates(schema.PATH).set_index(schema.PATH)
-    rows = rows.reindex(raw[schema.PATH]).reset_index(drop=True)
+    parts = [_read_tables([file], file, _Data(file.name, file.parent, data.name)) for file in files]
+    reports = [part.attrs["report"] for part in parts]
+    data.notes += [f"{report['source']}: {note}" for report in reports for note in report["notes"]]
+    raw = raw.set_index(schema.PATH)
+    rows = pd.concat(parts).drop_duplicates(schema.PATH).set_index(schema.PATH).reindex(raw.index)
     n = int(rows.notna().any(axis=1).sum())
-    notes.append(f"{count(len(files), 'metadata file')} read, which list {n:,} of the images")
-    for column in (schema.CAPTION, schema.SPLIT):
-        raw[column] = raw[column].where(raw[column].notna(), rows[column])
-    if not rows[schema.LABEL].notna().any():
-        return None
-    if not use_labels:
-        notes.append(f"labels of {files[0].name} are not used, as layout 'unlabelled' was asked for")
-        return None
-    if raw[schema.LABEL].isna().all():
-        raw[schema.LABEL] = rows[schema.LABEL]
-        for column in (schema.GENERATOR, schema.SOURCE):
-            raw[column] = rows[column].where(rows[column].notna(), raw[column])
-        return f"{files[0].name}, {parts[0].attrs['report']['labels']}"
-    differ = (raw[schema.LABEL].astype("Int8") != rows[schema.LABEL]).fillna(False)
-    if differ.any():
-        raise InputError(
-            f"{top}: the folders and {files[0].name} give {count(int(differ.sum()), 'image')} different "
-            f"labels; first: {raw[schema.PATH][int(differ.to_numpy().argmax())]}. Mend one or remove it"
-        )
-    return None
+    data.notes.append(f"{count(len(files), 'metadata file')} read, which list {n:,} of the images")
+    if raw[schema.LABEL].notna().any():
+        paths, label = raw.index.to_series(), raw[schema.LABEL].astype("Int8")
+        _must_agree(data.what, {"the folders": (label, paths), files[0].name: (rows[schema.LABEL], paths)})
+    elif rows[schema.LABEL].notna().any():
+        raw[[schema.GENERATOR, schema.SOURCE]] = None
+        labels = f"{files[0].name}, {reports[0]['labels']}"
+    return raw.combine_first(rows).reset_index(), labels
 
 
 def write_manifest(df: pd.DataFrame, path: str | Path) -> None:
     """Write a manifest as CSV, TSV or Parquet, by the extension; paths below its folder are kept relative.
 
-    Parameters
-    ----------
-    df : DataFrame
-        As `read_manifest` gives it.
-    path : path
-        A folder made of this file and the images beside it can be moved as a whole.
+    So a folder made of this file and the images beside it can be moved as a whole.
     """
     path = _absolute(path)
-    if path.suffix.lower() not in (*_SEPARATED, ".parquet"):
+    ending = path.suffix.lower()
+    if ending not in (".csv", ".tsv", ".parquet"):
         raise InputError(f"cannot write a manifest as {path.name!r}; end the name in .csv, .tsv or .parquet")
     prefix = str(path.parent) + os.sep
     df = df.assign(**{schema.PATH: [p.removeprefix(prefix).replace(os.sep, "/") for p in df[schema.PATH]]})
     df.attrs = {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix.lower() == ".parquet":
-        try:
-            _files.atomic_write(path, lambda file: df.to_parquet(file, index=False))
-        except UnicodeEncodeError:
-            raise InputError(f"{path.name}: a file name is not UTF-8; write .csv, which holds it") from None
-    else:
-        data = df.to_csv(index=False, sep="\t" if path.suffix.lower() == ".tsv" else ",").encode(
-            "utf-8", "surrogateescape"
-        )
-        _files.atomic_write(path, data)
+    try:
+        text = "" if ending == ".parquet" else df.to_csv(index=False, sep="\t" if ending == ".tsv" else ",")
+        _files.atomic_write(path, text.encode("utf-8", "surrogateescape") or df.to_parquet(index=False))
+    except UnicodeEncodeError:
+        raise InputError(f"{path.name}: a file name is not UTF-8; write .csv, which holds it") from None
 
 
 def require_two_classes(df: pd.DataFrame, purpose: str = "This step") -> None:
     """Raise an `InputError` that says what is there unless both real and fake images are."""
-    counts = df[schema.LABEL].value_counts()
-    real, fake = int(counts.get(schema.REAL, 0)), int(counts.get(schema.FAKE, 0))
+    real, fake = (int((df[schema.LABEL] == label).sum()) for label in (schema.REAL, schema.FAKE))
     if not (real and fake):
         raise InputError(
             f"{purpose} needs real and fake images; the manifest has {real:,} real, {fake:,} fake and "
@@ -252,371 +211,257 @@ def require_two_classes(df: pd.DataFrame, purpose: str = "This step") -> None:
         )
 
 
-# ---- what was found, in words
-
-
 def describe_manifest(manifest: pd.DataFrame) -> list[str]:
-    """Say what a manifest holds and what was left out, before anything slow begins.
-
-    Parameters
-    ----------
-    manifest : DataFrame
-        Of `read_manifest`, whole or in part.
-
-    Returns
-    -------
-    list of str
-        Lines: images, labels, generators, splits, captions, what was left out, notes.
-    """
-    report = manifest.attrs.get("report", {})
-    label = manifest[schema.LABEL]
-    real, fake = (int((label == value).sum()) for value in (schema.REAL, schema.FAKE))
-    none = len(label) - real - fake
-    where = f" in {report['source']}" if report.get("source") else ""
-    n = len(manifest)
-    lines = [f"{count(n, 'image')}{where}: {real:,} real, {fake:,} fake, {none:,} without a label"]
-    lines.append(f"labels: {report.get('labels') or ('column' if real + fake else 'none')}")
-    for name, why in report.get("not_used_as_labels", {}).items():
-        lines.append(f"  column {name!r} is not used as label: {why}")
-    generators = manifest.loc[(label == schema.FAKE).fillna(False), schema.GENERATOR].value_counts()
-    if len(generators):
-        listed = ", ".join(f"{name} ({n:,})" for name, n in generators.head(8).items())
-        more = f" and {len(generators) - 8} more" if len(generators) > 8 else ""
-        lines.append(f"generators: {listed}{more}")
-    splits = manifest[schema.SPLIT].value_counts()
-    there = [", ".join(f"{n:,} {name}" for name, n in splits.items())] if len(splits) else []
-    lines.append(f"splits: {'; '.join([*there, *plan_splits(label, manifest[schema.SPLIT]).notes])}")
-    lines.append(f"captions: {int(manifest[schema.CAPTION].notna().sum()):,} of {n:,} images have one")
-    if unused := report.get("unused_columns"):
-        lines.append(f"columns not used: {', '.join(unused)}")
-    found = report.get("left_out", {})
-    for key, words in (("left_out", "left out, no image by ending or content"),
-                       ("by_content", "taken by their content, whatever the ending says")):  # fmt: skip
-        if found.get(key):
-            listed = ", ".join(f"{n:,} {ending}" for ending, n in Counter(found[key]).most_common())
-            lines.append(f"{words}: {listed}")
-    if shut := found.get("unreadable"):
-        lines.append(f"could not be read: {count(len(shut), 'folder or file')}: {', '.join(shut[:5])}")
-    for key, words in (("hidden", "hidden and skipped"), ("links_back", "links that lead back, skipped")):
-        if found.get(key):
-            lines.append(f"{words}: {found[key]:,}")
-    return [printable(line) for line in [*lines, *(f"note: {note}" for note in report.get("notes", []))]]
+    """Say in lines what a manifest of `read_manifest` holds and what was left out."""
+    report = manifest.attrs["report"]
+    head = {key: report[key] for key in ("images", "source", "real", "fake", "captions", "notes")}
+    n, where, real, fake, captions, notes = head.values()
+    labels = f"{real:,} real, {fake:,} fake, {n - real - fake:,} without a label"
+    lines = [f"{count(n, 'image')} in {where}: {labels}; {captions:,} with a caption"]
+    for key, value in report.items():
+        items = value if isinstance(value, list) else [value]
+        if isinstance(value, dict):
+            items = [f"{v:,} {name}" if isinstance(v, int) else f"{name!r}: {v}" for name, v in value.items()]
+        if value and key not in head:
+            more = f" and {len(items) - 8} more" if len(items) > 8 else ""
+            lines.append(f"{key.replace('_', ' ')}: {', '.join(map(str, items[:8]))}{more}")
+    return [printable(line) for line in [*lines, *(f"note: {note}" for note in notes)]]
 
 
-# ---- tables: whatever they are stored as, a data frame
+# ---- tables: whatever they are stored as, data frames
 
 
-class _Part(NamedTuple):
-    """Some rows of a table, the column that holds images if one does, the split that its file's name says."""
-
-    table: pd.DataFrame
-    images: str | None = None
-    split: str | None = None
-
-
-def _read_table(
-    files: list[Path], top: Path, base: Path, source: str, images_to: Any = None, notes: Iterable[str] = ()
-) -> pd.DataFrame:
+def _read_tables(files: list[Path], top: Path, data: _Data) -> pd.DataFrame:
     """One table in one or several files; `top` is the file or the folder of them."""
-    notes = list(notes)
 
-    def parts() -> Iterator[_Part]:
+    def parts() -> Iterator[pd.DataFrame]:
         for file in files:
-            if file.suffix.lower() in _ARROW:
-                yield from _arrow_parts(file, top)
-            else:
-                yield _Part(_read_text(file, base, notes))
+            if file.suffix.lower() not in _ARROW:
+                yield _read_text(file, data)
+                continue
+            shard = _SHARD.match(file.stem)
+            places = [shard[1] if shard else file.stem, *file.relative_to(top).parts[:-1]]
+            split = next((split for name in places if (split := read_name(name).split)), None)
+            for batch in _batches(file):
+                yield _unpack(batch, split, data)
 
-    return _finish(_unpack(parts(), top.name, base, images_to, notes), top.name, base, source, notes)
+    return _finish(parts(), data)
 
 
 def _arrow_files(path: Path) -> list[Path]:
     """Parquet or Arrow files of a folder as the hub and ``datasets`` lay them out; none elsewhere."""
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # Dataset.save_to_disk
-        folders = sorted({p.parent for name in ("state.json", "*.arrow") for p in path.rglob(name)})
-        return [file for folder in folders for file in _saved_files(folder)]
+        found = []
+        for state in sorted(path.rglob("state.json")):  # it alone names the files: caches lie beside them
+            try:
+                found += [state.parent / f["filename"] for f in json.loads(state.read_text())["_data_files"]]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{state} cannot be read ({error}); save the data set again") from None
+        return found
     places = ("*.parquet", "data/*.parquet", "*.arrow")
     found = next((files for place in places if (files := sorted(path.glob(place)))), [])
     # img2dataset keeps its own table 00000.parquet beside the folder 00000
     return [file for file in found if not file.with_suffix("").is_dir()]
 
 
-def _saved_files(folder: Path) -> list[Path]:
-    """Files of one saved data set, in its own order; what ``map`` and ``filter`` left there is none."""
-    state = folder / "state.json"
-    try:
-        stored = json.loads(state.read_text()) if state.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{state} cannot be read ({error}); save the data set again") from None
-    named = [folder / file["filename"] for file in stored.get("_data_files") or ()]
-    return named or sorted(p for p in folder.glob("*.arrow") if not p.name.startswith("cache-"))
-
-
-def _open_arrow(path: Path) -> tuple[Any, Iterable[Any]]:
-    """Schema and record batches of a Parquet file, or of an Arrow file (stream as ``datasets``, or file)."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _batches(path: Path) -> Iterator[Any]:
+    """Record batches of a Parquet file, or of an Arrow file (stream as ``datasets`` writes it, or file)."""
     try:
         if path.suffix.lower() == ".parquet":
-            file = pq.ParquetFile(path)
-            return file.schema_arrow, file.iter_batches(batch_size=256)
+            yield from pq.ParquetFile(path).iter_batches(batch_size=256)
+            return
         try:
             table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
         except pa.ArrowInvalid:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        return table.schema, table.to_batches(max_chunksize=256)
+        yield from table.to_batches(max_chunksize=256)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}); fetch it again") from None
 
 
+def _dataset_rows(dataset: Any, data: _Data) -> Iterator[pd.DataFrame]:
+    """Read an object of the ``datasets`` library, without needing it here: images stay the files' bytes."""
+    parts = dataset if hasattr(dataset, "items") else {getattr(dataset, "split", None): dataset}
+    for split, part in parts.items():
+        if not hasattr(part, "with_format"):
+            kind = type(part).__name__
+            raise InputError(f"cannot read a {kind}; give a path, a DataFrame or a datasets object")
+        for batch in part.with_format("arrow").iter(batch_size=256):
+            yield _unpack(batch, split and str(split), data)
+
+
 def _image_column(columns: Any) -> str | None:
     """Column of an Arrow schema that holds images as bytes, alone or with their path."""
-    import pyarrow as pa
-
-    def holds_bytes(kind: Any) -> bool:
-        if pa.types.is_struct(kind):
-            return any(field.name == "bytes" for field in kind)
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-    inside = (c.name for c in columns if normalise(c.name) in _IMAGE_COLUMNS and holds_bytes(c.type))
-    return next(inside, None)
+    for column in columns:
+        kind = column.type
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            kind = pa.binary()
+        if kind in (pa.binary(), pa.large_binary()) and normalise(column.name) in _IMAGE_COLUMNS:
+            return column.name
+    return None
 
 
-def _arrow_parts(path: Path, top: Path) -> Iterator[_Part]:
-    columns, batches = _open_arrow(path)
-    stored = json.loads((columns.metadata or {}).get(b"huggingface", b"{}"))
-    features = stored.get("info", {}).get("features", {})
-    names = {c: f["names"] for c, f in features.items() if isinstance(f, dict) and "names" in f}
-    shard = _SHARD.match(path.stem)
-    places = [shard[1] if shard else path.stem, *path.relative_to(top).parts[:-1]]
-    split = next((split for name in places if (split := read_name(name).split)), None)
-    try:
-        for batch in batches:
-            yield _Part(_name_classes(batch.to_pandas(), names), _image_column(columns), split)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error}); fetch it again") from None
-
-
-def _dataset_parts(dataset: Any) -> Iterator[_Part]:
-    """Read a ``Dataset`` or ``DatasetDict`` object without needing the library, each part with its split."""
-    if not hasattr(dataset, "__iter__"):
-        raise InputError(
-            f"cannot read a {type(dataset).__name__}; give a path, a DataFrame or a datasets object"
-        )
-    single = [(getattr(dataset, "split", None), dataset)]
-    for split, part in dataset.items() if hasattr(dataset, "items") else single:
-        features = getattr(part, "features", None) or {}
-        first: dict[str, Any] = next(iter(part), {})
-        inside = (c for c in first if normalise(c) in _IMAGE_COLUMNS and not isinstance(first[c], str))
-        column = next(inside, None)
-        if hasattr(features.get(column), "decode") and hasattr(part, "cast_column"):
-            # the file's own bytes, not decoded pixels
-            part = part.cast_column(column, type(features[column])(decode=False))
-        names = {c: f.names for c, f in features.items() if getattr(f, "names", None)}
-        rows = pd.DataFrame([dict(row) for row in part])
-        yield _Part(_name_classes(rows, names), column, None if split is None else str(split))
-
-
-def _name_classes(table: pd.DataFrame, names: dict[str, list[str]]) -> pd.DataFrame:
-    """Numbers of classes to their names: class 0 may well be called 'fake'."""
-    for column in table.columns.intersection(list(names)):
-        known = dict(enumerate(names[column]))
-        table[column] = [known.get(value, value) for value in table[column]]
+def _unpack(batch: Any, split: str | None, data: _Data) -> pd.DataFrame:
+    """Rows of an Arrow table or batch; images that it holds inside are written as files."""
+    table, image = batch.to_pandas(), _image_column(batch.schema)
+    stored = json.loads((batch.schema.metadata or {}).get(b"huggingface", b"{}"))
+    for column, feature in stored.get("info", {}).get("features", {}).items():
+        if column in table and isinstance(feature, dict) and "names" in feature:
+            known = dict(enumerate(feature["names"]))  # class 0 may well be called 'fake'
+            table[column] = [known.get(value, value) for value in table[column]]
+    if image is not None:
+        rows = [value if isinstance(value, dict) else {"bytes": value} for value in table[image]]
+        if data.images_to is None and any(row["bytes"] for row in rows):
+            raise InputError(
+                f"{data.what} holds the images inside (column {image!r}); name a folder to write them to: "
+                "images_to='images' (each is written once, byte for byte)"
+            )
+        paths = [c for c in table if c == image or normalise(c) in ALIASES[schema.PATH]]
+        files = [_write_image(row["bytes"], row.get("path"), data) for row in rows]
+        table = table.drop(columns=paths).assign(**{schema.PATH: files})
+    if split is not None and not {normalise(c) for c in table} & set(ALIASES[schema.SPLIT]):
+        table[schema.SPLIT] = split
     return table
 
 
-def _unpack(parts: Iterable[_Part], what: str, base: Path, images_to: Any, notes: list[str]) -> pd.DataFrame:
-    """Rows of tables that may hold images inside; these are written to `images_to`."""
-    tables, seen, without = [], Counter[str](), 0
-    for table, column, split in parts:
-        if column is not None:
-            values = [v if isinstance(v, dict) else {"bytes": v} for v in table[column]]
-            rows = [(v.get("bytes"), v.get("path")) for v in values]
-            inside = [data for data, _ in rows if data is not None]
-            if odd := [type(data).__name__ for data in inside if not isinstance(data, bytes)]:
-                raise InputError(
-                    f"column {column!r} holds {odd[0]}; expected the bytes of image files. "
-                    "Cast the column of a datasets object to Image(decode=False)"
-                )
-            if inside and images_to is None:
-                raise InputError(
-                    f"{what} holds the images inside (column {column!r}); name a folder to write them "
-                    "to: images_to='images' (each is written once, byte for byte)"
-                )
-            without += sum(data is None and path is not None for data, path in rows)
-            table = table.drop(
-                columns=[c for c in table if c == column or normalise(c) in ALIASES[schema.PATH]]
-            )
-            table[schema.PATH] = [
-                str(path) if data is None and path else _write_image(data, images_to or base, seen)
-                for data, path in rows
-            ]
-        if split is not None and not {normalise(c) for c in table} & set(ALIASES[schema.SPLIT]):
-            table[schema.SPLIT] = split
-        tables.append(table)
-    if without:
-        notes.append(
-            f"{what} holds no bytes in {count(without, 'row')}, only paths on the machine where it was made: "
-            "if those files are not here, export the table again with the images inside (embedded)"
-        )
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-
-
-def _write_image(data: bytes | None, folder: Any, seen: Counter[str]) -> str:
+def _write_image(content: bytes | None, path: str | None, data: _Data) -> str:
     """Write an image as a file named by its content, once; equal images are numbered, so no row is lost."""
-    folder = _absolute(folder)
+    if content is None and path:
+        return str(path)
+    folder = _absolute(data.images_to or data.base)
     # a row without an image becomes a missing file, so an error row later on: nothing is dropped quietly
-    name = content_id(data)[:32] if data else "no-image-in-row"
-    seen[name] += 1
-    number = f"-{seen[name]}" if seen[name] > 1 else ""
-    if not data:
-        return str(folder / f"{name}{number}")
-    ending = ".img"  # unreadable: extraction will say why
-    with contextlib.suppress(ImageError):
-        kind = open_image(data).format or ""
-        ending = _ENDINGS.get(kind, f".{kind.lower()}")
+    name, ending = content_id(content)[:32] if content else "no-image-in-row", ""
+    data.written[name] += 1
+    number = f"-{data.written[name]}" if data.written[name] > 1 else ""
+    if content:
+        ending = ".img"  # unreadable: extraction will say why
+        with contextlib.suppress(ImageError):
+            kind = open_image(content).format or ""
+            ending = _ENDINGS.get(kind, f".{kind.lower()}")
     target = folder / f"{name}{number}{ending}"
-    if not target.exists():
+    if content and not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _files.atomic_write(target, data)
+        _files.atomic_write(target, content)
     return str(target)
 
 
-def _read_text(path: Path, base: Path, notes: list[str]) -> pd.DataFrame:
+def _read_text(path: Path, data: _Data) -> pd.DataFrame:
     """CSV, TSV or JSON lines; values are text as it stands: a caption "None" or "NA" is a caption."""
-    suffix = path.suffix.lower()
-    if suffix not in (*_SEPARATED, *_JSON_LINES):
-        raise InputError(
-            f"{path.name} is no table known here: expected .csv, .tsv, .parquet, .jsonl, or a folder"
-        )
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        # names of files may be of any encoding; a table whose texts are of another one is a mistake
-        text = data.decode("utf-8", "surrogateescape")
-        fields = (f.strip('" \r') for f in re.split(r"[,;\t|\n]", text) if re.search("[\udc80-\udcff]", f))
-        if suffix in _JSON_LINES or not all(os.path.lexists(os.path.join(base, field)) for field in fields):
-            raise InputError(f"{path.name} is not UTF-8 text ({error}); save it as UTF-8") from None
-    if suffix in _JSON_LINES:
+    ending = path.suffix.lower()
+    if ending not in _TEXT:
+        expected = ", ".join((*_TEXT, *_ARROW))
+        raise InputError(f"{path.name} is no table known here: expected {expected}, or a folder")
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    text = content.decode("utf-8", "surrogateescape")
+    # names of files may be of any encoding; a table whose texts are of another one is a mistake
+    odd = {f.strip('" \r') for f in re.split(r"[,;\t|\n]", text) if re.search("[\udc80-\udcff]", f)}
+    if not all(os.path.lexists(os.path.join(data.base, name)) for name in odd):
+        raise InputError(f"{path.name} is not UTF-8 text; save it as UTF-8")
+    if ending in (".jsonl", ".ndjson"):
         rows = []
         for number, line in enumerate(text.split("\n"), 1):
             try:
                 rows += [dict(json.loads(line))] if line.strip() else []
             except (ValueError, TypeError) as error:
-                raise InputError(
-                    f"{path.name}: line {number} is not JSON ({error}); expected an object per line, mend it"
-                ) from None
+                what = f"{path.name}: line {number} is not JSON ({error})"
+                raise InputError(f"{what}; expected an object per line, mend it") from None
         return pd.DataFrame(rows)
     head = text.lstrip("\r\n").split("\n", 1)[0]
-    separator = "\t" if suffix == ".tsv" else max(",;\t|", key=head.count)
+    separator = "\t" if ending == ".tsv" else max(",;\t|", key=head.count)
     try:
-        table = pd.read_csv(io.BytesIO(data), sep=separator, header=None, dtype=str, keep_default_na=False,
-                            encoding_errors="surrogateescape")  # fmt: skip
+        table = pd.read_csv(io.BytesIO(content), sep=separator, header=None, dtype=str, keep_default_na=False,
+                            encoding_errors="surrogateescape").fillna("")  # fmt: skip
     except pd.errors.EmptyDataError:
         raise InputError(f"{path.name} is empty; expected a header line with at least 'path'") from None
     except pd.errors.ParserError as error:
-        match = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error))
-        if match and match[2] == "2":
-            raise InputError(
-                f"{path.name}: its rows have more fields than the header; quote texts that hold {separator!r}"
-            ) from None
-        problem = str(error).strip()
-        raise InputError(f"{path.name} cannot be read as a table: {problem}; mend that line") from None
-    first = [str(value) for value in table.iloc[0].fillna("")]
-    files = [i for i, name in enumerate(first) if name.lower().endswith(EXTENSIONS)]
-    if files:  # the first line is an image already
-        table = table.fillna("")
-        labels = [i for i in table if all(read_name(w).label is not None for w in set(table[i]) - {""})]
-        names = {i: schema.LABEL for i in labels[:1]} | {files[0]: schema.PATH}
-        table.columns = [names.get(i, f"column {i + 1}") for i in table]
-        what = f"its column {files[0] + 1} is read as the path"
-        notes.append(f"{path.name} has no header line: {what}; add one (path,label,...)")
-        return table
-    table = table.iloc[1:].reset_index(drop=True).fillna("")
-    table.columns = [name.strip() for name in first]
-    return table
+        why = f"{str(error).strip()}; mend that line, and quote texts that hold {separator!r}"
+        raise InputError(f"{path.name} cannot be read as a table: {why}") from None
+    first = table.iloc[0].astype(str)
+    files = first.index[first.str.lower().str.endswith(EXTENSIONS)]
+    if not len(files):
+        return table.iloc[1:].set_axis(first.str.strip().tolist(), axis=1)
+    # the first line is an image already
+    labels = [i for i in table if all(read_name(w).label is not None for w in set(table[i]) - {""})]
+    names = {i: schema.LABEL for i in labels[:1]} | {files[0]: schema.PATH}
+    what = f"its column {files[0] + 1} is read as the path"
+    data.notes.append(f"{path.name} has no header line: {what}; add one (path,label,...)")
+    return table.rename(columns=lambda i: names.get(i, f"column {i + 1}"))
 
 
 # ---- raw columns of any name to the manifest's columns
 
 
-def _finish(
-    raw: pd.DataFrame, what: str, base: Path, source: str, notes: list[str], labels: str | None = None
-) -> pd.DataFrame:
-    """Columns of any name to the manifest's, checked; `labels` says where those of a folder come from."""
+def _finish(parts: Iterable[pd.DataFrame], data: _Data) -> pd.DataFrame:
+    """Columns of any name to the manifest's, checked; the report says already whose labels a folder's are."""
+    raw = pd.concat([*parts] or [pd.DataFrame()], ignore_index=True).rename(columns=str)
     if not len(raw):
-        raise InputError(f"{what} has no rows; expected one per image")
-    raw = _drop_copies(raw.reset_index(drop=True).rename(columns=str), what)
-    found = _match_columns(raw, what, base, notes)
+        raise InputError(f"{data.what} has no rows; expected one per image")
+    again = pd.Series(raw.columns).groupby(raw.columns).cumcount()  # two columns "label" must agree, too
+    raw.columns = [name + "'" * n for name, n in zip(raw.columns, again, strict=True)]
+    found = _match_columns(raw, data)
     empty = pd.Series("", index=raw.index, dtype=object)
-    text = {c: _texts(raw, found[c], what, c == schema.CAPTION) if c in found else empty for c in ALIASES}
-    if (text[schema.PATH] == "").any():
-        row = int((text[schema.PATH] == "").argmax()) + 1
-        raise InputError(f"{what}: row {row} has no {found[schema.PATH]!r}; fill or drop it")
-    paths = _resolve(text[schema.PATH], base, notes)
-    if labels is None:
-        read = _find_labels(raw, found, text[schema.GENERATOR], paths, base, what)
-    else:
-        read = _Labels(raw[schema.LABEL].astype("Int8"), labels, (schema.LABEL,), {})
-    is_real = (read.values == schema.REAL).fillna(False).astype(bool)
-    generator = text[schema.GENERATOR].where(text[schema.GENERATOR] != "", read.generator)
+    text = {c: _texts(raw, found[c], data, c == schema.CAPTION) if c in found else empty for c in ALIASES}
+    if (missing := text[schema.PATH] == "").any():
+        row = int(missing.argmax()) + 1
+        raise InputError(f"{data.what}: row {row} has no {found[schema.PATH]!r}; fill or drop it")
+    paths = _resolve(text[schema.PATH], data)
+    label, named = raw.get(schema.LABEL), text[schema.GENERATOR]
+    if "labels" not in data.report:
+        label, named = _find_labels(raw, found, text, paths, data)
+    label = label.astype("Int8")
+    is_real, is_fake = ((label == value).fillna(False).astype(bool) for value in (schema.REAL, schema.FAKE))
+    generator = text[schema.GENERATOR].mask(text[schema.GENERATOR] == "", named)
     # "camera" or "LAION" in the generator column of a photograph is where it comes from, not what made it
-    origin = generator.where(is_real & ~generator.map(_is_real_word).astype(bool), "")
+    sure = generator.map(lambda word: read_name(word)[:2] == (schema.REAL, 2)).astype(bool)
+    origin = generator.where(is_real & ~sure, "")
     origin = text[schema.SOURCE].where(text[schema.SOURCE] != "", origin)
     df = pd.DataFrame(
         {
             schema.PATH: paths,
-            schema.LABEL: read.values,
+            schema.LABEL: label,
             schema.GENERATOR: generator.mask(generator == "", "unknown").mask(is_real, schema.REAL_GENERATOR),
-            schema.SOURCE: origin.mask(origin == "", source),
+            schema.SOURCE: origin.mask(origin == "", data.name),
             schema.SPLIT: text[schema.SPLIT].map(lambda s: read_name(s).split or s.casefold() or None),
             schema.CAPTION: text[schema.CAPTION].where(text[schema.CAPTION] != "", None),
         }
     ).astype({schema.SPLIT: object, schema.CAPTION: object})
-    if schema.IMAGE_ID in found:
-        df[schema.IMAGE_ID] = text[schema.IMAGE_ID].where(text[schema.IMAGE_ID] != "", None)
-    _check_paths(df, what, base, notes)
-    df.attrs["report"] = {
-        "source": printable(what),
+    if (twice := df[schema.PATH].duplicated()).any():
+        first = df[schema.PATH][twice].iloc[0]
+        rows = ", ".join(str(i + 1) for i in df.index[df[schema.PATH] == first][:5])
+        where = f"{printable(first)} (rows {rows}). Keep one row each"
+        raise InputError(f"{data.what} lists {twice.sum()} paths more than once; first: {where}")
+    if not any(map(os.path.lexists, paths)):
+        raise InputError(
+            f"none of the {len(df):,} images of {data.what} exists; first looked for: {printable(paths[0])}. "
+            f"Relative paths start from {data.base.absolute()}: pass root= if they lie elsewhere. If it "
+            "should hold the images itself, it holds no bytes: export it again with them embedded"
+        )
+
+    def counts(values: pd.Series) -> dict[str, int]:
+        return {printable(name): int(n) for name, n in values.value_counts().items()}
+
+    df.attrs["report"] = data.report | {
+        "source": printable(data.what),
         "images": len(df),
-        "real": int((df[schema.LABEL] == schema.REAL).sum()),
-        "fake": int((df[schema.LABEL] == schema.FAKE).sum()),
-        "labels": read.where,
-        "not_used_as_labels": {printable(name): why for name, why in read.unused.items()},
-        "splits": {str(name): int(n) for name, n in df[schema.SPLIT].value_counts().items()},
-        "splits_then": plan_splits(df[schema.LABEL], df[schema.SPLIT]).notes,
+        "real": int(is_real.sum()),
+        "fake": int(is_fake.sum()),
+        "generators": counts(df.loc[is_fake, schema.GENERATOR]),
+        "splits": counts(df[schema.SPLIT]),
+        "splits_then": plan_splits(label, df[schema.SPLIT]).notes,
         "captions": int(df[schema.CAPTION].notna().sum()),
-        "unused_columns": [printable(c) for c in raw if c not in {*found.values(), *read.used, *read.unused}],
-        "notes": [printable(note) for note in notes],
+        "notes": list(map(printable, data.notes)),
     }
     return df
 
 
-def _is_real_word(value: str) -> bool:
-    name = read_name(value)
-    return name.label == schema.REAL and name.sure == 2
-
-
-def _drop_copies(raw: pd.DataFrame, what: str) -> pd.DataFrame:
-    """Of columns with one name, the first; it is an error if they differ and this table might read them."""
-    names = np.array([normalise(c) for c in raw.columns])
-    for name in {*(a for aliases in ALIASES.values() for a in aliases), schema.LABEL}:
-        alike = raw.loc[:, names == name].astype(str)
-        if alike.shape[1] > 1 and alike.ne(alike.iloc[:, 0], axis=0).any(axis=None):
-            twice = " and ".join(map(repr, alike.columns))
-            raise InputError(f"{what} has the columns {twice} with different values; rename or drop one")
-    return raw.loc[:, ~raw.columns.duplicated()]
-
-
-def _match_columns(raw: pd.DataFrame, what: str, base: Path, notes: list[str]) -> dict[str, str]:
+def _match_columns(raw: pd.DataFrame, data: _Data) -> dict[str, str]:
     """Manifest column -> the raw column that holds it."""
     original = {normalise(name): name for name in reversed(raw.columns)}
+    there = {c: [original[a] for a in aliases if a in original] for c, aliases in ALIASES.items()}
 
     def holds_files(name: str) -> tuple[bool, bool]:
         some = raw[name].head(20).astype(str)
-        exist = (v and os.path.isfile(os.path.join(base, v.replace("\\", "/"))) for v in some)
+        exist = (v and os.path.isfile(os.path.join(data.base, v.replace("\\", "/"))) for v in some)
         return any(exist), any(v.lower().endswith(EXTENSIONS) for v in some)
 
     def holds_splits(name: str) -> bool:  # "set" or "fold" may hold anything
@@ -624,117 +469,80 @@ def _match_columns(raw: pd.DataFrame, what: str, base: Path, notes: list[str]) -
         sure = normalise(name) in ALIASES[schema.SPLIT][:3]
         return sure or (bool(words) and all(read_name(word).split for word in words))
 
-    found = {}
-    for column, aliases in ALIASES.items():
-        there = [original[a] for a in aliases if a in original]
-        if column == schema.PATH and len(there) > 1:
-            best = max(there, key=holds_files)  # of equals the first
-            notes.append(f"of the columns {', '.join(there)}, {best!r} is read as the path")
-            there = [best]
-        if column == schema.SPLIT:
-            there = list(filter(holds_splits, there))
-        if there:
-            found[column] = there[0]
-    if schema.PATH not in found:
-        near = [m for a in ALIASES[schema.PATH] for m in difflib.get_close_matches(a, original, 1, 0.75)]
-        hint = f" Is {original[near[0]]!r} meant? Rename it to 'path'." if near else ""
+    there[schema.SPLIT] = list(filter(holds_splits, there[schema.SPLIT]))
+    paths = there[schema.PATH]
+    if not paths:
         raise InputError(
-            f"{what} has no column 'path' (also read: {', '.join(ALIASES[schema.PATH][1:])}); "
-            f"found {', '.join(map(printable, raw.columns))}.{hint}"
+            f"{data.what} has no column 'path' (also read: {', '.join(ALIASES[schema.PATH][1:])}); "
+            f"found {', '.join(map(printable, raw.columns))}. Rename the one that holds it"
         )
-    return found
+    there[schema.PATH] = [max(paths, key=holds_files)]  # of equals the first
+    if len(paths) > 1:
+        data.notes.append(f"of the columns {', '.join(paths)}, {there[schema.PATH][0]!r} is read as the path")
+    return {column: names[0] for column, names in there.items() if names}
 
 
-def _resolve(paths: pd.Series, base: Path, notes: list[str]) -> pd.Series:
+def _resolve(paths: pd.Series, data: _Data) -> pd.Series:
     """Make paths absolute; backslashes of Windows, and its drives, are read as they were meant."""
-    if os.sep == "/" and paths.str.contains("\\", regex=False).any():
-        odd = paths.str.contains("\\", regex=False)
-        odd &= ~paths.map(lambda p: os.path.lexists(os.path.join(base, p)))
-        meant = paths[odd].str.replace("\\", "/", regex=False)
-        drive = meant.str.match(r"[A-Za-z]:/")
+
+    def here(*parts: str) -> bool:
+        return os.path.lexists(os.path.join(data.base, *parts))
+
+    odd = paths[paths.str.contains("\\", regex=False)]
+    odd = odd[[not here(path) for path in odd]].str.replace("\\", "/", regex=False)
+    if os.sep == "/" and len(odd):
+        data.notes.append(f"backslashes in {count(len(odd), 'path')} are read as slashes")
+        drive = odd.str.match("[A-Za-z]:/")
         if drive.any():  # C:/somebody/data/fake/a.png: what of it lies here?
-            parts = meant[drive].iloc[0].split("/")
-            here = (i for i in range(1, len(parts)) if os.path.lexists(os.path.join(base, *parts[i:])))
-            cut = next(here, 1)
-            meant = meant.mask(drive, meant.map(lambda p: "/".join(p.split("/")[cut:])))
-            notes.append(f"paths of another machine are read without {'/'.join(parts[:cut])}/")
-        if odd.any():
-            notes.append(f"backslashes in {count(int(odd.sum()), 'path')} are read as slashes")
-            paths = paths.mask(odd, meant)
-    return paths.map(lambda p: os.path.abspath(os.path.join(base, p)))
+            parts = odd[drive].iloc[0].split("/")
+            cut = next((i for i in range(1, len(parts)) if here(*parts[i:])), 1)
+            data.notes.append(f"paths of another machine are read without {'/'.join(parts[:cut])}/")
+            odd = odd.mask(drive, odd.str.split("/").str[cut:].str.join("/"))
+        paths = odd.combine_first(paths)
+    return paths.map(lambda path: os.path.abspath(os.path.join(data.base, path)))
 
 
-def _check_paths(df: pd.DataFrame, what: str, base: Path, notes: list[str]) -> None:
-    twice = df[df[schema.PATH].duplicated(keep=False)]
-    if len(twice):
-        labels = twice.groupby(schema.PATH)[schema.LABEL].nunique(dropna=False)
-        clash = labels[labels > 1]
-        n, first = (len(clash), clash.index[0]) if len(clash) else (len(labels), twice[schema.PATH].iloc[0])
-        rows = ", ".join(str(i + 1) for i in df.index[df[schema.PATH] == first][:5])
-        problem = "with labels that contradict each other" if len(clash) else "more than once"
-        raise InputError(
-            f"{what} lists {n} paths {problem}; first: {printable(first)} (rows {rows}). Keep one row each"
-        )
-    if not any(os.path.lexists(p) for p in df[schema.PATH]):
-        hint = " ".join(f"{note}." for note in notes if "holds no bytes" in note)
-        where = f"Relative paths are read against {base.absolute()}: pass root= if they lie elsewhere"
-        first = printable(df[schema.PATH].iloc[0])
-        hint = f"first looked for: {first}. {hint or where}"
-        raise InputError(f"none of the {len(df):,} images of {what} exists; {hint}")
-
-
-def _texts(raw: pd.DataFrame, name: str, what: str, several: bool = False) -> pd.Series:
+def _texts(raw: pd.DataFrame, name: str, data: _Data, several: bool = False) -> pd.Series:
     """Values of one column as text, empty where missing; `several`: of a list the first that is not empty."""
     values = raw[name].astype(object)
     if several:
-        values = values.map(_first)
+        lists = values.map(lambda value: isinstance(value, (list, tuple, np.ndarray))).astype(bool)
+        values = values.mask(lists, values[lists].map(_first))
     odd = values.map(lambda v: isinstance(v, bytes) or pd.api.types.is_list_like(v)).astype(bool)
     if odd.any():
         row = int(odd.to_numpy().argmax())
-        more = ", or a list of texts" if several else ""
         raise InputError(
-            f"{what}: row {row + 1} of column {name!r} holds {type(values[row]).__name__}; expected one "
-            f"text for each image{more}. Convert the column first"
+            f"{data.what}: row {row + 1} of column {name!r} holds {type(values[row]).__name__}; expected one "
+            "text for each image. Convert the column first"
         )
     return values.where(values.notna(), "").map(str).str.strip().astype(object)
 
 
-def _first(captions: object) -> object:
-    """First caption of a list or array that is not empty; anything else as it is."""
-    if not isinstance(captions, (list, tuple, np.ndarray)):
-        return captions
-    return next((c for c in captions if c is not None and not (isinstance(c, str) and not c.strip())), None)
+def _first(texts: Any) -> Any:
+    return next((text for text in texts if text is not None and str(text).strip()), None)
 
 
 # ---- labels of a table
 
-
-class _Labels(NamedTuple):
-    """Labels of a table, where they come from, columns read for them, columns that are not and why."""
-
-    values: pd.Series
-    where: str
-    used: tuple[str, ...]
-    unused: dict[str, str]
-    generator: Any = ""  # names of generators that stand among the labels
-
-
-# How a column may say labels, the surest first.
-_HOW = ("flags", "words", "names", "unclear flags", "unnamed words")
-_UNUSED = {
+# How a column may say labels, the surest first, and why it is not used.
+_HOW = {
+    "flags": "",
+    "words": "",
+    "names": "",
     "unclear flags": "it holds 0 and 1 without saying which is fake; rename it to 'is_fake' or 'is_real'",
     "unnamed words": "its values look like labels; rename it to 'label' to use them",
+    "other words": "its values are no words for real and fake",
 }
 
 
 def _read_label_column(name: str, text: pd.Series) -> tuple[str, pd.Series] | None:
     """How a column says labels (one of `_HOW`), and which (0, 1, nan); None if it says none without doubt."""
     words = [w for w in text.unique() if w]
-    if not words or len(words) > 2000:
-        return None
     plain = normalise(name)
-    exact = plain in ("label", "labels")
-    like = exact or _LABEL_NAMES.fullmatch(plain) is not None
+    exact = plain in ALIASES[schema.LABEL]
+    if not words or (len(words) > 2000 and not exact):
+        return None
+    like = bool(_LABEL_NAMES.fullmatch(plain) or difflib.get_close_matches(plain, ["label"], 1, 0.75))
     means = read_name(re.sub(r"^(is|was|isa)_", "", plain))
     flags = {w: _FLAGS[w.casefold()] for w in words if w.casefold() in _FLAGS}
     if len(flags) == len(words):
@@ -750,87 +558,82 @@ def _read_label_column(name: str, text: pd.Series) -> tuple[str, pd.Series] | No
         return ("words" if like else "unnamed words", values) if like or values.nunique() > 1 else None
     if plain == "typ" or (plain in ALIASES[schema.GENERATOR] and schema.REAL in known.values()):
         return "names", values.mask((text != "") & values.isna(), schema.FAKE)
-    return None
+    return ("other words", values * np.nan) if exact else None
 
 
 def _find_labels(
-    raw: pd.DataFrame, found: dict[str, str], generators: pd.Series, paths: pd.Series, base: Path, what: str
-) -> _Labels:
-    """Labels from the column that says them without doubt.
+    raw: pd.DataFrame, found: dict[str, str], text: dict[str, pd.Series], paths: pd.Series, data: _Data
+) -> tuple[pd.Series, pd.Series]:
+    """Labels from the column that says them surest, and names of generators that stand among them.
 
-    Raises an `InputError` where another column, or the folders of the images, say the contrary.
+    No other column and no folder may contradict it.
     """
-    taken = {found.get(c) for c in (schema.PATH, schema.SPLIT, schema.CAPTION, schema.IMAGE_ID)}
-    readings = {}
-    for name in raw.columns:
+    taken = [found[c] for c in (schema.PATH, schema.SPLIT, schema.CAPTION) if c in found]
+    exact, readings = found.get(schema.LABEL), {}
+    for name in raw.columns.difference(taken, sort=False):
         with contextlib.suppress(InputError):  # lists, bytes
-            if name not in taken and (reading := _read_label_column(name, _texts(raw, name, what))):
+            if reading := _read_label_column(name, _texts(raw, name, data)):
                 readings[name] = reading
-    exact = next((c for c in raw.columns if normalise(c) in ("label", "labels")), None)
-    order = sorted(readings, key=lambda c: (c != exact, _HOW.index(readings[c][0])))
-    usable = [c for c in order if readings[c][0] not in _UNUSED]
-    unused = {c: _UNUSED[readings[c][0]] for c in order if c not in (*usable, found.get(schema.SOURCE))}
-    if exact is not None and exact not in readings:
-        values = pd.Series("") if usable else _texts(raw, exact, what)
-        counts = values[values != ""].value_counts()
-        bad = [v for v in counts.index if v.casefold() not in _FLAGS and read_name(v).label is None]
-        if bad:
-            listed = ", ".join(f"{value!r} ({counts[value]} rows)" for value in bad[:8])
-            raise InputError(
-                f"{what}: {len(bad)} unknown values in column {exact!r}: {listed}. "
-                "Expected 0 or real or nature, 1 or fake or ai, or empty where unknown"
-            )
-        unused[exact] = "its values are no words for real and fake"
+    order = sorted(readings, key=lambda c: (c != exact, list(_HOW).index(readings[c][0])))
+    usable = [c for c in order if not _HOW[readings[c][0]]]
+    unused = {c: _HOW[readings[c][0]] for c in order if c not in (*usable, found.get(schema.SOURCE))}
+    if not usable and exact in unused:
+        bad = ", ".join(map(repr, text[schema.LABEL].unique()[:8]))
+        raise InputError(
+            f"{data.what}: column {exact!r} holds {bad}; expected 0 or real, 1 or fake, or nothing"
+        )
+    used = {*found.values(), *usable, *unused}
+    data.report |= {
+        "labels": "none found",
+        "columns_not_used_as_labels": {printable(name): why for name, why in unused.items()},
+        "columns_not_used": [printable(c) for c in raw if c not in used],
+    }
     if not usable:
-        near = [c for c in raw.columns if c not in found.values()
-                and difflib.get_close_matches(normalise(c), [schema.LABEL], 1, 0.75)]  # fmt: skip
-        if near and not unused:
-            there = ", ".join(map(printable, raw.columns))
-            raise InputError(
-                f"{what} has no column 'label'; found {there}. Is {near[0]!r} meant? Rename it to 'label'."
-            )
-        return _Labels(pd.Series(pd.NA, index=raw.index, dtype="Int8"), "none found", (), unused)
+        return pd.Series(pd.NA, index=raw.index), text[schema.GENERATOR]
     name, *others = usable
     how, label = readings[name]
-    # what says labels too -> which, and the words by which it does
-    says = {f"column {c!r}": (values, raw[c]) for c, (_, values) in readings.items() if c != name}
-    if found.get(schema.GENERATOR) not in (None, name):
-        values = _said_by_generators(generators, label)
-        says[f"column {found[schema.GENERATOR]!r}"] = (values, generators)
-    folders = paths.map(os.path.dirname).map(lambda folder: os.path.relpath(folder, base))
+    said_by = {f"column {name!r}": (label, raw[name])}
+    said_by |= {f"column {c!r}": (readings[c][1], raw[c]) for c in readings if c != name}
+    if (column := found.get(schema.GENERATOR)) not in (None, name):
+        names = text[schema.GENERATOR]
+        said_by[f"column {column!r}"] = _said_by_generators(names, label), names
+    folders = paths.map(os.path.dirname).map(lambda folder: os.path.relpath(folder, data.base))
     values = folders.map({folder: _said_by_folder(folder) for folder in folders.unique()})
     if values.notna().all() and values.nunique() == 2 and (label != values)[label.notna()].all():
-        says["the folders of the images"] = (values, folders)
-    for other, (values, shown) in says.items():
-        wrong = np.flatnonzero(label.notna() & values.notna() & (label != values))
+        said_by["the folders of the images"] = values, folders
+    _must_agree(data.what, said_by)
+    also = f", as does {printable(others[0])!r}" if others else ""
+    data.report["labels"] = f"column {printable(name)!r} ({how}){also}"
+    words = text[schema.GENERATOR] if how != "names" else _texts(raw, name, data)
+    return label, words.mask(words.map(lambda word: read_name(word).label is not None).astype(bool), "")
+
+
+def _must_agree(what: str, said_by: dict[str, tuple[pd.Series, pd.Series]]) -> None:
+    """Raise an `InputError` where columns or folders say other labels (0, 1, missing) than the first of them.
+
+    With the labels go the words by which they are said.
+    """
+    (one, (label, words)), *others = said_by.items()
+    for other, (values, said) in others:
+        wrong = np.flatnonzero((label.notna() & values.notna() & (label != values)).fillna(False))
         if len(wrong):
             row = wrong[0]
-            read, contrary = (schema.LABEL_NAMES[int(v[row])] for v in (label, values))
+            first, second = (f"{w.iloc[row]!r}, read as {schema.LABEL_NAMES[int(v.iloc[row])]}"
+                          for v, w in ((label, words), (values, said)))  # fmt: skip
             raise InputError(
-                f"{what}: column {name!r} and {other} contradict each other in {count(len(wrong), 'row')} of "
-                f"{len(raw):,}; first: row {row + 1} has {name} {raw[name][row]!r}, read as {read}, but "
-                f"{shown[row]!r} of {other} is read as {contrary}. Are the labels the other way round (here "
-                "0 is real and 1 is fake)? Rename the column to 'is_real' if 1 means real; drop the other "
-                "column if that one is wrong"
+                f"{what}: {one} and {other} contradict each other in {count(len(wrong), 'row')}; first: row "
+                f"{row + 1} has {first}, and {second}. Are the labels the other way round (1 is fake)? "
+                "Rename the column to 'is_real' if 1 means real, or drop the one that is wrong"
             )
-    where = f"column {printable(name)!r} ({how})" + (f", as does {printable(others[0])!r}" if others else "")
-    named: Any = ""
-    if how == "names":
-        words = _texts(raw, name, what)
-        named = words.mask(words.map(lambda word: read_name(word).label is not None).astype(bool), "")
-    return _Labels(label.astype("Int8"), where, tuple(usable), unused, named)
 
 
 def _said_by_generators(text: pd.Series, label: pd.Series) -> pd.Series:
     """What the names of generators say: `real` real, a known one fake; all are if only "reals" have one."""
-    said = {}
-    for word in text.unique():
-        name, known = read_name(word), layouts.GENERATOR_NAMES.match(normalise(word))
-        said[word] = 0.0 if name.label == schema.REAL and name.sure else 1.0 if known else np.nan
-    says = text.map(said)
-    if not (text[label == schema.FAKE] != "").any() and text[label == schema.REAL].nunique() > 1:
-        return says.mask(text != "", 1.0)
-    return says
+    real = text.map(lambda word: read_name(word).label == schema.REAL and read_name(word).sure > 0)
+    known = text.map(lambda word: layouts.GENERATOR_NAMES.match(normalise(word)) is not None)
+    if (text[label == schema.FAKE] == "").all() and text[label == schema.REAL].nunique() > 1:
+        known, real = text != "", real & False
+    return pd.Series(np.where(real, 0.0, np.where(known, 1.0, np.nan)), index=text.index)
 
 
 def _said_by_folder(folder: str) -> float:

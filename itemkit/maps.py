@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
-import os
 import shutil
-import sys
 import tempfile
 import warnings
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,40 +21,25 @@ from sklearn.preprocessing import StandardScaler
 from itemkit import schema
 from itemkit.metrics import effect_size
 
-PCA_DIMENSIONS = 50
+PCA_DIMENSIONS, FOLDS = 50, 5
 
 
-def ready_numba_cache() -> Path | None:
-    """Give numba, on which UMAP is built, a place to keep compiled code; without one it refuses to import.
+def ready_numba_cache() -> str | None:
+    """Give numba a temporary folder for compiled code where it finds no other place, and UMAP no import."""
+    import numba
 
-    Returns
-    -------
-    Path or None
-        A temporary folder, where neither the environment nor the user's cache can be written; else None, and
-        numba finds its place itself. Call it before ``umap`` is imported.
-    """
-    found = importlib.util.find_spec("umap")
-    user = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-    places = [Path(folder, "__pycache__") for folder in (found and found.submodule_search_locations) or ()]
-    if os.environ.get("NUMBA_CACHE_DIR") or any(map(_can_be_written, [*places, Path(user, "numba")])):
-        return None
-    # a folder of our own: whoever may write into a cache may run code in this process
-    folder = tempfile.mkdtemp(prefix="itemkit-numba-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ["NUMBA_CACHE_DIR"] = folder
-    if "numba" in sys.modules:  # it has read the variable already
-        sys.modules["numba"].config.CACHE_DIR = folder
-    return Path(folder)
-
-
-def _can_be_written(folder: Path) -> bool:
-    # tried, as numba does: permissions alone do not tell of read-only and special file systems
+    scope: dict[str, Any] = {"config": numba.config}
+    file = str(importlib.util.find_spec("umap").origin)  # type: ignore[union-attr]
+    exec(compile("def probe(): pass", file, "exec"), scope)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
+        numba.njit(cache=True)(scope["probe"])  # looks for a place beside UMAP's own files, and at home
+    except RuntimeError:
+        # a folder of our own: whoever may write into a cache may run code in this process
+        folder = tempfile.mkdtemp(prefix="itemkit-numba-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        scope["config"].CACHE_DIR = folder
+        return folder
+    return None
 
 
 def umap_2d(x: np.ndarray, *, seed: int = 0, n_neighbors: int = 15, min_dist: float = 0.1) -> np.ndarray:
@@ -70,15 +53,9 @@ def umap_2d(x: np.ndarray, *, seed: int = 0, n_neighbors: int = 15, min_dist: fl
     x : float array, shape (n, d)
         Columns are used as they are, without scaling.
     seed : int
-        Of the layout; the same seed gives the same map on one machine.
-    n_neighbors : int
-        Size of the neighbourhoods that are kept.
-    min_dist : float
-        Least distance of points on the map, in its own units.
-
-    Returns
-    -------
-    float32 array, shape (n, 2)
+        The same seed gives the same map, shape (n, 2), on one machine.
+    n_neighbors, min_dist : int, float
+        Size of the neighbourhoods that are kept; least distance of points on the map, in its own units.
     """
     ready_numba_cache()
     import umap
@@ -112,44 +89,39 @@ def separation(x: np.ndarray, generator: np.ndarray, *, seed: int = 0, k: int = 
     x : float array, shape (n, d)
     generator : array of str, shape (n,)
         ``real`` or a generator's name.
-    seed : int
-        Of the folds.
-    k : int
-        Neighbours to look at.
+    seed, k : int
+        Of the folds; neighbours to look at.
 
     Returns
     -------
     DataFrame
         ``measure, generator, value, low, high, n``, for real against one generator, as many images of the
-        one as of the other (n in all), so that chance is one half. ``neighbours of the same class``: mean
-        share of the k nearest images that have an image's own class; ``linear AUROC``: five-fold
-        cross-validated logistic regression.
+        one as of the other (n in all), so that chance is one half; empty where they are too few.
+        ``neighbours of the same class``: mean share of the k nearest images that have an image's own class;
+        ``linear AUROC``: five-fold cross-validated logistic regression.
     """
-    rows = []
-    generator = np.asarray(generator)
+    generator, rows = np.asarray(generator), []
     x = StandardScaler().fit_transform(np.asarray(x, np.float64))
     real = generator == schema.REAL_GENERATOR
     for name in dict.fromkeys(generator[~real]):
         fake = generator == name
         rng, each = np.random.default_rng(seed), min(real.sum(), fake.sum())
         rows_used = np.concatenate([rng.permutation(np.flatnonzero(c))[:each] for c in (real, fake)])
-        y = fake[rows_used].astype(int)
-        part = x[rows_used]
-        # asked without points it leaves out each point itself, and not a twin of it
-        near = NearestNeighbors(n_neighbors=k).fit(part).kneighbors(return_distance=False)
-        same = (y[near] == y[:, None]).mean(axis=1)
-        error = 1.96 * same.std(ddof=1) / np.sqrt(len(same))
-        rows.append(
-            {"measure": "neighbours of the same class", "generator": name, "value": same.mean(),
-             "low": same.mean() - error, "high": same.mean() + error, "n": len(y)}
-        )  # fmt: skip
-        folds = StratifiedKFold(5, shuffle=True, random_state=seed)
-        n_components = min(PCA_DIMENSIONS, part.shape[1], 4 * len(part) // 5 - 1)  # four folds of five
-        model = make_pipeline(PCA(n_components, random_state=seed), LogisticRegression(C=0.1, max_iter=500))
-        score = cross_val_predict(model, part, y, cv=folds, method="decision_function")
-        size = effect_size(score[y == 1], score[y == 0])
-        rows.append(
-            {"measure": "linear AUROC", "generator": name, "value": size["auroc"], "low": size["auroc_low"],
-             "high": size["auroc_high"], "n": len(y)}
-        )  # fmt: skip
-    return pd.DataFrame(rows)
+        y, part = fake[rows_used].astype(int), x[rows_used]
+        near, linear = (np.nan,) * 3, (np.nan,) * 3
+        if len(y) > k and each >= FOLDS:
+            # asked without points it leaves out each point itself, and not a twin of it
+            found = NearestNeighbors(n_neighbors=k).fit(part).kneighbors(return_distance=False)
+            same = (y[found] == y[:, None]).mean(axis=1)
+            error = 1.96 * same.std(ddof=1) / np.sqrt(len(same))
+            near = (same.mean(), same.mean() - error, same.mean() + error)
+            folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+            n_components = min(PCA_DIMENSIONS, part.shape[1], 4 * len(part) // 5 - 1)  # four folds of five
+            pca = PCA(n_components, random_state=seed)
+            model = make_pipeline(pca, LogisticRegression(C=0.1, max_iter=500))
+            score = cross_val_predict(model, part, y, cv=folds, method="decision_function")
+            size = effect_size(score[y == 1], score[y == 0])
+            linear = (size["auroc"], size["auroc_low"], size["auroc_high"])
+        rows.append(("neighbours of the same class", name, *near, len(y)))
+        rows.append(("linear AUROC", name, *linear, len(y)))
+    return pd.DataFrame(rows, columns=["measure", "generator", "value", "low", "high", "n"])

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 import itemkit
 from itemkit import schema
 from itemkit._files import write_json
-from itemkit.controls import Scorer
 from itemkit.errors import InputError, StoreError
 from itemkit.features import Features
 from itemkit.metrics import METRICS
@@ -31,22 +30,21 @@ from itemkit.results import STUDY_METRICS, Run, Study, run_name
 from itemkit.splits import split_validation
 from itemkit.text import count, did_you_mean, one_line
 
-TEST_COLUMNS = (schema.IMAGE_ID, schema.PATH, schema.LABEL, schema.GENERATOR, schema.SOURCE)
-TRAIN_SHARE = 0.8
-"""Of the training images, drawn without replacement for each seed."""
+TEST_COLUMNS = [schema.IMAGE_ID, schema.PATH, schema.LABEL, schema.GENERATOR, schema.SOURCE]
+TRAIN_SHARE = 0.8  # of the training images, drawn without replacement for each seed
+FPR = 0.05  # false-positive rate on validation images at which accuracies are given
+# images of each class a split needs; half of val stops the training, the other half sets the threshold
 LEAST = {"train": 2, "val": 2, "test": 1}
-"""Images of each class a split needs; half of val stops the training, the other half sets the threshold."""
 
 
 def train_on_test_on(
     features: Features,
-    detectors: Mapping[str, Recipe | Callable[[int], Scorer]],
+    detectors: Mapping[str, Recipe],
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     *,
     train_generators: Sequence[str] | None = None,
     test_generators: Sequence[str] | None = None,
     threshold: str = "fpr",
-    fpr: float = 0.05,
     metrics: Sequence[str] = STUDY_METRICS,
     families: Mapping[str, str] | None = None,
     pair_by: str | None = None,
@@ -67,107 +65,124 @@ def train_on_test_on(
     features : Features
         Every image with label, generator and split.
     detectors : dict
-        Name -> `Recipe`, or a function from a seed to an untrained Scorer, whose runs are not reused.
+        Name -> `Recipe`.
     seeds : ints
         Each draws other training images, another division of the validation images and another start.
-    train_generators : names, optional
-        By default those with at least two training and two validation images. "a+b" trains on both.
-    test_generators : names, optional
-        By default those with test images.
+    train_generators, test_generators : names, optional
+        By default those with enough images. "a+b" trains on both.
     threshold : {"fpr", "best"}
-        For accuracies: the validation threshold at the false-positive rate ``fpr``, or the one with the best
-        balanced accuracy on validation images. Where these are too few for ``fpr``, accuracies are NaN and
-        ``Study.notes`` says so.
-    metrics : names
-        Out of `itemkit.metrics.METRICS`.
+        For accuracies, on validation images: 5 % false positives, or the best balanced accuracy. Where the
+        images are too few to promise 5 %, accuracies are NaN.
+    metrics : names out of `itemkit.metrics.METRICS`
     families : dict, optional
         Generator -> family. A test generator of a family trained on counts as seen: image-to-image with a
         flow is not unseen to a detector trained on that flow.
     pair_by : column, optional
         Judge each generator's fakes against the test reals that share this column ("source") instead of all.
-    n_boot : int
-        Bootstrap over the test images, the same resamples for all contenders. 0 for none.
+    n_boot, jobs : int
+        Bootstrap resamples of the test images; processes that train side by side.
     out : folder, optional
         Keep one JSON per run there, and reuse those that fit.
-    jobs : int
-        Processes that train side by side; the scores do not depend on it.
     progress : bool
-        Show a bar with the time left.
 
     Returns
     -------
     Study
-        A contender that fails is left out, with the reason in ``Study.failures``.
+        Contenders that fail are left out; its options "failures" and "notes" say what is, and why.
 
     Raises
     ------
     InputError
         An option or a split does not fit, or no contender could be run.
     """
-    recipes = {name: r if isinstance(r, Recipe) else Recipe(r, {}, name) for name, r in detectors.items()}
-    if not recipes or not len(seeds):
-        raise InputError(f"{len(recipes)} contenders and {len(seeds)} seeds; expected at least one of each")
-    for what, names, known in (("threshold", [threshold], ("fpr", "best")), ("metric", metrics, METRICS)):
-        for name in names:
-            if name not in known:
-                hint = did_you_mean(name, known)
-                raise InputError(f"{what} {name!r} is unknown; expected one of {', '.join(known)}.{hint}")
+    if not detectors or not len(seeds):
+        raise InputError(f"{len(detectors)} contenders and {len(seeds)} seeds; expected at least one of each")
+    if unknown := [*({threshold} - {"fpr", "best"}), *(name for name in metrics if name not in METRICS)]:
+        raise InputError(f"unknown {unknown[0]!r}; thresholds: fpr, best; metrics: {', '.join(METRICS)}")
     trains, tests, notes = _generators(features.table, train_generators, test_generators)
     options: dict[str, Any] = {
         "seeds": [int(seed) for seed in seeds], "train_generators": trains, "test_generators": tests,
-        "threshold": threshold, "fpr": fpr, "metrics": list(metrics), "families": dict(families or {}),
+        "threshold": threshold, "fpr": FPR, "metrics": list(metrics), "families": dict(families or {}),
         "pair_by": pair_by, "n_boot": n_boot, "made_by": features.provenance,
+        "titles": {name: recipe.title or name for name, recipe in detectors.items()},
     }  # fmt: skip
     folder = None if out is None else Path(out)
-    if folder:
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
-    found: dict[tuple[str, str, int], Run] = {}
-    tasks: list[tuple] = []
-    hashes: dict[int, str] = {}
-    for name, recipe in recipes.items():
+    tasks, common = [], _hash(features)
+    for name, recipe in detectors.items():
         own = features if recipe.features is None else _aligned(features, recipe.features, name)
-        # by the recipe's features: an aligned copy may be freed and its id given to another
-        if id(recipe.features) not in hashes:
-            hashes[id(recipe.features)] = _hash(own)
+        digest = common if own is features else _hash(own)
         # threshold and metrics are derived from kept scores and no part of the key
-        about = [itemkit.__version__, hashes[id(recipe.features)], recipe.config, recipe.train_images, tests]
-        for train in trains:
-            missing = []
-            for seed in options["seeds"]:
-                text = json.dumps([*about, TRAIN_SHARE, name, train, seed], sort_keys=True)
-                key = hashlib.sha256(text.encode()).hexdigest() if recipe.config else ""
-                path = folder / "runs" / run_name(name, train, seed) if folder else None
-                if run := _reuse(path, key, options):
-                    found[name, train, seed] = run
-                else:
-                    missing.append((seed, key, path))
-            if missing:
-                tasks.append((name, recipe, own, train, missing, options))
+        about = [itemkit.__version__, digest, recipe.config, recipe.train_images, tests, TRAIN_SHARE]
+        key = json.dumps(about, sort_keys=True)
+        tasks += [delayed(_runs)(name, recipe, own, train, key, folder, options) for train in trains]
+    runs: dict[tuple[str, str], list[Run]] = {}
     failures: dict[str, str] = {}
-    options["runs_reused"] = len(found)
     # one task is a contender on a generator with all its seeds, so that the features travel seldom
-    work = Parallel(n_jobs=jobs, return_as="generator_unordered")(delayed(_runs)(*task) for task in tasks)
-    total = len(recipes) * len(trains) * len(seeds)
-    with tqdm(total=total, initial=len(found), disable=not progress, unit="run", dynamic_ncols=True) as bar:
-        for name, train, done, failure in work:
-            found |= {(name, train, run.seed): run for run in done}
-            if failure:
-                failures.setdefault(name, f"trained on {train}: {failure}")
-            bar.update(len(done))
+    work = Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
+    for name, train, done, failure in tqdm(work, total=len(tasks), disable=not progress, dynamic_ncols=True):
+        runs[name, train] = done
+        if failure:
+            failures.setdefault(name, f"trained on {train}: {failure}")
     # a mean over fewer cells could not be compared with the others', so who fails once is out
-    able = [name for name in recipes if name not in failures]
-    if not able:
-        name, reason = next(iter(failures.items()))
-        raise InputError(f"no contender could be run; the first, {name}, {reason}")
-    runs = [found[name, train, seed] for name in able for train in trains for seed in options["seeds"]]
-    notes += [f"Accuracies are empty: {why}." for why in dict.fromkeys(run.withheld for run in runs) if why]
-    columns = [c for c in dict.fromkeys((*TEST_COLUMNS, pair_by)) if c in features.table]
-    test = features.table.iloc[_rows(features, "test", tests)][columns].reset_index(drop=True)
+    kept = [run for n in detectors if n not in failures for train in trains for run in runs[n, train]]
+    if not kept:
+        raise InputError("no contender could be run; the first, {}, {}".format(*next(iter(failures.items()))))
+    notes += [f"Accuracies are empty: {why}." for why in dict.fromkeys(run.withheld for run in kept) if why]
+    test = features.table.iloc[_rows(features, "test", tests)][TEST_COLUMNS].reset_index(drop=True)
     options |= {"failures": failures, "notes": notes}
-    study = Study(test.astype({schema.LABEL: int}), runs, options)
+    study = Study(test.astype({schema.LABEL: int}), kept, options)
     if folder:
         study.save(folder)
     return study
+
+
+def _runs(
+    name: str, recipe: Recipe, features: Features, train: str, key: str, folder: Path | None, options: dict
+) -> tuple[str, str, list[Run], str]:
+    """One contender on one generator with every seed; each run is on disk as soon as it is done."""
+    runs: list[Run] = []
+    try:
+        for seed in options["seeds"]:
+            digest = hashlib.sha256(f"{key} {name} {train} {seed}".encode()).hexdigest()
+            path = folder and folder / "runs" / run_name(name, train, seed)
+            run = _kept(path, digest, options) if path and recipe.config else None
+            if run is None:
+                run = _run(name, recipe, features, train, seed, options)
+                run.key = digest
+                if path:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(path, asdict(run))
+            runs.append(run)
+    except StoreError:
+        raise  # a full disk stops all of them
+    except Exception as error:  # whatever breaks in one contender must not cost the others
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        return name, train, runs, kind + one_line(error)
+    return name, train, runs, ""
+
+
+def _run(name: str, recipe: Recipe, features: Features, train: str, seed: int, options: dict) -> Run:
+    """Train one contender on one generator with one seed, and score the test images."""
+    start, y, generators = time.perf_counter(), features.labels, train.split("+")
+    rows, val = (_rows(features, split, generators) for split in ("train", "val"))
+    rows = _draw(rows, y[rows], seed, recipe.train_images)
+    stop, rest = (val[half] for half in split_validation(y[val], seed=seed))
+    scorer = recipe.build(seed)
+    scorer.fit(features.select(rows), features.select(stop))
+    judged = (rest, _rows(features, "test", options["test_generators"]))
+    scores = [scorer.decision_function(features.select(part)).tolist() for part in judged]
+    run = Run(name, train, seed, scores[0], y[rest].tolist(), scores[1], len(rows), config=recipe.config)
+    run.seconds = round(time.perf_counter() - start, 3)
+    return run.calibrate(options)
+
+
+def _kept(path: Path, key: str, options: dict) -> Run | None:
+    """Read the run kept in a file, if it is this very run; threshold and calibration are chosen anew."""
+    try:
+        run = Run(**json.loads(path.read_text("utf-8")))
+        return run.calibrate(options) if run.key == key else None
+    except (OSError, ValueError, TypeError, InputError):
+        return None  # not there, damaged, or another version's file: done again and replaced
 
 
 def _generators(
@@ -191,20 +206,21 @@ def _generators(
 
     if reason := lacks(schema.REAL_GENERATOR, *LEAST):
         raise InputError(reason)
-    unfit = {name: reason for name in known if (reason := lacks(name, "train", "val"))}
-    notes = []
+    notes: list[str] = []
     if trains is None:
+        unfit = {name: why for name in known if (why := lacks(name, "train", "val"))}
         trains = [name for name in known if name not in unfit]
         notes = [f"Nothing is trained on {name}: {why}." for name, why in unfit.items()]
-    tests = [name for name in known if not lacks(name, "test")] if tests is None else tests
-    if not trains or not tests:
-        why = [*unfit.values()] if not trains else [lacks(name, "test") for name in known]
-        raise InputError(f"nothing to {'test' if trains else 'train'} on: {[*why, 'no image is fake'][0]}")
-    asked = {name: ("train", "val") for train in trains for name in train.split("+")}
-    for name in {**asked, **dict.fromkeys(tests)}:
-        if reason := lacks(name, *asked.get(name, ()), *(("test",) if name in tests else ())):
-            hint = did_you_mean(name, known)
-            raise InputError(f"{reason}; generators: {', '.join(map(str, known)) or 'none'}.{hint}")
+    if tests is None:
+        tests = [name for name in known if not lacks(name, "test")]
+    for what, chosen, splits in (("train", trains, ("train", "val")), ("test", tests, ("test",))):
+        if not chosen:
+            why = next((why for name in known if (why := lacks(name, *splits))), "no image is fake")
+            raise InputError(f"nothing to {what} on: {why}")
+        for name in "+".join(chosen).split("+") if what == "train" else chosen:
+            if reason := lacks(name, *splits):
+                hint = did_you_mean(name, known)
+                raise InputError(f"{reason}; generators: {', '.join(map(str, known)) or 'none'}.{hint}")
     return list(trains), list(tests), notes
 
 
@@ -218,64 +234,9 @@ def _rows(features: Features, split: str, generators: Sequence[str]) -> np.ndarr
 def _draw(rows: np.ndarray, y: np.ndarray, seed: int, limit: int | None) -> np.ndarray:
     """Part of the training rows, without replacement; the same reals for every generator."""
     share = TRAIN_SHARE if limit is None else min(TRAIN_SHARE, limit / len(rows))
-    parts = []
-    for label in (schema.REAL, schema.FAKE):
-        own = rows[y == label]
-        take = max(2, round(share * len(own)))
-        parts.append(np.random.default_rng([seed, label]).permutation(own)[:take])
-    return np.sort(np.concatenate(parts))
-
-
-def _runs(
-    name: str, recipe: Recipe, features: Features, train: str, missing: Sequence[tuple], options: dict
-) -> tuple[str, str, list[Run], str]:
-    """One contender on one generator with several seeds; each run is on disk as soon as it is done."""
-    done: list[Run] = []
-    y, generators = features.labels, train.split("+")
-    train_rows, val_rows = (_rows(features, split, generators) for split in ("train", "val"))
-    test = features.select(_rows(features, "test", options["test_generators"]))
-    try:
-        for seed, key, path in missing:
-            start = time.perf_counter()
-            drawn = _draw(train_rows, y[train_rows], seed, recipe.train_images)
-            stop, rest = (val_rows[half] for half in split_validation(y[val_rows], seed=seed))
-            scorer = recipe.build(seed)
-            scorer.fit(features.select(drawn), features.select(stop))
-            val, scores = scorer.decision_function(features.select(rest)), scorer.decision_function(test)
-            seconds = round(time.perf_counter() - start, 3)
-            run = Run(
-                name,
-                train,
-                seed,
-                val.tolist(),
-                y[rest].tolist(),
-                scores.tolist(),
-                len(drawn),
-                seconds,
-                key,
-                recipe.config,
-            )
-            run.calibrate(options)
-            if path:
-                write_json(path, asdict(run))
-            done.append(run)
-    except StoreError:
-        raise  # a full disk stops all of them
-    except Exception as error:  # whatever breaks in one contender must not cost the others
-        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        return name, train, done, kind + one_line(error)
-    return name, train, done, ""
-
-
-def _reuse(path: Path | None, key: str, options: dict) -> Run | None:
-    """Read the run kept in a file, if it is this very run; threshold and calibration are chosen anew."""
-    if path is None or not key or not path.is_file():
-        return None
-    try:
-        run = Run(**json.loads(path.read_text("utf-8"))).calibrate(options)
-    except (OSError, ValueError, TypeError, InputError):
-        return None  # damaged, or another version's file: done again and replaced
-    return run if run.key == key else None
+    classes = (schema.REAL, schema.FAKE)
+    parts = [np.random.default_rng([seed, label]).permutation(rows[y == label]) for label in classes]
+    return np.sort(np.concatenate([part[: max(2, round(share * len(part)))] for part in parts]))
 
 
 def _aligned(base: Features, other: Features, name: str) -> Features:
@@ -283,18 +244,13 @@ def _aligned(base: Features, other: Features, name: str) -> Features:
     mine, theirs = (pd.Index(f.table[schema.PATH].astype(str)) for f in (base, other))
     where = theirs.get_indexer(mine)
     if len(missing := mine[where < 0]):
-        raise InputError(
-            f"the features of {name!r} lack {len(missing)} of the study's {len(mine)} images, the first is "
-            f"{missing[0]}"
-        )
+        raise InputError(f"the features of {name!r} lack {len(missing)} images, the first is {missing[0]}")
     return other.select(where)
 
 
 def _hash(features: Features) -> str:
     """Everything in features that a score can depend on."""
-    arrays = {f.name: getattr(features, f.name) for f in fields(features)}
-    parts = [f"{k} {v.shape} {array_hash(v)}" for k, v in arrays.items() if isinstance(v, np.ndarray)]
-    parts.append(array_hash(features.objects["score"].to_numpy(float)) if len(features.objects) else "")
     columns = [schema.IMAGE_ID, schema.LABEL, schema.GENERATOR, schema.SPLIT, schema.CAPTION_LOGPROB]
-    parts.append(features.table[columns].to_csv())
-    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    table = features.table[columns].to_csv().encode("utf-8", "surrogateescape")
+    arrays = [array for array in vars(features).values() if isinstance(array, np.ndarray)]
+    return array_hash(np.frombuffer(table, np.uint8), features.objects["score"].to_numpy(float), *arrays)

@@ -8,7 +8,7 @@ are a thousand columns of one array. Label 1 is fake and a higher score means "m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -19,25 +19,10 @@ from itemkit.errors import InputError
 
 RANK_METRICS = ("ap", "auroc", "tpr_at_fpr01", "tpr_at_fpr05", "accuracy_oracle")
 THRESHOLD_METRICS = ("accuracy", "accuracy_real", "accuracy_fake", "balanced_accuracy")
-PROBABILITY_METRICS = ("ece", "brier")
-SMALLER_IS_BETTER = PROBABILITY_METRICS
+PROBABILITY_METRICS = ("ece", "brier")  # of these the largest is the worst
 METRICS = RANK_METRICS + THRESHOLD_METRICS + PROBABILITY_METRICS
 ECE_BINS = 15  # Guo et al. 2017 (arXiv 1706.04599)
 LEVEL = 0.95  # coverage of the intervals
-
-METRIC_TITLES = {
-    "ap": "average precision",
-    "auroc": "area under the ROC curve",
-    "tpr_at_fpr01": "fakes found at 1 % false alarms",
-    "tpr_at_fpr05": "fakes found at 5 % false alarms",
-    "accuracy": "accuracy",
-    "accuracy_oracle": "accuracy at the oracle threshold (chosen on the test images: a bound, not a result)",
-    "accuracy_real": "accuracy on real images",
-    "accuracy_fake": "accuracy on fake images",
-    "balanced_accuracy": "balanced accuracy",
-    "ece": "expected calibration error",
-    "brier": "Brier score",
-}
 
 
 def check_scores(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -48,8 +33,7 @@ def check_scores(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not np.isfinite(s).all():
         bad = np.flatnonzero(~np.isfinite(s))
         raise InputError(f"{len(bad)} of {len(s)} scores are not finite, the first is row {bad[0]}")
-    values = set(np.unique(y).tolist())
-    if not values <= {0, 1}:
+    if (values := set(np.unique(y).tolist())) - {0, 1}:
         raise InputError(f"labels are {sorted(values)}; expected 0 (real) and 1 (fake)")
     if len(values) < 2:
         what = {0: "only real", 1: "only fake"}[values.pop()] if values else "no"
@@ -62,25 +46,21 @@ def _ladder(y: np.ndarray, s: np.ndarray, weights: np.ndarray) -> tuple[np.ndarr
     order = np.argsort(-s, kind="stable")
     s, weights, fake = s[order], weights[order], y[order] == 1
     starts = np.flatnonzero(np.r_[True, s[1:] != s[:-1]])
-    sides = [weights * mask[:, None] for mask in (fake, ~fake)]
-    if len(starts) < len(s):
-        sides = [np.add.reduceat(side, starts, axis=0) for side in sides]
-    return s[starts], sides[0], sides[1]
+    n_fake, n_real = (np.add.reduceat(weights * mask[:, None], starts, axis=0) for mask in (fake, ~fake))
+    return s[starts], n_fake, n_real
 
 
 def _calibration(values: np.ndarray, fake: np.ndarray, real: np.ndarray, balanced: bool) -> dict:
     """Calibration metrics of a ladder of probabilities."""
     if values[0] > 1 or values[-1] < 0:
         raise InputError(f"probabilities run from {values[-1]:.4g} to {values[0]:.4g}; expected 0 to 1")
-    if balanced:  # both classes count one half, as in the prior the probabilities were calibrated to
-        fake, real = fake / fake.sum(0) / 2, real / real.sum(0) / 2
-    else:
-        total = fake.sum(0) + real.sum(0)
-        fake, real = fake / total, real / total
+    # balanced: both classes count one half, as in the prior the probabilities were calibrated to
+    n_fake, n_real = (2 * fake.sum(0), 2 * real.sum(0)) if balanced else [fake.sum(0) + real.sum(0)] * 2
+    fake, real, values = fake / n_fake, real / n_real, values[:, None]
+    bins = np.minimum((values[:, 0] * ECE_BINS).astype(int), ECE_BINS - 1)
     gap = np.zeros((ECE_BINS, fake.shape[1]))
-    bins = np.minimum((values * ECE_BINS).astype(int), ECE_BINS - 1)
-    np.add.at(gap, bins, fake - (fake + real) * values[:, None])
-    brier = np.sum(fake * (1 - values[:, None]) ** 2 + real * values[:, None] ** 2, axis=0)
+    np.add.at(gap, bins, fake - (fake + real) * values)
+    brier = np.sum(fake * (1 - values) ** 2 + real * values**2, axis=0)
     return {"ece": np.abs(gap).sum(0), "brier": brier}
 
 
@@ -93,7 +73,7 @@ def replicate(
     probability: np.ndarray | None = None,
     balanced: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Every metric under every column of image weights.
+    """Every metric under every column of image weights, each an array (b,).
 
     Parameters
     ----------
@@ -102,17 +82,12 @@ def replicate(
     weights : array, shape (n, b)
         How often each image occurs in each of b resamples; a column of ones is the sample itself.
     metrics : names out of `METRICS`
-        Threshold metrics need ``threshold``, calibration metrics ``probability``.
-    threshold : float, optional
+    threshold : float, for accuracies
         An image is called fake when its score is *above* it.
-    probability : vector of length n, optional
-        Calibrated p(fake), for "ece" and "brier".
+    probability : vector of length n, for "ece" and "brier"
+        Calibrated p(fake).
     balanced : bool
         Give both classes half of the weight in "ece" and "brier".
-
-    Returns
-    -------
-    dict of float arrays, shape (b,).
     """
     y, s = check_scores(y, s)
     if unknown := [name for name in metrics if name not in METRICS]:
@@ -129,26 +104,22 @@ def replicate(
     def found(fpr: float) -> np.ndarray:
         return np.max(tp * (fp <= fpr * n_real + 1e-6), axis=0) / n_fake
 
-    formulas = {
+    out = {
         # a sum over distinct thresholds, no interpolation: scikit-learn's definition
-        "ap": lambda: np.sum(fake * tp / np.maximum(tp + fp, 1e-12), axis=0) / n_fake,
-        "auroc": lambda: np.sum(real * (tp - fake / 2), axis=0) / (n_fake * n_real),  # ties count one half
-        "tpr_at_fpr01": lambda: found(0.01),
-        "tpr_at_fpr05": lambda: found(0.05),
+        "ap": np.sum(fake * tp / np.maximum(tp + fp, 1e-12), axis=0) / n_fake,
+        "auroc": np.sum(real * (tp - fake / 2), axis=0) / (n_fake * n_real),  # ties count one half
+        "tpr_at_fpr01": found(0.01),
+        "tpr_at_fpr05": found(0.05),
         # calling nothing fake is a threshold, too
-        "accuracy_oracle": lambda: (n_real + np.maximum((tp - fp).max(axis=0), 0)) / (n_fake + n_real),
+        "accuracy_oracle": (n_real + np.maximum((tp - fp).max(axis=0), 0)) / (n_fake + n_real),
     }
     if threshold is not None:
-        called, fakes, reals = (values > threshold)[:, None], fake.sum(0), real.sum(0)
+        called = (values > threshold)[:, None]
         hit, right = (fake * called).sum(0), (real * ~called).sum(0)
-        formulas |= {
-            "accuracy": lambda: (hit + right) / (fakes + reals),
-            "accuracy_real": lambda: right / reals,
-            "accuracy_fake": lambda: hit / fakes,
-            "balanced_accuracy": lambda: (hit / fakes + right / reals) / 2,
-        }
-    out = {name: formulas[name]() for name in metrics if name in formulas}
-    if not set(metrics).isdisjoint(PROBABILITY_METRICS):
+        out["accuracy"] = (hit + right) / (n_fake + n_real)
+        out["accuracy_real"], out["accuracy_fake"] = right / n_real, hit / n_fake
+        out["balanced_accuracy"] = (out["accuracy_real"] + out["accuracy_fake"]) / 2
+    if probability is not None:
         out |= _calibration(*_ladder(*check_scores(y, np.asarray(probability)), weights), balanced)
     return {name: np.asarray(out[name], np.float64) for name in metrics}
 
@@ -158,54 +129,27 @@ def average_precision(y: np.ndarray, s: np.ndarray) -> float:
     return float(replicate(y, s, np.ones((len(s), 1)), ["ap"])["ap"][0])
 
 
-def draw_weights(n: int, n_boot: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each image is drawn in each resample with replacement, shape (n, n_boot)."""
-    drawn = rng.integers(n, size=(n_boot, n)) + np.arange(n_boot)[:, None] * n
-    counts = np.bincount(drawn.ravel(), minlength=n * n_boot).reshape(n_boot, n)
-    return np.ascontiguousarray(counts.T, dtype=np.float32)
-
-
-def stratified_weights(y: np.ndarray, n_boot: int, rng: np.random.Generator) -> np.ndarray:
-    """Bootstrap weights that keep the numbers of real and of fake images, shape (n, n_boot)."""
-    weights = np.empty((len(y), n_boot), np.float32)
-    for label in (0, 1):
-        weights[y == label] = draw_weights(int((y == label).sum()), n_boot, rng)
+def resample(strata: np.ndarray, n_boot: int, rng: np.random.Generator) -> np.ndarray:
+    """Bootstrap weights (n, n_boot): how often each image is drawn, with replacement within its stratum."""
+    weights = np.empty((len(strata), n_boot), np.float32)
+    for name in np.unique(strata):
+        rows = np.flatnonzero(strata == name)
+        for b, drawn in enumerate(rng.integers(len(rows), size=(n_boot, len(rows)))):
+            weights[rows, b] = np.bincount(drawn, minlength=len(rows))
     return weights
 
 
-def bootstrap_chunks(n: int, n_boot: int) -> Iterator[int]:
-    """Sizes of the portions in which ``n_boot`` resamples of n images are computed, to bound memory."""
-    size = max(1, int(4e6 // max(n, 1)))  # about 16 MB per float32 array
-    for start in range(0, n_boot, size):
-        yield min(size, n_boot - start)
-
-
-def percentile_interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """Central interval of bootstrap replicates; not a number without any."""
-    if not len(values):
-        return float("nan"), float("nan")
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def metric_interval(
-    metric: str, value: float, replicates: np.ndarray, level: float = LEVEL
-) -> tuple[float, float]:
-    """Bootstrap interval of a metric.
+def interval(replicates: np.ndarray, metric: str = "", value: float = math.nan) -> tuple[float, float]:
+    """95 % interval of a metric, or of a difference, by bootstrap; not a number without replicates.
 
     Percentiles, but for "ece": an image drawn twice looks like miscalibration, so resamples lie too high and
     their percentiles may miss the value itself. There the upper end is the percentile and the lower one its
     mirror image, which errs on the wide side.
     """
-    low, high = percentile_interval(replicates, level)
+    if not len(replicates):
+        return math.nan, math.nan
+    low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
     return (max(0.0, 2 * value - high), max(value, high)) if metric == "ece" else (low, high)
-
-
-def two_sided_p(gap: np.ndarray) -> float:
-    """Twice the smaller share of replicates of a difference on one side of zero, never below 1 / (n + 1)."""
-    if not len(gap):
-        return float("nan")
-    return float(min(1.0, 2 * (1 + min((gap <= 0).sum(), (gap >= 0).sum())) / (len(gap) + 1)))
 
 
 def bootstrap(
@@ -235,20 +179,20 @@ def bootstrap(
         One row per metric: ``metric, value, low, high, n_real, n_fake``.
     """
     y, s = check_scores(y, s)
-    names = list(metrics or RANK_METRICS)
     if metrics is None:
-        names += THRESHOLD_METRICS if threshold is not None else ()
-        names += PROBABILITY_METRICS if probability is not None else ()
-    rng = np.random.default_rng(seed)
-    options = (names, threshold, probability, balanced)
+        metrics = RANK_METRICS + (() if threshold is None else THRESHOLD_METRICS)
+        metrics += () if probability is None else PROBABILITY_METRICS
+    rng, options = np.random.default_rng(seed), (metrics, threshold, probability, balanced)
     point = replicate(y, s, np.ones((len(s), 1)), *options)
+    size = max(1, int(4e6 // len(y)))  # resamples at a time, to bound memory: 16 MB per float32 array
     parts = [
-        replicate(y, s, stratified_weights(y, b, rng), *options) for b in bootstrap_chunks(len(y), n_boot)
+        replicate(y, s, resample(y, min(size, n_boot - start), rng), *options)
+        for start in range(0, n_boot, size)
     ]
     rows = []
-    for name in names:
-        value, replicates = float(point[name][0]), np.concatenate([part[name] for part in parts])
-        low, high = metric_interval(name, value, replicates)
+    for name in metrics:
+        value = float(point[name][0])
+        low, high = interval(np.concatenate([part[name] for part in parts] or [np.empty(0)]), name, value)
         rows.append({"metric": name, "value": value, "low": low, "high": high})
     return pd.DataFrame(rows).assign(n_real=int((y == 0).sum()), n_fake=int((y == 1).sum()))
 
@@ -267,9 +211,8 @@ def effect_size(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
     -------
     dict
         ``d, d_low, d_high`` (Cohen's d with pooled standard deviation; normal approximation of Hedges and
-        Olkin 1985), ``auroc, auroc_low, auroc_high`` (chance that a real value exceeds a fake one; DeLong
-        variance on the logit scale, so it stays inside 0..1; exact 0 or 1 gives the rule-of-three bound),
-        ``n_real, n_fake``.
+        Olkin 1985), ``auroc, auroc_low, auroc_high`` (DeLong variance on the logit scale, so it stays inside
+        0..1; exact 0 or 1 gives the rule-of-three bound), ``n_real, n_fake``.
     """
     real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
     n_r, n_f = len(real), len(fake)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_array
 
 from itemkit.errors import InputError
 from itemkit.features import Features
@@ -49,7 +50,7 @@ def misalign(image_emb: np.ndarray, text_emb: np.ndarray, kind: str = "absolute"
         L2-normalised; row i of both is pair i. Whole images with captions give the global misalignment,
         regions with phrases the local one.
     kind : {"cosine", "difference", "absolute", "product", "concat"}
-        The form, see `FORMS`.
+        The form, see `FORMS`. The paper says "in pre-trained CLIP's joint space"; every kind is our reading.
 
     Returns
     -------
@@ -59,11 +60,6 @@ def misalign(image_emb: np.ndarray, text_emb: np.ndarray, kind: str = "absolute"
     ------
     InputError
         Shapes differ, or a row's norm is off 1 by more than 1e-3.
-
-    References
-    ----------
-    Zhang et al. 2025 (arXiv 2511.00427), abstract: misalignment "in pre-trained CLIP's joint space". The form
-    is not stated there; every kind is our reading.
     """
     if kind not in FORMS:
         raise InputError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
@@ -84,18 +80,28 @@ def misalign(image_emb: np.ndarray, text_emb: np.ndarray, kind: str = "absolute"
     return FORMS[kind](image_emb, text_emb)
 
 
-POOLINGS = ("mean", "worst", "mean_worst", "top_k", "soft_worst")
+TOP_K = 3
+TEMPERATURE = 0.05  # cosine units; small values approach "worst", large ones "mean"
+
+# How a varying number of objects becomes one vector: each entry weighs the objects of an image and adds them
+# up; several entries stand side by side. count: objects of the image; rank: 0 for the least aligned object;
+# excess: cosine above that object's.
+POOLINGS = {
+    # one bad object among many is diluted. Ours; what a reader would try first
+    "mean": lambda count, rank, excess: [1 / count],
+    # one bad object is enough, and so is one bad box: the max pooling of multiple-instance learning
+    "worst": lambda count, rank, excess: [rank == 0],
+    # both side by side. Ours, the default
+    "mean_worst": lambda count, rank, excess: [1 / count, rank == 0],
+    # the lowest cosines, lowest first, zeros where there are fewer; the head sees each. Ours
+    "top_k": lambda count, rank, excess: [rank == k for k in range(TOP_K)],
+    # softmax(-cosine / temperature), between mean and worst. Ours; normalised by `pool`
+    "soft_worst": lambda count, rank, excess: [np.exp(-excess / TEMPERATURE)],
+}
 
 
 def pool(
-    local: np.ndarray,
-    owner: np.ndarray,
-    n_images: int,
-    how: str = "mean_worst",
-    *,
-    cosine: np.ndarray,
-    top_k: int = 3,
-    temperature: float = 0.05,
+    local: np.ndarray, owner: np.ndarray, n_images: int, how: str = "mean_worst", *, cosine: np.ndarray
 ) -> np.ndarray:
     """Turn a varying number of object vectors per image into one vector per image.
 
@@ -104,61 +110,30 @@ def pool(
     local : float array, shape (m, k)
         One vector per semantic object.
     owner : int array, shape (m,)
-        Image to which each object belongs; any order.
-    n_images : int
-        Images; those without objects get zeros.
+        Image of each object, in any order; images without objects get zeros.
     how : str
-        - ``"mean"``: average; one bad object among many is diluted. Ours; what a reader would try first.
-        - ``"worst"``: the object with the lowest cosine; one bad object is enough, and so is one bad box. The
-          max pooling of multiple-instance learning (one positive instance makes the bag positive).
-        - ``"mean_worst"``: both side by side. Ours, the default.
-        - ``"top_k"``: the ``top_k`` lowest cosines, lowest first, zero padded; the head sees each. Ours.
-        - ``"soft_worst"``: average weighted by softmax(-cosine / temperature), between mean and worst. Ours.
+        Name in `POOLINGS`.
     cosine : float array, shape (m,)
-        Cosine of each object's region and phrase: the order for all rules but the mean.
-    top_k, temperature
-        See `RepresentationConfig`.
+        Cosine of each object's region and phrase.
 
     Returns
     -------
     float32 array
-        Shape (n_images, k); (n_images, 2 k) for "mean_worst"; (n_images, top_k * k) for "top_k".
+        Shape (n_images, k); (n_images, 2 k) for "mean_worst"; (n_images, TOP_K * k) for "top_k".
     """
-    local, cosine = np.asarray(local, np.float32), np.asarray(cosine, np.float32)
-    owner = np.asarray(owner, np.int64)
     # by image, least aligned object first; equal cosines keep their order, so results do not depend on luck
     order = np.lexsort((cosine, owner))
     local, owner, cosine = local[order], owner[order], cosine[order]
     counts = np.bincount(owner, minlength=n_images)
-    starts = np.cumsum(counts) - counts
-
-    def total(weights: np.ndarray) -> np.ndarray:
-        out, filled = np.zeros((n_images, local.shape[1]), np.float32), np.flatnonzero(counts)
-        if len(filled):
-            out[filled] = np.add.reduceat(local * weights[:, None], starts[filled], axis=0)
-        return out
-
-    def mean() -> np.ndarray:
-        return total(1 / counts[owner].astype(np.float32))
-
-    def lowest(k: int) -> np.ndarray:
-        out = np.zeros((n_images, k, local.shape[1]), np.float32)
-        rank = np.arange(len(owner)) - starts[owner]
-        out[owner[rank < k], rank[rank < k]] = local[rank < k]
-        return out.reshape(n_images, k * local.shape[1])
-
-    if how == "mean":
-        return mean()
-    if how == "worst":
-        return lowest(1)
-    if how == "mean_worst":
-        return np.concatenate([mean(), lowest(1)], axis=1)
-    if how == "top_k":
-        return lowest(top_k)
-    if how == "soft_worst":
-        weight = np.exp((cosine[starts[owner]] - cosine) / temperature)  # largest weight 1: no overflow
-        return total((weight / np.bincount(owner, weight, n_images)[owner]).astype(np.float32))
-    raise InputError(f"pooling={how!r}: expected one of {', '.join(POOLINGS)}")
+    first = (np.cumsum(counts) - counts)[owner]
+    rank, rows = np.arange(len(owner)) - first, np.arange(len(owner))
+    pooled = []
+    for weight in POOLINGS[how](counts[owner].astype(np.float32), rank, cosine - cosine[first]):
+        if how == "soft_worst":
+            weight = weight / np.bincount(owner, weight, n_images)[owner]
+        each = csr_array((weight.astype(np.float32), (owner, rows)), (n_images, len(owner)))
+        pooled.append(each @ local)
+    return np.concatenate(pooled, axis=1)
 
 
 LEVELS = ("global", "local", "hierarchical")
@@ -168,35 +143,18 @@ LEVELS = ("global", "local", "hierarchical")
 class RepresentationConfig:
     """Which misalignment vector the head is given.
 
-    Attributes
-    ----------
-    level : {"hierarchical", "global", "local"}
-        The whole image against its caption, its regions against their phrases, or both side by side. The
-        paper's abstract (Zhang et al. 2025, arXiv 2511.00427) describes the hierarchical one.
-    kind : {"absolute", "cosine", "difference", "product", "concat"}
-        Form of one pair's misalignment, see `misalign`. The paper's is unknown; the default is our choice.
-    pooling : {"mean_worst", "mean", "worst", "top_k", "soft_worst"}
-        How a varying number of objects becomes one vector, see `pool`. Our choice as well.
-    top_k : int
-        Objects taken by pooling "top_k", least aligned first.
-    temperature : float
-        Cosine units; small values approach "worst", large ones "mean". Used by pooling "soft_worst".
+    The paper's abstract (Zhang et al. 2025, arXiv 2511.00427) describes the hierarchical one: the whole image
+    against its caption, and its regions against their phrases. Form and pooling are not stated there.
     """
 
-    level: str = "hierarchical"
-    kind: str = "absolute"
-    pooling: str = "mean_worst"
-    top_k: int = 3
-    temperature: float = 0.05
+    level: str = "hierarchical"  # out of LEVELS
+    kind: str = "absolute"  # of one pair's misalignment, out of FORMS; our choice
+    pooling: str = "mean_worst"  # of a varying number of objects, out of POOLINGS; our choice
 
     def __post_init__(self) -> None:
         for name, allowed in (("level", LEVELS), ("kind", KINDS), ("pooling", POOLINGS)):
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in tuple(allowed):
                 raise InputError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
-        if type(self.top_k) is not int or not 1 <= self.top_k <= 1000:
-            raise InputError(f"top_k={self.top_k!r}: expected a whole number from 1 to 1000")
-        if type(self.temperature) not in (int, float) or not 0 < self.temperature < float("inf"):
-            raise InputError(f"temperature={self.temperature!r}: expected a positive number")
 
     @property
     def uses_objects(self) -> bool:
@@ -239,11 +197,6 @@ def represent(features: Features, config: RepresentationConfig | str = "absolute
     An image whose caption names no object counts as its own only object (our rule): the local part then says
     nothing new and stays in the range of its neighbours, where zeros would be a strong misalignment.
 
-    Parameters
-    ----------
-    features : Features
-    config : RepresentationConfig or name
-
     Returns
     -------
     float32 array, shape (n, k)
@@ -253,20 +206,17 @@ def represent(features: Features, config: RepresentationConfig | str = "absolute
     whole = misalign(features.image_emb, features.caption_emb, config.kind)
     if not config.uses_objects:
         return whole
-    owner = np.asarray(features.owner, np.int64)
-    empty = np.flatnonzero(np.bincount(owner, minlength=len(features)) == 0)
+    empty = np.flatnonzero(np.bincount(features.owner, minlength=len(features)) == 0)
     pairs = (
         np.concatenate([features.region_emb, features.image_emb[empty]]),
         np.concatenate([features.phrase_emb, features.caption_emb[empty]]),
     )
     pooled = pool(
         misalign(*pairs, config.kind),
-        np.concatenate([owner, empty]),
+        np.concatenate([features.owner, empty]),
         len(features),
         config.pooling,
         cosine=misalign(*pairs, "cosine")[:, 0],
-        top_k=config.top_k,
-        temperature=config.temperature,
     )
     return pooled if config.level == "local" else np.concatenate([whole, pooled], axis=1)
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import json
 import os
+import pkgutil
 import re
 import sys
 import traceback
@@ -23,19 +23,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from itemkit.errors import InputError, ItemkitError, ModelNotFound
+from itemkit.text import did_you_mean
 
 # -- the models of a run -------------------------------------------------------------------------------------
 
-METHODS = {
+METHODS = {  # the parts, and what each must be able to do
     "captioner": ("caption",),
     "parser": ("objects",),
     "encoder": ("preprocess", "encode_images", "encode_texts", "count_tokens"),
     "localiser": ("locate",),
 }
-"""The parts, and what each must be able to do."""
 PARTS = tuple(METHODS)
+# Localisers by name, with the defaults of those options that change the regions; see `regions`.
 LOCALISERS: dict[str, dict[str, Any]] = {
     "whole": {},
     "grid": {"scales": (1.0, 0.7, 0.45), "overlap": 0.5},
@@ -45,18 +47,18 @@ LOCALISERS: dict[str, dict[str, Any]] = {
         "model": "IDEA-Research/grounding-dino-base", "threshold": 0.25, "precision": "float32",
     },
 }  # fmt: skip
-"""Localisers by name, with the defaults of those options that change the regions; see `regions`."""
 GRID_MAX_STEPS = 12  # windows per axis and scale of "grid"; bounds the work on panoramas
 
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a run. `presets.Preset.build` makes them; anything with the same methods will do.
+    """The models of a run: the encoder alone for images with captions, and more for objects and regions.
 
-    One's own captioner is a class with ``caption(images) -> list of str`` (or of `captions.Caption`); one's
-    own localiser has ``boxes(image, phrases) -> list of (x0, y0, x1, y1, score) or None``, or all of
-    `regions.Localiser`. Each says which answers it gives, so that features of different ones are never mixed
-    up: by a ``version`` that is raised whenever the answers change, or by ``fingerprint() -> dict``.
+    `presets.Preset.build` makes them; anything with the same methods will do. One's own captioner is a class
+    with ``caption(images) -> list of str`` (or of `captions.Caption`); one's own localiser has
+    ``boxes(image, phrases) -> list of (x0, y0, x1, y1, score) or None``, or all of `regions.Localiser`. Each
+    says which answers it gives, so that features of different ones are never mixed up: by a ``version`` that
+    is raised whenever the answers change, or by ``fingerprint() -> dict``.
 
     >>> class Captions:
     ...     version = "1"
@@ -67,22 +69,6 @@ class Models:
     '1'
 
     On the command line such a class is named by module and name: ``--captioner my_module:Captions``.
-
-    Attributes
-    ----------
-    encoder : Encoder
-        Images and texts to the joint space.
-    captioner : Captioner or None
-        Images to captions; None where every image has one of its own.
-    parser : Parser or None
-        Captions to phrases; None, like no localiser, for global features only.
-    localiser : Localiser or None
-        Phrases to regions.
-
-    Raises
-    ------
-    InputError
-        A part lacks a method.
     """
 
     encoder: Any
@@ -106,19 +92,7 @@ class Models:
                 )
 
     def fingerprint(self, captions: str = "generate") -> dict[str, Any]:
-        """Everything about the models that changes the numbers, JSON-ready.
-
-        Parameters
-        ----------
-        captions : {"generate", "user"}
-            Where captions come from.
-
-        Returns
-        -------
-        dict
-            A dict per part (None where it is left out), ``captions``, and with users' captions the version of
-            the rules that clean them. The same on every device.
-        """
+        """Everything that changes the numbers, JSON-ready; ``captions`` come from "generate" or "user"."""
         return run_fingerprint({name: getattr(self, name) for name in PARTS}, captions)
 
 
@@ -148,18 +122,13 @@ def part_fingerprint(name: str, part: Any) -> dict[str, Any] | None:
             "different ones must not be mixed up: add `version = '1'` to it and raise that whenever its "
             "answers change, or a method fingerprint() that returns a dict"
         )
-    try:
-        return json.loads(json.dumps(found))
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"the fingerprint of the {name} {type(part).__name__} is not JSON: {error}"
-        ) from None
+    return json.loads(json.dumps(found))
 
 
 def differences(
     stored: Mapping[str, Any] | None, wanted: Mapping[str, Any] | None, ignore: Collection[str] = ()
 ) -> list[str]:
-    """Say in what two fingerprints differ.
+    """Say in what two fingerprints differ, as ``encoder.files_sha256: 'ab...' there, 'cd...' here``.
 
     Parameters
     ----------
@@ -167,11 +136,6 @@ def differences(
     ignore : names
         Parts ("localiser"), dotted keys ("captioner.decoding") or keys at any depth ("precision"). Who
         ignores "captions" ignores how they were cleaned, too.
-
-    Returns
-    -------
-    list of str
-        Empty if they agree; else lines as ``encoder.files_sha256: 'ab...' there, 'cd...' here``.
     """
     skip = {*ignore, *(("caption_cleaning",) if "captions" in ignore else ())}
 
@@ -196,8 +160,6 @@ def _short(value: Any) -> str:
 
 def unknown(what: str, word: str, known: Iterable[str]) -> InputError:
     """Build the error for a word that is not among the known ones."""
-    from itemkit.text import did_you_mean
-
     return InputError(f"{what}.{did_you_mean(word, known)} Known: {', '.join(known) or 'none'}.")
 
 
@@ -208,46 +170,28 @@ def names_object(text: Any) -> bool:
 
 @functools.cache
 def own_part(name: str, text: str) -> Any:
-    """The object that ``module:object`` names; a class is made an instance of. Looks in this folder, too.
-
-    Raises
-    ------
-    InputError
-        No such module or object.
-    """
-    module, _, attribute = text.partition(":")
+    """The object that ``module:object`` names; a class is made an instance of. Looks in this folder, too."""
     sys.path.insert(0, os.getcwd())  # not there when the command line's script was started
     try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"{name} '{text}': no module '{error.name}' in this folder or among the installed packages"
-        ) from None
+        part = pkgutil.resolve_name(text)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{name} '{text}' is neither in this folder nor installed: {error}") from error
     finally:
         sys.path.remove(os.getcwd())
-    if not hasattr(found, attribute):
-        names = [key for key in vars(found) if not key.startswith("_")]
-        raise unknown(f"{name} '{text}': module '{module}' has no '{attribute}'", attribute, names)
-    part = getattr(found, attribute)
     return part() if isinstance(part, type) else part
 
 
-def check_localiser(name: str, options: Iterable[str]) -> None:
-    """Refuse a localiser's name, or an option of it, that nobody knows."""
+def localiser_settings(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What changes the regions of a localiser, its weights apart; refuses a name or option nobody knows."""
     if name not in LOCALISERS:
         known = [*LOCALISERS, "your own as module:object"]
         raise unknown(f"localiser '{name}' is unknown", name, known)
-    known = [*LOCALISERS[name], *(["device"] if "model" in LOCALISERS[name] else [])]
+    defaults = LOCALISERS[name]
     for key in options:
-        if key not in known:
-            raise unknown(f"localiser '{name}' has no option '{key}'", key, known)
-
-
-def localiser_settings(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a localiser given by name and options changes the regions, its weights apart."""
-    settings = {key: options.get(key, value) for key, value in LOCALISERS[name].items() if key != "model"}
-    steps = {"max_steps": GRID_MAX_STEPS} if name == "grid" else {}
-    return {"kind": name, **settings, **steps}
+        if key not in defaults and not (key == "device" and "model" in defaults):
+            raise unknown(f"localiser '{name}' has no option '{key}'", key, defaults)
+    settings = {key: options.get(key, value) for key, value in defaults.items() if key != "model"}
+    return {"kind": name, **settings, **({"max_steps": GRID_MAX_STEPS} if name == "grid" else {})}
 
 
 # -- finding -------------------------------------------------------------------------------------------------
@@ -257,14 +201,12 @@ _MODEL_FILES = ("config.json", "open_clip_config.json", "config.cfg")
 _TRANSFORMERS_WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
-# What else in a model folder changes the numbers: configuration, tokenizer, preprocessing.
-_CONFIG_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 COPY_WHOLE = "Copy the whole model folder, not only its weights, or fetch it again with `itemkit download`."
 
 
 @dataclass(frozen=True)
 class Located:
-    """A model's files on this machine, and what can be said of the model before it is loaded."""
+    """A model's files on this machine, before and after it is loaded."""
 
     what: str  # what was asked for, in words
     path: Path  # the folder, or the one file of weights, that will be read
@@ -273,11 +215,8 @@ class Located:
     weights: tuple[Path, ...] = ()  # the very files that will be loaded
 
     def fingerprint(self, **settings: Any) -> dict[str, Any]:
-        """Everything that changes the model's numbers: its files, and the settings it is used with.
-
-        The one source, before and after loading: the loaded model keeps what this returns.
-        """
-        files = folder_hash(self.path, self.weights)
+        """What changes the model's numbers: its files, and the settings it is used with; loaded or not."""
+        files = files_hash(self.path, [*settings_files(self.path), *self.weights])
         found = {"kind": "transformers", "name": self.name, "revision": self.revision, "files_sha256": files}
         return found | settings
 
@@ -287,20 +226,18 @@ class Located:
         return ModelNotFound(self.what, reason=reason, looked=tidy(self.path), remedy=remedy)
 
 
-def fetch_remedy(preset: str = "", several: bool = False) -> str:
+def fetch_remedy(preset: str = "") -> str:
     """What to do about models that are not on this machine; names the preset where it is known."""
-    it, folder = ("them", "holds them") if several else ("it", "holds it")
     command = f"itemkit download --preset {preset}" if preset else "itemkit download"
     return (
-        f"Fetch {it} once where a model hub can be reached with `{command}`, name a folder that {folder} "
-        "(--models, or ITEMKIT_MODELS), or use the models that come with itemkit: preset 'mini'."
+        f"Fetch what is missing once where a model hub can be reached with `{command}`, name a folder that "
+        "holds it (--models, or ITEMKIT_MODELS), or use the models that come with itemkit: preset 'mini'."
     )
 
 
 def not_found(what: str, looked: str | Path, reason: str = "") -> ModelNotFound:
     """Build the one error for a model that is not on this machine; ``reason`` is what is missing there."""
-    where = f"{tidy(looked)}: {reason}" if reason else tidy(looked)
-    return ModelNotFound(what, looked=where, remedy=fetch_remedy())
+    return ModelNotFound(what, looked=tidy(looked) + (reason and f": {reason}"), remedy=fetch_remedy())
 
 
 def tidy(path: str | Path) -> str:
@@ -322,77 +259,51 @@ def looks_like_path(model: str | Path) -> bool:
 def find_place(model: str | Path, part: str) -> Located:
     """Find the folder of a model, given as such or by its hub name; what is in it is for the caller to check.
 
-    A hub name is looked up in the hub's local cache, main revision, be it whole or in part.
-    ``snapshot_download(local_files_only=True)`` will not do: it refuses a snapshot that lacks any file of the
-    repository, also one nobody needs (the same weights in another format), and takes one of which it knows no
-    list of files, however little of it there is.
+    A hub name is looked up in the hub's cache, main revision. Its library's ``snapshot_download`` refuses a
+    snapshot that lacks any file of the repository, also one nobody needs (weights in another format).
     """
     if looks_like_path(model):
         folder = Path(model).expanduser()
         what = f"{part} '{tidy(folder)}'"
         if not folder.is_dir():
-            raise not_found(what, folder, "a file, not a folder" if folder.exists() else "no such folder")
+            raise not_found(what, folder, "no such folder")
         return Located(what, folder, "", folder.name)
     from huggingface_hub import constants
 
-    cache = Path(constants.HF_HUB_CACHE)
-    what = f"{part} '{model}'"
-    place = cache / f"models--{str(model).removeprefix('hf-hub:').replace('/', '--')}"
+    what, name = f"{part} '{model}'", str(model).removeprefix("hf-hub:").replace("/", "--")
+    place = Path(constants.HF_HUB_CACHE) / f"models--{name}"
     try:
         folder = place / "snapshots" / (place / "refs" / "main").read_text(encoding="utf-8").strip()
+        folder.stat()
     except (OSError, ValueError):
-        raise not_found(what, cache) from None
-    if not folder.is_dir():
-        raise not_found(what, place, "its files are missing")
+        raise not_found(what, place.parent) from None
     return Located(what, folder, folder.name, str(model))
 
 
 def find_folder(model: str | Path, what: str) -> Located:
-    """Find a transformers model, in a folder or under its hub name in the local cache, and check its files.
-
-    Parameters
-    ----------
-    model : str or Path
-        Folder, or name such as "Salesforce/blip-image-captioning-base".
-    what : str
-        Words for the error, e.g. "captioner".
-
-    Raises
-    ------
-    ModelNotFound
-        Neither a folder nor in the cache, or the folder is not whole, damaged, or asks for code of its own.
-    """
+    """Find the files of a transformers model (see `find_place`) and check them, or raise `ModelNotFound`."""
     located = find_place(model, what)
     folder = located.path
-    if (folder / "adapter_config.json").is_file():
-        raise located.refuse("it is an adapter of another model", "Merge both, and give the merged folder.")
     if not (folder / "config.json").is_file():
         raise not_found(located.what, folder, "no config.json")
     check_settings(located)
     weights = choose_weights(located, _TRANSFORMERS_WEIGHTS)
     require_tokenizer(located)
     if not (folder / "preprocessor_config.json").is_file():
-        if "image_processor" not in _read_json(folder / "processor_config.json"):
+        if "image_processor" not in read_json(folder / "processor_config.json"):
             raise located.refuse("preprocessor_config.json is missing, so its image size would be guessed")
     return replace(located, weights=weights)
 
 
 def choose_weights(located: Located, order: Sequence[str]) -> tuple[Path, ...]:
-    """The files of weights that a library loads: the first of ``order`` that is there, and what it lists.
-
-    Raises
-    ------
-    ModelNotFound
-        None, not whole, damaged, or of a kind that is not loaded.
-    """
+    """The files of weights that a library loads, checked: the first of ``order``, and what it lists."""
     folder = located.path
     first = next((folder / name for name in order if (folder / name).is_file()), None)
     if first is None:
         raise not_found(located.what, folder, f"no weights ({order[0]}, or its index)")
     files = [first]
     if first.suffix == ".json":
-        parts = _read_json(first).get("weight_map")
-        names = sorted({str(part) for part in parts.values()}) if isinstance(parts, dict) else []
+        names = sorted(set(texts_in(read_json(first).get("weight_map"))))
         if not names or any(part != Path(part).name for part in names):
             raise located.refuse(f"{first.name} does not list files of this folder")
         if lost := [part for part in names if not (folder / part).is_file()]:
@@ -405,24 +316,21 @@ def choose_weights(located: Located, order: Sequence[str]) -> tuple[Path, ...]:
 
 def require_tokenizer(located: Located, folder: Path | None = None) -> None:
     """Refuse a folder without a vocabulary: transformers would invent one of five words."""
-    folder = folder or located.path
-    alone = ("tokenizer.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-    pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    if not pair and not any((folder / name).is_file() for name in alone):
-        names = "tokenizer.json, or vocab.txt, or vocab.json and merges.txt"
-        raise located.refuse(f"its tokenizer is missing ({names})")
+    names = {file.name for file in settings_files(folder or located.path)}
+    alone = {"tokenizer.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
+    if not names & alone and not {"vocab.json", "merges.txt"} <= names:
+        wanted = "tokenizer.json, or vocab.txt, or vocab.json and merges.txt"
+        raise located.refuse(f"its tokenizer is missing ({wanted})")
 
 
 def require_vocabulary(located: Located, size: int, room: int | None, reads_text: bool = True) -> None:
-    """Refuse a tokenizer of ``size`` entries that cannot be the own one of a model with room for ``room``.
+    """Refuse a tokenizer of ``size`` entries for a model with ``room``, which is often rounded up a little.
 
-    A model's table of words is often rounded up, never by a tenth. Where a model only writes, a few entries
-    too many do no harm.
+    Where a model only writes, a few entries too many do no harm.
     """
     if room and not 0.9 * room <= size <= (room if reads_text else room * 1.01):
-        raise located.refuse(
-            f"its tokenizer has {size:,} entries and its text model {room:,}: one is another's"
-        )
+        reason = f"its tokenizer has {size:,} entries and its text model {room:,}: one is another's"
+        raise located.refuse(reason)
 
 
 # -- folders are not trusted ---------------------------------------------------------------------------------
@@ -431,38 +339,13 @@ _CONVERT = (
     "Convert it once, where you trust its source: load it with the program that wrote it, and save its "
     "tensors alone with safetensors.torch.save_file."
 )
-# keys of settings, the texts that are harmless as their values (None: no value but an empty one), what they
-# make a library do, and what to do about it
-_FORBIDDEN = (
-    (
-        "auto_map|trust_remote_code|custom_pipelines|custom_generate|use_kernels|allow_all_kernels"
-        "|kernel_config", None, "asks for code of the folder's own, which itemkit never runs",
-        "Use a model that the installed libraries know; if they know this one, remove the key.",
-    ),
-    (
-        "_?(attn|experts)_implementation(_internal)?", "eager|sdpa|flex_attention|(grouped|batched)_mm",
-        "asks for code from a model hub", "Remove the key.",
-    ),
-    (
-        "timm_model_name", r"[^:/\\]*", "takes the image tower from outside of the folder",
-        "Name a model of timm itself there.",
-    ),
-    ("quantization_config", None, "says that the weights are quantised", "Use it in full precision."),
-    (
-        "transformers_weights", None, "says that the weights have another name",
-        "Name them model.safetensors, and remove the key.",
-    ),
-)  # fmt: skip
-# whether only in weights, what stands at a file's beginning or end, what that means, what to do about it
-_SIGNATURES = (
-    (
-        False, rb"\Aversion https://git-lfs\.github\.com/spec/", "is a Git LFS pointer, not the file itself",
-        "Run `git lfs pull` in that folder, or copy the file from where it is whole.",
-    ),
-    (True, rb"constants\.pkl|/code/", "is a TorchScript archive, which holds code", _CONVERT),
-    # torch writes a zip archive, in older versions a pickle
-    (True, rb"\A(?!\x80|PK.*PK\x05\x06)", "holds no weights, or only their beginning", COPY_WHOLE),
-)  # fmt: skip
+# keys that lead a library to code or weights from elsewhere, and the texts that are harmless as their values
+_FORBIDDEN = {
+    "auto_map|trust_remote_code|custom_pipelines|custom_generate|use_kernels|allow_all_kernels|kernel_config"
+    "|quantization_config|transformers_weights|peft_type": None,
+    "_?(attn|experts)_implementation(_internal)?": "eager|sdpa|flex_attention|(grouped|batched)_mm",
+    "timm_model_name": r"[^:/\\]*",
+}
 
 
 def check_settings(located: Located, folder: Path | None = None) -> None:
@@ -471,18 +354,19 @@ def check_settings(located: Located, folder: Path | None = None) -> None:
     All JSON files are read, at any depth of nesting: which of them a library looks at is its own affair.
     Python files beside them do no harm as long as nothing names them.
     """
-    for file in sorted((folder or located.path).iterdir()):
-        if file.suffix not in _CONFIG_SUFFIXES or not file.is_file():
-            continue
+    for file in settings_files(folder or located.path):
         check_file(file, located)
         if file.suffix != ".json" or file.name in ("tokenizer.json", "vocab.json"):
             continue
-        for key, value in pairs(_read_json(file)):
-            for keys, harmless, reason, remedy in _FORBIDDEN:
-                if value and re.fullmatch(keys, key):
-                    texts = [x for _, x in pairs(value) if isinstance(x, str)]
-                    if harmless is None or not all(re.fullmatch(harmless, text) for text in texts):
-                        raise located.refuse(f"{file.name} {reason} ('{key}')", remedy)
+        for key, value in pairs(read_json(file)):
+            for keys, harmless in _FORBIDDEN.items():
+                if not value or not re.fullmatch(keys, key):
+                    continue
+                if harmless is None or not all(re.fullmatch(harmless, text) for text in texts_in(value)):
+                    raise located.refuse(
+                        f"'{key}' in {file.name} leads to code or weights that itemkit never takes",
+                        "Use a model that the installed libraries know; if they know this one, remove it.",
+                    )
 
 
 def pairs(value: Any) -> Iterator[tuple[str, Any]]:
@@ -497,7 +381,12 @@ def pairs(value: Any) -> Iterator[tuple[str, Any]]:
             waiting.extend(("", item) for item in value)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def texts_in(value: Any) -> list[str]:
+    """All texts among the values of nested JSON."""
+    return [text for _, text in pairs(value) if isinstance(text, str)]
+
+
+def read_json(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none: the library that needs it says what is wrong."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -514,9 +403,14 @@ def check_file(file: Path, located: Located, weights: bool = False) -> None:
         opened.seek(max(part, size - part))
         ends += opened.read()
     pickled = weights and file.suffix not in (".safetensors", ".json", ".npz", ".npy")
-    for in_pickles, pattern, reason, remedy in _SIGNATURES:
-        if (pickled or not in_pickles) and re.search(pattern, ends, re.DOTALL):
-            raise located.refuse(f"{file.name} {reason}", remedy)
+    if ends.startswith(b"version https://git-lfs.github.com/spec/"):
+        remedy = "Run `git lfs pull` in that folder, or copy the file from where it is whole."
+        raise located.refuse(f"{file.name} is a Git LFS pointer, not the file itself", remedy)
+    if pickled and (b"constants.pkl" in ends or b"/code/" in ends):
+        raise located.refuse(f"{file.name} is a TorchScript archive, which holds code", _CONVERT)
+    # torch writes a zip archive, in older versions a pickle
+    if pickled and not (ends.startswith(b"\x80") or (ends.startswith(b"PK") and b"PK\x05\x06" in ends)):
+        raise located.refuse(f"{file.name} holds no weights, or only their beginning")
     if file.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 
@@ -530,17 +424,20 @@ def check_file(file: Path, located: Located, weights: bool = False) -> None:
 # -- hashing -------------------------------------------------------------------------------------------------
 
 
-def folder_hash(folder: Path, weights: Iterable[Path] | None = None) -> str:
-    """SHA-256 over names and contents of everything in a model folder that changes its numbers.
+def settings_files(folder: Path) -> list[Path]:
+    """What besides weights changes a model's numbers: configuration, tokenizer, preprocessing."""
+    endings = (".json", ".txt", ".model", ".jinja")
+    return [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in endings]
 
-    These are the given files of weights and the settings beside them; or, without ``weights``, every file at
-    any depth except what Python or a reader leaves behind.
-    """
-    if weights is None:
-        files = [f for f in folder.rglob("*") if f.is_file() and f.suffix not in (".pyc", ".py", ".md")]
-    else:
-        files = [f for f in folder.iterdir() if f.is_file() and f.suffix in _CONFIG_SUFFIXES]
-        files += weights
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256 of all files of a folder, at any depth, except what Python or a reader leaves behind."""
+    left_behind = (".pyc", ".py", ".md")
+    return files_hash(folder, [f for f in folder.rglob("*") if f.is_file() and f.suffix not in left_behind])
+
+
+def files_hash(folder: Path, files: Iterable[Path]) -> str:
+    """SHA-256 over names and contents of files in a folder."""
     digest = hashlib.sha256()
     for file in sorted(set(files)):
         digest.update(f"{file.relative_to(folder).as_posix()}={file_hash(file)}\n".encode())
@@ -574,10 +471,9 @@ _HARMLESS_MISSING = re.compile(r"position_ids$|attn_mask$|\.attn\.(masked_)?bias
 
 @contextmanager
 def reading(located: Located) -> Iterator[None]:
-    """Turn what a library raises while it reads a model's files into one line; our own mistakes pass through.
+    """Turn what a library raises while it reads a model's files into one line, without any unsafe advice.
 
-    Stands around the library's call alone. The library's error is not chained: its text may advise to lower
-    the guard.
+    Our own mistakes pass through. The library's error is not chained, as its text may hold that advice.
     """
     try:
         yield
@@ -591,72 +487,41 @@ def reading(located: Located) -> Iterator[None]:
             raise
         if type(error).__name__ == "UnpicklingError":
             raise located.refuse("its weights are a pickle that holds more than tensors", _CONVERT) from None
-        reason = f"cannot be loaded: {_cause(error)}"
-        raise ModelNotFound(
-            located.what, reason=reason, looked=tidy(located.path), remedy=COPY_WHOLE
-        ) from None
-
-
-def _cause(error: Exception) -> str:
-    """What a library's error says, shortly, without its advice and without the home folder."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])[:300]
-    if not text or _ADVICE.search(text):
-        return f"{type(error).__name__} while its files were read"
-    home = str(Path.home())
-    return text.replace(home + os.sep, "~" + os.sep) if len(home) > 1 else text
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' and the hub's warnings and progress bars off the terminal and out of notebooks."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    hub_bars = not are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-        if hub_bars:
-            enable_progress_bars()
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])[:300]
+        if not said or _ADVICE.search(said):
+            said = f"{type(error).__name__} while its files were read"
+        elif len(home := str(Path.home())) > 1:
+            said = said.replace(home + os.sep, "~" + os.sep)
+        reason, looked = f"cannot be loaded: {said}", tidy(located.path)
+        raise ModelNotFound(located.what, reason=reason, looked=looked, remedy=COPY_WHOLE) from None
 
 
 @contextmanager
 def from_disk_only() -> Iterator[None]:
-    """Keep the libraries off the network, quiet, and from running code of a folder, while a model loads.
+    """Keep the libraries off the network and from running code of a folder, while a model loads.
 
-    Set in the process rather than by HF_HUB_OFFLINE, which is read only once, when the hub's library is
-    imported. `check_settings` refuses what asks for code; this is for the way that nobody thought of. With no
-    time for an answer transformers does not ask its question.
+    `check_settings` refuses what asks for code; this is for the way that nobody thought of. With no time for
+    an answer transformers does not ask its question. From here on it is silent, as its models talk at work.
     """
     from huggingface_hub import constants
     from transformers import dynamic_module_utils as dynamic
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
     def refuse(*args: object, **options: object) -> None:
-        raise ValueError("it asks for code of its own, which itemkit never runs")
+        raise InputError("a model folder asks for code of its own, which itemkit never runs")
 
-    settings: list[tuple[Any, str, Any]] = [
-        (constants, "HF_HUB_OFFLINE", True),
-        (dynamic, "TIME_OUT_REMOTE_CODE", 0),
-    ]
-    settings += [(dynamic, "get_class_in_module", refuse)]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in settings]
-    for owner, name, value in settings:
-        setattr(owner, name, value)
-    try:
-        with quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, about pickles
-            yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
+    with (
+        patch.object(constants, "HF_HUB_OFFLINE", True),
+        patch.object(dynamic, "TIME_OUT_REMOTE_CODE", 0),
+        patch.object(dynamic, "get_class_in_module", refuse),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # of torch, about pickles
+        yield
 
 
 def load_transformer(auto_class: Any, located: Located, **options: Any) -> Any:
@@ -670,11 +535,9 @@ def load_transformer(auto_class: Any, located: Located, **options: Any) -> Any:
     missing = [k for k in info["missing_keys"] if not _HARMLESS_MISSING.search(k)]
     wrong = [str(k[0] if isinstance(k, (tuple, list)) else k) for k in info["mismatched_keys"]]
     if missing or wrong:
-        kinds = ((missing, "missing"), (wrong, "of another shape"))
-        count = " and ".join(f"{len(keys)} {kind}" for keys, kind in kinds if keys)
         raise located.refuse(
-            f"the weights do not fit the configuration beside them ({count}, e.g. "
-            f"'{min([*missing, *wrong])}'); random numbers would take their place"
+            f"the weights do not fit the configuration beside them ({len(missing)} missing, {len(wrong)} of "
+            f"another shape, e.g. '{min([*missing, *wrong])}'); random numbers would take their place"
         )
     return model.eval()
 
@@ -682,18 +545,12 @@ def load_transformer(auto_class: Any, located: Located, **options: Any) -> Any:
 def load_processor(
     located: Located, room: int | None, reads_text: bool = True
 ) -> tuple[Any | None, Any, Any]:
-    """Load processor (None where a folder has no such thing), image processor and tokenizer.
-
-    ``room`` and ``reads_text``: see `require_vocabulary`.
-    """
+    """Load processor (None where a folder has no such thing), image processor and tokenizer."""
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     options = {"local_files_only": True, "trust_remote_code": False}
-    # folders written before transformers 4.4x name their processor in preprocessor_config.json
-    files = [located.path / f"{name}_config.json" for name in ("processor", "preprocessor")]
-    named = any("processor_class" in _read_json(file) for file in files)
     with reading(located), from_disk_only():
-        processor: Any = AutoProcessor.from_pretrained(located.path, **options) if named else None
+        processor: Any = AutoProcessor.from_pretrained(located.path, **options)
         if hasattr(processor, "image_processor") and hasattr(processor, "tokenizer"):
             images, tokenizer = processor.image_processor, processor.tokenizer
         else:

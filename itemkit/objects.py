@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from itemkit.models import (
     looks_like_path,
     not_found,
     pairs,
+    read_json,
     reading,
 )
 
@@ -40,38 +40,40 @@ _NO_THING = frozenset(
 _PLACE = frozenset(
     "left right top bottom front back rear side middle center centre edge end corner inside outside".split()
 )
-_NEGATION = frozenset({"no", "without"})
-# Tags of words cut from the beginning of a phrase: articles, possessives, question words, punctuation.
-_CUT_TAGS = frozenset(
-    {"DT", "PDT", "PRP$", "WDT", "WP$", "POS", "EX", ",", ".", ":", "``", "''", "-LRB-", "HYPH", "SYM"}
-)
+_NEGATION = {"no", "without"}
+_PRONOUNS = {"PRP", "PRP$", "WP", "WP$", "WDT", "EX", "DT"}
+# Cut from the beginning of a phrase: articles, possessives, question words, punctuation; and quantifiers.
+_CUT_TAGS = {
+    "DT",
+    "PDT",
+    "PRP$",
+    "WDT",
+    "WP$",
+    "POS",
+    "EX",
+    ",",
+    ".",
+    ":",
+    "``",
+    "''",
+    "-LRB-",
+    "HYPH",
+    "SYM",
+}
 _ARTICLES = {"a", "an", "the"}
-_CUT_WORDS = frozenset(
-    "a an the some any several many few various other another such each every all both only just".split()
+_CUT_WORDS = _ARTICLES.union(
+    "some any several many few various other another such each every all both only just".split()
 )
-_PRONOUN_TAGS = frozenset({"PRP", "PRP$", "WP", "WP$", "WDT", "EX", "DT"})
 
 
 @dataclass(frozen=True)
 class ObjectRules:
-    """What becomes of a caption's noun chunks.
+    """What becomes of a caption's noun chunks."""
 
-    Attributes
-    ----------
-    max_objects : int
-        Keep at most this many, from the beginning; generation prompts can name dozens.
-    drop_generic : bool
-        Drop heads that name nothing one could point at: "photo", "group", "background", "the right side".
-    drop_negated : bool
-        Drop what the caption says is absent: "without a shirt", "no people".
-    keep_article : bool
-        Keep a leading "a", "an" or "the": for an encoder that learned phrases with their articles.
-    """
-
-    max_objects: int = 8
-    drop_generic: bool = True
-    drop_negated: bool = True
-    keep_article: bool = False
+    max_objects: int = 8  # from the beginning of the caption; generation prompts can name dozens
+    drop_generic: bool = True  # what nobody could point at: "photo", "group", "the right side"
+    drop_negated: bool = True  # what the caption says is absent: "without a shirt", "no people"
+    keep_article: bool = False  # a leading "a", "an", "the": for an encoder that learned phrases with them
 
     def __post_init__(self) -> None:
         if self.max_objects < 1:
@@ -82,24 +84,14 @@ class Parser:
     """A spaCy pipeline with the rules that turn noun chunks into phrases. Made by `load_parser`."""
 
     def __init__(
-        self, nlp: Language, rules: ObjectRules = ObjectRules(), record: dict[str, Any] | None = None
+        self, nlp: Language, rules: ObjectRules = ObjectRules(), record: Mapping[str, Any] | None = None
     ) -> None:
-        self.nlp, self.rules = nlp, rules
-        self._record = dict(record or {})
+        self.nlp, self.rules, self._record = nlp, rules, dict(record or {})
 
     def objects(self, captions: Sequence[str]) -> list[list[str]]:
-        """Name the semantic objects of each caption.
+        """Name the semantic objects of each caption, as lower-case phrases in its order, without repeats.
 
-        Parameters
-        ----------
-        captions : sequence of str
-            Equal captions are parsed once; an empty caption has no objects.
-
-        Returns
-        -------
-        list of list of str
-            Lower-case phrases, without article unless the rules keep it, in the order of the caption,
-            without repeats.
+        Equal captions are parsed once; an empty caption has no objects.
         """
         unique = list(dict.fromkeys(captions))
         parsed = zip(unique, self.nlp.pipe(" ".join(text.split()) for text in unique), strict=True)
@@ -113,89 +105,77 @@ class Parser:
 
 def phrases(doc: Doc, rules: ObjectRules) -> list[str]:
     """Clean the noun chunks of a parsed caption: see `ObjectRules` and `Parser.objects`."""
-    kept: list[str] = []
-    for chunk in doc.noun_chunks:
-        if not _is_object(chunk, rules):
-            continue
-        words = _strip(chunk, rules.keep_article)
-        phrase = _glue(" ".join(token.lower_ for token in words))
-        if phrase and phrase not in kept:
-            kept.append(phrase)
-    return kept[: rules.max_objects]
-
-
-def _glue(phrase: str) -> str:
-    """Undo the spaces that tokenised captions have before 's, commas and around hyphens."""
-    for loose, tight in ((" 's", "'s"), (" ' ", "' "), (" ,", ","), (" - ", "-")):
-        phrase = phrase.replace(loose, tight)
-    return phrase
+    chunks = [chunk for chunk in doc.noun_chunks if _is_object(chunk, rules)]
+    found = [_phrase(list(chunk), rules.keep_article) for chunk in chunks]
+    return list(dict.fromkeys(filter(None, found)))[: rules.max_objects]
 
 
 def _is_object(chunk: Span, rules: ObjectRules) -> bool:
-    head = chunk.root
-    if head.tag_ in _PRONOUN_TAGS or head.pos_ == "PRON" or not any(c.isalnum() for c in head.text):
+    head, words = chunk.root, {token.lower_ for token in chunk}
+    if head.tag_ in _PRONOUNS or head.pos_ == "PRON" or not any(c.isalnum() for c in head.text):
         return False
-    if rules.drop_negated and (
-        head.head.lower_ in _NEGATION or any(token.lower_ in _NEGATION for token in chunk)
-    ):
+    if rules.drop_negated and (words | {head.head.lower_}) & _NEGATION:
         return False
-    if rules.drop_generic:
-        names = {head.lower_, head.lower_.removesuffix("s")}
-        if names & _NO_THING:
-            return False
-        if names & _PLACE and not any(_is_noun(token) for token in chunk if token.i < head.i):
-            return False
-    return True
+    if not rules.drop_generic:
+        return True
+    names = {head.lower_, head.lower_.removesuffix("s")}
+    nouns = [t for t in chunk if t.i < head.i and t.tag_.startswith("NN") and t.lower_ not in _PLACE]
+    return not (names & _NO_THING or (names & _PLACE and not nouns))
 
 
-def _is_noun(token: Token) -> bool:
-    return token.tag_.startswith("NN") and token.lower_ not in _PLACE
-
-
-def _strip(chunk: Span, keep_article: bool) -> list[Token]:
-    tokens = list(chunk)
-    if keep_article and len(tokens) > 1 and tokens[0].lower_ in _ARTICLES:
-        return [tokens[0], *_strip(chunk[1:], False)]
+def _phrase(tokens: list[Token], keep_article: bool) -> str:
+    """Words of a chunk without what begins and ends it and names nothing."""
+    kept = tokens[:1] if keep_article and len(tokens) > 1 and tokens[0].lower_ in _ARTICLES else []
+    tokens = tokens[len(kept) :]
     while tokens and (tokens[0].tag_ in _CUT_TAGS or tokens[0].lower_ in _CUT_WORDS or tokens[0].is_punct):
         # "a few dogs", "all of": the article goes first, then the quantifier behind it
         tokens = tokens[1:]
     while tokens and (tokens[-1].is_punct or tokens[-1].tag_ == "POS"):
         tokens = tokens[:-1]
-    return tokens
+    phrase = " ".join(token.lower_ for token in [*kept, *tokens])
+    # tokenised captions have spaces before 's, commas and around hyphens
+    for loose, tight in ((" 's", "'s"), (" ' ", "' "), (" ,", ","), (" - ", "-")):
+        phrase = phrase.replace(loose, tight)
+    return phrase
 
 
-def load_parser(
-    model: str | Path = "en_core_web_sm", rules: ObjectRules = ObjectRules(), **options: Any
-) -> Parser:
+def load_parser(model: str | Path = "en_core_web_sm", **rules: Any) -> Parser:
     """Load a spaCy pipeline from this machine.
 
     Parameters
     ----------
     model : str or Path
         An installed pipeline package ("en_core_web_sm") or a folder written by spaCy.
-    rules : ObjectRules
-        Or its fields by name: ``load_parser(folder, max_objects=4)``.
+    **rules
+        Fields of `ObjectRules`: ``load_parser(folder, max_objects=4)``.
 
     Raises
     ------
     ModelNotFound
         Neither installed nor a folder.
     InputError
-        The pipeline cannot give noun chunks: it needs a tagger, a parser and parts of speech.
+        The pipeline gives no noun chunks.
     """
     import spacy
 
     located = find_parser(model)
-    if options:
-        rules = ObjectRules(**{**asdict(rules), **options})
     with reading(located):
         config = spacy.util.load_config(located.path / "config.cfg", interpolate=True)
     _refuse_code(located, config)
     with reading(located):
         # Named entities and lemmas are not used; without them parsing is faster.
         nlp = spacy.load(located.path, exclude=["ner", "lemmatizer", "senter"])
-    _require_noun_chunks(nlp, located)
-    return Parser(nlp, rules, located.fingerprint(rules=asdict(rules)))
+    try:  # a pipeline without parts of speech gives no chunks and no error
+        found, why = list(nlp("A red ball is on the green grass.").noun_chunks), ""
+    except (ValueError, LookupError, NotImplementedError) as error:
+        found, why = [], f" ({str(error).partition('. ')[0]})"
+    if not found:
+        raise InputError(
+            f"{located.what} gives no noun chunks{why}: use an English pipeline with a tagger, a parser, and "
+            "parts of speech (attribute_ruler or morphologizer)"
+        )
+    chosen = ObjectRules(**rules)
+    return Parser(nlp, chosen, located.fingerprint(rules=asdict(chosen)))
 
 
 class Pipeline(Located):
@@ -203,10 +183,7 @@ class Pipeline(Located):
 
     def fingerprint(self, **settings: Any) -> dict[str, Any]:
         """See `Located.fingerprint`; the one setting is ``rules``."""
-        try:
-            meta = dict(json.loads((self.path / "meta.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            meta = {}
+        meta = read_json(self.path / "meta.json")
         return {
             "kind": "spacy",
             "name": f"{meta.get('lang', '')}_{meta.get('name', '')}",
@@ -255,9 +232,8 @@ _COMPONENTS = frozenset(
 def _refuse_code(located: Located, config: dict[str, Any]) -> None:
     """Refuse a pipeline whose configuration calls other functions than spaCy's, or loads another pipeline.
 
-    spaCy runs what the sections ``nlp`` and ``components`` name when it loads: functions registered by any
-    installed package, callbacks, and (``source``) other packages, which are imported. The other sections are
-    of its training.
+    When it loads, spaCy runs what these two sections name: functions registered by any installed package,
+    callbacks, and (``source``) other packages, which are imported.
     """
     found = ""
     for key, value in pairs([config.get("nlp"), config.get("components")]):
@@ -269,17 +245,3 @@ def _refuse_code(located: Located, config: dict[str, Any]) -> None:
     if found:
         remedy = "Give a pipeline of spaCy's own components, saved with nlp.to_disk(folder)."
         raise located.refuse(found, remedy)
-
-
-def _require_noun_chunks(nlp: Language, located: Located) -> None:
-    """Try one sentence: a pipeline without parts of speech gives no chunks and no error."""
-    try:
-        found = [chunk.text for chunk in nlp("A red ball is on the green grass.").noun_chunks]
-    except (ValueError, LookupError, NotImplementedError) as error:
-        first = str(error).partition(". ")[0]
-        raise InputError(f"{located.what} gives no noun chunks ({first}); use an English pipeline") from None
-    if not found:
-        raise InputError(
-            f"{located.what} has {', '.join(nlp.pipe_names) or 'no components'}; noun chunks need a tagger, "
-            "a parser, and parts of speech (attribute_ruler or morphologizer)"
-        )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -20,54 +21,28 @@ from itemkit.errors import InputError
 from itemkit.images import jpeg_bytes
 from itemkit.text import did_you_mean
 
-Step = Callable[[Image.Image, np.random.Generator], Image.Image]
 VERSION = 1  # part of every cache key: raise it when any transform changes its pixels
 _MIN_SIDE_PX = 8  # nothing is made smaller than this
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """One named transform of an image; call it with the image and the image's id.
+    """One named transform of an image; call it with the image and the image's id."""
 
-    Attributes
-    ----------
-    name : str
-        As in figures and folders, e.g. ``jpeg_q50``.
-    family : str
-        ``clean, jpeg, webp, blur, noise, resize, resize_px, crop, chain``.
-    strength : float
-        How far from the clean image, ascending within a family, 0 for none: 100 - quality, sigma in px,
-        standard deviation in 1/255, share of the side taken away, place in the list of chains.
-    setting : str
-        The same as people write it, for axes: ``q 50``, ``2 px``.
-    apply : callable
-        ``(image, random generator) -> image``.
-    """
-
-    name: str
-    family: str
-    strength: float
-    setting: str
-    apply: Step
+    name: str  # as in figures and folders: jpeg_q50
+    family: str  # clean, jpeg, webp, blur, noise, resize, resize_px, crop, chain
+    strength: float  # how far from the clean image, ascending within a family, 0 for none
+    setting: str  # the same as people write it, for axes: q 50, 2 px
+    apply: Callable[[Image.Image, np.random.Generator], Image.Image]
 
     def __call__(self, image: Image.Image, image_id: str | None = None) -> Image.Image:
-        """Apply the transform.
+        """Apply the transform to an RGB image.
 
-        Parameters
-        ----------
-        image : PIL.Image.Image, mode RGB
-        image_id : str, optional
-            Seeds what is random, together with the name, so that each image has its own noise, and the same
-            on every run. Default: a hash of the pixels.
-
-        Returns
-        -------
-        PIL.Image.Image
+        `image_id` (default: a hash of the pixels) and the name seed what is random: each image has its own
+        noise, and the same on every run.
         """
         if image.mode != "RGB":
-            raise InputError(
-                f"{self.name} got an image of mode {image.mode}; convert it with load_image first"
-            )
+            raise InputError(f"{self.name} got an image of mode {image.mode}; convert it with load_image")
         if image_id is None:
             image_id = hashlib.sha256(image.tobytes()).hexdigest()
         seed = hashlib.sha256(f"{self.name}\0{image_id}".encode()).digest()
@@ -78,126 +53,117 @@ class Perturbation:
         return {"name": self.name, "family": self.family, "strength": self.strength, "version": VERSION}
 
 
-def _jpeg(image: Image.Image, rng: np.random.Generator, low: int, high: int) -> Image.Image:
-    quality = low if low == high else int(rng.integers(low, high + 1))
+def _jpeg(quality: int, image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return Image.open(BytesIO(jpeg_bytes(image, quality))).convert("RGB")
 
 
-def _webp(image: Image.Image, rng: np.random.Generator, quality: int) -> Image.Image:
+def _jpeg_random(low: int, high: int, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    return _jpeg(int(rng.integers(low, high + 1)), image, rng)
+
+
+def _webp(quality: int, image: Image.Image, rng: np.random.Generator) -> Image.Image:
     buffer = BytesIO()
     image.save(buffer, "WEBP", quality=quality, lossless=False, method=4)
     return Image.open(buffer).convert("RGB")
 
 
-def _blur(image: Image.Image, rng: np.random.Generator, sigma_px: float) -> Image.Image:
+def _blur(sigma_px: float, image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(sigma_px))
 
 
-def _noise(image: Image.Image, rng: np.random.Generator, std_255: float) -> Image.Image:
+def _noise(std_255: float, image: Image.Image, rng: np.random.Generator) -> Image.Image:
     pixels = np.asarray(image, dtype=np.float32)
     noisy = pixels + rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(std_255)
     return Image.fromarray(np.clip(np.rint(noisy), 0, 255).astype(np.uint8))
 
 
-def _resize(image: Image.Image, rng: np.random.Generator, factor: float) -> Image.Image:
+def _scaled(image: Image.Image, factor: float) -> tuple[int, int]:
     width, height = (max(min(_MIN_SIDE_PX, side), round(side * factor)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    return width, height
 
 
-def _resize_px(image: Image.Image, rng: np.random.Generator, side_px: int) -> Image.Image:
+def _resize(factor: float, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    return image.resize(_scaled(image, factor), Image.Resampling.BICUBIC)
+
+
+def _resize_px(side_px: int, image: Image.Image, rng: np.random.Generator) -> Image.Image:
     factor = side_px / min(image.size)
-    return image if factor >= 1 else _resize(image, rng, factor)  # never enlarged: that would be another test
+    return image if factor >= 1 else _resize(factor, image, rng)  # never enlarged: that would be another test
 
 
-def _crop(image: Image.Image, rng: np.random.Generator, fraction: float) -> Image.Image:
-    width, height = (max(min(_MIN_SIDE_PX, side), round(side * fraction)) for side in image.size)
+def _crop(fraction: float, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    width, height = _scaled(image, fraction)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
-def _chain(image: Image.Image, rng: np.random.Generator, steps: tuple[Step, ...]) -> Image.Image:
-    for step in steps:
-        image = step(image, rng)
+def _chain(parts: tuple[Perturbation, ...], image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    for part in parts:
+        image = part.apply(image, rng)
     return image
 
 
 def _social(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Crop a little, scale and recompress, by amounts drawn per image, as sharing sites do. Our choice."""
-    image = _crop(image, rng, rng.uniform(0.85, 1.0))
-    image = _resize(image, rng, rng.uniform(0.6, 1.0))
-    return _jpeg(image, rng, 65, 90)
+    image = _crop(rng.uniform(0.85, 1.0), image, rng)
+    image = _resize(rng.uniform(0.6, 1.0), image, rng)
+    return _jpeg_random(65, 90, image, rng)
 
 
-def _check(what: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise InputError(f"{what} is {value}; choose {low:g} to {high:g}")
+class _Family(NamedTuple):
+    step: Callable[..., Image.Image]  # number, image, random generator -> image
+    what: str  # the number in words, and its bounds
+    low: float
+    high: float
+    name: str
+    setting: str
+    strength: Callable[[Any], float]
 
 
-def jpeg(quality: int) -> Perturbation:
-    """JPEG at a quality of 1-100, chroma at half resolution as most sites store it."""
-    _check("JPEG quality", quality, 1, 100)
-    step = partial(_jpeg, low=int(quality), high=int(quality))
-    return Perturbation(f"jpeg_q{quality}", "jpeg", 100 - quality, f"q {quality}", step)
+_FAMILIES = {
+    "jpeg": _Family(_jpeg, "JPEG quality", 1, 100, "jpeg_q{}", "q {}", lambda q: 100 - q),
+    "webp": _Family(_webp, "WebP quality", 1, 100, "webp_q{}", "q {}", lambda q: 100 - q),
+    "blur": _Family(_blur, "blur sigma", 0, 100, "blur_{:g}px", "{:g} px", float),
+    "noise": _Family(_noise, "noise standard deviation", 0, 255, "noise_{:g}", "{:g}/255", float),
+    "resize": _Family(_resize, "resize factor", 0.01, 1, "resize_x{:g}", "× {:g}", lambda x: 1 - x),
+    # the share taken from a side of 4096 px, only there to be ascending
+    "resize_px": _Family(
+        _resize_px, "side in px", 8, 4096, "resize_{}px", "to {} px", lambda x: 1 - x / 4096
+    ),
+    "crop": _Family(_crop, "crop fraction", 0.01, 1, "crop_{:g}", "{:g} of side", lambda x: 1 - x),
+}
+
+
+def _make(family: str, number: float) -> Perturbation:
+    one = _FAMILIES[family]
+    if not one.low <= number <= one.high:
+        raise InputError(f"{one.what} is {number}; choose {one.low:g} to {one.high:g}")
+    name, setting = one.name.format(number), one.setting.format(number)
+    return Perturbation(name, family, one.strength(number), setting, partial(one.step, number))
+
+
+jpeg = partial(_make, "jpeg")  # quality 1-100, chroma at half resolution as most sites store it
+webp = partial(_make, "webp")  # lossy, quality 1-100
+blur = partial(_make, "blur")  # Gaussian, standard deviation in pixels; 0 changes nothing
+noise = partial(_make, "noise")  # Gaussian per pixel and channel, deviation in 1/255; 0 changes nothing
+resize = partial(_make, "resize")  # both sides by a factor of at most 1, and left so; 1 changes nothing
+resize_px = partial(_make, "resize_px")  # the shorter side to so many pixels; smaller images are left alone
+crop = partial(_make, "crop")  # the centre, a fraction of each side; 1 changes nothing
 
 
 def jpeg_random(low: int = 50, high: int = 95) -> Perturbation:
     """JPEG at a quality drawn for each image, the same on every run and for both classes."""
-    _check("JPEG quality", low, 1, 100)
-    _check("JPEG quality", high, low, 100)
-    step = partial(_jpeg, low=low, high=high)
+    step = partial(_jpeg_random, low, high)
     return Perturbation(f"jpeg_random_{low}_{high}", "jpeg", 100 - high, f"q {low}-{high}", step)
-
-
-def webp(quality: int) -> Perturbation:
-    """Lossy WebP at a quality of 1-100."""
-    _check("WebP quality", quality, 1, 100)
-    step = partial(_webp, quality=int(quality))
-    return Perturbation(f"webp_q{quality}", "webp", 100 - quality, f"q {quality}", step)
-
-
-def blur(sigma_px: float) -> Perturbation:
-    """Gaussian blur with a standard deviation in pixels; 0 changes nothing."""
-    _check("blur sigma", sigma_px, 0, 100)
-    step = partial(_blur, sigma_px=float(sigma_px))
-    return Perturbation(f"blur_{sigma_px:g}px", "blur", float(sigma_px), f"{sigma_px:g} px", step)
-
-
-def noise(std_255: float) -> Perturbation:
-    """Gaussian noise per pixel and channel with a standard deviation in 1/255; 0 changes nothing."""
-    _check("noise standard deviation", std_255, 0, 255)
-    step = partial(_noise, std_255=float(std_255))
-    return Perturbation(f"noise_{std_255:g}", "noise", float(std_255), f"{std_255:g}/255", step)
-
-
-def resize(factor: float) -> Perturbation:
-    """Scale both sides by a factor of at most 1, and leave the image so; 1 changes nothing."""
-    _check("resize factor", factor, 0.01, 1)
-    step = partial(_resize, factor=float(factor))
-    return Perturbation(f"resize_x{factor:g}", "resize", 1 - factor, f"× {factor:g}", step)
-
-
-def resize_px(side_px: int) -> Perturbation:
-    """Scale the shorter side to a number of pixels; smaller images are left alone."""
-    _check("side in px", side_px, _MIN_SIDE_PX, 4096)
-    step = partial(_resize_px, side_px=int(side_px))
-    # the strength is only there to be ascending: the share taken from a side of 4096 px
-    return Perturbation(f"resize_{side_px}px", "resize_px", 1 - side_px / 4096, f"to {side_px} px", step)
-
-
-def crop(fraction: float) -> Perturbation:
-    """Keep the centre, a fraction of each side; 1 changes nothing."""
-    _check("crop fraction", fraction, 0.01, 1)
-    step = partial(_crop, fraction=float(fraction))
-    return Perturbation(f"crop_{fraction:g}", "crop", 1 - fraction, f"{fraction:g} of side", step)
 
 
 def chain(*parts: Perturbation, strength: float = 1.0) -> Perturbation:
     """Apply several perturbations one after the other."""
     name = "+".join(part.name for part in parts)
-    return Perturbation(name, "chain", strength, name, partial(_chain, steps=tuple(p.apply for p in parts)))
+    return Perturbation(name, "chain", strength, name, partial(_chain, parts))
 
 
-CLEAN = Perturbation("clean", "clean", 0.0, "clean", partial(_chain, steps=()))
+CLEAN = Perturbation("clean", "clean", 0.0, "clean", partial(_chain, ()))
 SOCIAL = Perturbation("social", "chain", 3.0, "social media", _social)
 
 #: The union of the grids of GenImage, SIDBench, CNNDetection and SPAI.

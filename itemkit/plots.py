@@ -1,16 +1,14 @@
 """Figures from ready data: every function takes axes, draws, returns the axes, and computes nothing else.
 
-``ax : Axes`` is where it is drawn, and what is returned. Names and captions are data: they are shown as they
-stand, a dollar sign starts no formula.
+Names and captions are data: they are shown as they stand, a dollar sign starts no formula. Estimates come as
+tables with the columns ``value, low, high``; pictures as uint8 arrays of shape (h, w, 3).
 """
 
 from __future__ import annotations
 
 import io
-import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +23,7 @@ from matplotlib.patches import Rectangle
 
 from itemkit import schema
 from itemkit._files import atomic_write
-from itemkit.text import plain, write_csv
+from itemkit.text import count, plain, write_csv
 
 if TYPE_CHECKING:
     from itemkit.features import Features
@@ -69,18 +67,9 @@ def style() -> None:
 
 
 def colours(generators: Sequence[str]) -> dict[str, str]:
-    """Give each generator a colour; real images are always blue.
+    """Give each generator a colour; real images, which come first, are always blue.
 
-    Parameters
-    ----------
-    generators : sequence of str
-        ``real`` may be among them. Those of the mini laboratory have fixed colours; the others get what is
-        left, in this order.
-
-    Returns
-    -------
-    dict of str to str
-        ``real`` first, then in the order given.
+    Those of the mini laboratory have fixed colours; the others get what is left, in the order given.
     """
     fakes = [g for g in dict.fromkeys(generators) if g != schema.REAL_GENERATOR]
     taken = {FIXED[g] for g in fakes if g in FIXED}
@@ -94,18 +83,12 @@ def save(fig: Figure, name: str, table: pd.DataFrame, folder: str | Path, note: 
 
     Parameters
     ----------
-    fig : Figure
     name : str
         File name without ending.
     table : DataFrame
-        The numbers that are drawn.
-    folder : path
+        The numbers that are drawn. Where it has columns ``n_real, n_fake`` or ``n``, they are told.
     note : str
-        Small print under the figure: n, what an interval is over, what made it; see `small_print`.
-
-    Returns
-    -------
-    list of Path
+        Small print under the figure: what an interval is over, what made it; see `small_print`.
 
     Raises
     ------
@@ -114,6 +97,8 @@ def save(fig: Figure, name: str, table: pd.DataFrame, folder: str | Path, note: 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if (counts := _counts(table)) and "n = " not in note:
+        note = "; ".join(filter(None, (counts, note)))
     if note:
         width = int(fig.get_figwidth() * 17)  # characters of this size that fit
         lines = textwrap.fill(note, width, break_long_words=False)
@@ -122,30 +107,29 @@ def save(fig: Figure, name: str, table: pd.DataFrame, folder: str | Path, note: 
         drawn = io.BytesIO()
         # no date inside, so the same figure gives the same file
         fig.savefig(drawn, format=ending, metadata={"CreationDate": None} if ending == "pdf" else None)
-        drawn.seek(0)
-        atomic_write(folder / f"{name}.{ending}", partial(shutil.copyfileobj, drawn))
+        atomic_write(folder / f"{name}.{ending}", drawn.getbuffer())
     write_csv(table, folder / f"{name}.csv")
     return [folder / f"{name}.{ending}" for ending in ("pdf", "png", "csv")]
 
 
+def _counts(table: pd.DataFrame) -> str:
+    """How many images are behind each number of a table, if it says so."""
+    columns, told = {"n": "", "n_real": " real", "n_fake": " fake"}, []
+    for name in columns.keys() & table.columns:
+        ends = sorted({int(table[name].min()), int(table[name].max())})
+        told.append(" to ".join(f"{end:,}" for end in ends) + columns[name])
+    return f"n = {' and '.join(sorted(told))}" if told else ""
+
+
 def small_print(features: Features, about: str = "") -> str:
-    """What stands under every figure made from features: n, what made them, and the laboratory's warning.
+    """What stands under every figure made from features: what made them, and the laboratory's warning.
 
-    Parameters
-    ----------
-    features : Features
-    about : str
-        What the figure shows beside, e.g. ``95 % over test images``.
-
-    Returns
-    -------
-    str
+    ``about`` is said first, e.g. ``95 % over test images``. How many images a figure shows, `save` says.
     """
     made = features.provenance
-    known = [f"{key} {made[key]}" for key in ("preset", "models", "itemkit") if made.get(key)]
-    return "; ".join(
-        part for part in (about, f"n = {len(features):,}", ", ".join(known), made["note"]) if part
-    )
+    known = [f"features of {count(len(features), 'image')}"]
+    known += [f"{key} {made[key]}" for key in ("preset", "models", "itemkit") if made.get(key)]
+    return "; ".join(filter(None, (about, ", ".join(known), made["note"])))
 
 
 def _label(text: object) -> str:
@@ -155,14 +139,7 @@ def _label(text: object) -> str:
 
 
 def distributions(ax: Axes, table: pd.DataFrame, value: str, xlabel: str) -> Axes:
-    """Draw one smoothed distribution for real images and one for each generator, with the median marked.
-
-    Parameters
-    ----------
-    table : DataFrame
-        Columns ``generator`` and ``value``.
-    value, xlabel : str
-    """
+    """Draw the column ``value`` smoothed, for real images and each ``generator``, with the median marked."""
     palette = colours(list(table[schema.GENERATOR]))
     for name, colour in palette.items():
         x = table.loc[table[schema.GENERATOR] == name, value]
@@ -187,15 +164,9 @@ def intervals(
     xlabel: str,
     reference: float | None = None,
 ) -> Axes:
-    """Draw estimates with their intervals, one row for each name, side by side for each hue.
+    """Draw estimates with their intervals: a row for each name in column ``y``, side by side for each hue.
 
-    Parameters
-    ----------
-    table : DataFrame
-        Columns ``y``, ``hue`` (optional), ``value``, ``low``, ``high``.
-    y, hue, xlabel : str
-    reference : float, optional
-        A vertical line, e.g. at chance.
+    ``reference`` is a vertical line, e.g. at chance.
     """
     names = list(dict.fromkeys(table[y]))
     hues = list(dict.fromkeys(table[hue])) if hue else [""]
@@ -217,16 +188,7 @@ def intervals(
 def matrix(
     ax: Axes, table: pd.DataFrame, *, rows: str, columns: str, label: str, chance: float = 0.5
 ) -> Axes:
-    """Draw a heat map with the number in each cell.
-
-    Parameters
-    ----------
-    table : DataFrame
-        Columns ``rows``, ``columns`` and ``value``.
-    rows, columns, label : str
-    chance : float
-        Lower end of the colour scale.
-    """
+    """Draw a heat map of ``value`` with the number in each cell; colours begin at ``chance``."""
     wide = table.pivot(index=rows, columns=columns, values="value")
     wide = wide.loc[list(dict.fromkeys(table[rows])), list(dict.fromkeys(table[columns]))]
     wide = wide.rename(index=plain, columns=plain)
@@ -245,15 +207,7 @@ def lines(
     ax: Axes, table: pd.DataFrame, *, x: str, hue: str, xlabel: str, ylabel: str,
     palette: Mapping[str, str] | None = None,
 ) -> Axes:  # fmt: skip
-    """Draw one line with a band for each hue.
-
-    Parameters
-    ----------
-    table : DataFrame
-        Columns ``x``, ``hue``, ``value`` and, for the band, ``low`` and ``high``.
-    x, hue, xlabel, ylabel : str
-    palette : mapping of hue to colour, optional
-    """
+    """Draw one line for each hue, with a band where there is ``low``; ``palette`` may give hues colours."""
     for i, (name, part) in enumerate(table.groupby(hue, sort=False)):
         colour = (palette or {}).get(str(name), (BLUE, *CYCLE)[i % 8])
         at = part[x] if pd.api.types.is_numeric_dtype(part[x]) else part[x].map(plain)
@@ -266,14 +220,7 @@ def lines(
 
 
 def scatter(ax: Axes, xy: np.ndarray, generators: Sequence[str], title: str = "") -> Axes:
-    """Draw a two-dimensional embedding; ticks are hidden, since its axes have no unit.
-
-    Parameters
-    ----------
-    xy : float array, shape (n, 2)
-    generators : sequence of str, length n
-    title : str
-    """
+    """Draw a two-dimensional embedding, shape (n, 2); ticks are hidden, since its axes have no unit."""
     names = np.asarray(generators)
     palette = colours(list(names))
     # one shuffled cloud: drawn class by class, the last class would cover the others
@@ -290,15 +237,7 @@ def scatter(ax: Axes, xy: np.ndarray, generators: Sequence[str], title: str = ""
 
 
 def show_image(ax: Axes, image: np.ndarray, title: str = "", colour: str | None = None) -> Axes:
-    """Show a picture without ticks, framed in a colour if one is given.
-
-    Parameters
-    ----------
-    image : uint8 array, shape (h, w, 3)
-    title : str
-        May hold line breaks.
-    colour : str, optional
-    """
+    """Show a picture without ticks, framed in a colour if one is given; the title may hold line breaks."""
     _imshow(ax, image)
     ax.set(xticks=[], yticks=[])
     ax.set_title(plain(title), fontsize=7.5, fontweight="normal", loc="center")
@@ -315,40 +254,20 @@ def _imshow(ax: Axes, image: np.ndarray, **options: Any) -> None:
 
 
 def blank(axes: np.ndarray) -> None:
-    """Hide ticks and frames, so that axes on which nothing is shown leave no trace.
-
-    Parameters
-    ----------
-    axes : array of Axes
-    """
+    """Hide ticks and frames of an array of axes, so that those on which nothing is shown leave no trace."""
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
 
 
 def label_row(ax: Axes, name: str) -> Axes:
-    """Write a name at the left of a row of pictures.
-
-    Parameters
-    ----------
-    ax : Axes
-        The first of the row.
-    name : str
-    """
+    """Write a name at the left of a row of pictures, whose first axes are given."""
     ax.set_ylabel(plain(name), rotation=0, ha="right", va="center", fontsize=9)
     return ax
 
 
 def boxes(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Draw the regions of a picture's objects.
-
-    Parameters
-    ----------
-    ax : Axes
-        With the picture shown.
-    table : DataFrame
-        Columns ``phrase, x0, y0, x1, y1``, pixels of the picture.
-    """
+    """Draw regions on a picture: columns ``phrase, x0, y0, x1, y1``, in pixels of the picture."""
     for i, row in enumerate(table.itertuples()):
         colour = CYCLE[i % len(CYCLE)]
         # half a pixel: imshow puts the centre of a pixel, not its corner, on whole numbers
@@ -360,15 +279,7 @@ def boxes(ax: Axes, table: pd.DataFrame) -> Axes:
 
 
 def heat(ax: Axes, image: np.ndarray, heatmap: np.ndarray, title: str = "") -> Axes:
-    """Lay a map over a picture.
-
-    Parameters
-    ----------
-    image : uint8 array, shape (h, w, 3)
-    heatmap : float array, shape (h, w)
-        One number for each pixel; nothing is drawn where it is NaN.
-    title : str
-    """
+    """Lay a map with one number for each pixel, shape (h, w), over a picture; nothing where it is NaN."""
     _imshow(ax, image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
     _imshow(ax, heatmap, cmap="magma", alpha=0.65)
     ax.set(xticks=[], yticks=[])
@@ -377,19 +288,10 @@ def heat(ax: Axes, image: np.ndarray, heatmap: np.ndarray, title: str = "") -> A
 
 
 def options(ax: Axes, table: pd.DataFrame, xlabel: str) -> Axes:
-    """Draw the options of one question of an ablation: the reference, and what differs from it over seeds.
+    """Draw the options of one question from `itemkit.ablation.ablation`.
 
-    Parameters
-    ----------
-    table : DataFrame
-        Rows of one question from `itemkit.ablation.ablation`.
-    xlabel : str
-
-    Returns
-    -------
-    Axes
-        Blue: the reference, also as dotted line. Vermilion: the interval of the paired difference leaves out
-        zero. Grey: it does not.
+    Blue: the reference, also as dotted line. Vermilion: the interval of the paired difference over seeds
+    leaves out zero. Grey: it does not.
     """
     certain = (table["difference_low"] > 0) | (table["difference_high"] < 0)
     for i, (row, sure) in enumerate(zip(table.itertuples(), certain, strict=True)):

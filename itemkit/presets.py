@@ -15,7 +15,6 @@ from itemkit.models import (
     PARTS,
     Located,
     Models,
-    check_localiser,
     fetch_remedy,
     find_folder,
     localiser_settings,
@@ -38,54 +37,36 @@ MINI_REMEDY = "The mini models come with itemkit: " + (
 )
 MINI_REMEDY += " If ITEMKIT_DATA is set, unset it, or let it name a folder that holds mini/models."
 MODELS_VARIABLE = "ITEMKIT_MODELS"
+# subfolder of each part in a folder of models, as `itemkit download --to FOLDER` writes it
+FOLDERS = {"captioner": "captioner", "parser": "parser", "encoder": "encoder", "localiser": "detector"}
+# which field holds the options of a part, and goes with it when the part is replaced
+OPTIONS = {
+    "captioner": "captioner_options", "parser": "parser_options",
+    "localiser": "localiser_options", "encoder": "encoder_pretrained",
+}  # fmt: skip
+# localisers that are models of their own
 DETECTORS = tuple(name for name, options in LOCALISERS.items() if "model" in options)
-"""Localisers that are models of their own."""
-
-
-def _by_name(part: Any) -> bool:
-    return isinstance(part, (str, Path))
 
 
 @dataclass(frozen=True)
 class Preset:
     """A named choice of models and their options.
 
-    Attributes
-    ----------
-    name, about : str
-        How it is called, and what it is for, in one sentence.
-    captioner : str, Path, object or None
-        Transformers folder or hub name, or a captioner of one's own (see `models.Models`); None leaves it out
-        (all captions then come with the images).
-    captioner_options : mapping
-        Of `captions.load_captioner`.
-    parser : str, Path, object or None
-        spaCy package or folder, or anything with ``objects``; None gives global features only.
-    parser_options : mapping
-        Fields of `objects.ObjectRules`.
-    encoder, encoder_pretrained : str, Path or object
-        open_clip name and tag, or a folder; or an `Encoder`.
-    localiser : str, object or None
-        Name for `regions.make_localiser`, or a localiser of one's own.
-    localiser_options : mapping
-        Of the localiser, for an object detector with ``model``.
-    precision : str
-        Of captioner and encoder, see `devices.choose_precision`.
-
-    Captioner, parser and localiser may also be named as "module:object".
+    A part is the name or folder of a model, an object of one's own or its name as "module:object" (see
+    `models.Models`), or None to leave it out.
     """
 
     name: str
-    about: str
-    captioner: Any
-    encoder: Any
-    parser: Any
-    localiser: Any
-    encoder_pretrained: str | None = None
-    captioner_options: Mapping[str, Any] = field(default_factory=dict)
-    parser_options: Mapping[str, Any] = field(default_factory=dict)
-    localiser_options: Mapping[str, Any] = field(default_factory=dict)
-    precision: str = "auto"
+    about: str  # what it is for, in one sentence
+    captioner: Any  # transformers folder or hub name; None: all captions come with the images
+    encoder: Any  # open_clip name, "hf-hub:owner/name" or folder
+    parser: Any  # spaCy package or folder; None, like no localiser, gives global features only
+    localiser: Any  # a name of `models.LOCALISERS`
+    encoder_pretrained: str | None = None  # open_clip's tag
+    captioner_options: Mapping[str, Any] = field(default_factory=dict)  # of `captions.Decoding`
+    parser_options: Mapping[str, Any] = field(default_factory=dict)  # of `objects.ObjectRules`
+    localiser_options: Mapping[str, Any] = field(default_factory=dict)  # see `models.LOCALISERS`
+    precision: str = "auto"  # of captioner and encoder, see `devices.choose_precision`
 
     def __post_init__(self) -> None:
         from itemkit.captions import Decoding
@@ -94,23 +75,45 @@ class Preset:
         for part, rules in (("captioner", Decoding), ("parser", ObjectRules)):
             names = [f.name for f in dataclasses.fields(rules)]
             for key in getattr(self, f"{part}_options"):
-                if _by_name(getattr(self, part)) and key not in names:
+                if key not in names:
                     raise unknown(f"{part} '{getattr(self, part)}' has no option '{key}'", key, names)
-        if _by_name(self.localiser) and not names_object(self.localiser):
-            check_localiser(self.localiser, self.localiser_options)
+        if isinstance(self.localiser, str) and not names_object(self.localiser):
+            localiser_settings(self.localiser, self.localiser_options)
 
-    def part(self, name: str) -> Any:
-        """A part as given: a model's name or folder, an object, or None; "module:object" is looked up."""
-        value = getattr(self, name)
-        return own_part(name, value) if names_object(value) and name != "encoder" else value
+    def given(self, part: str) -> Any:
+        """A part as it was given: a name, an object or None; "module:object" is looked up."""
+        value = getattr(self, part)
+        return own_part(part, value) if names_object(value) and part != "encoder" else value
+
+    def by_name(self) -> dict[str, str | Path]:
+        """Name or folder of each part that has files to be found."""
+        parts = {part: self.given(part) for part in PARTS}
+        if isinstance(parts["localiser"], str):
+            parts["localiser"] = {**LOCALISERS[self.localiser], **self.localiser_options}.get("model")
+        return {part: model for part, model in parts.items() if isinstance(model, (str, Path))}
+
+    def replace(self, **overrides: Any) -> Preset:
+        """The preset with other values of some fields, as of `get_preset`."""
+        known = [f.name for f in dataclasses.fields(self)]
+        for key in overrides:
+            if key not in known:
+                raise unknown(f"a preset has no field '{key}'", key, known)
+        values = dict(overrides)
+        for part, options in OPTIONS.items():  # made for one model, they may be unknown to another
+            if part in overrides:
+                values.setdefault(options, None if part == "encoder" else {})
+        encoder, localiser = overrides.get("encoder"), overrides.get("localiser")
+        if isinstance(encoder, str) and not encoder.startswith("hf-hub:") and not looks_like_path(encoder):
+            values["encoder"], _, tag = encoder.partition(":")
+            values["encoder_pretrained"] = tag or values["encoder_pretrained"]
+        name, _, model = localiser.partition(":") if isinstance(localiser, str) else ("", "", "")
+        if model and name in DETECTORS:
+            values["localiser"] = name
+            values["localiser_options"] = {**values["localiser_options"], "model": model}
+        return dataclasses.replace(self, **values)
 
     def build(self, device: str | torch.device = "auto") -> Models:
-        """Load all models from this machine.
-
-        Parameters
-        ----------
-        device : str or torch.device
-            See `devices.choose_device`.
+        """Load all models from this machine, on a device as of `devices.choose_device`.
 
         Raises
         ------
@@ -124,35 +127,23 @@ class Preset:
         from itemkit.regions import make_localiser
 
         chosen = choose_device(device)
-        self.require()
-        captioner, parser, encoder, localiser = (self.part(name) for name in PARTS)
-        if _by_name(encoder):
+        named = self.require()
+        captioner, parser, encoder, localiser = map(self.given, PARTS)
+        if "encoder" in named:
             encoder = load_encoder(encoder, self.encoder_pretrained, chosen, self.precision)
-        if _by_name(parser):
+        if "parser" in named:
             parser = load_parser(parser, **self.parser_options)
-        if _by_name(captioner):
+        if "captioner" in named:
             captioner = load_captioner(captioner, chosen, self.precision, **self.captioner_options)
-        if _by_name(localiser):
-            options = dict(self.localiser_options)
-            if "model" in options:
-                options.setdefault("device", chosen)
-            localiser = make_localiser(localiser, encoder, **options)
+        if isinstance(localiser, str):
+            on = {"device": chosen} if localiser in DETECTORS else {}
+            localiser = make_localiser(localiser, encoder, **on | dict(self.localiser_options))
         return Models(encoder, captioner, parser, localiser)
 
     def fingerprint(self, captions: str = "generate", device: str | torch.device = "auto") -> dict[str, Any]:
         """What ``build(device).fingerprint(captions)`` says, from the files alone: no model is loaded.
 
-        Parameters
-        ----------
-        captions : {"generate", "user"}
-            Where captions come from.
-        device : str or torch.device
-            Only checked, where it is not "auto" or "cpu": a fingerprint is the same on every device.
-
-        Raises
-        ------
-        ModelNotFound
-            As of `build`.
+        A device other than "auto" and "cpu" is only checked: a fingerprint is the same on every device.
         """
         from itemkit.captions import Decoding
         from itemkit.objects import ObjectRules
@@ -161,88 +152,64 @@ class Preset:
             from itemkit.devices import choose_device
 
             choose_device(device)
-        found = self.require()
-        parts = {name: self.part(name) for name in PARTS}
-        settings: dict[str, Any] = {"encoder": {"precision": self.precision}}
-        if "captioner" in found:
-            decoding = dataclasses.asdict(Decoding(**self.captioner_options))
-            settings["captioner"] = {"precision": self.precision, "decoding": decoding}
-        if "parser" in found:
-            settings["parser"] = {"rules": dataclasses.asdict(ObjectRules(**self.parser_options))}
-        if _by_name(parts["localiser"]):
-            parts["localiser"] = localiser_settings(self.localiser, self.localiser_options)
-            settings["localiser"] = parts["localiser"]
-        parts |= {name: located.fingerprint(**settings[name]) for name, located in found.items()}
+        decoding, rules = Decoding(**self.captioner_options), ObjectRules(**self.parser_options)
+        settings: dict[str, Any] = {
+            "captioner": {"precision": self.precision, "decoding": dataclasses.asdict(decoding)},
+            "parser": {"rules": dataclasses.asdict(rules)},
+            "encoder": {"precision": self.precision},
+        }
+        parts = {part: self.given(part) for part in PARTS}
+        if isinstance(parts["localiser"], str):
+            settings["localiser"] = localiser_settings(self.localiser, self.localiser_options)
+            parts["localiser"] = settings["localiser"]
+        parts |= {part: located.fingerprint(**settings[part]) for part, located in self.require().items()}
         return run_fingerprint(parts, captions)
 
     def find(self) -> dict[str, Located | ModelNotFound]:
         """Look for the files of every part that is given by name, and check them, without loading any.
 
-        Returns
-        -------
-        dict
-            Part ("captioner", "parser", "localiser", "encoder") to where it is, or to the error that says
-            what is missing.
-
-        Raises
-        ------
-        InputError
-            A name or tag that nobody knows.
+        Gives for each of them where it is, or the error that says what is missing.
         """
         from itemkit.encoder import find_encoder
         from itemkit.objects import find_parser
 
-        finders: dict[str, Callable[[], Located]] = {
-            "captioner": lambda: find_folder(self.captioner, "captioner"),
-            "parser": lambda: find_parser(self.parser),
-            "localiser": lambda: find_folder(self.localiser_options["model"], "object detector"),
-            "encoder": lambda: find_encoder(self.encoder, self.encoder_pretrained),
+        finders: dict[str, Callable[[Any], Located]] = {
+            "captioner": lambda model: find_folder(model, "captioner"),
+            "parser": find_parser,
+            "encoder": lambda model: find_encoder(model, self.encoder_pretrained),
+            "localiser": lambda model: find_folder(model, "object detector"),
         }
-        if "model" not in self.localiser_options:
-            del finders["localiser"]
         found: dict[str, Located | ModelNotFound] = {}
-        for part, find in finders.items():
-            if not _by_name(self.part(part)):
-                continue
+        for part, model in self.by_name().items():
             try:
-                found[part] = find()
+                found[part] = finders[part](model)
             except ModelNotFound as error:
                 found[part] = error
+                if not error.reason:  # it is not here, and this preset's name says how to get it
+                    on_no_hub = self.name == "mini" and tidy(mini_folder()) in error.looked
+                    remedy = MINI_REMEDY if on_no_hub else fetch_remedy(self.name)
+                    found[part] = ModelNotFound(error.what, looked=error.looked, remedy=remedy)
         return found
 
     def require(self) -> dict[str, Located]:
         """Find all files, or raise one `ModelNotFound` that names all models that are missing."""
         found = self.find()
         missing = [where for where in found.values() if isinstance(where, ModelNotFound)]
-        if not missing:
-            return found  # type: ignore[return-value]
-        absent = [error for error in missing if not error.reason]  # others are there and cannot be used
-        models = tidy(mini_folder() / "models")
-        if self.name == "mini" and absent == missing and all(models in error.looked for error in absent):
-            parts = ", ".join(part for part, where in found.items() if where in absent)
-            raise ModelNotFound(f"preset 'mini' ({parts})", looked=models, remedy=MINI_REMEDY)  # on no hub
-        places: dict[str, list[str]] = {}  # models looked for in one place share a sentence
-        for error in absent:
-            places.setdefault(error.looked, []).append(error.what)
-        facts = [str(error) for error in missing if error.reason]
-        for place, names in places.items():
-            verb = "are" if len(names) > 1 else "is"
-            facts.append(f"{', '.join(names)} {verb} not on this machine (looked in {place}).")
-        raise ModelNotFound(
-            " ".join(facts), remedy=fetch_remedy(self.name, len(absent) > 1) if absent else ""
-        )
+        if missing:
+            remedies = dict.fromkeys(error.remedy for error in missing)
+            raise ModelNotFound(". ".join(error.fact for error in missing), remedy=" ".join(remedies))
+        return found  # type: ignore[return-value]
 
     def record(self) -> dict[str, Any]:
         """The choices as JSON-ready values without anybody's home folder, to be kept beside results."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: _jsonable(value) for name, value in values.items()}
+        return {f.name: _jsonable(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
 PRESETS: dict[str, Preset] = {
     "mini": Preset(
         name="mini",
         about="Small models trained on rendered scenes; they come with itemkit and fail on photographs.",
-        captioner="captioner",  # folders of data/mini/models
+        captioner="captioner",  # folders of data/mini/models, see get_preset
         encoder="clip",
         parser="parser",
         parser_options={"keep_article": True},  # the mini CLIP learned "a red ball" and "the sand"
@@ -271,88 +238,68 @@ PRESETS: dict[str, Preset] = {
         encoder_pretrained="openai",
         parser="en_core_web_sm",
         localiser="grounding_dino",
-        localiser_options={"model": LOCALISERS["grounding_dino"]["model"]},
     ),
 }
 
 
 def get_preset(
-    name: str = "mini", folder: str | Path | None = None, *, use_variable: bool = True, **overrides: Any
+    name: str | Preset = "mini",
+    folder: str | Path | None = None,
+    *,
+    use_variable: bool = True,
+    **overrides: Any,
 ) -> Preset:
     """Look up a preset and replace parts of it.
 
     Parameters
     ----------
-    name : str
-        "mini", "fast" or "paper".
+    name : str or Preset
+        "mini", "fast" or "paper"; or a preset put together by hand.
     folder : str or Path, optional
-        Take the models from the subfolders ``encoder``, ``captioner``, ``parser`` and ``detector`` of this
-        folder, as `itemkit download --to FOLDER` writes them. For "fast" and "paper" the environment variable
-        ITEMKIT_MODELS can name it too, so that a notebook needs no change.
-    use_variable : bool
-        False: as if ITEMKIT_MODELS were not set.
+        Take the models from here, as `itemkit download --to FOLDER` writes them. For "fast" and "paper" the
+        environment variable ITEMKIT_MODELS can name it too, unless not ``use_variable``.
     **overrides
         Fields of `Preset`, e.g. ``localiser="whole"``, ``captioner=my_object``, ``encoder="./my-clip"``. A
-        captioner, encoder, parser or localiser that is replaced starts from that part's default options. In
-        one text: ``encoder="ViT-B-16:openai"`` (name and tag), ``localiser="owlv2:./my-owl"`` (object
-        detector and its model). An object detector without a model gets the folder's, or else its default.
-
-    Returns
-    -------
-    Preset
-
-    Raises
-    ------
-    InputError
-        Unknown preset or field.
+        part that is replaced starts from its default options. In one text: ``encoder="ViT-B-16:openai"``
+        (name and tag), ``localiser="owlv2:./my-owl"`` (object detector and its model). An object detector
+        without a model gets the folder's, or else its default.
 
     >>> get_preset("fast", localiser="whole").localiser
     'whole'
     """
+    if isinstance(name, Preset):
+        return name.replace(**overrides)
     if name not in PRESETS:
         raise unknown(f"preset '{name}' is unknown", name, PRESETS)
-    known = [f.name for f in dataclasses.fields(Preset)]
-    for key in overrides:
-        if key not in known:
-            raise unknown(f"a preset has no field '{key}'", key, known)
-    preset = PRESETS[name]
-    if name == "mini":
-        folders = {part: str(mini_folder() / "models" / getattr(preset, part)) for part in PARTS[:3]}
-        preset = dataclasses.replace(preset, **folders)  # type: ignore[arg-type]
-    elif folder is None and use_variable:
+    if folder is None and use_variable and name != "mini":
         folder = os.environ.get(MODELS_VARIABLE) or None
-    folder = None if folder is None else Path(folder).expanduser()
+    preset, root, folders = PRESETS[name], None, FOLDERS
     if folder is not None:
-        preset = _from_folder(preset, folder)
-    overrides = _split_names(overrides)
-    for part, options in (
-        ("captioner", "captioner_options"),
-        ("parser", "parser_options"),
-        ("localiser", "localiser_options"),
-        ("encoder", "encoder_pretrained"),
-    ):
-        # Options made for one model may be unknown to another ("model" of a detector, a tag of weights).
-        if part in overrides and options not in overrides:
-            overrides[options] = None if part == "encoder" else {}
-    preset = dataclasses.replace(preset, **overrides)
-    localiser = preset.localiser
-    if isinstance(localiser, str) and not names_object(localiser):
-        if localiser in DETECTORS:
-            model = str(folder / "detector") if folder is not None else LOCALISERS[localiser]["model"]
-            preset = dataclasses.replace(
-                preset, localiser_options={"model": model, **preset.localiser_options}
+        root = Path(folder).expanduser()
+        if not root.is_dir():
+            raise ModelNotFound(
+                f"there is no folder of models at {tidy(root)}",
+                remedy="Make one where a model hub can be reached: "
+                f"`itemkit download --preset {name} --to FOLDER`, and copy it here",
             )
+    elif name == "mini":
+        root, folders = mini_folder() / "models", FOLDERS | {"encoder": "clip"}
+    if root is not None:
+        places: dict[str, Any] = {part: str(root / folders[part]) for part in PARTS[:3]}
+        options = {key: value for key, value in preset.localiser_options.items() if key != "model"}
+        preset = dataclasses.replace(preset, **places, encoder_pretrained=None, localiser_options=options)
+    preset = preset.replace(**overrides)
+    if folder is not None and root is not None and preset.localiser in DETECTORS:
+        options = {"model": str(root / FOLDERS["localiser"]), **preset.localiser_options}
+        preset = dataclasses.replace(preset, localiser_options=options)
     return preset
 
 
 def mini_folder() -> Path:
-    """Folder of the mini laboratory's models and images.
+    """Folder of the mini laboratory's models and images; whoever reads from it says what is missing.
 
-    Returns
-    -------
-    Path
-        ``mini`` under ITEMKIT_DATA where that is set, else ``data/mini`` of the checkout, else the copy that
-        an installed package carries. It need not exist: whoever reads from it says what is missing.
+    It is ``mini`` under ITEMKIT_DATA where that is set, else ``data/mini`` of the checkout, else the copy
+    that an installed package carries.
     """
     if root := os.environ.get("ITEMKIT_DATA"):
         return Path(root).expanduser() / "mini"
@@ -361,49 +308,13 @@ def mini_folder() -> Path:
     return shipped if shipped.is_dir() and not checkout.is_dir() else checkout
 
 
-def _split_names(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Take NAME:TAG of an encoder and NAME:MODEL of an object detector apart."""
-    parts = dict(overrides)
-    encoder, localiser = parts.get("encoder"), parts.get("localiser")
-    if isinstance(encoder, str) and not encoder.startswith("hf-hub:") and not looks_like_path(encoder):
-        name, _, tag = encoder.partition(":")
-        if tag:
-            parts |= {"encoder": name, "encoder_pretrained": tag}
-    if isinstance(localiser, str):
-        name, _, model = localiser.partition(":")
-        if model and name in DETECTORS:
-            options = {**parts.get("localiser_options", {}), "model": model}
-            parts |= {"localiser": name, "localiser_options": options}
-    return parts
-
-
-def _from_folder(preset: Preset, folder: Path) -> Preset:
-    if not folder.is_dir():
-        raise ModelNotFound(
-            f"there is no folder of models at {tidy(folder)}",
-            remedy="Make one where a model hub can be reached: "
-            f"`itemkit download --preset {preset.name} --to FOLDER`, and copy it here",
-        )
-    changes: dict[str, Any] = {
-        "encoder": str(folder / "encoder"),
-        "encoder_pretrained": None,
-        "captioner": str(folder / "captioner"),
-        "parser": str(folder / "parser"),
-    }
-    if "model" in preset.localiser_options:
-        changes["localiser_options"] = {**preset.localiser_options, "model": str(folder / "detector")}
-    return dataclasses.replace(preset, **changes)
-
-
 def _jsonable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _jsonable(v) for k, v in value.items()}
     if isinstance(value, (str, Path)):
-        place = Path(value)
         mini = mini_folder()
-        return (
-            f"data/mini/{place.relative_to(mini).as_posix()}" if place.is_relative_to(mini) else tidy(value)
-        )
+        inside = Path(value).is_relative_to(mini)
+        return f"data/mini/{Path(value).relative_to(mini).as_posix()}" if inside else tidy(value)
     if value is None or isinstance(value, (int, float, bool)):
         return value
     return type(value).__name__

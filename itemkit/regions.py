@@ -10,24 +10,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
 from itemkit.encoder import stack_pixels
 from itemkit.errors import InputError
-from itemkit.models import (
-    GRID_MAX_STEPS,
-    LOCALISERS,
-    check_localiser,
-    localiser_settings,
-    part_fingerprint,
-)
+from itemkit.models import GRID_MAX_STEPS, LOCALISERS, localiser_settings, part_fingerprint
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,38 +34,30 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Regions:
-    """One region per phrase.
+    """One region per phrase."""
 
-    Attributes
-    ----------
-    boxes : float32 tensor, shape (m, 4)
-        x0, y0, x1, y1 in pixels of the original image.
-    scores : float32 tensor, shape (m,)
-        Cosine with the phrase, or an object detector's confidence; 0 for its fallback.
-    emb : float32 tensor, shape (m, d)
-        L2-normalised embeddings of the regions in the joint space.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    emb: Tensor
+    boxes: Tensor  # float32 (m, 4): x0, y0, x1, y1 in pixels of the original image
+    scores: Tensor  # float32 (m,): cosine with the phrase, or an object detector's confidence
+    emb: Tensor  # float32 (m, d): L2-normalised, in the joint space
 
 
 class Localiser(ABC):
     """Finds phrases in images: the base of all localisers; one of the user's own need only look like it.
 
-    Attributes
+    Parameters
     ----------
-    needs_patches : bool
-        Whether `embedding` must come with patches.
-    needs_phrases : bool
-        Whether the phrases themselves are read, not only their embeddings.
+    encoder : Encoder
+        Embeds the regions.
+    **options
+        See `models.LOCALISERS`.
     """
 
-    needs_patches = needs_phrases = False
+    kind = ""
+    needs_patches = False  # whether `embedding` must come with patches
+    needs_phrases = False  # whether the phrases themselves are read, not only their embeddings
 
-    def __init__(self, encoder: Encoder, record: Mapping[str, Any]) -> None:
-        self.encoder, self._record = encoder, dict(record)
+    def __init__(self, encoder: Encoder, **options: Any) -> None:
+        self.encoder, self.settings = encoder, localiser_settings(self.kind, options)
 
     @abstractmethod
     def locate(
@@ -90,7 +77,7 @@ class Localiser(ABC):
         phrase_emb : float tensor, shape (m, d), L2-normalised
         owner : int tensor, shape (m,)
         phrases : sequence of m str
-            Needed by localisers with `needs_phrases`.
+            For localisers with `needs_phrases`.
 
         Returns
         -------
@@ -99,20 +86,20 @@ class Localiser(ABC):
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that changes the regions, as JSON-ready values."""
-        return dict(self._record)
+        return dict(self.settings)
 
 
-def windows(width: int, height: int, scales: Sequence[float], overlap: float) -> list[Box]:
-    """Square windows that cover an image evenly.
+def windows(size: tuple[int, int], scales: Sequence[float], overlap: float) -> list[Box]:
+    """Square windows that cover an image of this width and height evenly.
 
-    >>> windows(40, 40, [1.0, 0.5], 0.0)[1:]
+    >>> windows((40, 40), [1.0, 0.5], 0.0)[1:]
     [(0.0, 0.0, 20.0, 20.0), (20.0, 0.0, 40.0, 20.0), (0.0, 20.0, 20.0, 40.0), (20.0, 20.0, 40.0, 40.0)]
     """
     found: list[Box] = []
     for scale in scales:
-        side = max(1, round(scale * min(width, height)))
-        for y in _starts(height, side, overlap):
-            for x in _starts(width, side, overlap):
+        side = max(1, round(scale * min(size)))
+        for y in _starts(size[1], side, overlap):
+            for x in _starts(size[0], side, overlap):
                 found.append((float(x), float(y), float(x + side), float(y + side)))
     return list(dict.fromkeys(found))
 
@@ -123,22 +110,13 @@ def _starts(length: int, side: int, overlap: float) -> list[int]:
     return [round(i * (length - side) / max(1, count - 1)) for i in range(count)]
 
 
-def embed_boxes(
-    encoder: Encoder, images: Sequence[Image], boxes: Sequence[Box], batch_size: int | None = None
-) -> Tensor:
-    """Embed one crop per image and box; a box has at least one pixel.
-
-    By default 256 at a time on a GPU and 32 on a CPU, where more was slower.
-
-    Returns
-    -------
-    float32 tensor, shape (len(boxes), d)
-    """
-    batch_size = batch_size or (32 if torch.device(encoder.device).type == "cpu" else 256)
+def embed_boxes(encoder: Encoder, images: Sequence[Image], boxes: Sequence[Box]) -> Tensor:
+    """Embed what each box of an image holds, at least one pixel: float32 tensor, shape (len(boxes), d)."""
+    size = 32 if torch.device(encoder.device).type == "cpu" else 256  # on a CPU more was slower
     emb = [torch.zeros(0, encoder.dim, device=encoder.device)]
-    for start in range(0, len(boxes), batch_size):  # cut out batch by batch: all at once would be large
+    for start in range(0, len(boxes), size):  # cut out batch by batch: all at once would be large
         crops = []
-        part = slice(start, start + batch_size)
+        part = slice(start, start + size)
         for image, (x0, y0, x1, y1) in zip(images[part], boxes[part], strict=True):
             left, top = min(int(x0), image.width - 1), min(int(y0), image.height - 1)
             right, bottom = max(left + 1, math.ceil(x1)), max(top + 1, math.ceil(y1))
@@ -147,177 +125,135 @@ def embed_boxes(
     return torch.cat(emb)
 
 
-def peak_boxes(maps: Tensor, level: float) -> Tensor:
+def peak_boxes(maps: np.ndarray, level: float) -> np.ndarray:
     """Draw a box around the connected part of each map that holds its peak.
 
     Parameters
     ----------
-    maps : tensor, shape (m, h, w)
+    maps : float array, shape (m, h, w)
         Values of -inf are outside the image.
     level : float
         Cut between the least finite (0) and the greatest value (1) of each map.
 
     Returns
     -------
-    float tensor, shape (m, 4)
+    float32 array, shape (m, 4)
         x0, y0, x1, y1 in cells; x1 and y1 are exclusive.
     """
-    m, h, w = maps.shape
-    flat = maps.reshape(m, -1)
-    high = flat.max(dim=1, keepdim=True).values
-    low = flat.masked_fill(flat.isinf(), math.inf).min(dim=1, keepdim=True).values
-    above = (flat >= low + level * (high - low)).reshape(m, h, w).float()
-    part = F.one_hot(flat.argmax(dim=1), h * w).reshape(m, h, w).float()
-    for _ in range(h * w):  # grow from the peak to its four neighbours, as long as something is added
-        rows = F.max_pool2d(part[:, None], (3, 1), 1, (1, 0))[:, 0]
-        columns = F.max_pool2d(part[:, None], (1, 3), 1, (0, 1))[:, 0]
-        grown = torch.maximum(rows, columns) * above
-        if torch.equal(grown, part):
-            break
-        part = grown
-    in_row, in_column = part.amax(dim=2), part.amax(dim=1)
-    y0, x0 = in_row.argmax(dim=1), in_column.argmax(dim=1)
-    y1, x1 = h - in_row.flip(1).argmax(dim=1), w - in_column.flip(1).argmax(dim=1)
-    return torch.stack([x0, y0, x1, y1], dim=1).float()
+    flat = maps.reshape(len(maps), math.prod(maps.shape[1:]))
+    high = flat.max(axis=1, keepdims=True)
+    low = flat.min(axis=1, keepdims=True, where=np.isfinite(flat), initial=np.inf)
+    above = (flat >= low + level * (high - low)).reshape(maps.shape)
+    within = np.zeros((3, 3, 3))
+    within[1] = ndimage.generate_binary_structure(2, 1)  # four neighbours, and none in other maps
+    parts, _ = ndimage.label(above, within)
+    peaks = parts.reshape(flat.shape)[np.arange(len(maps)), flat.argmax(axis=1)]
+    slices = ndimage.find_objects(parts)
+    found = [(x.start, y.start, x.stop, y.stop) for _, y, x in (slices[peak - 1] for peak in peaks)]
+    return np.array(found, np.float32).reshape(-1, 4)
 
 
-def cells_to_pixels(cells: Tensor, grid: tuple[int, int], frame: Box, width: int, height: int) -> Tensor:
-    """Turn boxes in patches into boxes in pixels of the original image, clipped to it."""
+def cells_to_pixels(
+    cells: np.ndarray, grid: tuple[int, int], frame: Box, size: tuple[int, int]
+) -> np.ndarray:
+    """Turn boxes in patches into boxes in pixels of the original image of this size, clipped to it."""
     x0, y0, x1, y1 = frame
-    size = cells.new_tensor([(x1 - x0) / grid[1], (y1 - y0) / grid[0]] * 2)
-    pixels = cells * size + cells.new_tensor([x0, y0, x0, y0])
-    limit = cells.new_tensor([width, height, width, height])
-    return torch.minimum(pixels.clamp(min=0), limit)
+    cell = [(x1 - x0) / grid[1], (y1 - y0) / grid[0]] * 2
+    patch, corner, limit = np.array([cell, [x0, y0] * 2, [*size, *size]], np.float32)
+    return np.clip(cells * patch + corner, 0, limit)
 
 
-def inside(grid: tuple[int, int], frame: Box, width: int, height: int) -> Tensor:
+def inside(grid: tuple[int, int], frame: Box, size: tuple[int, int]) -> Tensor:
     """Patches whose centre lies in the image, not in the padding; shape (h * w,)."""
     x0, y0, x1, y1 = frame
     x = x0 + (torch.arange(grid[1]) + 0.5) * (x1 - x0) / grid[1]
     y = y0 + (torch.arange(grid[0]) + 0.5) * (y1 - y0) / grid[0]
-    return (((y >= 0) & (y <= height))[:, None] & ((x >= 0) & (x <= width))[None, :]).flatten()
+    return (((y >= 0) & (y <= size[1]))[:, None] & ((x >= 0) & (x <= size[0]))[None, :]).flatten()
 
 
 class Whole(Localiser):
     """The whole image for every object: local and global misalignment then differ in the text only."""
 
-    def __init__(self, encoder: Encoder) -> None:
-        super().__init__(encoder, localiser_settings("whole", {}))
+    kind = "whole"
 
     def locate(self, images, embedding, phrase_emb, owner, phrases=None):  # types: see Localiser
         """See `Localiser.locate`."""
         emb = embedding.pooled[owner]
-        size = torch.tensor([image.size for image in images], dtype=torch.float32, device=emb.device)
-        boxes = torch.cat([torch.zeros_like(size), size], dim=1)[owner]
-        return Regions(boxes, (emb * phrase_emb).sum(dim=1), emb)
+        return Regions(_whole(images, owner).to(emb.device), (emb * phrase_emb).sum(dim=1), emb)
 
 
 class Grid(Localiser):
     """Square windows of several sizes slid over the image; the one with the highest cosine wins.
 
-    Parameters
-    ----------
-    encoder : Encoder
-    scales : sequence of float
-        Sides of the windows as fractions of the image's shorter side.
-    overlap : float
-        Least share of a window that the next one covers again.
+    ``scales`` are their sides as fractions of the image's shorter side, ``overlap`` is the least share of a
+    window that the next one covers again.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        scales: Sequence[float] = LOCALISERS["grid"]["scales"],
-        overlap: float = LOCALISERS["grid"]["overlap"],
-    ) -> None:
-        if not scales or not all(0 < s <= 1 for s in scales) or not 0 <= overlap < 1:
-            raise InputError(
-                f"grid: got scales {tuple(scales)} and overlap {overlap}; expected scales in (0, 1] and an "
-                "overlap in [0, 1)"
-            )
-        super().__init__(encoder, localiser_settings("grid", {"scales": tuple(scales), "overlap": overlap}))
-        self.scales, self.overlap = tuple(scales), overlap
+    kind = "grid"
+
+    def __init__(self, encoder: Encoder, **options: Any) -> None:
+        super().__init__(encoder, **options)
+        self.scales, self.overlap = self.settings["scales"], self.settings["overlap"]
+        if not self.scales or not all(0 < s <= 1 for s in self.scales) or not 0 <= self.overlap < 1:
+            raise InputError(f"grid: got scales {self.scales} and overlap {self.overlap}; expected scales in "
+                             "(0, 1] and an overlap in [0, 1)")  # fmt: skip
 
     def locate(self, images, embedding, phrase_emb, owner, phrases=None):  # types: see Localiser
         """See `Localiser.locate`."""
-        boxes, scores, emb = _empty(len(owner), phrase_emb.shape[1], embedding.pooled.device)
-        laid = {
-            i: windows(images[i].width, images[i].height, self.scales, self.overlap)
-            for i in owner.unique().tolist()
-        }
-        # the first window of a square image is the image itself, which is embedded already
-        known = {i: int(images[i].width == images[i].height and self.scales[0] == 1) for i in laid}
-        new = [(images[i], box) for i in laid for box in laid[i][known[i] :]]
-        crops = embed_boxes(self.encoder, [image for image, _ in new], [box for _, box in new])
-        start = 0
-        for i, of_image in laid.items():
-            count = len(of_image) - known[i]
-            emb_of = torch.cat([embedding.pooled[i : i + known[i]], crops[start : start + count]])
-            start += count
-            rows = (owner == i).nonzero().squeeze(1)
-            scores[rows], best = (phrase_emb[rows].float() @ emb_of.T).max(dim=1)
-            boxes[rows], emb[rows] = boxes.new_tensor(of_image)[best], emb_of[best]
-        return Regions(boxes, scores, emb)
+        laid = {i: windows(images[i].size, self.scales, self.overlap) for i in owner.unique().tolist()}
+        crops = [images[i] for i, boxes in laid.items() for _ in boxes]
+        emb = embed_boxes(self.encoder, crops, [box for boxes in laid.values() for box in boxes])
+        found = _empty(len(owner), phrase_emb.shape[1], emb.device)
+        counts = [len(boxes) for boxes in laid.values()]
+        for (i, boxes), of_image in zip(laid.items(), emb.split(counts), strict=True):
+            rows = owner == i
+            found.scores[rows], best = (phrase_emb[rows].float() @ of_image.T).max(dim=1)
+            found.boxes[rows], found.emb[rows] = emb.new_tensor(boxes)[best], of_image[best]
+        return found
 
 
 class Dense(Localiser):
     """The encoder's own patch map: one forward pass gives the image and all its regions.
 
     The region's embedding is the mean of the patch embeddings, weighted by the softmax of their cosines with
-    the phrase. The box is drawn around the connected part of the map that holds the best patch. A CLIP
-    trained on captions alone has a weak patch map: look at `heatmap` before trusting the boxes.
-
-    Parameters
-    ----------
-    encoder : Encoder
-        With a patch grid.
-    temperature : float, optional
-        Of the softmax; by default one over the encoder's own logit scale, with which its cosines were
-        trained.
-    level : float
-        Height at which the map is cut for the box, between its least (0) and its greatest value (1).
+    the phrase; its ``temperature``, if not given, is one over the encoder's logit scale, with which its
+    cosines were trained. The box is drawn around the connected part of the map that holds the best patch, cut
+    at ``level`` between its least (0) and greatest value (1). A CLIP trained on captions alone has a weak
+    patch map: look at `heatmap` before trusting the boxes.
     """
 
+    kind = "dense"
     needs_patches = True
 
-    def __init__(
-        self, encoder: Encoder, temperature: float | None = None, level: float = LOCALISERS["dense"]["level"]
-    ) -> None:
+    def __init__(self, encoder: Encoder, **options: Any) -> None:
+        # the temperature as it was given: the encoder's own goes with the encoder's fingerprint
+        super().__init__(encoder, **options)
         if encoder.patch_grid is None:
             # Raises the error that names the ways out.
-            encoder.embed_pixels(torch.zeros(1, 3, *encoder.image_size), patches=True)
-        if (temperature is not None and temperature <= 0) or not 0 <= level < 1:
-            raise InputError(
-                f"dense: got temperature {temperature} and level {level}; expected > 0 and [0, 1)"
-            )
-        # as it was given: the encoder's own temperature goes with the encoder's fingerprint
-        settings = localiser_settings("dense", {"temperature": temperature, "level": level})
-        super().__init__(encoder, settings)
-        self.level = level
+            encoder.encode_images(torch.zeros(1, 3, *encoder.image_size), patches=True)
+        temperature, self.level = self.settings["temperature"], self.settings["level"]
+        if (temperature is not None and temperature <= 0) or not 0 <= self.level < 1:
+            raise InputError(f"dense: got temperature {temperature} and level {self.level}; expected > 0 and "
+                             "[0, 1)")  # fmt: skip
         self.temperature = 1 / encoder.logit_scale if temperature is None else temperature
 
     def locate(self, images, embedding, phrase_emb, owner, phrases=None):  # types: see Localiser
         """See `Localiser.locate`."""
         if embedding.patches is None:
-            raise InputError(
-                "dense: the images were embedded without patches; use encode_images(..., patches=True)"
-            )
-        grid = self.encoder.patch_grid or (1, 1)
-        device = embedding.pooled.device
-        boxes, scores, emb = _empty(len(owner), phrase_emb.shape[1], device)
-        for index in owner.unique().tolist():  # by image: patches repeated for each phrase would be large
-            rows = (owner == index).nonzero().squeeze(1)
-            width, height = images[index].size
-            frame = self.encoder.frame(width, height)
-            patches = embedding.patches[index]
+            raise InputError("dense: the images were embedded without patches; use patches=True")
+        grid, device = self.encoder.patch_grid or (1, 1), embedding.pooled.device
+        found = _empty(len(owner), phrase_emb.shape[1], device)
+        for i in owner.unique().tolist():  # by image: patches repeated for each phrase would be large
+            rows, size, patches = owner == i, images[i].size, embedding.patches[i]
+            frame = self.encoder.frame(*size)
             cosine = phrase_emb[rows].float() @ patches.T
-            cosine = cosine.masked_fill(~inside(grid, frame, width, height).to(device), -math.inf)
+            cosine = cosine.masked_fill(~inside(grid, frame, size).to(device), -math.inf)
             weight = (cosine / self.temperature).softmax(dim=1)
-            emb[rows] = F.normalize(weight @ patches, dim=1)
-            scores[rows] = (emb[rows] * phrase_emb[rows]).sum(dim=1)
-            cells = peak_boxes(cosine.reshape(-1, *grid), self.level)
-            boxes[rows] = cells_to_pixels(cells, grid, frame, width, height)
-        return Regions(boxes, scores, emb)
+            found.emb[rows] = F.normalize(weight @ patches, dim=1)
+            found.scores[rows] = (found.emb[rows] * phrase_emb[rows]).sum(dim=1)
+            cells = peak_boxes(cosine.reshape(-1, *grid).cpu().numpy(), self.level)
+            found.boxes[rows] = torch.from_numpy(cells_to_pixels(cells, grid, frame, size)).to(device)
+        return found
 
 
 class BoxLocaliser(Localiser):
@@ -341,18 +277,13 @@ class BoxLocaliser(Localiser):
     def locate(self, images, embedding, phrase_emb, owner, phrases=None):  # types: see Localiser
         """See `Localiser.locate`."""
         kind = type(self.finder).__name__
-        if phrases is None or len(phrases) != len(owner):
-            got = "none" if phrases is None else str(len(phrases))
-            raise InputError(
-                f"{kind} reads the phrases: expected phrases= with {len(owner)} texts, got {got}"
-            )
-        boxes, scores, _ = _empty(len(owner), 0, embedding.pooled.device)
+        if phrases is None:
+            raise InputError(f"{kind} reads the phrases: expected phrases= with {len(owner)} texts, got none")
+        boxes, scores = _whole(images, owner), torch.zeros(len(owner))
         emb = embedding.pooled[owner].clone()  # the fallback: the whole image
         found: list[int] = []
-        for index in owner.unique().tolist():
-            rows = (owner == index).nonzero().squeeze(1).tolist()
-            image = images[index]
-            boxes[rows] = boxes.new_tensor([0, 0, *image.size])
+        for i in owner.unique().tolist():
+            rows, image = (owner == i).nonzero().squeeze(1).tolist(), images[i]
             if min(image.size) < 2:  # image processors fail on a line of pixels
                 continue
             answers = list(self.finder.boxes(image, [phrases[row] for row in rows]))
@@ -361,28 +292,28 @@ class BoxLocaliser(Localiser):
                     f"{kind}.boxes() was given {len(rows)} phrases and returned {len(answers)} boxes"
                 )
             for row, answer in zip(rows, answers, strict=True):
-                if answer is None:
-                    continue
-                *corners, score = (float(value) for value in answer)
-                limits = (*image.size, *image.size)
-                x0, y0, x1, y1 = (
-                    min(max(value, 0.0), limit) for value, limit in zip(corners, limits, strict=True)
-                )
-                if x1 > x0 and y1 > y0:
-                    boxes[row], scores[row] = boxes.new_tensor([x0, y0, x1, y1]), score
-                    found.append(row)
-        if found:
-            crops = [images[int(owner[row])] for row in found]
-            emb[found] = embed_boxes(self.encoder, crops, [tuple(boxes[row].tolist()) for row in found])
-        return Regions(boxes, scores, emb)
+                if answer is not None:
+                    *corners, score = map(float, answer)
+                    x0, y0, x1, y1 = np.clip(corners, 0, [*image.size, *image.size])
+                    if x1 > x0 and y1 > y0:
+                        boxes[row], scores[row] = torch.tensor([x0, y0, x1, y1]), score
+                        found.append(row)
+        crops = [images[i] for i in owner[found].tolist()]
+        emb[found] = embed_boxes(self.encoder, crops, [tuple(box) for box in boxes[found].tolist()])
+        return Regions(boxes.to(emb.device), scores.to(emb.device), emb)
 
     def fingerprint(self) -> dict[str, Any]:
         """See `Localiser.fingerprint`."""
         return part_fingerprint("localiser", self.finder) or {}
 
 
-def _empty(m: int, d: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.zeros(m, 4, device=device), torch.zeros(m, device=device), torch.zeros(m, d, device=device)
+def _whole(images: Sequence[Image], owner: Tensor) -> Tensor:
+    """The whole image as the box of each phrase."""
+    return torch.tensor([(0, 0, *image.size) for image in images], dtype=torch.float32)[owner.cpu()]
+
+
+def _empty(m: int, d: int, device: torch.device) -> Regions:
+    return Regions(*(torch.zeros(*shape, device=device) for shape in ((m, 4), (m,), (m, d))))
 
 
 def heatmap(patches: Tensor, phrase_emb: Tensor, encoder: Encoder, width: int, height: int) -> np.ndarray:
@@ -391,12 +322,8 @@ def heatmap(patches: Tensor, phrase_emb: Tensor, encoder: Encoder, width: int, h
     Parameters
     ----------
     patches : float tensor, shape (h * w, d)
-        Of one image, from `Encoder.encode_images`.
+        Of one image of this width and height, from `Encoder.encode_images`.
     phrase_emb : float tensor, shape (d,)
-    encoder : Encoder
-        For its patch grid and frame.
-    width, height : int
-        Of the original image.
 
     Returns
     -------
@@ -422,19 +349,18 @@ def make_localiser(name: str, encoder: Encoder, **options: Any) -> Localiser:
     ----------
     name : {"whole", "grid", "dense", "owlv2", "grounding_dino"}
         The last two are object detectors of transformers: pass ``model=`` a folder or hub name.
-    encoder : Encoder
-        Embeds the regions.
     **options
-        Of the localiser's class.
+        See `models.LOCALISERS`.
 
     Raises
     ------
     InputError
         Unknown name or option, or the encoder has no patches for "dense".
     """
-    check_localiser(name, options)
+    localiser_settings(name, options)  # refuses what nobody knows
     if "model" in LOCALISERS[name]:
         from itemkit.detection import load_detector
 
         return load_detector(name, encoder, **options)
-    return {"whole": Whole, "grid": Grid, "dense": Dense}[name](encoder, **options)
+    kinds: dict[str, type] = {"whole": Whole, "grid": Grid, "dense": Dense}
+    return kinds[name](encoder, **options)

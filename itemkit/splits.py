@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,18 +29,9 @@ _CARVED: dict[tuple[str, ...], tuple[str, Mapping[str, float]]] = {
 
 
 def place(image_ids: Iterable[str], salt: str = "split") -> np.ndarray:
-    """Where each image stands between 0 and 1, by its content.
+    """Where each image stands between 0 and 1, by the SHA-256 (hex digits) of its content; float64.
 
-    Parameters
-    ----------
-    image_ids : iterable of str
-        SHA-256 of the files, as hex digits.
-    salt : str
-        Another salt gives another draw, independent of the first.
-
-    Returns
-    -------
-    float64 array, each in [0, 1)
+    Another salt gives another draw, independent of the first.
     """
 
     def digits(image_id: str) -> int:
@@ -56,26 +47,13 @@ def divide(places: np.ndarray, fractions: Mapping[str, float] = FRACTIONS) -> np
     return np.array(list(fractions), dtype=object)[np.searchsorted(ends, places, side="right")]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What `fill_splits` will do, known before any file is read.
+class Plan(NamedTuple):
+    """What `fill_splits` will do, known before any file is read."""
 
-    Attributes
-    ----------
-    rows : bool array
-        Images that get a split or another one.
-    fractions : mapping
-        Into what they are divided.
-    salt : str
-        Of the draw: a given split may itself be a draw by content, so another is needed to divide it.
-    notes : list of str
-        The same in words.
-    """
-
-    rows: np.ndarray
-    fractions: Mapping[str, float]
-    salt: str
-    notes: list[str]
+    rows: np.ndarray  # bool: images that get a split or another one
+    fractions: Mapping[str, float]  # into what they are divided
+    salt: str  # of the draw: a given split may itself be one, so another is needed to divide it
+    notes: list[str]  # the same in words
 
 
 def plan_splits(label: pd.Series, split: pd.Series) -> Plan:
@@ -126,10 +104,8 @@ def fill_splits(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
     Returns
     -------
-    table : DataFrame
-        A copy with ``split`` filled.
-    note : str
-        What was done, in words.
+    DataFrame, str
+        A copy with ``split`` filled, and what was done in words.
     """
     plain = table.reset_index(drop=True)
     label, ids = plain[schema.LABEL], plain[schema.IMAGE_ID].astype(str)
@@ -139,8 +115,7 @@ def fill_splits(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     drawn, moved = _draw(ids[plan.rows], label[plan.rows], plan)
     split[plan.rows] = drawn
     if moved:
-        what = "was taken from its neighbour split" if moved == 1 else "were taken from neighbour splits"
-        notes.append(f"{count(moved, 'image')} {what} so that each split has both classes")
+        notes.append(f"{count(moved, 'image')} taken from neighbour splits so that each has both classes")
     empty = label.notna() & split.isna()
     if empty.any():
         copies = split.set_axis(ids).dropna()
@@ -183,34 +158,16 @@ def split_validation(y: np.ndarray, fraction: float = 0.5, seed: int = 0) -> tup
     Early stopping picks the weights that look best on its images, so calibrating on the same ones would be
     optimistic and void the conformal guarantee.
 
-    Parameters
-    ----------
-    y : int array
-        Labels.
-    fraction : float
-        Share of each class for the first part.
-    seed : int
-
-    Returns
-    -------
-    tuple of int arrays
-        Rows for selection (``fraction`` of each class) and rows for calibration.
-
-    Raises
-    ------
-    InputError
-        A class has fewer than two images.
+    Gives the rows for selection (``fraction`` of each class) and those for calibration. Raises an
+    `InputError` where a class of the labels `y` has fewer than two images.
     """
     y = np.asarray(y)
     chosen = []
     for label in (schema.REAL, schema.FAKE):
         rows = np.flatnonzero(y == label)
         if len(rows) < 2:
-            raise InputError(
-                f"{count(len(rows), f'{schema.LABEL_NAMES[label]} validation image')}; at least 2 of each "
-                "class are needed (one to stop the training, one to calibrate), some hundreds for useful "
-                "thresholds"
-            )
+            there = count(len(rows), f"{schema.LABEL_NAMES[label]} validation image")
+            raise InputError(f"{there}; at least 2 of each class are needed, some hundreds for thresholds")
         take = min(max(1, round(fraction * len(rows))), len(rows) - 1)
         chosen.append(np.random.default_rng([seed, label]).permutation(rows)[:take])
     select = np.sort(np.concatenate(chosen))

@@ -7,14 +7,13 @@ contenders are stands in `itemkit.recipes`, what follows from their scores in `i
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from itemkit import schema, workflow
 from itemkit._files import atomic_write
@@ -28,21 +27,18 @@ from itemkit.images import EqualiseConfig, equalise
 from itemkit.manifest import describe_manifest, read_manifest, require_two_classes
 from itemkit.matrix import train_on_test_on
 from itemkit.misalignment import KINDS, LEVELS, RepresentationConfig
-from itemkit.perturb import jpeg_random
+from itemkit.perturb import Perturbation, jpeg_random
 from itemkit.presets import Preset, get_preset
 from itemkit.protocols import Protocol, get_protocol
-from itemkit.recipes import Recipe, control, early, external, item, standard_detectors
-from itemkit.results import STUDY_METRICS, Study, fusion_report, study_table, to_markdown
+from itemkit.recipes import DEFAULT, Recipe, control, early, external, item, standard_detectors
+from itemkit.results import STUDY_METRICS, Study, study_table, to_markdown
 from itemkit.text import count, did_you_mean, markdown_table, one_line, write_csv
 
-__all__ = [
-    "Recipe", "Study", "StudyReport", "control", "early", "external", "item", "run_study",
-    "standard_detectors", "train_on_test_on",
-]  # fmt: skip
+__all__ = ["Recipe", "Study", "control", "early", "item", "run_study", "standard_detectors",
+           "train_on_test_on"]  # fmt: skip
 
 PIXELS_MINI, PIXELS = 48, 128
-MAX_PIXEL_IMAGES = 40_000
-"""Above this the controls that look at pixels are left out: the images are held in memory (2 GB)."""
+MAX_PIXEL_IMAGES = 40_000  # with more the controls on pixels are left out: all are held in memory (2 GB)
 GENERIC_CAPTION = "a photo"
 JPEG_QUALITIES = (50, 95)
 LATE = {
@@ -57,39 +53,16 @@ LATE = {
 
 @dataclass(frozen=True)
 class StudyReport:
-    """What `run_study` made and wrote.
+    """What `run_study` made and wrote."""
 
-    Attributes
-    ----------
-    path : Path
-        ``table.md``; ``table.csv``, ``manifest.csv`` and a folder per condition lie beside it.
-    table : DataFrame
-        See `itemkit.results.study_table`.
-    notes : list of str
-        What is left out, and why.
-    failures : list of str
-        Contenders and sections that failed, with the reason; empty when all is well.
-    """
-
-    path: Path
-    table: pd.DataFrame
-    notes: list[str]
-    failures: list[str]
+    path: Path  # table.md; table.csv, manifest.csv and a folder per condition lie beside it
+    table: pd.DataFrame  # see `itemkit.results.study_table`
+    failures: list[str]  # contenders and sections that failed, with the reason
 
 
-@dataclass(frozen=True)
-class Equalised:
-    """A transform that brings every image to one size and codec."""
-
-    config: EqualiseConfig
-
-    def __call__(self, image: Image.Image, image_id: str | None = None) -> Image.Image:
-        """Equalise one image."""
-        return equalise(image, self.config)
-
-    def fingerprint(self) -> dict[str, object]:
-        """Everything that changes the pixels, for cache keys."""
-        return {"equalise": asdict(self.config)}
+def equalised(config: EqualiseConfig) -> Perturbation:
+    """A transform to one size and codec; its name tells everything that changes the pixels."""
+    return Perturbation(str(config), "equalised", 0.0, "", lambda image, rng: equalise(image, config))
 
 
 def run_study(
@@ -98,7 +71,6 @@ def run_study(
     out: str | Path = "results",
     preset: str | Preset = "mini",
     device: str = "auto",
-    *,
     captions: str = "generate",
     seeds: int = 5,
     scores: Sequence[str] = (),
@@ -109,7 +81,7 @@ def run_study(
     n_boot: int = 200,
     progress: bool = True,
 ) -> StudyReport:
-    """Run a protocol, or train on each generator of one's own data and test on each; run it again to go on.
+    """Features, contenders, matrix and one table for every condition; an interrupted study goes on.
 
     Parameters
     ----------
@@ -120,32 +92,18 @@ def run_study(
         Folder or table of the images, or a manifest of `read_manifest`, which has the options.
     out : path
         Features go to ``out/features``, all else to ``out/study-<protocol>``: ``table.csv``, ``table.md``,
-        ``manifest.csv`` (the images with the splits they have here; ``split_given`` is the one they came
-        with), and per condition one JSON per run.
-    preset, device
-        Models and where they run.
-    captions : {"generate", "user"}
-        From the captioner, or those of the manifest.
-    seeds : int
-        Each draws its training images anew.
+        ``manifest.csv`` (the images with the splits they have here), and per condition one JSON per run.
+    preset, device, captions
+        See `itemkit.workflow.features`.
+    seeds, jobs, n_boot, progress
+        Number of seeds; the rest as in `itemkit.matrix.train_on_test_on`.
     scores : "name=scores.csv", or "name@condition=scores.csv"
         Detectors that ran elsewhere, on the images that ``manifest.csv`` lists as val and test; of the
         unchanged images if no condition is named. See `itemkit.recipes.ExternalScores`.
-    skip_missing : bool
-        Leave test sets out that are not there, and say so in the table.
-    per_set : int, optional
-        At most so many images of each set, class and split.
+    skip_missing, per_set
+        See `itemkit.protocols.Protocol.select`.
     without : names
         Controls to leave out, e.g. "cnn", the one that takes longest.
-    jobs : int
-        Processes that train side by side.
-    n_boot : int
-        Bootstrap resamples of the test images.
-    progress : bool
-
-    Returns
-    -------
-    StudyReport
 
     Raises
     ------
@@ -165,29 +123,16 @@ def run_study(
         raise InputError(f"--per-set and --skip-missing are for a data set's protocol, not for {plan.name!r}")
     elsewhere = _elsewhere(scores, plan.conditions)
     folder = Path(out) / f"study-{plan.name}"
-    notes, failures = [plan.note.replace("\n", " ")], []
+    manifest, notes = _images(plan, data, out, skip_missing, per_set)
     if without:
         notes.append(f"Left out on request: {', '.join(CONTROLS[name].title for name in without)}.")
-    manifest = workflow.lab_manifest(out) if data is None else data
-    if not isinstance(manifest, pd.DataFrame):
-        manifest = read_manifest(manifest, plan.layout)
-        print(*describe_manifest(manifest), sep="\n", file=sys.stderr)
-    if plan.train:
-        manifest, missing = plan.select(manifest, skip_missing, per_set)
-        if missing:
-            notes.append(
-                f"**Left out, because they are not in the folder: {', '.join(missing)}.** Means over fewer "
-                "sets than the published ones cannot be compared with them."
-            )
-        if per_set:
-            notes.append(f"At most {per_set} images of each set, class and split, not the whole data set.")
-    require_two_classes(manifest, "A study")
+    failures: list[str] = []
     studies: dict[str, Study] = {}
-    titles: dict[str, str] = {}
     unchanged: Features | None = None
     for condition in plan.conditions:
         print(f"{plan.title}: {condition}", file=sys.stderr, flush=True)
-        transform, remarks = _transform(condition, plan, unchanged)
+        remarks: list[str] = []
+        transform = _transform(condition, plan, unchanged, remarks)
         features = workflow.features(
             chosen, manifest, out, device, name=plan.name if plan.train else "", transform=transform,
             captions=captions, progress=progress,
@@ -196,27 +141,37 @@ def run_study(
         if unchanged is None:
             unchanged = features
             _write_manifest(features, manifest, folder)
-        features = _with_pixels(features, plan, transform, remarks)
+        if len(features) > MAX_PIXEL_IMAGES:
+            remarks.append(f"no controls on pixels above {MAX_PIXEL_IMAGES:,} images; choose fewer per set.")
+        else:
+            side = PIXELS_MINI if plan.lab else min(PIXELS, plan.equalise.size)
+            features = workflow.add_pixels(features, side, transform, crop=not plan.lab)
         recipes = _contenders(features, chosen, device, without, plan, remarks)
         if taken := sorted(elsewhere[condition].keys() & {*recipes, *LATE}):
             raise InputError(f"--scores {taken[0]}=...: that name is a contender of ours; choose another")
         recipes |= elsewhere[condition]
-        titles |= {name: recipe.title or name for name, recipe in recipes.items()}
+        options: dict[str, Any] = {"families": plan.families}
+        if plan.train:
+            there = set(features.table.loc[features.table[schema.SPLIT] == "test", schema.GENERATOR])
+            options = {"train_generators": ["+".join(plan.train)], "threshold": "best",
+                       "test_generators": [name for name in plan.test if name in there],
+                       "pair_by": schema.SOURCE}  # fmt: skip
         runs = folder / condition.replace(" ", "_").lower()
         study = train_on_test_on(
-            features, recipes, range(seeds), out=runs, jobs=jobs, n_boot=n_boot, progress=progress,
-            **_options(plan, features),
+            features, recipes, range(seeds), metrics=("accuracy", *STUDY_METRICS), n_boot=n_boot, out=runs,
+            jobs=jobs, progress=progress, **options,
         )  # fmt: skip
         if not plan.train:
-            for fused, parts in _possible(LATE, study).items():
-                study.fuse(fused, parts)
-                titles[fused] = f"fusion, late: {fused}"
+            for fused, parts in LATE.items():
+                if {*parts} <= {*study.detectors}:
+                    study.fuse(fused, parts)
             study.save(runs)  # with the fusions
         studies[condition] = study
-        notes += [f"{condition}: {remark}" for remark in (*remarks, *study.notes)]
-        failures += [f"{condition}: {titles[name]} failed, {why}" for name, why in study.failures.items()]
+        notes += [f"{condition}: {remark}" for remark in (*remarks, *study.options["notes"])]
+        failed = study.options["failures"].items()
+        failures += [f"{condition}: {recipes[name].title} failed, {why}" for name, why in failed]
     assert unchanged is not None
-    table = study_table(studies, plan, titles)
+    table = study_table(studies, plan)
     write_csv(table, folder / "table.csv")
     sections = []
     if not plan.train:
@@ -227,9 +182,8 @@ def run_study(
             failures.append(f"fusions and promises: {one_line(error)}")
     notes += [f"**{failure}**" for failure in failures]
     text = "\n".join([to_markdown(table, studies, plan, notes), *sections])
-    path = folder / "table.md"
-    atomic_write(path, text.encode("utf-8", "replace"))
-    return StudyReport(path, table, notes, failures)
+    atomic_write(folder / "table.md", text.encode("utf-8", "replace"))
+    return StudyReport(folder / "table.md", table, failures)
 
 
 def _elsewhere(scores: Sequence[str], conditions: Sequence[str]) -> dict[str, dict[str, Recipe]]:
@@ -250,49 +204,50 @@ def _elsewhere(scores: Sequence[str], conditions: Sequence[str]) -> dict[str, di
     return found
 
 
+def _images(
+    plan: Protocol, data: Any, out: str | Path, skip_missing: bool, per_set: int | None
+) -> tuple[pd.DataFrame, list[str]]:
+    """Manifest of the images that play a part, and notes on those that do not."""
+    notes, manifest = [plan.note], workflow.lab_manifest(out) if data is None else data
+    if not isinstance(manifest, pd.DataFrame):
+        manifest = read_manifest(manifest, plan.layout)
+        print(*describe_manifest(manifest), sep="\n", file=sys.stderr)
+    if plan.train:
+        manifest, missing = plan.select(manifest, skip_missing, per_set)
+        if missing:
+            notes.append(
+                f"**Left out, because they are not in the folder: {', '.join(missing)}.** Means over fewer "
+                "sets than the published ones cannot be compared with them."
+            )
+        if per_set:
+            notes.append(f"At most {per_set} images of each set, class and split, not the whole data set.")
+    require_two_classes(manifest, "A study")
+    return manifest, notes
+
+
 def _transform(
-    condition: str, plan: Protocol, unchanged: Features | None
-) -> tuple[Callable[..., Any] | None, list[str]]:
-    """What is done to every image in a condition, with a remark on it."""
+    condition: str, plan: Protocol, unchanged: Features | None, remarks: list[str]
+) -> Perturbation | None:
+    """What is done to every image in a condition."""
     if condition == "random JPEG":
-        return jpeg_random(*JPEG_QUALITIES), []
+        return jpeg_random(*JPEG_QUALITIES)
     if condition != "equalised":
-        return None, []
+        return None
     config = plan.equalise
     if plan.name == "own" and unchanged is not None:  # enlarging would leave traces that tell sizes apart
         side = int(unchanged.table[["width", "height"]].min(axis=1).quantile(0.05))
         config = replace(config, size=max(32, min(config.size, side)))
-    remark = f"every image cropped and scaled to {config.size} px, then {config.codec} {config.quality}."
-    return Equalised(config), [remark]
-
-
-def _options(plan: Protocol, features: Features) -> dict[str, Any]:
-    metrics = ("accuracy", *STUDY_METRICS)
-    if not plan.train:
-        return {"families": plan.families, "metrics": metrics}
-    table = features.table
-    there = set(table.loc[table[schema.SPLIT] == "test", schema.GENERATOR])
-    return {
-        "train_generators": ["+".join(plan.train)],
-        "test_generators": [test.name for test in plan.test if test.name in there],
-        "threshold": "best",
-        "pair_by": schema.SOURCE,
-        "metrics": metrics,
-    }
+    scaled = f"every image cropped and scaled to {config.size} px"
+    remarks.append(f"{scaled}, then {config.codec} {config.quality}.")
+    return equalised(config)
 
 
 def _playing(features: Features, plan: Protocol, remarks: list[str]) -> Features:
     """Labelled images, without those of which a copy is in a later split."""
     table = features.table
-    split, label = (
-        table[name].astype(object).where(table[name].notna()) for name in (schema.SPLIT, schema.LABEL)
-    )
-    plays = label.notna() & split.isin(schema.SPLITS)
-    copied = pd.Series(False, index=table.index)
-    for later, earlier in (("test", ("train", "val")), ("val", ("train",))):
-        copied |= split.isin(earlier) & table[schema.IMAGE_ID].isin(
-            table.loc[split == later, schema.IMAGE_ID]
-        )
+    rank = table[schema.SPLIT].astype(object).map({name: i for i, name in enumerate(schema.SPLITS)})
+    plays = (table[schema.LABEL].notna() & rank.notna()).to_numpy(bool)
+    copied = (rank < rank.groupby(table[schema.IMAGE_ID]).transform("max")).to_numpy(bool)
     if features.run.get("splits"):
         remarks.append(str(features.run["splits"]))
     if n := int((~plays).sum()):
@@ -302,13 +257,14 @@ def _playing(features: Features, plan: Protocol, remarks: list[str]) -> Features
             f"{count(n, 'training or validation image')} left out, because a copy of each is among the "
             "validation or test images."
         )
-    names = sorted({str(name) for name in table.loc[plays & (label == schema.FAKE), schema.GENERATOR]})
+    fakes = plays & (table[schema.LABEL] == schema.FAKE).fillna(False).to_numpy(bool)
+    names = sorted(set(table.loc[fakes, schema.GENERATOR].astype(str)))
     if not plan.train and len({plan.families.get(name, name) for name in names}) == 1:
         remarks.append(
             f"the fakes are of one family ({', '.join(names)}), so nothing is unseen: all numbers are about "
             "fakes like those trained on. Name a second generator in the column `generator` for more."
         )
-    return features.select((plays & ~copied).to_numpy(bool))
+    return features.select(plays & ~copied)
 
 
 def _write_manifest(features: Features, manifest: pd.DataFrame, folder: Path) -> None:
@@ -320,16 +276,6 @@ def _write_manifest(features: Features, manifest: pd.DataFrame, folder: Path) ->
     print(f"the images and their splits, for detectors that run elsewhere: {path}", file=sys.stderr)
 
 
-def _with_pixels(
-    features: Features, plan: Protocol, transform: Callable[..., Any] | None, remarks: list[str]
-) -> Features:
-    if len(features) > MAX_PIXEL_IMAGES:
-        remarks.append(f"no controls on pixels above {MAX_PIXEL_IMAGES:,} images; choose fewer per set.")
-        return features
-    side = PIXELS_MINI if plan.lab else min(PIXELS, plan.equalise.size)
-    return workflow.add_pixels(features, side, transform, crop=not plan.lab)
-
-
 def _contenders(
     features: Features,
     preset: Preset,
@@ -339,39 +285,49 @@ def _contenders(
     remarks: list[str],
 ) -> dict[str, Recipe]:
     """The misalignment in its forms and every control that these features allow."""
-    head, default = MisalignmentMLP(device=device), RepresentationConfig()
+    head = MisalignmentMLP(device=device)
     encoder = replace(preset, captioner=None, parser=None, localiser=None).build(device).encoder
     generic = np.asarray(encoder.encode_texts([GENERIC_CAPTION])[0].cpu(), np.float32)
     controls, lacking = standard_detectors(features, head=head, generic_emb=generic, skip=without)
     remarks += [f"without {CONTROLS[name].title}, for want of {what}." for name, what in lacking.items()]
-    chosen = {"item": replace(controls.pop("item"), title=f"ITEM: {default.level}, {default.kind}")}
+    chosen = {"item": replace(controls.pop("item"), title=f"ITEM: {DEFAULT.level}, {DEFAULT.kind}")}
     forms = (
         [(level, kind) for level in LEVELS for kind in KINDS]
         if plan.all_forms
-        else [(default.level, "cosine")]
+        else [(DEFAULT.level, "cosine")]
     )
     for level, kind in forms:
-        if (level, kind) != (default.level, default.kind):
+        if (level, kind) != (DEFAULT.level, DEFAULT.kind):
             config = RepresentationConfig(level=level, kind=kind)
             chosen[f"{level}_{kind}"] = item(config, head, f"misalignment: {level}, {kind}")
-    titled = {name: replace(recipe, title=f"control: {recipe.title}") for name, recipe in controls.items()}
-    return chosen | titled | {"early": replace(early(head=head), title="fusion, early: item + image")}
-
-
-def _possible(fusions: Mapping[str, Sequence[str]], study: Study) -> dict[str, Sequence[str]]:
-    """Fusions of which the study holds all parts."""
-    return {name: parts for name, parts in fusions.items() if {*parts} <= {*study.detectors}}
+    chosen |= {name: replace(recipe, title=f"control: {recipe.title}") for name, recipe in controls.items()}
+    return chosen | {"early": early(head=head)}
 
 
 def _fusions(studies: Mapping[str, Study], folder: Path) -> list[str]:
+    """Is a fusion ever worse than the better of its parts? Judged by the AUROC of every unseen cell."""
     tables, lines = [], []
     for condition, study in studies.items():
-        there = _possible(LATE | {"early": ("early", "item", "image_mlp")}, study)
-        fused = {name: [part for part in parts if part != name] for name, parts in there.items()}
-        table, printed = fusion_report(study, fused)
-        tables.append(table.assign(condition=condition))
-        if len(printed):
-            lines += [f"{condition}:", "", *markdown_table(printed), ""]
+        worst, rows = study.summary(["auroc"]).set_index("detector")["worst"], []
+        for name, parts in (LATE | {"early": ("item", "image_mlp")}).items():
+            if not {name, *parts} <= {*study.detectors}:
+                continue
+            gain = study.fusion_gain(name, parts)
+            gain = gain[~gain["seen"]].assign(fusion=name, condition=condition)
+            if gain.empty:
+                continue
+            tables.append(gain)
+            below, least = gain["difference"] < 0, gain.iloc[0]
+            loss = f"{-least['difference']:.3f} ({least['train_generator']} → {least['test_generator']})"
+            rows.append(
+                {"fusion": f"{name} ({', '.join(parts)})",
+                 "cells below the better part": f"{below.sum()} of {len(gain)}",
+                 "beyond the 95% interval": int((gain["high"] < 0).sum()),
+                 "largest loss": loss if below.any() else "", "worst cell": f"{worst[name]:.3f}",
+                 "best worst cell of a part": f"{worst[[*parts]].max():.3f}"}
+            )  # fmt: skip
+        if rows:
+            lines += [f"{condition}:", "", *markdown_table(pd.DataFrame(rows)), ""]
     if lines:
         write_csv(pd.concat(tables, ignore_index=True), folder / "fusion.csv")
         lines = ["## Is a fusion ever worse than the better of its parts? (AUROC, unseen cells)", "", *lines]
@@ -388,23 +344,21 @@ def _promises(
     test = features.split("test")
     known, new = (detector.real_scores_, detector.fake_scores_), detector.decision_function(test)
     reals, fakes = (new[test.labels == label] for label in (schema.REAL, schema.FAKE))
-    kinds = [("calibrated on the validation images, tried on the test images", *known, reals, fakes)]
+    kinds = {"calibrated on the validation images, tried on the test images": (*known, reals, fakes)}
     if fresh is not None:
         renders = workflow.features(preset, fresh, out, device, name="fresh", progress=False)
         val, tried = (detector.decision_function(renders.split(name)) for name in ("val", "test"))
-        kinds.append(
-            (f"calibrated on {len(val)} new renders and the validation fakes, tried on {len(tried)} "
-             "other new renders and the test fakes", val, known[1], tried, fakes)
-        )  # fmt: skip
-    lines, tables = ["## Are the promises kept? (detector trained on all generators)", ""], []
-    for what, *arrays in kinds:
-        table = check_promises(*arrays)
-        tables.append(table.assign(calibration=what))
+        what = f"{len(val)} new renders and the validation fakes, tried on {len(tried)} other new renders"
+        kinds[f"calibrated on {what} and the test fakes"] = (val, known[1], tried, fakes)
+    tables = {what: check_promises(*arrays) for what, arrays in kinds.items()}
+    joined = pd.concat([table.assign(calibration=what) for what, table in tables.items()])
+    write_csv(joined, folder / "promises.csv")
+    lines = ["## Are the promises kept? (detector trained on all generators)", ""]
+    for what, table in tables.items():
         lines += [
             f"{what[0].upper()}{what[1:]}:",
             "",
             *(f"- {line}" for line in promise_sentences(table)),
             "",
         ]
-    write_csv(pd.concat(tables, ignore_index=True), folder / "promises.csv")
     return lines

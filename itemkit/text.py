@@ -1,7 +1,6 @@
 """Text on its way out: to a terminal, a spreadsheet, a figure, a Markdown table.
 
-Captions, file names and generator names come from anywhere. They are kept as they are in stores and escaped
-here, in the one place where each of them leaves.
+Captions, file names and generator names come from anywhere. Stores keep them as they are; they are escaped here.
 """
 
 from __future__ import annotations
@@ -22,11 +21,7 @@ _UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def printable(text: object) -> str:
-    r"""Text for a terminal or a log: characters that would act on it are shown as escapes.
-
-    >>> printable("a\x1b[31mb")
-    'a\\x1b[31mb'
-    """
+    r"""Text for a terminal or a log: ``\x1b[31m`` and what else would act on it is shown as an escape."""
     return "".join(
         char.encode("unicode_escape", "surrogatepass").decode()
         if unicodedata.category(char) in _UNPRINTABLE
@@ -36,11 +31,7 @@ def printable(text: object) -> str:
 
 
 def plain(text: object) -> str:
-    r"""Text for a figure: a dollar sign is a dollar sign, not the start of a formula; line breaks stay.
-
-    >>> plain("a$b")
-    'a\\$b'
-    """
+    """Text for a figure: a dollar sign is a dollar sign, not the start of a formula; line breaks stay."""
     return "\n".join(printable(line) for line in str(text).split("\n")).replace("$", r"\$")
 
 
@@ -61,6 +52,17 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
+def wide_table(table: pd.DataFrame, rows: str, columns: str) -> pd.DataFrame:
+    """One row for each of ``rows`` from ``value, low, high``: ``0.93 (0.90-0.95)``; a dash where undefined."""
+
+    def cell(value: float, low: float, high: float) -> str:
+        return f"{value:.2f}" + f" ({low:.2f}-{high:.2f})" * (low == low) if value == value else "-"
+
+    cells = [cell(*row) for row in table[["value", "low", "high"]].itertuples(index=False)]
+    wide = table.assign(cell=cells).pivot(index=rows, columns=columns, values="cell")
+    return wide.loc[list(dict.fromkeys(table[rows])), list(dict.fromkeys(table[columns]))].reset_index()
+
+
 def markdown_table(table: pd.DataFrame) -> list[str]:
     """Lines of a Markdown table; values are shown by ``str``, marks of Markdown and HTML are escaped."""
 
@@ -73,20 +75,7 @@ def markdown_table(table: pd.DataFrame) -> list[str]:
 
 
 def write_csv(table: pd.DataFrame, path: str | Path) -> Path:
-    """Write a table for people and spreadsheets, atomically; texts that look like a formula are made inert.
-
-    Parameters
-    ----------
-    table : DataFrame
-        Its index is left out. Texts, also column names, that begin with ``= + - @``, a tab or a line break
-        get a leading apostrophe.
-    path : path
-        Missing folders are made.
-
-    Returns
-    -------
-    Path
-    """
+    """Write a table without its index, atomically; an apostrophe makes texts inert that look like a formula."""
 
     def inert(cell: object) -> object:
         if not isinstance(cell, str):
@@ -96,8 +85,7 @@ def write_csv(table: pd.DataFrame, path: str | Path) -> Path:
 
     texts = [name for name in table.columns if not pd.api.types.is_numeric_dtype(table[name])]
     safe = table.assign(**{name: table[name].map(inert) for name in texts}).rename(columns=inert)
-    data = safe.to_csv(index=False).encode("utf-8", "surrogateescape")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, data)
+    atomic_write(path, safe.to_csv(index=False).encode("utf-8", "surrogateescape"))
     return path

@@ -11,15 +11,16 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from itemkit import schema
-from itemkit._files import atomic_write, explain_write_error, folder_lock
-from itemkit.errors import InputError, StoreError
-from itemkit.extraction import extract
+from itemkit._files import atomic_write, folder_lock
+from itemkit.errors import InputError, ItemkitError, StoreError
+from itemkit.extraction import bad_rows, extract
 from itemkit.features import Features
 from itemkit.images import EXTENSIONS, content_id, load_image, read_bytes
 from itemkit.manifest import read_manifest
@@ -27,105 +28,62 @@ from itemkit.models import file_hash, tidy
 from itemkit.presets import MINI_REMEDY, PRESETS, Preset, get_preset, mini_folder
 from itemkit.splits import fill_splits
 from itemkit.store import fingerprint_hash, load_features
-from itemkit.text import did_you_mean, one_line
+from itemkit.text import count, did_you_mean, one_line, wide_table
 
 if TYPE_CHECKING:
     from itemkit.detector import Detector
 
 # the files of data/mini that hold the images of each part of the laboratory
 LAB_PARTS = {"images": ("reals", "fakes"), "fresh": ("fresh",), "ladders": ("ladders",)}
-# which field of a preset holds the options of a part, and goes with it when the part is replaced
-_OPTIONS = {
-    "captioner": "captioner_options", "parser": "parser_options",
-    "localiser": "localiser_options", "encoder": "encoder_pretrained",
-}  # fmt: skip
+SHOWN = ("auroc", "ap", "accuracy_real", "accuracy_fake", "tpr_at_fpr05", "called_fake", "above_half")
 
 
 def lab_manifest(out_dir: str | Path, which: str = "images") -> pd.DataFrame:
     """Lay out images of the mini laboratory as files, once, and read their manifest.
 
-    Parameters
-    ----------
-    out_dir : path
-        They go to ``out_dir/mini``, byte for byte as ``data/mini`` holds them. What is complete is left as it
-        is, unless those files have changed since; two processes may do this at once.
-    which : {"images", "fresh", "ladders"}
-        The data set; new renders of its ``val`` and ``test`` that nothing was trained on; or the rungs of the
-        two ladders of better fakes.
-
-    Returns
-    -------
-    DataFrame
-        As `itemkit.manifest.read_manifest` gives it, every image with label and split.
-
-    Raises
-    ------
-    InputError
-        ``data/mini`` lacks a file.
+    They go to ``out_dir/mini``, byte for byte as ``data/mini`` holds them: the data set ("images"), new
+    renders that nothing was trained on ("fresh"), or the rungs of the ladders of better fakes ("ladders").
     """
     sources = [mini_folder() / f"{name}.parquet" for name in LAB_PARTS[which]]
     if missing := [tidy(source) for source in sources if not source.is_file()]:
         raise InputError(
             f"the mini laboratory's images are not in {', '.join(missing)}. {MINI_REMEDY.strip()}"
         )
-    folder = Path(out_dir) / "mini" / ("" if which == "images" else which)
-    manifest, stamp = folder / "manifest.csv", folder / "made_from.sha256"
-    made_from = "\n".join(file_hash(source) for source in sources)
-
-    def complete() -> bool:
-        return manifest.is_file() and stamp.is_file() and stamp.read_text() == made_from
-
-    if not complete():
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(out_dir, "mini", "" if which == "images" else which)
+    made_from = hashlib.sha256("".join(map(file_hash, sources)).encode()).hexdigest()
+    manifest = folder / f"manifest-{made_from[:16]}.csv"
+    if not manifest.is_file():
         with folder_lock(folder):
-            if not complete():  # else another process has laid them out meanwhile
+            if not manifest.is_file():  # else another process has laid them out meanwhile
+                for old in folder.glob("manifest*.csv"):
+                    old.unlink()
                 table = pd.concat([_lay_out(pd.read_parquet(source), folder) for source in sources])
+                # it comes last, and so says that every image is there
                 atomic_write(manifest, table.to_csv(index=False).encode())
-                # the stamp comes last: it says that everything before it is there
-                atomic_write(stamp, made_from.encode())
     return read_manifest(manifest)
 
 
 def _lay_out(pictures: pd.DataFrame, folder: Path) -> pd.DataFrame:
     """Write ``images/<generator>/<split>-<index>.png`` from rows ``generator, split, prompt, png``."""
-    group = pictures.groupby(["generator", "split"], sort=False)
-    name = pictures["split"] + "-" + group.cumcount().map("{:04d}".format) + ".png"
-    path = "images/" + pictures["generator"] + "/" + name
+    number = pictures.groupby(["generator", "split"], sort=False).cumcount().map("{:04d}".format)
+    path = "images/" + pictures["generator"] + "/" + pictures["split"] + "-" + number + ".png"
+    for name in set(pictures["generator"]):
+        (folder / "images" / name).mkdir(parents=True, exist_ok=True)
     for at, data in zip(path, pictures["png"], strict=True):
-        try:
-            (folder / at).parent.mkdir(parents=True, exist_ok=True)
-            (folder / at).write_bytes(data)
-        except OSError as error:
-            raise StoreError(explain_write_error(error, folder / at)) from error
-    return pd.DataFrame(
-        {
-            schema.PATH: path,
-            schema.LABEL: (pictures["generator"] != schema.REAL_GENERATOR).astype(int),
-            schema.GENERATOR: pictures["generator"],
-            schema.SOURCE: schema.LAB_SOURCE,
-            schema.SPLIT: pictures["split"],
-            schema.CAPTION: pictures["prompt"],
-        }
-    )
+        (folder / at).write_bytes(data)
+    label = (pictures["generator"] != schema.REAL_GENERATOR).astype(int)
+    own = {schema.PATH: path, schema.LABEL: label, schema.SOURCE: schema.LAB_SOURCE}
+    table = pictures.rename(columns={"prompt": schema.CAPTION}).assign(**own)
+    return table[list(schema.MANIFEST_COLUMNS)]
 
 
 def data_manifest(
     data: pd.DataFrame | str | Path | None, out_dir: str | Path, preset: str = "mini"
 ) -> pd.DataFrame:
-    """Manifest of a data set; without one, that of the mini laboratory's images.
-
-    Parameters
-    ----------
-    data : DataFrame, path or None
-        A manifest, or CSV, Parquet or folder to read one from; None or empty stands for the mini laboratory.
-    out_dir : path
-        See `lab_manifest`.
-    preset : str
-        Which models are meant; only the mini ones go with the laboratory's images.
-    """
-    if isinstance(data, pd.DataFrame):
-        return data if "report" in data.attrs else read_manifest(data)
-    if data is not None and str(data) != "":
+    """Manifest of a data set: a CSV, Parquet or folder is read; None or "" stands for the mini laboratory."""
+    if isinstance(data, pd.DataFrame) and "report" in data.attrs:
+        return data
+    if isinstance(data, pd.DataFrame) or data:
         return read_manifest(data)
     if preset != "mini":
         raise InputError(f"preset '{preset}' needs images: give a folder or a manifest (DATA, or --data)")
@@ -144,44 +102,32 @@ def features(
     transform: Callable[..., Any] | None = None,
     captions: str | pd.Series = "generate",
     progress: bool = True,
-    threads: int | None = None,
     **overrides: Any,
 ) -> Features:
     """Features of a data set, computed now or read back from ``out_dir/features``.
 
     Parameters
     ----------
-    preset : str or Preset
-        ``mini``, ``fast``, ``paper``, or a preset put together by hand.
-    data, out_dir
+    data : DataFrame, path or None
         See `data_manifest`.
-    device : str
     name : str
         Joins the name of the store's folder, for people who look into it. Other models, captions or
         transforms get a folder of their own in any case.
     splits, generators : sequence of str
-        Take images of these only; all by default. ``real`` is a generator here. What else the store holds
-        stays in it.
+        Take images of these only; ``real`` is a generator here. What else the store holds stays in it.
     transform : callable with ``fingerprint()``, optional
         Applied to every image before the method sees it, e.g. a perturbation.
     captions : {"generate", "user"} or Series
         From the captioner, from the manifest, or from a Series indexed by path.
-    progress : bool
-    threads : int, optional
-        Of torch, see `itemkit.devices.set_threads`.
     **overrides
-        Parts of the preset to replace, e.g. ``localiser="dense"``; also of one put together by hand.
+        Parts of the preset to replace, e.g. ``localiser="dense"``.
 
     Returns
     -------
     Features
         Every labelled image has a split. Where all are there already, no model is loaded.
     """
-    chosen = _replaced(preset, overrides)
-    if threads is not None:
-        from itemkit.devices import set_threads
-
-        set_threads(threads)
+    chosen = get_preset(preset, **overrides)
     manifest = data_manifest(data, out_dir, chosen.name)
     made_by: list[Any] = []  # what else than the preset as it comes; names the folder
     if not isinstance(captions, str):
@@ -193,63 +139,58 @@ def features(
     if transform is not None:
         made_by.append(getattr(transform, "fingerprint", str)())
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    folders = Path(out_dir) / "features"
-    store = folders / "-".join(part for part in (chosen.name, name, digest if made_by else "") if part)
-    splits_of = None
+    folders = Path(out_dir, "features")
+    store = folders / "-".join(filter(None, (chosen.name, name, digest if made_by else "")))
+    split_of = None
     if splits or generators:
-        manifest, splits_of = _part(manifest, splits, generators, folders / chosen.name)
+        split_of = _known_splits(manifest, folders / chosen.name)
+        manifest = _part(manifest, split_of, splits, generators)
     extract(manifest, store, chosen, device=device, captions=captions, transform=transform, progress=progress)
-    found = _of(manifest, load_features(store, rows=manifest), splits_of)
+    found = _divided(load_features(store, rows=manifest), manifest, split_of)
     return found.select(found.table[schema.SPLIT].isin(splits)) if splits else found
 
 
-def _replaced(preset: str | Preset, overrides: dict[str, Any]) -> Preset:
-    """The preset with parts replaced, whether it is known by name or was put together by hand."""
-    if isinstance(preset, str):
-        return get_preset(preset, **overrides)
-    if not overrides:
-        return preset
-    given = get_preset("mini", **overrides)  # checks the names and takes texts like NAME:TAG apart
-    touched = {*overrides, *(_OPTIONS[part] for part in overrides if part in _OPTIONS)}
-    return dataclasses.replace(preset, **{field: getattr(given, field) for field in touched})
+def _known_splits(manifest: pd.DataFrame, plain: Path) -> pd.Series | None:
+    """Split of each path: as given, or as the images' content says; None where no store has read that."""
+    given = manifest.loc[manifest[schema.LABEL].notna(), schema.SPLIT]
+    if given.notna().all() and set(schema.SPLITS) <= set(given):
+        return _split_of(manifest)
+    with contextlib.suppress(StoreError):  # most data sets have been through the plain preset before
+        return _split_of(_divided(load_features(plain, (), rows=manifest), manifest).table)
+    return None
+
+
+def _split_of(table: pd.DataFrame) -> pd.Series:
+    return table.drop_duplicates(schema.PATH).set_index(schema.PATH)[schema.SPLIT]
+
+
+def _divided(found: Features, manifest: pd.DataFrame, split_of: pd.Series | None = None) -> Features:
+    """Features with the splits that their own data set says, whatever else the store holds."""
+    given = _split_of(manifest) if split_of is None else split_of
+    table, run = found.table.assign(**{schema.SPLIT: found.table[schema.PATH].map(given)}), found.run
+    if split_of is None:
+        table, note = fill_splits(table)
+        run = run | {"splits": note}
+    return dataclasses.replace(found, table=table, run=run)
 
 
 def _part(
-    manifest: pd.DataFrame, splits: Sequence[str], generators: Sequence[str], plain: Path
-) -> tuple[pd.DataFrame, pd.Series | None]:
-    """Rows of some splits and generators; and the split of each path of the whole data set, where known."""
-    there = sorted(set(manifest[schema.GENERATOR]))
-    if unknown := sorted(set(generators) - set(there)):
-        hint = did_you_mean(unknown[0], there)
-        raise InputError(f"no image of {', '.join(unknown)}.{hint} Generators there are: {', '.join(there)}")
-    split, labelled = manifest[schema.SPLIT], manifest[schema.LABEL].notna()
-    known = bool(split[labelled].notna().all()) and set(schema.SPLITS) <= set(split)
-    if not known:  # splits follow from the images' content; most have been through the plain preset before
-        with contextlib.suppress(StoreError):
-            table = _of(manifest, load_features(plain, (), rows=manifest)).table
-            stored = table.drop_duplicates(schema.PATH).set_index(schema.PATH)[schema.SPLIT]
-            split, known = manifest[schema.PATH].map(stored), True
-    asked = manifest[schema.GENERATOR].isin(generators) if generators else manifest[schema.PATH].notna()
-    if splits and known:
+    manifest: pd.DataFrame, split_of: pd.Series | None, splits: Sequence[str], generators: Sequence[str]
+) -> pd.DataFrame:
+    """Rows of some generators and, where they are known already, splits."""
+    there = sorted(manifest[schema.GENERATOR].unique())
+    for name in generators:
+        if name not in there:
+            hint = did_you_mean(name, there)
+            raise InputError(f"no image of {name}.{hint} Generators there are: {', '.join(there)}")
+    asked = manifest[schema.GENERATOR].isin(generators or there)
+    if splits and split_of is not None:
+        split = manifest[schema.PATH].map(split_of)
         asked &= split.isin(splits)
-    if not asked.any():
-        counts = ", ".join(f"{k} ({v})" for k, v in split.value_counts().items())
-        wanted = f"split in {list(splits) or 'any'} and generator in {list(generators) or 'any'}"
-        raise InputError(f"no image with {wanted}; splits there are: {counts or 'none'}")
-    splits_of = split.set_axis(manifest[schema.PATH])[~manifest[schema.PATH].duplicated().to_numpy()]
-    return manifest[asked].reset_index(drop=True), splits_of if known else None
-
-
-def _of(manifest: pd.DataFrame, found: Features, splits_of: pd.Series | None = None) -> Features:
-    """Features with the splits that their own data set says, whatever else the store holds."""
-    paths, table, run = found.table[schema.PATH], found.table, found.run
-    if splits_of is not None:
-        table = table.assign(**{schema.SPLIT: paths.map(splits_of)})
-    else:
-        given = manifest.drop_duplicates(schema.PATH).set_index(schema.PATH)[schema.SPLIT]
-        table, note = fill_splits(table.assign(**{schema.SPLIT: paths.map(given)}))
-        run = run | {"splits": note}
-    return dataclasses.replace(found, table=table, run=run)
+        if not asked.any():
+            counts = ", ".join(f"{k} ({v})" for k, v in split.value_counts().items())
+            raise InputError(f"no such image has split in {list(splits)}; splits there are: {counts}")
+    return manifest[asked].reset_index(drop=True)
 
 
 def add_pixels(
@@ -259,19 +200,13 @@ def add_pixels(
 
     Parameters
     ----------
-    features : Features
     side_px : int
-        Images are scaled to this size if they have another.
+        Images are scaled to this size; the result has ``pixels`` of shape (n, side_px, side_px, 3), uint8.
     transform : callable, optional
         The one the features were made with, applied first.
     crop : bool
         Take the centre instead of scaling, which would remove what these controls look for; only images that
         are smaller are scaled.
-
-    Returns
-    -------
-    Features
-        With ``pixels``, uint8, shape (n, side_px, side_px, 3).
     """
     pixels = np.empty((len(features), side_px, side_px, 3), np.uint8)
     table = features.table
@@ -283,9 +218,7 @@ def add_pixels(
             left, top = (max(0, (side - side_px) // 2) for side in image.size)
             right, bottom = min(image.width, left + side_px), min(image.height, top + side_px)
             image = image.crop((left, top, right, bottom))
-        if image.size != (side_px, side_px):
-            image = image.resize((side_px, side_px))
-        pixels[row] = np.asarray(image)
+        pixels[row] = np.asarray(image.resize((side_px, side_px)))
     return dataclasses.replace(features, pixels=pixels)
 
 
@@ -298,27 +231,16 @@ def train_detector(
 ) -> Detector:
     """Train a detector on the train split, stop and calibrate it on the val split.
 
+    With few images it withholds what it cannot promise; each class needs one training image.
+
     Parameters
     ----------
-    features : Features
     representation : str
         See ``itemkit.misalignment.REPRESENTATIONS``.
     generators : sequence of str, optional
         Fakes of these only, in both splits; all by default.
     members : int
         Heads whose log-odds are averaged.
-    device : str
-        Where the heads are trained.
-
-    Returns
-    -------
-    Detector
-        Also with few images; then it withholds what it cannot promise.
-
-    Raises
-    ------
-    InputError
-        A class has no training image.
     """
     from itemkit.detector import Detector
     from itemkit.head import MisalignmentMLP
@@ -329,6 +251,30 @@ def train_detector(
     table = features.table  # a handful of images may have none of val, which is no reason not to train
     val = (table[schema.SPLIT] == "val").fillna(False) & table[schema.LABEL].notna()
     return detector.fit(features.split("train"), features.select(val.to_numpy(dtype=bool)))
+
+
+def evaluate(
+    detector: Detector, test: Features, fpr: float = 0.05, fnr: float = 0.05
+) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """What a detector is worth on labelled images.
+
+    Returns
+    -------
+    tuple
+        The table of `Detector.evaluate`; for people, one row per generator with the chief metrics; and lines
+        that say why a metric is not defined, which verdicts there are, and why they are withheld.
+    """
+    table = detector.evaluate(test, fpr)
+    chief = table[table["metric"].isin(SHOWN)]
+    lines = list(dict.fromkeys(chief["note"][chief["note"] != ""]))
+    chief = chief[chief.groupby("metric")["value"].transform("count") > 0]
+    counts = table[["generator", "n_real", "n_fake"]].drop_duplicates("generator")
+    verdicts = detector.verdict(test, fpr, fnr)["verdict"]
+    for label, answers in verdicts.groupby(test.labels):
+        shares = ", ".join(f"{n:,} {answer}" for answer, n in answers.value_counts().items())
+        lines.append(f"verdicts on {count(len(answers), f'{schema.LABEL_NAMES[label]} image')}: {shares}")
+    lines += [f"verdicts are withheld: {reason}" for reason in detector.lacking(fpr, fnr)]
+    return table, counts.merge(wide_table(chief, "generator", "metric"), on="generator"), lines
 
 
 def detect(
@@ -346,16 +292,12 @@ def detect(
     ----------
     paths : path or iterable of path
         Image files, or folders, whose images are judged in order.
-    preset : str or Preset
     detector : path, optional
         Folder of a trained detector; the mini preset has its own.
-    device : str
     caption : str, optional
         The user's caption; generated if not given.
-    fpr : float
-        At most this share of real images like the validation ones is called fake.
-    fnr : float
-        At most this share of fake images like the validation ones is called real.
+    fpr, fnr : float
+        At most these shares of real (fake) images like the validation ones are called fake (real).
 
     Yields
     ------
@@ -374,13 +316,13 @@ def detect(
     from itemkit.detector import Detector
     from itemkit.steps import Steps
 
-    chosen = get_preset(preset) if isinstance(preset, str) else preset
+    chosen = get_preset(preset)
     if detector is None and chosen.name != "mini":
         raise InputError(
             f"there is no detector for preset '{chosen.name}' yet: train one with `itemkit extract` and "
             "`itemkit train`, and name its folder with --detector"
         )
-    judge = Detector.load(detector if detector is not None else mini_folder() / "models" / "detector", device)
+    judge = Detector.load(detector or mini_folder() / "models" / "detector", device)
     files = list(_image_files(paths))
     models = chosen.build(device)
     steps = Steps(models)
@@ -388,38 +330,34 @@ def detect(
     run = {"config": {"name": chosen.name}, "fingerprint": parts, "fingerprint_hash": fingerprint_hash(parts)}
     # a caption given here is another source of text on purpose; the check covers everything else
     ignore = ("captions", "captioner") if caption is not None else ()
-    checked = False
+    made: Any = SimpleNamespace(run=run, dim=models.encoder.dim)
+    judge.check(made, ignore)
     for path in files:
         try:
             data = read_bytes(path)
             one = steps([load_image(data, name=path)], [caption])
+            known = {schema.IMAGE_ID: content_id(data), schema.PATH: path, schema.SOURCE: ""}
+            one = dataclasses.replace(one, table=one.table.assign(**known), run=run)
+            if bad_rows(one).any():
+                raise ItemkitError("a model gave no finite embedding for it; ask `itemkit doctor --deep`")
+            answer = _answer(judge, one, fpr, fnr, ignore)
         except Exception as error:  # noqa: BLE001 - whatever a picture does to a decoder or a model
-            yield {"path": path, "error": one_line(error)}
-            continue
-        known = {schema.IMAGE_ID: content_id(data), schema.PATH: path, schema.SOURCE: ""}
-        one = dataclasses.replace(one, table=one.table.assign(**known), run=run)
-        if not checked:  # the same for every image: other models end it, with one message
-            judge.check(one, ignore)
-            checked = True
-        try:
-            yield _answer(judge, one, fpr, fnr, ignore)
-        except Exception as error:  # noqa: BLE001
-            yield {"path": path, "error": one_line(error)}
+            answer = {"path": path, "error": one_line(error)}
+        yield answer
 
 
 def _image_files(paths: str | Path | Iterable[str | Path]) -> Iterator[str]:
     """Files as they are given, folders as the images below them; what is left out there is said."""
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        name = os.fspath(path)
-        if not os.path.isdir(name):
-            yield name
+        if not os.path.isdir(path):
+            yield os.fspath(path)
             continue
-        below = sorted(os.path.join(at, file) for at, _, files in os.walk(name) for file in files)
+        below = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
         images = [file for file in below if os.path.splitext(file)[1].lower() in EXTENSIONS]
-        if len(images) < len(below):
+        if left := len(below) - len(images):
             warnings.warn(
-                f"{len(below) - len(images)} of {len(below)} files below {name} have no ending of an image "
-                "and are left out; name one to have it judged",
+                f"{left} of {len(below)} files below {path} have no ending of an image and are left out; "
+                "name one to have it judged",
                 stacklevel=3,
             )
         yield from images
@@ -427,11 +365,18 @@ def _image_files(paths: str | Path | Iterable[str | Path]) -> Iterator[str]:
 
 def _answer(judge: Detector, one: Features, fpr: float, fnr: float, ignore: Sequence[str]) -> dict[str, Any]:
     verdict = judge.verdict(one, fpr, fnr, ignore).iloc[0]
-    evidence = judge.explain(one, 0, ignore=ignore)
-    whole, local = evidence.iloc[0], evidence.iloc[1:]
+    whole, *local = judge.explain(one, 0, ignore=ignore).to_dict("records")
+    objects = [
+        {
+            "phrase": thing["text"],
+            "box": [_number(thing[side], 1) for side in ("x0", "y0", "x1", "y1")],
+            "cosine": _number(thing["cosine"]),
+            "real_below": _number(thing["real_below"]),
+        }
+        for thing in local
+    ]
     return {
-        "path": one.table[schema.PATH].iloc[0],
-        "image_id": one.table[schema.IMAGE_ID].iloc[0],
+        **verdict[["path", "image_id"]],
         "seen": str(judge.seen(one)[0]),
         "verdict": verdict["verdict"],
         "p_fake": _number(verdict["p_fake"]),
@@ -439,19 +384,11 @@ def _answer(judge: Detector, one: Features, fpr: float, fnr: float, ignore: Sequ
         "caption": whole["text"],
         "global_cosine": _number(whole["cosine"]),
         "global_real_below": _number(whole["real_below"]),
-        "objects": [
-            {
-                "phrase": row["text"],
-                "box": [_number(row[side], 1) for side in ("x0", "y0", "x1", "y1")],
-                "cosine": _number(row["cosine"]),
-                "real_below": _number(row["real_below"]),
-            }
-            for _, row in local.iterrows()
-        ],
+        "objects": objects,
         **one.provenance,
     }
 
 
-def _number(value: Any, digits: int = 4) -> float | None:
+def _number(value: float, digits: int = 4) -> float | None:
     """A rounded number; None where there is none, since JSON knows no NaN."""
     return round(float(value), digits) if math.isfinite(value) else None

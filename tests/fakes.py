@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,31 +33,6 @@ def seeded(text: str, dim: int = DIM) -> np.ndarray:
     return x / np.linalg.norm(x)
 
 
-@dataclass
-class Embedding:
-    """Like encoder.ImageEmbedding."""
-
-    pooled: torch.Tensor
-    patches: torch.Tensor | None = None
-
-
-@dataclass
-class Located:
-    """Like regions.Regions."""
-
-    boxes: torch.Tensor
-    scores: torch.Tensor
-    emb: torch.Tensor
-
-
-@dataclass
-class Said:
-    """Like captions.Caption."""
-
-    text: str
-    logprob: float
-
-
 class FakeEncoder:
     """Pools an 8 x 8 thumbnail through a fixed random matrix."""
 
@@ -75,11 +51,11 @@ class FakeEncoder:
         small = np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=np.float32)
         return torch.from_numpy(small).permute(2, 0, 1) / 255 - 0.5
 
-    def encode_images(self, pixels: torch.Tensor, patches: bool = False) -> Embedding:
+    def encode_images(self, pixels: torch.Tensor, patches: bool = False) -> Any:
         """Unit vectors; four equal "patches" per image."""
         self.images_encoded += len(pixels)
         pooled = torch.nn.functional.normalize(pixels.flatten(1) @ self._matrix + 1e-3, dim=1)
-        return Embedding(pooled, pooled[:, None].expand(-1, 4, -1) if patches else None)
+        return SimpleNamespace(pooled=pooled, patches=pooled[:, None].expand(-1, 4, -1) if patches else None)
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """A unit vector per text."""
@@ -102,17 +78,17 @@ class FakeCaptioner:
         self.delay_s = delay_s
         self.batches: list[int] = []
 
-    def caption(self, images: Sequence[Image.Image]) -> list[Said]:
+    def caption(self, images: Sequence[Image.Image]) -> list[Any]:
         """0 to 3 things per caption."""
         self.batches.append(len(images))
         time.sleep(self.delay_s * len(images))
         return [self._one(image) for image in images]
 
     @staticmethod
-    def _one(image: Image.Image) -> Said:
+    def _one(image: Image.Image) -> Any:
         digest = hashlib.sha256(image.tobytes()).digest()
         things = [f"a {COLOURS[digest[i] % 3]} {KINDS[digest[i] % 5]}" for i in range(1, 1 + digest[0] % 4)]
-        return Said(" and ".join(things) or "nothing", -digest[9] / 256)
+        return SimpleNamespace(text=" and ".join(things) or "nothing", logprob=-digest[9] / 256)
 
     def fingerprint(self) -> dict:
         """Constant."""
@@ -141,18 +117,14 @@ class FakeLocaliser:
     needs_phrases = False
 
     def locate(
-        self,
-        images: Sequence[Image.Image],
-        embedding: Embedding,
-        phrase_emb: torch.Tensor,
-        owner: torch.Tensor,
-    ) -> Located:
+        self, images: Sequence[Image.Image], embedding: Any, phrase_emb: torch.Tensor, owner: torch.Tensor
+    ) -> Any:
         """One region per phrase."""
         assert embedding.patches is not None
         whole = embedding.patches[:, 0][owner]
         emb = torch.nn.functional.normalize(whole + 0.5 * phrase_emb, dim=1)
         sizes = torch.tensor([(0.0, 0.0, float(i.width), float(i.height)) for i in images])
-        return Located(sizes[owner], (whole * phrase_emb).sum(1), emb)
+        return SimpleNamespace(boxes=sizes[owner], scores=(whole * phrase_emb).sum(1), emb=emb)
 
     def fingerprint(self) -> dict:
         """Constant."""
@@ -167,7 +139,7 @@ def fake_models(**captioner: Any) -> Models:
 class DeadlyCaptioner(FakeCaptioner):
     """Takes its process down when it sees a picture 31 pixels wide."""
 
-    def caption(self, images: Sequence[Image.Image]) -> list[Said]:
+    def caption(self, images: Sequence[Image.Image]) -> list[Any]:
         """As a bug in a model's native code would."""
         if any(image.width == 31 for image in images):
             os.kill(os.getpid(), signal.SIGKILL)

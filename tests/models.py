@@ -105,11 +105,8 @@ def randomise(model: torch.nn.Module, seed: int, scale: float = 0.3) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
-def write_tiny_vit_gpt2(
-    folder: str | Path, words: Sequence[str] = WORDS, *, seed: int = 0, width: int = 32
-) -> Path:
-    """Write a VisionEncoderDecoder folder laid out as nlpconnect/vit-gpt2-image-captioning: no "
-    "processor_config."""
+def write_tiny_vit_gpt2(folder: str | Path, words: Sequence[str] = WORDS) -> Path:
+    """Write a VisionEncoderDecoder folder laid out as nlpconnect/vit-gpt2-image-captioning."""
     from transformers import (
         GPT2Config,
         VisionEncoderDecoderConfig,
@@ -118,131 +115,87 @@ def write_tiny_vit_gpt2(
         ViTImageProcessor,
     )
 
-    folder = Path(folder)
     tokenizer = word_tokenizer(words, 40)
-    vision = ViTConfig(
-        hidden_size=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        image_size=48,
-        patch_size=6,
-    )
     text = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=40,
-        n_embd=width,
-        n_layer=2,
-        n_head=2,
-        add_cross_attention=True,
-        is_decoder=True,
-        **_token_ids(tokenizer),
-    )
+        vocab_size=len(tokenizer), n_positions=40, n_embd=32, n_layer=2, n_head=2, add_cross_attention=True,
+        is_decoder=True, **_token_ids(tokenizer),
+    )  # fmt: skip
+    vision = ViTConfig(**SIZES, image_size=48, patch_size=6)
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, text)
     config.decoder_start_token_id = tokenizer.bos_token_id
     config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    model = VisionEncoderDecoderModel(config=config)
-    randomise(model, seed)
-    model.save_pretrained(folder)
-    ViTImageProcessor(size={"height": 48, "width": 48}).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    images = ViTImageProcessor(size={"height": 48, "width": 48})  # no processor_config
+    return _save(folder, VisionEncoderDecoderModel(config=config), images, tokenizer)
 
 
-def write_tiny_git(
-    folder: str | Path, words: Sequence[str] = WORDS, *, seed: int = 0, width: int = 32
-) -> Path:
+def write_tiny_git(folder: str | Path, words: Sequence[str] = WORDS) -> Path:
     """Write a GIT folder (microsoft/git-base)."""
     from transformers import CLIPImageProcessor, GitConfig, GitForCausalLM, GitProcessor
 
-    folder = Path(folder)
     tokenizer = word_tokenizer(words, 60)
-    vision = {
-        "hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
-        "image_size": 48, "patch_size": 12,
-    }  # fmt: skip
     config = GitConfig(
-        vision_config=vision,
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=60,
-        **_token_ids(tokenizer),
-    )
-    model = GitForCausalLM(config)
-    randomise(model, seed)
-    model.save_pretrained(folder)
-    processor = CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
-    GitProcessor(image_processor=processor, tokenizer=tokenizer).save_pretrained(folder)
-    return folder
+        vision_config={**SIZES, "image_size": 48, "patch_size": 12}, vocab_size=len(tokenizer),
+        max_position_embeddings=60, **SIZES, **_token_ids(tokenizer),
+    )  # fmt: skip
+    images = CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
+    return _save(folder, GitForCausalLM(config), GitProcessor(image_processor=images, tokenizer=tokenizer))
 
 
-def write_tiny_blip2(
-    folder: str | Path, words: Sequence[str] = WORDS, *, seed: int = 0, width: int = 32
-) -> Path:
+def write_tiny_blip2(folder: str | Path, words: Sequence[str] = WORDS) -> Path:
     """Write a BLIP-2 folder with an OPT language model (Salesforce/blip2-opt-2.7b)."""
     from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
 
-    folder = Path(folder)
     tokenizer = word_tokenizer(words, 60)
-    size = {"height": 48, "width": 48}
-    processor = Blip2Processor(BlipImageProcessor(size=size), tokenizer, num_query_tokens=4)  # adds "<image>"
-    sizes = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    images = BlipImageProcessor(size={"height": 48, "width": 48})
+    processor = Blip2Processor(images, tokenizer, num_query_tokens=4)  # adds "<image>"
     config = Blip2Config(
-        vision_config={**sizes, "image_size": 48, "patch_size": 12},
-        qformer_config={**sizes, "encoder_hidden_size": width, "vocab_size": len(tokenizer)},
+        vision_config={**SIZES, "image_size": 48, "patch_size": 12},
+        qformer_config={**SIZES, "encoder_hidden_size": 32, "vocab_size": len(tokenizer)},
         text_config={
-            "model_type": "opt", "vocab_size": len(tokenizer), "hidden_size": width, "ffn_dim": 64,
-            "word_embed_proj_dim": width, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "model_type": "opt", "vocab_size": len(tokenizer), "hidden_size": 32, "ffn_dim": 64,
+            "word_embed_proj_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
             "max_position_embeddings": 60, **_token_ids(tokenizer),
         },
         num_query_tokens=4,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
-    model = Blip2ForConditionalGeneration(config)
-    randomise(model, seed)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return _save(folder, Blip2ForConditionalGeneration(config), processor)
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    return {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-def write_tiny_owlv2(
-    folder: str | Path, words: Sequence[str] = WORDS, *, seed: int = 0, width: int = 32
-) -> Path:
+def write_tiny_owlv2(folder: str | Path, words: Sequence[str] = WORDS) -> Path:
     """Write an Owlv2 folder (google/owlv2-base-patch16-ensemble)."""
     from transformers import Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor, Owlv2Processor
 
-    folder = Path(folder)
     tokenizer = word_tokenizer(words, 16)
-    sizes = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = Owlv2Config(
         text_config={
-            **sizes, "vocab_size": len(tokenizer), "max_position_embeddings": 16, **_token_ids(tokenizer),
+            **SIZES, "vocab_size": len(tokenizer), "max_position_embeddings": 16, **_token_ids(tokenizer),
         },
-        vision_config={**sizes, "image_size": 48, "patch_size": 12},
-        projection_dim=width,
+        vision_config={**SIZES, "image_size": 48, "patch_size": 12},
+        projection_dim=32,
     )  # fmt: skip
-    model = Owlv2ForObjectDetection(config)
-    randomise(model, seed)
-    model.save_pretrained(folder)
-    image_processor = Owlv2ImageProcessor(size={"height": 48, "width": 48})
-    Owlv2Processor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
-    return folder
+    images = Owlv2ImageProcessor(size={"height": 48, "width": 48})
+    return _save(
+        folder, Owlv2ForObjectDetection(config), Owlv2Processor(image_processor=images, tokenizer=tokenizer)
+    )
 
 
-def write_tiny_grounding_dino(folder: str | Path, words: Sequence[str] = WORDS, *, seed: int = 0) -> Path:
-    """Write a Grounding DINO folder (IDEA-Research/grounding-dino-tiny), with a BERT tokenizer as it "
-    "needs."""
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def _save(folder: str | Path, model: torch.nn.Module, *processors: Any) -> Path:
+    randomise(model, seed=0)
+    for part in (model, *processors):
+        part.save_pretrained(folder)
+    return Path(folder)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+
+
+def write_tiny_grounding_dino(folder: str | Path, words: Sequence[str] = WORDS) -> Path:
+    """Write a Grounding DINO folder (IDEA-Research/grounding-dino-tiny), with the BERT tokenizer it needs."""
     from transformers import (
         BertTokenizer,
         GroundingDinoConfig,
@@ -272,7 +225,7 @@ def write_tiny_grounding_dino(folder: str | Path, words: Sequence[str] = WORDS, 
         encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
         num_queries=20, max_text_len=48,
     )  # fmt: skip
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = GroundingDinoForObjectDetection(config)
     model.save_pretrained(folder)
     image_processor = GroundingDinoImageProcessor(size={"shortest_edge": 160, "longest_edge": 240})
@@ -312,28 +265,15 @@ def write_tiny_parser(folder: str | Path, epochs: int = 3) -> Path:
     examples = []
     for index in range(60):
         words, tags, heads, deps = shapes[index % len(shapes)]
-        text = "".join(
-            rng.choice(["red", "blue", "green"])
-            if c == "#"
-            else rng.choice(["ball", "cup", "grass"])
-            if c == "@"
-            else c
-            for c in words
-        )
+        choices = {"#": ["red", "blue", "green"], "@": ["ball", "cup", "grass"]}
+        text = "".join(rng.choice(choices.get(c, [c])) for c in words)
         annotations = {"words": text.split(), "tags": tags.split(), "heads": heads, "deps": deps.split()}
         examples.append(Example.from_dict(nlp.make_doc(text), annotations))
     spacy.util.fix_random_seed(0)
     optimizer = nlp.initialize(lambda: examples)
-    for tag, pos in (
-        ("DT", "DET"),
-        ("JJ", "ADJ"),
-        ("NN", "NOUN"),
-        ("IN", "ADP"),
-        ("CC", "CCONJ"),
-        (".", "PUNCT"),
-    ):
+    kinds = {"DT": "DET", "JJ": "ADJ", "NN": "NOUN", "IN": "ADP", "CC": "CCONJ", ".": "PUNCT", "VBZ": "AUX"}
+    for tag, pos in kinds.items():
         ruler.add([[{"TAG": tag}]], {"POS": pos})  # type: ignore[attr-defined]
-    ruler.add([[{"TAG": "VBZ"}]], {"POS": "AUX"})  # type: ignore[attr-defined]
     for _ in range(epochs):
         for start in range(0, len(examples), 6):
             nlp.update(examples[start : start + 6], sgd=optimizer)

@@ -145,7 +145,6 @@ def test_degraded_captions():
         words = text.replace(",", "").split()
         articles = [(a, b) for a, b in zip(words, words[1:], strict=False) if a in ("a", "an")]
         assert all((a == "an") == (b[0] in "aeiou") for a, b in articles)
-    assert not degrade_captions(IMAGES, 0.5, KINDS, COLOURS, seed=1).equals(shares[0.5])
 
 
 def test_damage_follows_the_image_and_not_its_folder():

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 from sklearn.metrics import roc_auc_score
 
-from itemkit.audit import audit, dhash, equalise_folder, find_duplicates, held_out_auroc, measure, ranking
+from itemkit.audit import audit, dhash, equalise_folder, find_duplicates, held_out_auroc, measure
 from itemkit.errors import InputError
 from itemkit.images import EqualiseConfig, ImageError, jpeg_bytes
 from itemkit.manifest import read_manifest
@@ -105,9 +105,7 @@ def test_unreadable_and_unlabelled_images_are_told(tmp_path):
     assert report.errors["path"].tolist() == df["path"][[3, 7]].tolist()
     assert report.errors["kind"].tolist() == ["not an image", "missing"] and report.left_out == 2
     text = report.to_text()
-    assert text.startswith(
-        "PARTIAL audit of 37 of 39 images: 2 could not be read (1 not an image, 1 missing)"
-    )
+    assert text.startswith("PARTIAL audit of 37 of 39 images (not read: 1 not an image, 1 missing): ")
     assert "2 images could not be read; first: " in text and "1 image without a label left out" in text
 
 
@@ -116,10 +114,13 @@ def test_one_class_is_described_and_none_readable_refused(tmp_path):
     for part in (df[df["label"] == 0], df.assign(label=pd.array([pd.NA] * 30, dtype="Int8"))):
         report = audit(part)
         text = report.to_text()
-        for words in ("One class only", "The file format: 'JPEG' 100%.", "The width: median"):
+        for words in (
+            "Nothing can be compared: that needs 10",
+            "The file format: 'JPEG' 100%.",
+            "The width: median",
+        ):
             assert words in text
         assert report.table["auroc"].isna().all() and not len(report.leaks)
-        assert not len(ranking({"x": report}))
     for path in df["path"]:
         Path(path).unlink()
     with pytest.raises(InputError, match="none of the 30 images can be read; first: .*no such file"):
@@ -137,20 +138,13 @@ def test_a_leak_of_one_generator_is_not_lost_in_the_whole(tmp_path):
     pooled = report.table.set_index("property").loc["jpeg_quality", "auroc"]
     parts = report.parts.set_index(["set", "property"])["auroc"]
     assert parts["odd", "jpeg_quality"] == 1 and pooled < 0.75 and parts["plain", "jpeg_quality"] < 0.65
-    assert report.parts.iloc[0]["set"] == "odd" and "In 'odd' alone" in report.headline()
-    assert re.search(r"Worst of single sets.*\n\n +set .*\n +odd +\w+ +1\.000 .* decides", report.to_text())
+    assert report.parts.iloc[0]["set"] == "odd" and "In 'odd' alone" in report.to_text()
+    assert re.search(r"Worst of single sets.*\n\n *set .*\n *odd +\w+ +1\.000 .* decides", report.to_text())
     assert not len(audit(df, by=None).parts)
     by_source = df.assign(source=["a" if i % 16 < 8 else "b" for i in range(120)])
     assert set(audit(by_source, by="source").parts["set"]) == {"a", "b"}
     with pytest.raises(InputError, match="by='label': expected 'generator', 'source' or None"):
         audit(df, by="label")
-
-
-def test_files_cut_off_are_left_out(tmp_path):
-    df = manifest(tmp_path, 12, different)
-    for path in df["path"][:2]:
-        Path(path).write_bytes(Path(path).read_bytes()[:-200])
-    assert audit(df).errors["kind"].tolist() == ["truncated"] * 2
 
 
 def test_names_that_are_not_utf8_and_broken_files_do_not_end_it(tmp_path):
@@ -165,26 +159,21 @@ def test_names_that_are_not_utf8_and_broken_files_do_not_end_it(tmp_path):
         assert len(equalise_folder(df, tmp_path / "eq", EqualiseConfig(size=32))) == 23
 
 
-def test_extra_columns_do_not_disturb(tmp_path):
-    df = manifest(tmp_path, 15, alike).assign(width=1, image_id="x", format="?")
-    assert len(audit(df).table) == 13
-
-
 def test_measure_by_hand(tmp_path):
     exif = Image.Exif()
     exif[0x010F] = "maker"
     options = {"format": "JPEG", "quality": 81, "subsampling": 1, "exif": exif, "comment": b"hi"}
     picture(0, (30, 20)).save(tmp_path / "a.png", **options)
-    found = measure(tmp_path / "a.png")
+    found = measure(str(tmp_path / "a.png"))
     assert (found["format"], found["width"], found["height"], found["size"]) == ("JPEG", 30, 20, "30 x 20")
     assert (found["jpeg_quality"], found["jpeg_subsampling"]) == (81, "4:2:2")
     assert found["metadata"] == "comment+exif" and found["aspect"] == 1.5
     assert found["bytes_per_pixel"] == (tmp_path / "a.png").stat().st_size / 600
     picture(0).convert("L").save(tmp_path / "b.png")
-    found = measure(tmp_path / "b.png")
+    found = measure(str(tmp_path / "b.png"))
     assert np.isnan(found["jpeg_quality"]) and found["metadata"] == "none" and found["colour_mode"] == "L"
     with pytest.raises(ImageError):
-        measure(tmp_path / "none.png")
+        measure(str(tmp_path / "none.png"))
 
 
 # ---- scores of one property
@@ -204,14 +193,8 @@ def test_a_property_without_meaning_scores_chance(kind):
         "number": lambda: rng.normal(size=300),
         "text": lambda: [" ".join(rng.choice(list("abcdefg"), 3)) for _ in y],
     }[kind]
-    points = [auroc(draw(), y, range(300), kind)[0] for _ in range(12)]
-    assert abs(np.mean(points) - 0.5) < 3 * np.std(points) / np.sqrt(12) and np.std(points) < 0.07
-
-
-def test_a_constant_property_scores_exactly_chance():
-    y = np.repeat([0, 1], [70, 30])
-    assert auroc(["x"] * 100, y, range(100), "category") == (0.5, 0.5, 0.5)
-    assert auroc([3.0] * 100, y, range(100), "number") == (0.5, 0.5, 0.5)
+    points = [auroc(draw(), y, range(300), kind)[0] for _ in range(6)]
+    assert abs(np.mean(points) - 0.5) < 3 * np.std(points) / np.sqrt(6) and np.std(points) < 0.07
 
 
 def test_category_by_hand():
@@ -244,17 +227,6 @@ def test_groups_are_not_split_over_folds():
     y = np.array([(i // 10) % 2 for i in range(400)])
     grouped, alone = auroc(captions, y, captions, "text")[0], auroc(captions, y, range(400), "text")[0]
     assert alone > 0.95 and grouped < 0.75
-
-
-def test_interval_covers_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    hits = 0
-    for _ in range(30):
-        y = np.repeat([0, 1], 150)
-        values = np.where(rng.random(300) < np.where(y, 0.7, 0.3), "a", "b")
-        _, low, high = auroc(values, y, range(300), "category")
-        hits += low <= 0.7 <= high  # 0.7 * 0.7 + (0.7 * 0.3 + 0.3 * 0.7) / 2
-    assert hits >= 25  # 95 % of 30 is 28.5; fewer than 25 would happen once in 300 runs
 
 
 # ---- duplicates
@@ -319,13 +291,10 @@ def test_equalised_folder_closes_the_leaks(tmp_path):
         assert before[name] > 0.95 and abs(after[name] - 0.5) < 0.03
     assert after["jpeg_quality"] == after["jpeg_subsampling"] == 0.5
     assert set(report.measurements["jpeg_quality"]) == {88}
-    table = ranking({"raw": first, "equal": report})
-    assert table["property"][:2].tolist() == [first.table["property"][0]] * 2, "one property, both states"
-    assert table["data"][:2].tolist() == ["raw", "equal"] and table["value"].notna().all()
     text = report.to_text(before=first)
-    assert "property            before  AUROC" in text
-    assert re.search(rf"size +{before['size']:.3f} +0.500 +0.500 - 0.500", text)
-    assert f"'{first.leaks.iloc[0]['property']}', reaches AUROC 1.000 alone" in first.headline()
+    assert re.search(r"property +before +auroc", text)
+    assert re.search(rf"size +{before['size']:.3f} +0.500 +0.500 +0.500", text)
+    assert f"'{first.leaks.iloc[0]['property']}', reaches AUROC 1.000 alone" in first.to_text()
     assert copy[["label", "caption"]].equals(df[["label", "caption"]])
     pd.testing.assert_frame_equal(copy, read_manifest(tmp_path / "eq" / "manifest.csv"))
 
@@ -336,9 +305,9 @@ def test_a_second_run_writes_nothing_and_another_config_is_refused(tmp_path):
     times = [Path(p).stat().st_mtime_ns for p in copy["path"]]
     again = equalise_folder(df, tmp_path / "eq", EqualiseConfig(size=32))
     assert again.equals(copy) and times == [Path(p).stat().st_mtime_ns for p in copy["path"]]
-    with pytest.raises(InputError, match="was equalised with .*'size': 32.*choose another folder"):
+    with pytest.raises(InputError, match="was equalised with .*'size': 32.*; expected an empty folder"):
         equalise_folder(df, tmp_path / "eq", EqualiseConfig(size=24))
-    with pytest.raises(InputError, match="is not empty and was not made by equalise"):
+    with pytest.raises(InputError, match="is not empty and was equalised with nothing known"):
         equalise_folder(df, tmp_path / "raw")
 
 
@@ -354,7 +323,7 @@ def test_unreadable_images_are_listed_and_equal_ones_kept(tmp_path):
 
 def test_enlarging_one_class_only_is_warned_about(tmp_path):
     df = manifest(tmp_path / "raw", 5, different)
-    says = "0% of the real and 100% of the fake images were smaller than 70 px.*size 64 enlarges"
+    says = "0% of the real and 100% of the fake images were smaller than 70 px.*choose a smaller size"
     with pytest.warns(UserWarning, match=says):
         equalise_folder(df, tmp_path / "eq", EqualiseConfig(size=70))
 

@@ -42,10 +42,7 @@ def test_calibration_repairs_overconfidence(method):
     assert (np.diff(p) >= 0).all() and p.min() > 0 and p.max() < 1
 
 
-@pytest.mark.parametrize(
-    "numbers",
-    [{"scale": np.nan}, {"offset": np.inf}, {"scale": -1.0}],
-)
+@pytest.mark.parametrize("numbers", [{"scale": np.nan}, {"offset": np.inf}, {"scale": -1.0}])
 def test_a_calibration_that_is_no_number_is_refused(numbers):
     with pytest.raises(InputError, match="not finite, or turns scores upside down"):
         Calibrator(**numbers)
@@ -169,47 +166,39 @@ def test_proportion_interval_by_hand():
 def test_promises_by_hand():
     reals, fakes = np.arange(1, 100), np.arange(1, 100) + 1000
     table = check_promises(reals, fakes, np.r_[np.zeros(96), np.full(4, 98.5)], np.full(50, 1000.5))
-    rows = table.set_index(["promise", "label", "requested"])
-    one = rows.loc["false positives", "real", 0.05]
+    rows = table.set_index(["label", "requested"])
+    one = rows.loc["real", 0.05]
     # the threshold is the 5th largest of 99 reals, 95: four of a hundred new ones lie above
     assert (one["realised"], one["n_new"], one["n_calibration"], one["kept"]) == (0.04, 100, 99, True)
     assert (one["low"], one["high"]) == pytest.approx(proportion_interval(4, 100))
     assert one["likely_low"] < 0.05 < one["likely_high"] < 0.15
-    assert rows.loc["false positives", "real", 0.01]["realised"] == 0.0  # threshold 99
-    cover = rows.loc["coverage", "real", 0.05]
-    assert (cover["bound"], cover["realised"]) == pytest.approx((0.95, 0.96))
+    assert rows.loc["real", 0.01]["realised"] == 0.0  # threshold 99
     # every new fake looks more real than all calibration fakes: p = 1 / 100
-    lost = rows.loc["coverage", "fake", 0.01]
-    assert lost["realised"] == 0.0 and not lost["kept"] and lost["high"] < 0.1
+    lost = rows.loc["fake", 0.01]
+    assert lost["realised"] == 1.0 and not lost["kept"] and lost["low"] > 0.9
     lines = promise_sentences(table)
-    assert len(lines) == len(table) == 6
-    assert lines[1].startswith(
-        "false positives at a requested 5%: 4.0% (1.1%-9.9%) of 100 new ones; promised"
-    )
+    assert len(lines) == len(table) == 4
+    assert lines[1].startswith("false positives at a requested 5%: 4.0% (1.1%-9.9%) of 100 new real images; ")
     assert "NOT KEPT: the new images are not like the calibration ones" in lines[-1]
 
 
 def test_promises_that_cannot_be_made_say_so():
-    table = check_promises(np.arange(50), np.arange(50), np.arange(10), np.zeros(0), rates=(0.01,))
-    rows = table.set_index(["promise", "label"])
-    assert "needs at least 99 real validation images" in rows.loc[("false positives", "real"), "note"]
-    assert np.isnan(rows.loc[("false positives", "real"), "realised"])
-    assert rows.loc[("coverage", "real"), "realised"] == 1.0
-    assert rows.loc[("coverage", "real"), "note"] == "too few of this class to ever rule it out"
-    lines = promise_sentences(table)
-    assert any("no new images of this class" in line or "too few" in line for line in lines)
+    table = check_promises(np.arange(50), np.arange(500), np.arange(10), np.zeros(0), rates=(0.01,))
+    assert table[["realised", "low", "likely_high"]].isna().all(axis=None)
+    real, fake = promise_sentences(table)
+    assert "not promised: a false-positive rate of 0.01 needs at least 99 real validation images" in real
+    assert fake == "fakes ruled out at a requested 1%: no new images of this class"
 
 
 def test_promises_are_judged_kept_as_often_as_they_say_by_simulation():
     rng = np.random.default_rng(3)
-    kept, covered = [], []
+    kept, likely = [], []
     for _ in range(50):
         real, fake, new_real, new_fake = (rng.normal(size=n) for n in (99, 60, 200, 100))
         table = check_promises(real, fake + 1, new_real, new_fake + 1, rates=(0.05,))
         kept.append(table["kept"].to_numpy())
-        row = table.iloc[0]
-        covered.append(row["likely_low"] <= row["realised"] <= row["likely_high"])
+        likely.append(table["realised"].between(table["likely_low"], table["likely_high"])[0])
     assert (np.mean(kept, axis=0) >= 0.9).all()  # 97.5 % asked for; 3 standard errors are 7 points
-    assert np.mean(covered) >= 0.86
+    assert np.mean(likely) >= 0.86
     shifted = check_promises(real, fake, rng.normal(size=400) + 1, fake, rates=(0.05,))
     assert not shifted["kept"].iloc[0]

@@ -79,10 +79,10 @@ def test_cnn_finds_the_checkerboard_reproducibly_and_leaves_torch_alone():
 
 def test_augmentation_is_applied():
     image = FEATURES.pixels[0]
-    np.testing.assert_array_equal(augment(image, np.random.default_rng(0), probability=0.0), image)
-    changed = [augment(image, np.random.default_rng(seed), probability=1.0) for seed in range(5)]
+    changed = [augment(image, np.random.default_rng(seed)) for seed in range(40)]
     assert all(c.shape == image.shape and c.dtype == np.uint8 for c in changed)
-    assert all(np.abs(c.astype(int) - image).mean() > 0.5 for c in changed)
+    same = np.mean([(c == image).all() for c in changed])
+    assert 0.1 < same < 0.45  # blur and JPEG each leave one half as it is
 
 
 def test_spectrum_by_hand():
@@ -195,11 +195,13 @@ def test_what_is_missing_is_said():
     assert "likelihoods" in CONTROLS["caption_likelihood"].missing(features)
     with pytest.raises(InputError, match="1 of 50 captions have no likelihood: they were given by the user"):
         likelihood_and_confidence(features)
-    with pytest.raises(InputError, match="these features carry no images; attach them"):
+    with pytest.raises(InputError, match="pixels of these features: none; expected"):
         spectrum(features)
-    with pytest.raises(InputError, match=r"pixels are float64 of shape \(50, 8, 8, 3\); expected uint8"):
+    with pytest.raises(
+        InputError, match=r"float64 of shape \(50, 8, 8, 3\); expected .* shape \(50, h, w, 3\)"
+    ):
         spectrum(replace(features, pixels=np.zeros((50, 8, 8, 3))))
-    with pytest.raises(InputError, match="generic_caption needs the embedding of one caption"):
+    with pytest.raises(InputError, match="'one caption for all' needs the embedding of a generic caption"):
         get_control("generic_caption").build()
     with pytest.raises(
         InputError, match="unknown control 'spectrm'; expected one of image_mlp.*mean 'spectrum'"

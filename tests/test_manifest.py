@@ -75,12 +75,12 @@ def test_label_columns_of_other_names(csv, column, real, fake):
     assert describe_manifest(df)[1].startswith(f"labels: column '{column}' (")
 
 
-@pytest.mark.parametrize("column", ["class", "y", "target", "category", "ground_truth", "Label_A"])
+@pytest.mark.parametrize("column", ["class", "y", "target", "category", "ground_truth", "Label_A", "lable"])
 def test_numbers_that_do_not_say_which_is_fake_are_not_used_but_named(csv, column):
     df = read_manifest(csv(f"path,{column}\na0.png,0\na1.png,1\n"))
     assert df["label"].isna().all()
     text = "\n".join(describe_manifest(df))
-    assert f"column '{column}' is not used as label: it holds 0 and 1" in text
+    assert f"columns not used as labels: '{column}': it holds 0 and 1" in text
     assert "rename it to 'is_fake'" in text and "no image has a label" in text
 
 
@@ -88,10 +88,10 @@ def test_labels_of_another_kind_give_way_and_unused_columns_are_named(csv):
     df = read_manifest(csv("path,label,is_ai,width,mood\na0.png,cat,0,3,\na1.png,dog,1,3,sad\n"))
     assert df["label"].tolist() == [0, 1]
     lines = describe_manifest(df)
-    assert any("column 'label' is not used as label: its values are no words" in line for line in lines)
+    assert any("not used as labels: 'label': its values are no words" in line for line in lines)
     assert "columns not used: width, mood" in lines
     df = read_manifest(csv("path,author\na0.png,real\na1.png,ai\n"))
-    assert "column 'author' is not used as label: its values look like labels" in describe_manifest(df)[2]
+    assert "'author': its values look like labels; rename it to 'label'" in describe_manifest(df)[2]
 
 
 @pytest.mark.parametrize(
@@ -126,12 +126,12 @@ def test_of_several_path_columns_the_one_with_files_is_taken(csv):
     assert "'filename' is read as the path" in "\n".join(describe_manifest(df))
 
 
-def test_columns_that_are_there_twice(csv):
-    with pytest.raises(InputError, match="has the columns 'label' and 'Label' with different values"):
-        read_manifest(csv("path,label,Label\na0.png,0,1\na1.png,1,0\n"))
-    with pytest.raises(InputError, match="has the columns 'path' and 'path'"):
-        read_manifest(csv("path,path\na0.png,a1.png\n"))
-    assert len(read_manifest(csv("path,label,label,x,x\na0.png,0,0,1,2\n"))) == 1
+@pytest.mark.parametrize("other", ["Label", "label"])
+def test_columns_that_are_there_twice_must_agree(csv, other):
+    with pytest.raises(InputError, match=f"column 'label' and column .{other}.* contradict each other"):
+        read_manifest(csv(f"path,label,{other}\na0.png,0,1\na1.png,1,0\n"))
+    df = read_manifest(csv(f"path,label,{other},path\na0.png,0,0,x\n"))
+    assert len(df) == 1 and "columns not used: path'" in describe_manifest(df)
 
 
 def test_paths_of_windows(csv, tmp_path):
@@ -162,12 +162,12 @@ def test_json_lines(csv):
 def test_what_will_become_of_the_splits_is_said(csv):
     df = read_manifest(csv("path,label,set\na0.png,0,Training\na1.png,1,Training\na2.png,0,holdout\n"))
     assert df["split"].tolist() == ["train", "train", "test"]
-    assert "2 train, 1 test; no image has split val: 'train' is divided" in "\n".join(describe_manifest(df))
+    assert "splits then: no image has split val: 'train' is divided" in "\n".join(describe_manifest(df))
     assert df.attrs["report"]["splits"] == {"train": 2, "test": 1} and df.attrs["report"]["splits_then"]
 
 
-def test_grip_csv(csv):
-    df = read_manifest(csv("filename,typ\na0.png,real\na1.png,dalle3\na2.png,midjourney\n"), layout="grip")
+def test_generators_among_the_labels(csv):  # as GRIP's tables have them
+    df = read_manifest(csv("filename,typ\na0.png,real\na1.png,dalle3\na2.png,midjourney\n"))
     assert df["label"].tolist() == [0, 1, 1] and df["generator"].tolist() == ["real", "dalle3", "midjourney"]
 
 
@@ -230,21 +230,17 @@ def test_splits_are_named_alike(csv):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("pth,label\na0.png,1\n", r"no column 'path' .*filename.*; found pth, label\. Is 'pth' meant\?"),
-        ("a,b\n1,2\n", r"no column 'path'.*found a, b\.$"),
-        ("path,lable\na0.png,1\n", r"no column 'label'.*Is 'lable' meant\?"),
+        ("pth,label\na0.png,1\n", r"no column 'path' .*filename.*; found pth, label\. Rename"),
         ("path,label\na0.png,photoshopped\na1.png,2\na2.png,2\n",
-         r"2 unknown values in column 'label': '2' \(2 rows\), 'photoshopped' \(1 rows\)\. Expected 0"),
+         r"column 'label' holds 'photoshopped', '2'; expected 0 or real"),
         ("path,label\na0.png,1\na1.png,0\na0.png,1\n",
          r"lists 1 paths more than once; first: .*a0\.png \(rows 1, 3\)"),
-        ("path,label\na0.png,1\n./a0.png,0\n",
-         r"1 paths with labels that contradict each other; first: .*a0\.png"),
         ("path,label\n,1\na0.png,0\n", r"row 1 has no 'path'"),
         ("path,label\n", r"t\.csv has no rows"),
         ("", r"t\.csv is empty; expected a header line"),
         ("path,label\nno/b.png,1\nno/c.png,0\n",
          r"none of the 2 images of t\.csv exists; first looked for: .*no/b\.png.*root="),
-        ("path,label\na0.png,1,a dog, a cat\na1.png,0,x,y\n", r"more fields than the header; quote"),
+        ("path,label\na0.png,1,a dog, a cat\na1.png,0,x,y\n", r"cannot be read .*line 2.*quote"),
         ("path,label\na0.png,1\na1.png,0,x,y\n", r"cannot be read as a table: .*line 3"),
     ],
 )  # fmt: skip
@@ -258,7 +254,9 @@ def test_other_files(csv, tmp_path):
         read_manifest(csv("path,caption\na0.png,é\n", encoding="latin-1"))
     with pytest.raises(InputError, match=r"no such file or folder"):
         read_manifest(tmp_path / "nothing.csv")
-    with pytest.raises(InputError, match=r"a0\.png is no table known here: expected \.csv, \.tsv, \.parquet"):
+    with pytest.raises(
+        InputError, match=r"a0\.png is no table known here: expected \.csv, \.tsv, .*\.parquet"
+    ):
         read_manifest(tmp_path / "a0.png")
     with pytest.raises(InputError, match=r"no layout 'genimag'; Did you mean 'genimage'\?"):
         read_manifest(tmp_path, layout="genimag")
@@ -266,10 +264,6 @@ def test_other_files(csv, tmp_path):
         read_manifest(csv("path\na0.png\n"), layout="genimage")
     with pytest.raises(InputError, match="cannot read a int"):
         read_manifest(3)
-
-
-def test_single_missing_files_are_no_error_here(csv):
-    assert len(read_manifest(csv("path,label\na0.png,1\ngone.png,0\n"))) == 2
 
 
 def test_no_labels_is_fine_until_they_are_needed(csv):
@@ -290,11 +284,6 @@ def test_root_and_dataframes(csv, tmp_path):
     assert df["path"].tolist() == [str(tmp_path / "a0.png")]
 
 
-def test_image_id_is_kept_other_columns_are_not(csv):
-    df = read_manifest(csv("path,image_id,width\na0.png,abc,7\n"))
-    assert df["image_id"].tolist() == ["abc"] and "width" not in df
-
-
 @pytest.mark.parametrize("name", ["m.csv", "m.tsv", "m.parquet", "sub/m.csv"])
 def test_written_manifests_read_back(csv, tmp_path, name):
     df = read_manifest(csv('path,label,caption,split\na0.png,0,"x, ""y""",train\na1.png,1,,\na2.png,,z,\n'))
@@ -303,11 +292,6 @@ def test_written_manifests_read_back(csv, tmp_path, name):
     pd.testing.assert_frame_equal(back, df)
     if name == "m.csv":  # relative: the folder can be moved
         assert (tmp_path / name).read_text().splitlines()[1].startswith("a0.png,0,")
-
-
-def test_write_manifest_wants_a_known_extension(tmp_path):
-    with pytest.raises(InputError, match=r"end the name in \.csv, \.tsv or \.parquet"):
-        write_manifest(pd.DataFrame({"path": []}), tmp_path / "m.xlsx")
 
 
 @pytest.mark.real

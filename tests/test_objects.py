@@ -26,14 +26,8 @@ VOCAB = spacy.blank("en").vocab
 def parsed(text: str) -> Doc:
     """Build a parse from "word/TAG/head/dep" items; head is the index of the word it hangs on."""
     words, tags, heads, deps = zip(*(item.split("/") for item in text.split()), strict=True)
-    return Doc(
-        VOCAB,
-        words=words,
-        tags=tags,
-        pos=[POS[tag] for tag in tags],
-        heads=[int(head) for head in heads],
-        deps=deps,
-    )
+    pos, numbers = [POS[tag] for tag in tags], [int(head) for head in heads]
+    return Doc(VOCAB, words=words, tags=tags, pos=pos, heads=numbers, deps=deps)
 
 
 BALL = "a/DT/2/det red/JJ/2/amod ball/NN/2/ROOT on/IN/2/prep the/DT/5/det grass/NN/3/pobj"
@@ -110,10 +104,10 @@ def test_a_true_folder(tmp_path: Path) -> None:
 
 def test_pipeline_without_parser_is_refused(tmp_path: Path) -> None:
     spacy.blank("en").to_disk(tmp_path / "blank")
-    with pytest.raises(InputError, match="no noun chunks|noun chunks need a tagger, a parser"):
+    with pytest.raises(InputError, match="gives no noun chunks.* a tagger, a parser"):
         load_parser(tmp_path / "blank")
     spacy.blank("xx").to_disk(tmp_path / "other")
-    with pytest.raises(InputError, match="no noun chunks|use an English pipeline"):
+    with pytest.raises(InputError, match="gives no noun chunks.*use an English pipeline"):
         load_parser(tmp_path / "other")
 
 
@@ -161,13 +155,3 @@ def test_agrees_with_a_human_reading(real_parser: Parser, real_dir: Path) -> Non
     hits = sum(len(set(a) & set(b)) for a, b in zip(found, expected, strict=True))
     f1 = 2 * hits / (sum(map(len, found)) + sum(map(len, expected)))
     assert f1 > 0.92, f1  # 0.938 when this was written
-
-
-@pytest.mark.real
-def test_all_real_captions(real_parser: Parser, real_dir: Path) -> None:
-    with open(real_dir / "index.csv", encoding="utf-8", newline="") as file:
-        captions = [row["caption"] for row in csv.DictReader(file)]
-    found = real_parser.objects(captions)
-    written = [objects for caption, objects in zip(captions, found, strict=True) if caption.strip()]
-    assert len(written) > 1000 and sum(map(bool, written)) / len(written) > 0.98
-    assert all(phrase == phrase.strip().lower() and phrase for objects in found for phrase in objects)

@@ -222,11 +222,6 @@ def test_other_generators_get_colours_of_their_own() -> None:
     assert len(plots.colours([f"g{i}" for i in range(12)])) == 13  # more than there are colours
 
 
-def test_the_colours_are_okabe_and_ito_s() -> None:
-    known = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"}
-    assert {plots.BLUE, *plots.CYCLE} == known and set(plots.FIXED.values()) < known
-
-
 # ---------------------------------------------------------------------------------------------------- files
 
 
@@ -277,14 +272,19 @@ def test_a_full_disk_is_called_that(ax: Axes, tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_made_the_numbers_stands_below_them() -> None:
+def test_what_made_the_numbers_stands_below_them(ax: Axes, tmp_path: Path) -> None:
     features = make_features(20, 10)
     features.run |= {"config": {"name": "mini"}, "fingerprint_hash": "0123456789abcdef"}
     said = plots.small_print(features, "95 % over images")
-    assert said.startswith("95 % over images; n = 40; preset mini, models 0123456789abcdef, itemkit ")
+    assert said.startswith("95 % over images; features of 40 images, preset mini, models 0123456789abcdef, i")
     assert said.endswith(schema.MINI_WARNING)
     features.table["source"] = schema.LAB_SOURCE
     assert plots.small_print(features).endswith(schema.LAB_NOTE)
+    # what a figure shows is counted in its own table, whatever else there is
+    table = ESTIMATES.assign(n_real=[9, 9, 9, 1200], n_fake=7)
+    plots.save(ax.figure, "shown", table, tmp_path, said)
+    shown = ax.figure.texts[-1].get_text().replace("\n", " ")
+    assert shown.startswith("n = 7 fake and 9 to 1,200 real; 95 % over images; features of 40 images")
 
 
 def test_the_same_figure_gives_the_same_files(tmp_path: Path) -> None:

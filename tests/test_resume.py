@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from itemkit import _files, store
+from itemkit import _files, extraction, store
 from itemkit.errors import StoreError
 from itemkit.extraction import extract
 from itemkit.store import load_features
@@ -67,7 +67,7 @@ for line in sys.stdin:
         code = 1
     sys.stderr.flush()
     Path(task["log"] + ".code").write_text(str(code))
-    os._exit(code)
+    sys.exit(code)  # as any program ends: what still hangs must not keep it
 """
 
 
@@ -248,7 +248,8 @@ def test_second_interrupt_escapes_a_decoder_that_hangs(start, tmp_path, prefetch
     check(tmp_path / "cut", (manifest, images, expected))
 
 
-def test_shards_are_written_after_a_while_even_if_small(tmp_path):
+def test_shards_are_written_after_a_while_even_if_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "FLUSH_SECONDS", 0)
     manifest = make_images(tmp_path / "images", 6)
-    extract(manifest, tmp_path / "out", fake_models(), batch_size=2, flush_seconds=0, progress=False)
+    extract(manifest, tmp_path / "out", fake_models(), batch_size=2, progress=False)
     assert len(store.shard_files(tmp_path / "out")) == 3

@@ -128,7 +128,7 @@ def test_a_dozen_images_have_both_classes_in_every_split(given, seed):
     filled, note = fill_splits(table(24, given, first=1000 * seed))
     assert filled.groupby("split")["label"].nunique().to_dict() == {"train": 2, "val": 2, "test": 2}
     moved = given == (None,) and (divide(place(filled["image_id"])) != filled["split"]).any()
-    assert not moved or "so that each split has both classes" in note
+    assert not moved or "so that each has both classes" in note
 
 
 def test_other_words_than_train_val_test():

@@ -19,7 +19,7 @@ from itemkit.extraction import extract
 from itemkit.features import unit_rows
 from itemkit.models import Models
 from itemkit.steps import Steps
-from itemkit.store import load_features, merge_stores, shard_files
+from itemkit.store import load_features, shard_files
 
 from fakes import (
     FakeCaptioner,
@@ -182,7 +182,7 @@ def test_embeddings_that_are_not_finite_are_refused(made):
     read.table = read.table.assign(file_size=0, mtime_ns=0)
     shutil.rmtree(out / "shards")
     (out / "shards").mkdir()
-    store.write_shard(out, 0, read, read.run["fingerprint_hash"])
+    store.write_shard(out, read, read.run["fingerprint_hash"])
     with pytest.raises(StoreError, match="not finite"):
         load_features(out)
 
@@ -252,82 +252,25 @@ def test_lock_ends_with_its_holder(tmp_path):
 # ------------------------------------------------------------------------------------------- several stores
 
 
-@pytest.fixture
-def parts(tmp_path):
-    """Two folders of images, a copy and a broken file among them; a store of each third and one of all."""
-    a, b = make_images(tmp_path / "data" / "a", 7), make_images(tmp_path / "data" / "b" / "c", 12)
+def test_shards_of_several_stores_in_one_folder_are_one_store(tmp_path):
+    """As docs/scaling.md says: each machine takes every third row; then all shards into one folder."""
+    manifest = make_images(tmp_path / "data", 14)
     (tmp_path / "data" / "bad.png").write_bytes(b"no image")
-    shutil.copy(a["path"][2], tmp_path / "data" / "copy.png")
-    names = [str(tmp_path / "data" / name) for name in ("bad.png", "copy.png")]
-    manifest = pd.concat(
-        [a, b[7:], a[2:3].assign(path=names[0]), a[2:3].assign(path=names[1])], ignore_index=True
-    )
+    shutil.copy(manifest["path"][2], tmp_path / "data" / "copy.png")
+    extra = [manifest[2:3].assign(path=str(tmp_path / "data" / name)) for name in ("bad.png", "copy.png")]
+    manifest = pd.concat([manifest, *extra], ignore_index=True)
     options = {"batch_size": 4, "shard_size": 4, "progress": False}
     extract(manifest, tmp_path / "whole", fake_models(), **options)
-    found = [tmp_path / "parts" / str(i) for i in range(3)]
-    for i, part in enumerate(found):
-        extract(manifest[i * 5 : (i + 1) * 5], part, fake_models(), **options)
-    return manifest, found, tmp_path / "whole"
-
-
-def test_merged_is_as_extracted_at_once(parts, tmp_path):
-    manifest, folders, whole = parts
-    merged = merge_stores([*folders, folders[0]], tmp_path / "merged")
-    one, two = load_features(whole), load_features(merged)
+    (tmp_path / "merged" / "shards").mkdir(parents=True)
+    for i in range(3):
+        extract(manifest[i::3], tmp_path / str(i), fake_models(), **options)
+        for path in shard_files(tmp_path / str(i)):
+            shutil.copy(path, tmp_path / "merged" / "shards")
+    report, seen = again(manifest, tmp_path / "merged")
+    assert (report.reused, report.computed, report.errors, seen) == (15, 0, 1, 0)
+    one, two = (load_features(tmp_path / name) for name in ("whole", "merged"))
     assert list(one.table["path"]) == list(two.table["path"])
     same_content(one, two)
     assert all(os.path.isfile(path) for path in two.table["path"])
-    errors = [pd.read_parquet(out / "errors.parquet")[["path", "stage"]] for out in (whole, merged)]
-    pd.testing.assert_frame_equal(*errors)
-    assert len(shard_files(merged)) == sum(len(shard_files(folder)) for folder in folders)
-    report, seen = again(manifest, merged)
-    assert (report.reused, report.computed, report.errors, seen) == (13, 0, 1, 0)
-
-
-def test_what_one_part_could_not_read_is_taken_from_another(tmp_path):
-    manifest = make_images(tmp_path / "data", 6)
-    late, content = tmp_path / "data" / "00001.png", (tmp_path / "data" / "00001.png").read_bytes()
-    late.unlink()
-    extract(manifest[:4], tmp_path / "a", fake_models(), progress=False)
-    late.write_bytes(content)
-    (tmp_path / "data" / "00005.png").write_bytes(b"no image")
-    extract(manifest[1:], tmp_path / "b", fake_models(), progress=False)
-    for order in ("ab", "ba"):
-        merged = merge_stores([tmp_path / part for part in order], tmp_path / f"merged-{order}")
-        names = sorted(os.path.basename(path) for path in load_features(merged).table["path"])
-        assert names == [f"0000{i}.png" for i in range(5)]
-        assert list(pd.read_parquet(merged / "errors.parquet")["path"]) == ["00005.png"]
-        assert json.loads((merged / "run.json").read_text())["counts"] == {
-            "images": 6,
-            "errors": 1,
-            "shards": 2,
-        }
-        report, seen = again(manifest, merged)
-        assert (report.reused, report.errors, seen) == (5, 1, 0)
-
-
-def test_labels_that_contradict_over_parts_are_errors(parts, tmp_path):
-    manifest, folders, _ = parts
-    turned = manifest[2:3].assign(label=1 - manifest["label"][2])
-    extract(turned, tmp_path / "turned", fake_models(), progress=False)
-    merged = merge_stores([tmp_path / "turned", folders[2]], tmp_path / "x")
-    errors = pd.read_parquet(merged / "errors.parquet")
-    assert sorted(errors["stage"]) == ["decode", "label", "label"] and len(load_features(merged)) == 2
-    assert errors["reason"].str.contains("copy.png").sum() == 2
-
-
-def test_what_does_not_belong_together_is_said(parts, tmp_path):
-    manifest, folders, _ = parts
-    with pytest.raises(InputError, match="no stores"):
-        merge_stores([], tmp_path / "x")
-    with pytest.raises(InputError, match="is not empty"):
-        merge_stores(folders, folders[0])
-    other = Models(FakeEncoder("2"), FakeCaptioner(), FakeParser(), FakeLocaliser())
-    extract(manifest[:2], tmp_path / "other", other, progress=False)
-    with pytest.raises(StoreError, match=r"made otherwise than .* \(encoder.version"):
-        merge_stores([*folders, tmp_path / "other"], tmp_path / "x")
-    run = store.read_run(folders[1])
-    store.write_run(folders[1], run | {"complete": False})
-    with pytest.raises(StoreError, match="is not finished; run it again"):
-        merge_stores(folders, tmp_path / "x")
-    assert not (tmp_path / "x").exists()
+    turned = manifest.assign(label=[*manifest["label"][:15], 1 - manifest["label"][2]])
+    assert again(turned, tmp_path / "merged")[0].errors == 3, "labels that contradict, as in one extraction"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from itemkit import _files, text
-from itemkit.errors import StoreError
+from itemkit import text
 
 # escape, bell, return, bidi override, zero width, line separator, lone surrogate, C1 control
 HOSTILE = ["\x1b[2J", "\a", "\r", "\u202e", "\u200b", "\u2028", "\udcff", "\x9b31m"]
@@ -39,6 +37,15 @@ def test_hints_and_counts() -> None:
     assert [text.count(n, "image") for n in (0, 1, 1200)] == ["0 images", "1 image", "1,200 images"]
 
 
+def test_a_wide_table_keeps_the_order_and_says_what_is_undefined() -> None:
+    table = pd.DataFrame(
+        {"who": ["b", "b", "a"], "what": ["y", "x", "y"], "value": [0.5, 0.25, float("nan")]}
+    )
+    wide = text.wide_table(table.assign(low=[0.4, float("nan"), 0], high=0.6), "who", "what")
+    assert list(wide.columns) == ["who", "y", "x"] and list(wide["y"]) == ["0.50 (0.40-0.60)", "-"]
+    assert wide["x"][0] == "0.25" and pd.isna(wide["x"][1])
+
+
 def test_a_table_for_a_spreadsheet_holds_no_formula(tmp_path: Path) -> None:
     wild = ["=cmd|'/C calc'!A0", "+1", "-2", "@x", "\t=1", "\r=1", "\n=1", "a\r=1", "\udcff"]
     table = pd.DataFrame({"=name": wild, "value": [-1.5] * 9, "kind": pd.Categorical(["=a"] * 9)})
@@ -52,16 +59,6 @@ def test_a_table_for_a_spreadsheet_holds_no_formula(tmp_path: Path) -> None:
     ]
     assert (back["value"] == -1.5).all() and set(back["kind"]) == {"'=a"}
     assert list(table["=name"]) == wild  # the table itself is untouched
-
-
-def test_a_full_disk_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(_files.os, "fsync", full)
-    with pytest.raises(StoreError, match="the disk is full"):
-        text.write_csv(pd.DataFrame({"a": [1]}), tmp_path / "t.csv")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_markdown_cells_stay_cells() -> None:

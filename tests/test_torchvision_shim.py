@@ -25,9 +25,9 @@ def test_import_loads_nothing_and_prints_nothing(repo) -> None:
 def test_asking_for_torchvision_loads_no_torch(repo) -> None:
     code = (
         "import sys, itemkit, importlib.util; assert importlib.util.find_spec('torchvision') is not None;"
-        "print('torch' in sys.modules, itemkit._torchvision.state())"
+        "print('torch' in sys.modules, itemkit._torchvision.status)"
     )
-    assert run(code, repo).stdout == f"False {_torchvision.WAITING}\n"
+    assert run(code, repo).stdout == "False \n"
 
 
 def test_torchvision_and_its_users_import(repo) -> None:
@@ -35,14 +35,11 @@ def test_torchvision_and_its_users_import(repo) -> None:
         "import itemkit, torchvision, open_clip, timm\n"
         "from transformers import BlipForConditionalGeneration, BlipProcessor\n"
         "from torchvision.transforms import Resize; from PIL import Image\n"
-        "print(Resize(8)(Image.new('RGB', (16, 16))).size, itemkit._torchvision.state())"
+        "print(Resize(8)(Image.new('RGB', (16, 16))).size, itemkit._torchvision.status)"
     )
     done = run(code, repo)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("(8, 8) ") and done.stdout.strip()[7:] in (
-        _torchvision.WHOLE,
-        _torchvision.REPAIRED,
-    )
+    assert done.stdout.startswith("(8, 8) ") and done.stdout.strip()[7:] in ("", _torchvision.REPAIRED)
 
 
 @pytest.fixture
@@ -72,7 +69,7 @@ def torch_double(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     module.ops = types.SimpleNamespace(load_library=load_library, torchvision=Operators())
     module.library = types.SimpleNamespace(Library=Library)
     monkeypatch.setitem(sys.modules, "torch", module)
-    monkeypatch.setattr(_torchvision, "_state", _torchvision.WAITING)
+    monkeypatch.setattr(_torchvision, "status", "")
     monkeypatch.setattr(_torchvision, "_library", None)
     return double
 
@@ -80,7 +77,7 @@ def torch_double(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 def test_whole_torchvision_is_left_alone(torch_double, tmp_path) -> None:
     (tmp_path / "_C.so").touch()
     _torchvision.repair(tmp_path)
-    assert torch_double.defined == [] and _torchvision._state == _torchvision.WHOLE
+    assert torch_double.defined == [] and _torchvision.status == ""
 
 
 def test_missing_operators_are_defined_once(torch_double, tmp_path) -> None:
@@ -88,7 +85,7 @@ def test_missing_operators_are_defined_once(torch_double, tmp_path) -> None:
     torch_double.fails = True
     _torchvision.repair(tmp_path)
     _torchvision.repair(tmp_path)
-    assert torch_double.defined == ["nms", "qnms"] and _torchvision._state == _torchvision.REPAIRED
+    assert torch_double.defined == ["nms", "qnms"] and _torchvision.status == _torchvision.REPAIRED
     assert _torchvision._library is not None  # a collected Library would take its definitions along
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import contextlib
 import io
 import os
 import platform
@@ -16,7 +15,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,10 @@ import nbformat
 from PIL import Image
 
 import itemkit
+from itemkit._files import atomic_write
 from itemkit.devices import choose_device
 from itemkit.errors import ItemkitError
+from itemkit.run import execute
 from tools import rules
 
 # whose versions the stamp records: those that can move a number
@@ -45,9 +46,6 @@ class NotebookFailed(ItemkitError):
 def write(path: Path, *, progress: bool = True) -> None:
     """Execute a notebook from a clean kernel, top to bottom, and replace it by the scrubbed, stamped result.
 
-    The kernel starts in the notebook's folder, as it does when the notebook is opened by hand. Settings of
-    the user (IPython profile, matplotlibrc) are left out: they change figures.
-
     Parameters
     ----------
     path : Path
@@ -62,22 +60,16 @@ def write(path: Path, *, progress: bool = True) -> None:
     NotebookFailed
         A cell raised an error. What was made until then is kept beside the notebook as ``*.failed.ipynb``.
     """
-    import papermill
+    from papermill import PapermillExecutionError
 
     rules.read_parameters(rules.read_notebook(path))  # refused before minutes are spent
     failed = path.with_name(path.stem + rules.FAILED)
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch, _environment(_clean_settings(scratch)):
+    with tempfile.TemporaryDirectory() as scratch:
         half_done = Path(scratch, "notebook.ipynb")
         try:
-            papermill.execute_notebook(
-                str(path),
-                str(half_done),
-                kernel_name="python3",
-                cwd=str(path.parent),
-                progress_bar=progress,
-            )
-        except papermill.PapermillExecutionError as error:
+            execute(path, half_done, progress=progress)
+        except PapermillExecutionError as error:
             failed.write_bytes(half_done.read_bytes())
             raise NotebookFailed(
                 f"{path.name} stopped in code cell {error.exec_count}: {error.ename}: {error.evalue}\n"
@@ -86,9 +78,7 @@ def write(path: Path, *, progress: bool = True) -> None:
         notebook = rules.read_notebook(half_done)
     scrub(notebook, path.resolve().parent.parent)
     notebook.metadata[rules.STAMP] = stamp(notebook, path.resolve().parent, time.perf_counter() - started)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    nbformat.write(notebook, temporary)
-    os.replace(temporary, path)
+    atomic_write(path, (nbformat.writes(notebook) + "\n").encode())
     failed.unlink(missing_ok=True)
 
 
@@ -184,30 +174,6 @@ def _without_machine(text: str, root: Path) -> str:
             name = rf"(?<![\w.-]){re.escape(str(folder))}"
             text = re.sub(rf"{name}(?![\w-]|\.\w)", itself, re.sub(rf"{name}[/\\]", inside, text))
     return text
-
-
-def _clean_settings(scratch: str) -> dict[str, str]:
-    import matplotlib
-
-    return {
-        "IPYTHONDIR": scratch,
-        "MATPLOTLIBRC": str(Path(matplotlib.get_data_path(), "matplotlibrc")),
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else the kernel's debugger warns on each start
-    }
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
