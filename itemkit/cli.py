@@ -290,7 +290,7 @@ def audit(args: argparse.Namespace) -> int:
         _print(*reports["equalised"].to_text(before=first).split("\n"))
     if args.figure:
         _draw_audit(reports, args.figure)
-    return int(any(report.left_out for report in reports.values()))
+    return int(any(len(report.errors) for report in reports.values()))
 
 
 def _draw_audit(reports: dict[str, Any], folder: Path) -> None:
@@ -400,12 +400,12 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Embeddings of a feature store in the files of other tools."""
-    from itemkit.export import export_clip_retrieval, export_numpy
+    from itemkit.export import export
     from itemkit.store import load_features
     from itemkit.text import count
 
     features = load_features(args.features)
-    (export_numpy if args.format == "numpy" else export_clip_retrieval)(features, args.to)
+    export(features, args.to, args.format)
     _print(f"{count(len(features), 'image')} written to {args.to}")
     return 0
 
