@@ -252,9 +252,9 @@ def load_captioner(
     dtype = choose_precision(precision, chosen)
     network = load_transformer(AutoModelForImageTextToText, located, dtype=dtype)
     room = getattr(network.config.get_text_config(decoder=True), "vocab_size", None)
-    processor, image_processor, tokenizer = load_processor(located, room, reads_text=False)
+    processor, tokenizer = load_processor(located, room)
     record = located.fingerprint(precision=precision, decoding=asdict(options))
-    return Captioner(network.to(chosen), processor or image_processor, tokenizer, options, record)
+    return Captioner(network.to(chosen), processor, tokenizer, options, record)
 
 
 def _mean_until_end(tokens: Tensor, logprobs: Tensor, end_ids: Sequence[int]) -> Tensor:

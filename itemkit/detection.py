@@ -149,7 +149,7 @@ def load_detector(
     network = load_transformer(AutoModelForZeroShotObjectDetection, located, dtype=dtype)
     if (found := network.config.model_type.replace("-", "_")) != name:
         raise InputError(f"{located.what} is of the kind '{found}', expected '{name}'")
-    processor, _, _ = load_processor(located, network.config.text_config.vocab_size)
+    processor, _ = load_processor(located, network.config.text_config.vocab_size)
     record = located.fingerprint(**localiser_settings(name, options))
     kind = {"owlv2": Owlv2, "grounding_dino": GroundingDino}[name]
     return kind(encoder, network.to(chosen), processor, options["threshold"], record)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from itemkit.errors import ModelNotFound
 from itemkit.models import (
+    FETCH,
     LOCALISERS,
     PARTS,
     Located,
     Models,
-    fetch_remedy,
     find_folder,
     localiser_settings,
     looks_like_path,
@@ -187,7 +187,7 @@ class Preset:
                 found[part] = error
                 if not error.reason:  # it is not here, and this preset's name says how to get it
                     on_no_hub = self.name == "mini" and tidy(mini_folder()) in error.looked
-                    remedy = MINI_REMEDY if on_no_hub else fetch_remedy(self.name)
+                    remedy = MINI_REMEDY if on_no_hub else FETCH.format(f" --preset {self.name}")
                     found[part] = ModelNotFound(error.what, looked=error.looked, remedy=remedy)
         return found
 
