@@ -230,7 +230,7 @@ class Dense(Localiser):
 
 
 class BoxLocaliser(Localiser):
-    """Localiser from ``boxes``, see `itemkit.models.Models`: of object detectors, and of what a user writes."""
+    """Localiser from ``boxes``, see `itemkit.models.Models`: object detectors, and what a user writes."""
 
     needs_phrases = True
 
