@@ -140,7 +140,7 @@ def _notebooks(
     values: dict[str, Any] = {"PRESET": preset.name, "DATA": "", "OUT_DIR": str(out), "DEVICE": device}
     values["MODELS"] = models = _as_literals(preset)
     if manifest is not None:
-        values["DATA"] = str(out / "manifest.parquet")
+        values["DATA"] = str(out / "manifest.csv")
         write_manifest(manifest, values["DATA"])
     not_made = []
     for source in sorted(folder.glob("[0-9]*.ipynb")):
