@@ -120,9 +120,9 @@ class Detector:
         self._refuse_others(features, ignore)
 
     def _refuse_others(self, features: Features, ignore: Sequence[str]) -> None:
-        ignore = (*ignore, *IGNORED, *(() if self.representation.uses_objects else ("parser", "localiser")))
+        unused = ("parser", "localiser") if self.representation.level == "global" else ()
         made = self.trained_on_["fingerprint"], features.run.get("fingerprint")
-        if different := differences(*made, ignore):
+        if different := differences(*made, (*ignore, *IGNORED, *unused)):
             more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
             captions = " and captions from the same source (extract --captions, detect --caption)"
             source = captions * any(line.startswith("captions:") for line in different)
