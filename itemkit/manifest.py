@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from itemkit import _files, layouts, schema
 from itemkit.errors import InputError
-from itemkit.images import EXTENSIONS, ImageError, content_id, open_image, reads
+from itemkit.images import EXTENSIONS, ImageError, content_id, open_image
 from itemkit.layouts import normalise, read_name
 from itemkit.splits import plan_splits
 from itemkit.text import count, did_you_mean, printable
@@ -145,11 +145,6 @@ def _read_folder(path: Path, layout: str, reals: Path | None, data: _Data) -> pd
     labels = about["labels"]
     if listing:
         raw, labels = _add_metadata(raw, listing, labels, data)
-    if closed := sum(not reads(path) for path in raw[schema.PATH]):
-        data.notes.append(
-            f"{count(closed, 'image')} in HEIC, HEIF or AVIF cannot be read here and will be error rows: "
-            'pip install "itemkit[heic]"'
-        )
     data.report |= {"labels": labels, "layout": about["layout"], **tree.skipped}
     return _finish([raw], data)
 
