@@ -5,7 +5,6 @@ What fails, or cannot be said of these images, is noted on that page; everything
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import tempfile
@@ -107,10 +106,8 @@ def _head(features: Features) -> list[str]:
 
 def _of_detector(detector: Detector, test: Features, fpr: float, fnr: float) -> list[str]:
     _, shown, lines = workflow.evaluate(detector, test, fpr, fnr)
-    with contextlib.suppress(InputError):  # too few for this rate, which the other lines say
-        lines.insert(0, detector.threshold(fpr).statement)
     title = "\n## Detector trained on all generators\n\nTest split; 95 % intervals over its images.\n"
-    return [title, *markdown_table(shown), "", *(f"- {printable(line)}" for line in detector.notes + lines)]
+    return [title, *markdown_table(shown), "", *(f"- {printable(line)}" for line in lines)]
 
 
 def _of_figures(folder: Path, since: float) -> list[str]:

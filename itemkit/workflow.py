@@ -228,13 +228,21 @@ def train_detector(
     return detector.fit(features.split("train"), features.select(val.to_numpy(dtype=bool)))
 
 
+def statements(detector: Detector, fpr: float, fnr: float) -> list[str]:
+    """What is known of a detector beforehand: its notes, its threshold, why its verdicts are withheld."""
+    lines = [*detector.notes, *(f"verdicts are withheld: {why}" for why in detector.lacking(fpr, fnr))]
+    with contextlib.suppress(InputError):  # too few for this rate, which the other lines say
+        lines.append(detector.threshold(fpr).statement)
+    return lines
+
+
 def evaluate(
     detector: Detector, test: Features, fpr: float = 0.05, fnr: float = 0.05
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """What a detector is worth on labelled images.
 
-    Returns the table of `Detector.evaluate`; the chief metrics for people, a row per generator; and why
-    a metric is not defined, which verdicts there are, and why they are withheld.
+    Returns the table of `Detector.evaluate`; the chief metrics for people, a row per generator; and in words
+    why a metric is not defined, which verdicts there are, and `statements`.
     """
     table = detector.evaluate(test, fpr)
     chief = table[table["metric"].isin(SHOWN)]
@@ -244,8 +252,8 @@ def evaluate(
     for label, answers in detector.verdict(test, fpr, fnr)["verdict"].groupby(test.labels):
         shares = ", ".join(f"{n:,} {answer}" for answer, n in answers.value_counts().items())
         lines.append(f"verdicts on {count(len(answers), f'{schema.LABEL_NAMES[label]} image')}: {shares}")
-    lines += [f"verdicts are withheld: {reason}" for reason in detector.lacking(fpr, fnr)]
-    return table, counts.merge(wide_table(chief, "generator", "metric"), on="generator"), lines
+    wide = counts.merge(wide_table(chief, "generator", "metric"), on="generator")
+    return table, wide, lines + statements(detector, fpr, fnr)
 
 
 def detect(
