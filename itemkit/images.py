@@ -58,7 +58,7 @@ _OTHERS = (
     (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI", "a film", "store single pictures of it"),
     (rb"\s*<(!doctype html|html|head|script)", "a web page", "fetch the image itself"),
     (rb"\s*[<{\[]|[\t\n\r -~\x80-\xff]{8,}\Z", "plain text, JSON or SVG", "fetch the image itself"),
-    (rb"", "no image of a format known here", f"store it as one of {', '.join(FORMATS)}"),
+    (rb"", "not an image of a known format", f"store it as one of {', '.join(FORMATS)}"),
 )
 # What decoders say, and what that means: pattern, kind, problem, next step; the first that fits is taken.
 _TROUBLES = (
@@ -157,7 +157,7 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
         rows = (*_IMAGES[1:], *_OTHERS)
         row = next(row for row in rows if re.match(row[0], data[:64], re.DOTALL | re.IGNORECASE))
         word = "unsupported" if row in _IMAGES else "not an image"
-        raise trouble or ImageError(name, word, f"looks like {row[1]}", row[2])
+        raise trouble or ImageError(name, word, f"is {row[1]}", row[2])
     width, height = image.size
     if not 0 < width * height <= MAX_PIXELS or max(width, height) > MAX_SIDE:
         problem = f"has {width:,} x {height:,} pixels, the limit is {MAX_PIXELS:,}, or {MAX_SIDE:,} a side"

@@ -356,7 +356,7 @@ def read_folder(tree: Tree, layout: str, real_root: Path | None) -> tuple[pd.Dat
     with_reals = set(source[table[schema.LABEL] == schema.REAL])
     shared = table[schema.GENERATOR].map(lambda name: "imagenet" if name == "guided" else "laion")
     table[schema.SOURCE] = source.mask(~source.isin(with_reals) & shared.isin(with_reals), shared)
-    return table, {"layout": layout, "labels": labels, "notes": notes}
+    return table, {"labels": labels, "layout": layout, "notes": notes}
 
 
 def _rows(tree: Tree, rule: Callable[[Tree, Parts], Said]) -> pd.DataFrame:

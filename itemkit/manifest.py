@@ -138,14 +138,13 @@ def _read_folder(path: Path, layout: str, reals: Path | None, data: _Data) -> pd
         if listing:
             layout = "unlabelled"
     raw, about = layouts.read_folder(tree, layout, reals)
-    data.notes += about["notes"]
+    data.notes += about.pop("notes")
     if tables:
         names = ", ".join(t.name for t in tables[:3]) + (" ..." if len(tables) > 3 else "")
         data.notes.append(f"tables beside the images are not read: {names} (give the table itself to use it)")
-    labels = about["labels"]
     if listing:
-        raw, labels = _add_metadata(raw, listing, labels, data)
-    data.report |= {"labels": labels, "layout": about["layout"], **tree.skipped}
+        raw, about["labels"] = _add_metadata(raw, listing, about["labels"], data)
+    data.report |= about | tree.skipped
     return _finish([raw], data)
 
 
@@ -156,8 +155,8 @@ def _add_metadata(raw: pd.DataFrame, files: list[Path], labels: str, data: _Data
     data.notes += [f"{report['source']}: {note}" for report in reports for note in report["notes"]]
     raw = raw.set_index(schema.PATH)
     rows = pd.concat(parts).drop_duplicates(schema.PATH).set_index(schema.PATH).reindex(raw.index)
-    n = int(rows.notna().any(axis=1).sum())
-    data.notes.append(f"{count(len(files), 'metadata file')} read, which list {n:,} of the images")
+    listed = f"which list {rows.notna().any(axis=1).sum():,} of the images"
+    data.notes.append(f"{count(len(files), 'metadata file')} read, {listed}")
     if raw[schema.LABEL].notna().any():
         paths, label = raw.index.to_series(), raw[schema.LABEL].astype("Int8")
         _must_agree(data.what, {"the folders": (label, paths), files[0].name: (rows[schema.LABEL], paths)})
@@ -181,10 +180,8 @@ def require_two_classes(df: pd.DataFrame, purpose: str = "This step") -> None:
     """Raise an `InputError` that says what is there unless both real and fake images are."""
     real, fake = (int((df[schema.LABEL] == label).sum()) for label in (schema.REAL, schema.FAKE))
     if not (real and fake):
-        raise InputError(
-            f"{purpose} needs real and fake images; the manifest has {real:,} real, {fake:,} fake and "
-            f"{len(df) - real - fake:,} without a label. Add the missing class or fill the column 'label'"
-        )
+        there = f"{real:,} real, {fake:,} fake and {len(df) - real - fake:,} without a label"
+        raise InputError(f"{purpose} needs real and fake images; the manifest has {there}: add the others")
 
 
 def describe_manifest(manifest: pd.DataFrame) -> list[str]:
@@ -244,11 +241,9 @@ def _batches(path: Path) -> Iterator[Any]:
         if path.suffix.lower() == ".parquet":
             yield from pq.ParquetFile(path).iter_batches(batch_size=256)
             return
-        try:
-            table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-        except pa.ArrowInvalid:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        yield from table.to_batches(max_chunksize=256)
+        with path.open("rb") as file:
+            read = pa.ipc.open_file if file.read(6) == b"ARROW1" else pa.ipc.open_stream
+        yield from read(pa.memory_map(str(path))).read_all().to_batches(max_chunksize=256)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}); fetch it again") from None
 
@@ -258,8 +253,7 @@ def _dataset_rows(dataset: Any, data: _Data) -> Iterator[pd.DataFrame]:
     parts = dataset if hasattr(dataset, "items") else {getattr(dataset, "split", None): dataset}
     for split, part in parts.items():
         if not hasattr(part, "with_format"):
-            kind = type(part).__name__
-            raise InputError(f"cannot read a {kind}; give a path, a DataFrame or a datasets object")
+            raise InputError(f"cannot read a {type(part).__name__}; give a path, DataFrame or data set")
         for batch in part.with_format("arrow").iter(batch_size=256):
             yield _unpack(batch, split and str(split), data)
 
@@ -286,10 +280,8 @@ def _unpack(batch: Any, split: str | None, data: _Data) -> pd.DataFrame:
     if image is not None:
         rows = [value if isinstance(value, dict) else {"bytes": value} for value in table[image]]
         if data.images_to is None and any(row["bytes"] for row in rows):
-            raise InputError(
-                f"{data.what} holds the images inside (column {image!r}); name a folder to write them to: "
-                "images_to='images' (each is written once, byte for byte)"
-            )
+            advice = "name a folder to write them to, once, byte for byte: images_to='images'"
+            raise InputError(f"{data.what} holds the images inside (column {image!r}); {advice}")
         paths = [c for c in table if c == image or normalise(c) in ALIASES[schema.PATH]]
         files = [_write_image(row["bytes"], row.get("path"), data) for row in rows]
         table = table.drop(columns=paths).assign(**{schema.PATH: files})
@@ -322,8 +314,7 @@ def _read_text(path: Path, data: _Data) -> pd.DataFrame:
     """CSV, TSV or JSON lines; values are text as it stands: a caption "None" or "NA" is a caption."""
     ending = path.suffix.lower()
     if ending not in _TEXT:
-        expected = ", ".join((*_TEXT, *_ARROW))
-        raise InputError(f"{path.name} is no table known here: expected {expected}, or a folder")
+        raise InputError(f"{path.name} is no table known here: expected {', '.join((*_TEXT, *_ARROW))}")
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     text = content.decode("utf-8", "surrogateescape")
     # names of files may be of any encoding; a table whose texts are of another one is a mistake
@@ -354,8 +345,7 @@ def _read_text(path: Path, data: _Data) -> pd.DataFrame:
     # the first line is an image already
     labels = [i for i in table if all(read_name(w).label is not None for w in set(table[i]) - {""})]
     names = {i: schema.LABEL for i in labels[:1]} | {files[0]: schema.PATH}
-    what = f"its column {files[0] + 1} is read as the path"
-    data.notes.append(f"{path.name} has no header line: {what}; add one (path,label,...)")
+    data.notes.append(f"{path.name} has no header line: its column {files[0] + 1} is read as the path")
     return table.rename(columns=lambda i: names.get(i, f"column {i + 1}"))
 
 
@@ -399,13 +389,13 @@ def _finish(parts: Iterable[pd.DataFrame], data: _Data) -> pd.DataFrame:
     if (twice := df[schema.PATH].duplicated()).any():
         first = df[schema.PATH][twice].iloc[0]
         rows = ", ".join(str(i + 1) for i in df.index[df[schema.PATH] == first][:5])
-        where = f"{printable(first)} (rows {rows}). Keep one row each"
-        raise InputError(f"{data.what} lists {twice.sum()} paths more than once; first: {where}")
+        where = f"first: {printable(first)} (rows {rows}). Keep one row each"
+        raise InputError(f"{data.what} lists {twice.sum()} paths more than once; {where}")
     if not any(map(os.path.lexists, paths)):
         raise InputError(
             f"none of the {len(df):,} images of {data.what} exists; first looked for: {printable(paths[0])}. "
-            f"Relative paths start from {data.base.absolute()}: pass root= if they lie elsewhere. If it "
-            "should hold the images itself, it holds no bytes: export it again with them embedded"
+            f"Relative paths start from {data.base.absolute()}: pass root= if they lie elsewhere. A table "
+            "that should have the images inside holds no bytes: export it again with them embedded"
         )
     df.attrs["report"] = data.report | {
         "source": printable(data.what),
@@ -538,8 +528,7 @@ def _find_labels(
     unused = {c: _SAYS_NOT[r[0]] for c, r in readings.items() if c not in (*usable, found.get(schema.SOURCE))}
     if not usable and exact in unused:
         bad = ", ".join(map(repr, text[schema.LABEL].unique()[:8]))
-        expected = "expected 0 or real, 1 or fake, or nothing"
-        raise InputError(f"{data.what}: column {exact!r} holds {bad}; {expected}")
+        raise InputError(f"{data.what}: column {exact!r} holds {bad}; expected 0 or real, 1 or fake")
     used = {*found.values(), *usable, *unused}
     data.report |= {
         "labels": "none found",
@@ -548,44 +537,37 @@ def _find_labels(
     }
     if not usable:
         return pd.Series(pd.NA, index=raw.index), text[schema.GENERATOR]
-    name, *others = usable
+    name = usable[0]
     how, label = readings[name]
     said_by = {f"column {name!r}": (label, raw[name])}
     said_by |= {f"column {c!r}": (readings[c][1], raw[c]) for c in readings if c != name}
     if (column := found.get(schema.GENERATOR)) not in (None, name):
-        names = text[schema.GENERATOR]
-        said_by[f"column {column!r}"] = _said_by_generators(names, label), names
+        said_by[f"column {column!r}"] = _said_by_generators(text[schema.GENERATOR], label), raw[column]
     folders = paths.map(os.path.dirname).map(lambda folder: os.path.relpath(folder, data.base))
-    sure = {folder: {read_name(part) for part in Path(folder).parts} for folder in folders.unique()}
-    said = {
-        folder: {name.label for name in names if name.sure == 2} - {None} for folder, names in sure.items()
-    }
-    values = folders.map({folder: labels.pop() for folder, labels in said.items() if len(labels) == 1})
+    names = folders.map(
+        lambda folder: [name for name in map(read_name, Path(folder).parts) if name.sure == 2]
+    )
+    said = names.map(lambda some: {name.label for name in some} - {None})
+    values = said.map(lambda labels: labels.pop() if len(labels) == 1 else np.nan).astype(float)
     if values.notna().all() and values.nunique() == 2 and (label != values)[label.notna()].all():
         said_by["the folders of the images"] = values, folders
     _must_agree(data.what, said_by)
-    also = f", as does {printable(others[0])!r}" if others else ""
-    data.report["labels"] = f"column {printable(name)!r} ({how}){also}"
+    data.report["labels"] = f"column {printable(name)!r} ({how})"
     words = text[schema.GENERATOR] if how != "names" else _texts(raw, name, data)
     return label, words.mask(words.map(lambda word: read_name(word).label is not None).astype(bool), "")
 
 
 def _must_agree(what: str, said_by: dict[str, tuple[pd.Series, pd.Series]]) -> None:
-    """Raise an `InputError` where columns or folders say other labels (0, 1, missing) than the first of them.
-
-    With the labels go the words by which they are said.
-    """
+    """Raise an `InputError` where columns or folders say other labels (0, 1, missing) than the first."""
     (one, (label, words)), *others = said_by.items()
     for other, (values, said) in others:
         wrong = np.flatnonzero((label.notna() & values.notna() & (label != values)).fillna(False))
         if len(wrong):
             row = wrong[0]
-            first, second = (f"{w.iloc[row]!r}, read as {schema.LABEL_NAMES[int(v.iloc[row])]}"
-                          for v, w in ((label, words), (values, said)))  # fmt: skip
             raise InputError(
                 f"{what}: {one} and {other} contradict each other in {count(len(wrong), 'row')}; first: row "
-                f"{row + 1} has {first}, and {second}. Are the labels the other way round (1 is fake)? "
-                "Rename the column to 'is_real' if 1 means real, or drop the one that is wrong"
+                f"{row + 1} has {words.iloc[row]!r}, {said.iloc[row]!r}. Are the labels the other way round "
+                "(1 is fake)? Rename the column to 'is_real' if 1 means real, or drop the one that is wrong"
             )
 
 

@@ -289,10 +289,10 @@ def test_sixty_broken_files_give_an_image_or_a_reason_in_plain_words(capfd):
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"<!DOCTYPE html><html>404</html>", "looks like a web page; fetch the image itself"),
+        (b"<!DOCTYPE html><html>404</html>", "is a web page; fetch the image itself"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "run 'git lfs pull'"),
-        (b"just some words", "looks like plain text"),
-        (b"\0\1\2\3", "looks like no image of a format known here; store it as one of JPEG"),
+        (b"just some words", "is plain text"),
+        (b"\0\1\2\3", "is not an image of a known format; store it as one of JPEG"),
         (b"\0\0\0\x18ftypheic\0\0\0\0", r'HEIC or HEIF photo.*pip install "itemkit\[heic\]"'),
     ],
 )

@@ -115,5 +115,5 @@ def test_social_differs_between_images():
 
 
 def test_an_unknown_name_is_told_with_the_nearest():
-    with pytest.raises(InputError, match="no perturbation 'jpeg_q51'; Did you mean 'jpeg_q5"):
+    with pytest.raises(InputError, match="no perturbation 'jpeg_q51'; Did you mean 'jpeg_q"):
         get_perturbation("jpeg_q51")
