@@ -111,8 +111,7 @@ def read_bytes(path: str | Path) -> bytes:
     if not regular:
         raise ImageError(name, "not a file", "is a folder, pipe or device", "name the image itself")
     if size > MAX_FILE_BYTES:
-        problem = f"has {size:,} bytes, the limit is {MAX_FILE_BYTES:,}"
-        raise ImageError(name, "too large", problem, "store it smaller")
+        raise ImageError(name, "too large", f"has over {MAX_FILE_BYTES:,} bytes", "store it smaller")
     return data
 
 
@@ -270,17 +269,14 @@ def _strip_to_rgb(strip: Image.Image, transform: tuple[str, Any] | None) -> Imag
             alpha = strip
     if alpha is None:
         return strip.convert("RGB")
-    # as most viewers show it; our choice
+    # white, as most viewers have it; our choice
     return Image.alpha_composite(Image.new("RGBA", alpha.size, "white"), alpha).convert("RGB")
 
 
 def _colour_transform(image: Image.Image) -> tuple[str, Any] | None:
     """Mode and transform of the embedded colour profile; a broken or unfit one is ignored, as viewers do."""
-    data = image.info.get("icc_profile")
-    if not data:
-        return None
     try:
-        profile = ImageCms.ImageCmsProfile(BytesIO(data))
+        profile = ImageCms.ImageCmsProfile(BytesIO(image.info.get("icc_profile", b"")))  # or none
         space = profile.profile.xcolor_space.strip()
         if space == "RGB" and "srgb" in (profile.profile.profile_description or "").lower():
             return None  # already there; a round trip would only add rounding
@@ -334,8 +330,7 @@ def jpeg_subsampling(image: Image.Image) -> str:
 class EqualiseConfig:
     """What both classes are brought to, so that neither size nor codec tells them apart."""
 
-    # Side of the square in pixels: no more than the smallest images have, since an enlarged picture carries
-    # traces of its enlargement, which then tell the classes apart again.
+    # Side of the square in pixels; more than the smallest images have leaves traces of enlargement in them.
     size: int = 224
     codec: str = "jpeg"  # or "png"
     quality: int = 90  # of a JPEG, 1-100

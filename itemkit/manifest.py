@@ -187,8 +187,8 @@ def require_two_classes(df: pd.DataFrame, purpose: str = "This step") -> None:
 def describe_manifest(manifest: pd.DataFrame) -> list[str]:
     """Say in lines what a manifest of `read_manifest` holds and what was left out."""
     report = dict(manifest.attrs["report"])
-    head = ("images", "source", "real", "fake", "captions", "notes")
-    n, where, real, fake, captions, notes = map(report.pop, head)
+    n, where, real, fake = map(report.pop, ("images", "source", "real", "fake"))
+    captions, notes = report.pop("captions"), report.pop("notes")
     labels = f"{real:,} real, {fake:,} fake, {n - real - fake:,} without a label"
     lines = [f"{count(n, 'image')} in {where}: {labels}; {captions:,} with a caption"]
     for key, value in report.items():
@@ -326,9 +326,8 @@ def _read_text(path: Path, data: _Data) -> pd.DataFrame:
         for number, line in enumerate(text.split("\n"), 1):
             try:
                 rows += [dict(json.loads(line))] if line.strip() else []
-            except (ValueError, TypeError) as error:
-                what = f"{path.name}: line {number} is not JSON ({error})"
-                raise InputError(f"{what}; expected an object per line, mend it") from None
+            except (ValueError, TypeError):
+                raise InputError(f"{path.name}: line {number} is not JSON; expected an object") from None
         return pd.DataFrame(rows)
     head = text.lstrip("\r\n").split("\n", 1)[0]
     separator = "\t" if ending == ".tsv" else max(",;\t|", key=head.count)
@@ -529,25 +528,21 @@ def _find_labels(
     if not usable and exact in unused:
         bad = ", ".join(map(repr, text[schema.LABEL].unique()[:8]))
         raise InputError(f"{data.what}: column {exact!r} holds {bad}; expected 0 or real, 1 or fake")
-    used = {*found.values(), *usable, *unused}
     data.report |= {
         "labels": "none found",
         "columns_not_used_as_labels": {printable(name): why for name, why in unused.items()},
-        "columns_not_used": [printable(c) for c in raw if c not in used],
+        "columns_not_used": [printable(c) for c in raw if c not in {*found.values(), *usable, *unused}],
     }
     if not usable:
         return pd.Series(pd.NA, index=raw.index), text[schema.GENERATOR]
-    name = usable[0]
-    how, label = readings[name]
+    how, label = readings[name := usable[0]]
     said_by = {f"column {name!r}": (label, raw[name])}
     said_by |= {f"column {c!r}": (readings[c][1], raw[c]) for c in readings if c != name}
     if (column := found.get(schema.GENERATOR)) not in (None, name):
         said_by[f"column {column!r}"] = _said_by_generators(text[schema.GENERATOR], label), raw[column]
     folders = paths.map(os.path.dirname).map(lambda folder: os.path.relpath(folder, data.base))
-    names = folders.map(
-        lambda folder: [name for name in map(read_name, Path(folder).parts) if name.sure == 2]
-    )
-    said = names.map(lambda some: {name.label for name in some} - {None})
+    names = folders.map(lambda folder: [*map(read_name, Path(folder).parts)])
+    said = names.map(lambda parts: {name.label for name in parts if name.sure == 2} - {None})
     values = said.map(lambda labels: labels.pop() if len(labels) == 1 else np.nan).astype(float)
     if values.notna().all() and values.nunique() == 2 and (label != values)[label.notna()].all():
         said_by["the folders of the images"] = values, folders

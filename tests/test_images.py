@@ -354,7 +354,7 @@ def test_file_size_is_bounded(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(b"x" * 100)
     monkeypatch.setattr(images, "MAX_FILE_BYTES", 99)
-    with pytest.raises(ImageError, match="has 100 bytes, the limit is 99"):
+    with pytest.raises(ImageError, match="has over 99 bytes; store it smaller"):
         read_bytes(path)
 
 
