@@ -105,8 +105,7 @@ def separation(x: np.ndarray, generator: np.ndarray, *, seed: int = 0, k: int = 
             near = (same.mean(), same.mean() - error, same.mean() + error)
             folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
             width = min(PCA_DIMENSIONS, part.shape[1], 4 * len(part) // 5 - 1)  # four folds of five
-            pca, classifier = PCA(width, random_state=seed), LogisticRegression(C=0.1, max_iter=500)
-            model = make_pipeline(pca, classifier)
+            model = make_pipeline(PCA(width, random_state=seed), LogisticRegression(C=0.1, max_iter=500))
             score = cross_val_predict(model, part, y, cv=folds, method="decision_function")
             size = effect_size(score[y == 1], score[y == 0])
             linear = (size["auroc"], size["auroc_low"], size["auroc_high"])

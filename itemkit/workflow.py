@@ -174,14 +174,8 @@ def add_pixels(
 ) -> Features:
     """Load ``pixels``, uint8 of shape (n, side_px, side_px, 3), for the controls that look at them.
 
-    Parameters
-    ----------
-    side_px : int
-        Images are scaled to this size.
-    transform : callable, optional
-        The one the features were made with, applied first.
-    crop : bool
-        Take the centre of images that are larger: scaling would remove what these controls look for.
+    The ``transform`` is the one that the features were made with. ``crop`` takes the centre of larger images:
+    scaling would remove what some controls look for.
     """
     pixels = np.empty((len(features), side_px, side_px, 3), np.uint8)
     names = features.table[[schema.PATH, schema.IMAGE_ID]]
@@ -206,16 +200,9 @@ def train_detector(
 ) -> Detector:
     """Train a detector on the train split, stop and calibrate it on the val split.
 
-    With few images it withholds what it cannot promise; each class needs one training image.
-
-    Parameters
-    ----------
-    representation : str
-        See ``itemkit.misalignment.REPRESENTATIONS``.
-    generators : sequence of str, optional
-        Fakes of these only, in both splits.
-    members : int
-        Heads whose log-odds are averaged.
+    With few images it withholds what it cannot promise; each class needs one training image. Fakes of
+    ``generators`` only take part, in both splits. The ``representation`` is one of
+    ``itemkit.misalignment.REPRESENTATIONS``; ``members`` are heads whose log-odds are averaged.
     """
     from itemkit.detector import Detector
     from itemkit.head import MisalignmentMLP
@@ -274,7 +261,7 @@ def detect(
     detector : path, optional
         Folder of a trained detector; the mini preset has its own.
     caption : str, optional
-        The user's caption; generated if not given.
+        The user's caption, in place of a generated one.
     fpr, fnr : float
         At most these shares of real (fake) images like the validation ones are called fake (real).
 
@@ -340,19 +327,18 @@ def _image_files(paths: str | Path | Iterable[str | Path]) -> Iterator[str]:
 def _answer(judge: Detector, one: Features, fpr: float, fnr: float, ignore: Sequence[str]) -> dict[str, Any]:
     verdict = judge.verdict(one, fpr, fnr, ignore).iloc[0]
     whole, *local = judge.explain(one, 0, ignore=ignore).to_dict("records")
-    objects = [
-        {"phrase": thing["text"], "box": [_number(thing[side], 1) for side in ("x0", "y0", "x1", "y1")]}
-        | {key: _number(thing[key]) for key in ("cosine", "real_below")}
-        for thing in local
-    ]
+    sides, fits = ("x0", "y0", "x1", "y1"), ("cosine", "real_below")
     return {
         **verdict[["path", "image_id", "verdict", "because"]],
         "seen": str(judge.seen(one)[0]),
         "p_fake": _number(verdict["p_fake"]),
         "caption": whole["text"],
-        "global_cosine": _number(whole["cosine"]),
-        "global_real_below": _number(whole["real_below"]),
-        "objects": objects,
+        **{f"global_{fit}": _number(whole[fit]) for fit in fits},
+        "objects": [
+            {"phrase": thing["text"], "box": [_number(thing[side], 1) for side in sides]}
+            | {fit: _number(thing[fit]) for fit in fits}
+            for thing in local
+        ],
         **one.provenance,
     }
 
