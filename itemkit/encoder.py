@@ -114,7 +114,7 @@ class Source(Located):
     """Where an encoder's files are and how open_clip must be called to read them."""
 
     open_clip_name: str  # as open_clip takes it: a name, or "local-dir:folder"
-    pretrained: str  # tag that was asked for, for the record
+    pretrained: str  # tag that was asked for
     config: dict[str, Any]  # the architecture, "model_cfg"
     preprocess: dict[str, Any]  # defaults included
     quick_gelu: bool  # weights trained with another activation than the named architecture has
@@ -148,14 +148,14 @@ def find_encoder(model: str | Path, pretrained: str | None = None) -> Source:
         preprocess = {key: given.get(key, value) for key, value in _PREPROCESS.items()} | {"size": list(size)}
         foreign = {str(key) for key in text.get("tokenizer_kwargs") or ()} - _TOKENIZER_OPTIONS
         int(config["embed_dim"])
+        # a folder holds its own tokenizer; a text tower of transformers always lies elsewhere
+        outside = dict.fromkeys([not in_folder and text.get("hf_tokenizer_name"), text.get("hf_model_name")])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{CONFIG_FILE} is not as open_clip writes it ({type(error).__name__}: {error})"
         raise located.refuse(reason) from None
     if foreign:
         remedy = f"Remove it; tokenizer_kwargs may have {', '.join(sorted(_TOKENIZER_OPTIONS))}."
         raise located.refuse(f"{CONFIG_FILE} gives the tokenizer the option '{min(foreign)}'", remedy)
-    # a folder holds its own tokenizer; a text tower of transformers always lies elsewhere
-    outside = {None if in_folder else text.get("hf_tokenizer_name"): None, text.get("hf_model_name"): None}
     folders = [located.path] if in_folder else []
     folders += [_outside(located, str(name)) for name in outside if name]
     if text.get("hf_tokenizer_name"):
@@ -264,10 +264,9 @@ class Encoder:
     dim : int
         Width d of the joint space.
     context_length : int
-        Tokens a text may have, start and end included; what is beyond is cut (see `count_tokens`).
+        Tokens a text may have, start and end included; what is beyond is cut.
     image_size, patch_grid : (int, int)
-        Rows and columns of the image tower's input, and of its patches; None where it has no patch embeddings
-        in the joint space.
+        Rows and columns of the tower's input, and of its patches; None without patches in the joint space.
     logit_scale : float
         The factor on cosines that the model was trained with.
     """

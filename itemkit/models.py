@@ -233,11 +233,7 @@ def looks_like_path(model: str | Path) -> bool:
 
 
 def find_place(model: str | Path, part: str) -> Located:
-    """Find the folder of a model, given as such or by its hub name; what is in it is for the caller to check.
-
-    A hub name is looked up in the hub's cache, main revision. Its library's ``snapshot_download`` refuses a
-    snapshot that lacks any file of the repository, also one nobody needs (weights in another format).
-    """
+    """Find a folder of a model, given as such or by its name in the hub's cache; it is not checked."""
     if looks_like_path(model):
         folder = Path(model).expanduser()
         what = f"{part} '{tidy(folder)}'"
@@ -246,6 +242,7 @@ def find_place(model: str | Path, part: str) -> Located:
         return Located(what, folder, "", folder.name)
     from huggingface_hub import constants
 
+    # not its `snapshot_download`, which refuses a snapshot that lacks any file, also one that nobody needs
     what, name = f"{part} '{model}'", str(model).removeprefix("hf-hub:").replace("/", "--")
     place = Path(constants.HF_HUB_CACHE) / f"models--{name}"
     try:
@@ -297,8 +294,7 @@ def require_tokenizer(located: Located, folder: Path | None = None) -> None:
     names = {file.name for file in settings_files(folder or located.path)}
     alone = {"tokenizer.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
     if not names & alone and not {"vocab.json", "merges.txt"} <= names:
-        wanted = "tokenizer.json, or vocab.txt, or vocab.json and merges.txt"
-        raise located.refuse(f"its tokenizer is missing ({wanted})")
+        raise located.refuse("its tokenizer is missing (tokenizer.json, or vocab.json and merges.txt)")
 
 
 def require_vocabulary(located: Located, size: int, room: int | None) -> None:
@@ -327,7 +323,6 @@ def check_settings(located: Located) -> None:
     """Refuse a folder whose settings are Git LFS pointers, or lead a library to code.
 
     All JSON files are read, at any depth of nesting: which of them a library looks at is its own affair.
-    Python files beside them do no harm as long as nothing names them.
     """
     for file in settings_files(located.path):
         check_file(file, located)
@@ -420,12 +415,11 @@ def files_hash(folder: Path, files: Iterable[Path]) -> str:
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file; computed once per path, size and modification time."""
     path = Path(path).resolve()
-    stat = path.stat()
-    return _file_hash(str(path), stat.st_size, stat.st_mtime_ns)
+    return _file_hash(path, path.stat().st_size, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1024)
-def _file_hash(path: str, size: int, mtime_ns: int) -> str:
+def _file_hash(path: Path, size: int, mtime_ns: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -493,7 +487,7 @@ def load_transformer(auto_class: Any, located: Located, **options: Any) -> Any:
     with reading(located), from_disk_only():
         model, info = auto_class.from_pretrained(located.path, **fixed, **options)
     missing = [k for k in info["missing_keys"] if not _HARMLESS_MISSING.search(k)]
-    wrong = [str(k[0] if isinstance(k, (tuple, list)) else k) for k in info["mismatched_keys"]]
+    wrong = [key for key, *_ in info["mismatched_keys"]]
     if missing or wrong:
         raise located.refuse(
             f"the weights do not fit the configuration beside them ({len(missing)} missing, {len(wrong)} of "
