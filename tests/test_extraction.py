@@ -282,7 +282,7 @@ def odd_files(folder):
     whole = png(1, (40, 40))
     files = {
         b"text.jpg": (b"hello", "decode", "image"),
-        b"empty.png": (b"", "read", "empty"),
+        b"empty.png": (b"", "decode", "empty"),
         b"cut.png": (whole[: len(whole) // 2], "decode", "truncated"),
         b"caf\xe9.png": (whole, "path", "not UTF-8"),
         "日本語 ☃.png".encode(): (whole, None, ""),
