@@ -9,18 +9,14 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from itemkit.errors import StoreError
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 LOCK_FILE = ".lock"
 _TMP = ".tmp-"
 
 
-def atomic_write(path: Path, content: Buffer) -> None:
+def atomic_write(path: Path, content: bytes | memoryview) -> None:
     """Write a buffer as a file that is either whole or absent; an old one is replaced only by a whole one."""
     tmp = path.with_name(f".{path.name}{_TMP}{os.getpid()}")
     try:

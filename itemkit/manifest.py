@@ -403,7 +403,7 @@ def _finish(parts: Iterable[pd.DataFrame], data: _Data) -> pd.DataFrame:
         "fake": int(is_fake.sum()),
         "generators": df.loc[is_fake, schema.GENERATOR].map(printable).value_counts().to_dict(),
         "splits": df[schema.SPLIT].dropna().map(printable).value_counts().to_dict(),
-        "splits_then": plan_splits(label, df[schema.SPLIT]).notes,
+        "splits_planned": plan_splits(label, df[schema.SPLIT]).notes,
         "captions": int(df[schema.CAPTION].notna().sum()),
         "notes": list(map(printable, data.notes)),
     }

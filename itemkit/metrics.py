@@ -181,9 +181,10 @@ def bootstrap(
 
 
 def effect_size(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
-    """How far a quantity (a cosine, say) differs between at least 2 real and 2 fake images, sign kept.
+    """How far a quantity (a cosine, say) differs between real and fake images, sign kept.
 
-    Positive d, and AUROC above one half, mean that the *real* images have the larger values.
+    Positive d, and AUROC above one half, mean that the *real* images have the larger values. With fewer than
+    two images of a class, or no spread in both, nothing can be said: all but the counts is nan.
 
     Returns
     -------
@@ -194,11 +195,10 @@ def effect_size(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
     """
     real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
     n_r, n_f = len(real), len(fake)
-    if min(n_r, n_f) < 2:
-        raise InputError(f"{n_r} real and {n_f} fake values; an effect size needs at least 2 of each")
+    names = ("d", "d_low", "d_high", "auroc", "auroc_low", "auroc_high")
+    if min(n_r, n_f) < 2 or max(np.ptp(real), np.ptp(fake)) == 0:
+        return {**dict.fromkeys(names, math.nan), "n_real": n_r, "n_fake": n_f}
     pooled = math.sqrt(((n_r - 1) * real.var(ddof=1) + (n_f - 1) * fake.var(ddof=1)) / (n_r + n_f - 2))
-    if not pooled > 0:
-        raise InputError("all values of each class are equal; an effect size needs some spread")
     d = float(real.mean() - fake.mean()) / pooled
     quantile = float(stats.norm.ppf((1 + LEVEL) / 2))
     half = quantile * math.sqrt((n_r + n_f) / (n_r * n_f) + d * d / (2 * (n_r + n_f)))
@@ -213,7 +213,5 @@ def effect_size(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
     else:
         bound = min(1.0, -math.log(1 - LEVEL) / min(n_r, n_f))
         low, high = (max(0.0, a - bound), min(1.0, a + bound))
-    return {
-        "d": d, "d_low": d - half, "d_high": d + half,
-        "auroc": a, "auroc_low": low, "auroc_high": high, "n_real": n_r, "n_fake": n_f,
-    }  # fmt: skip
+    values = (d, d - half, d + half, a, low, high)
+    return {**dict(zip(names, values, strict=True)), "n_real": n_r, "n_fake": n_f}

@@ -163,7 +163,7 @@ def test_what_will_become_of_the_splits_is_said(csv):
     df = read_manifest(csv("path,label,set\na0.png,0,Training\na1.png,1,Training\na2.png,0,holdout\n"))
     assert df["split"].tolist() == ["train", "train", "test"]
     assert "splits then: no image has split val: 'train' is divided" in "\n".join(describe_manifest(df))
-    assert df.attrs["report"]["splits"] == {"train": 2, "test": 1} and df.attrs["report"]["splits_then"]
+    assert df.attrs["report"]["splits"] == {"train": 2, "test": 1} and df.attrs["report"]["splits_planned"]
 
 
 def test_generators_among_the_labels(csv):  # as GRIP's tables have them

@@ -152,5 +152,10 @@ def test_degenerate_inputs_are_clear_errors():
         bootstrap([0, 1], [0.1, 0.2], metrics=["f1"])
     with pytest.raises(InputError, match="'accuracy'; .* accuracies need a threshold, chosen on validation"):
         bootstrap([0, 1], [0.1, 0.2], metrics=["accuracy"])
-    with pytest.raises(InputError, match="1 real and 3 fake values; an effect size needs at least 2"):
-        effect_size([1.0], [1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize("real", [[1.0], [], [2.0, 2.0]])
+def test_an_effect_that_nothing_can_be_said_of_is_nan_and_counted(real):
+    size = effect_size(real, [1.0] * 3)
+    assert (size.pop("n_real"), size.pop("n_fake")) == (len(real), 3)
+    assert np.isnan(list(size.values())).all()
