@@ -43,7 +43,7 @@ def random_encoder(name: str, device: torch.device, precision: str) -> Any:
     torch.manual_seed(0)
     model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=None)
     model = model.to(device=device, dtype=choose_precision(precision, device))
-    return Encoder(model, preprocess, open_clip.get_tokenizer(name), name=f"{name} (random weights)")
+    return Encoder(model, preprocess, open_clip.get_tokenizer(name), {"name": f"{name} (random weights)"})
 
 
 def random_captioner(size: str, device: torch.device, precision: str, tokens: int) -> Any:

@@ -7,21 +7,9 @@ README.md beside this file is the map.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from itemkit import _torchvision
-
-if TYPE_CHECKING:
-    from itemkit.detector import Detector as Detector
-    from itemkit.extraction import extract as extract
-    from itemkit.features import Features as Features
-    from itemkit.manifest import read_manifest as read_manifest
-    from itemkit.misalignment import represent as represent
-    from itemkit.models import Models as Models
-    from itemkit.presets import get_preset as get_preset
-    from itemkit.store import load_features as load_features
-    from itemkit.workflow import detect as detect
-    from itemkit.workflow import train_detector as train_detector
 
 __version__ = "0.1.0"
 

@@ -7,9 +7,8 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from itemkit.errors import StoreError
 
@@ -17,23 +16,12 @@ LOCK_FILE = ".lock"
 _TMP = ".tmp-"
 
 
-def atomic_write(path: Path, content: bytes | memoryview | Callable[[BinaryIO], object]) -> None:
-    """Write a file so that it is either whole or absent, whatever happens in between.
-
-    Parameters
-    ----------
-    path : Path
-        The final name; an existing file is replaced only when the new one is safely on disk.
-    content : bytes (or another buffer) or callable
-        What the file holds, or what gets an open binary file and fills it.
-    """
+def atomic_write(path: Path, content: bytes | memoryview) -> None:
+    """Write a buffer as a file that is either whole or absent; an old one is replaced only by a whole one."""
     tmp = path.with_name(f".{path.name}{_TMP}{os.getpid()}")
     try:
         with open(tmp, "wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp, path)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import importlib.machinery
 import sys
-from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -34,9 +33,7 @@ class _Finder:
     """Meta-path finder that only ever answers for the name ``torchvision``."""
 
     @staticmethod
-    def find_spec(
-        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "torchvision":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
@@ -66,11 +63,7 @@ def repair(folder: Path) -> None:
     global _library, status
     import torch
 
-    if status == REPAIRED:
-        return
-    names = [f"_C{suffix}" for suffix in (*importlib.machinery.EXTENSION_SUFFIXES, ".dll")]
-    library = next((folder / name for name in names if (folder / name).exists()), None)
-    if library is not None:
+    for library in folder.glob("_C.*"):
         with contextlib.suppress(OSError):
             torch.ops.load_library(str(library))
             return

@@ -17,7 +17,7 @@ from itemkit.features import OBJECT_ARRAYS, Features
 from itemkit.matrix import train_on_test_on
 from itemkit.metrics import LEVEL
 from itemkit.recipes import Recipe
-from itemkit.results import PAIR
+from itemkit.results import PAIR, POOLED
 
 
 def ablation(
@@ -36,11 +36,9 @@ def ablation(
 
     Parameters
     ----------
-    features : Features
-        With labels, generators and splits.
     questions : dict of dict
         Question -> option -> `Recipe`; the first option is the reference, usually the default.
-    seeds, train_generators, families, out, jobs
+    features, seeds, train_generators, families, out, jobs
         See `itemkit.matrix.train_on_test_on`.
 
     Returns
@@ -49,8 +47,7 @@ def ablation(
         ``question, option, reference`` (is it the first?), ``value, low, high``: mean over the unseen cells,
         with a t-interval over seeds; ``difference, difference_low, difference_high, difference_sd``: the same
         for option minus reference, paired by seed; ``cells_better``, share of the unseen (train, test) cells
-        in which the option's mean over seeds is higher; ``n_cells, n_seeds``. Intervals say what other
-        training draws and starts would do, on these generators and these test images.
+        in which the option's mean over seeds is higher; ``n_cells, n_seeds``.
 
     Raises
     ------
@@ -61,37 +58,28 @@ def ablation(
         raise InputError(f"question {lonely[0]!r} has one option or none; expected a reference and others")
     recipes: dict[str, Recipe] = {}
     names: dict[tuple[str, str], str] = {}  # one and the same recipe has one name, in whatever questions
+    first: dict[tuple, str] = {}
     for question, options in questions.items():
         for option, recipe in options.items():
-            same = (
-                name
-                for name, r in recipes.items()
-                if (r.config, r.train_images) == (recipe.config, recipe.train_images)
-                and r.features is recipe.features
-            )
-            name = next(same, f"{question}: {option}")
-            names[question, option], recipes[name] = name, recipe
+            same = (str(recipe.config or id(recipe)), recipe.train_images, id(recipe.features))
+            name = names[question, option] = first.setdefault(same, f"{question}: {option}")
+            recipes[name] = recipe
     study = train_on_test_on(
         features, recipes, seeds, train_generators=train_generators, families=families, metrics=("auroc",),
         n_boot=0, out=out, jobs=jobs,
     )  # fmt: skip
     for name, why in study.options["failures"].items():
         raise InputError(f"option {name!r} cannot be compared: {why}. Leave it out; what was trained is kept")
-    cells = study.table[
-        ~study.table["seen"] & study.table["test_generator"].isin(study.options["test_generators"])
-    ]
-    if cells.empty:
-        raise InputError(
-            "no generator is of another family than those trained on, so nothing is unseen; give images of "
-            "a second family"
-        )
-    wide = cells.pivot(index="seed", columns=["detector", *PAIR], values="value")
+    unseen = ~study.table["seen"] & (study.table["test_generator"] != POOLED)
+    if not unseen.any():
+        raise InputError("every generator is of a family trained on; give images of a second family")
+    wide = study.table[unseen].pivot(index="seed", columns=["detector", *PAIR], values="value")
     rows = []
     for question, options in questions.items():
         reference = next(iter(options))
         for option in options:
-            mine, first = (wide[names[question, name]] for name in (option, reference))
-            gap = mine - first
+            mine = wide[names[question, option]]
+            gap = mine - wide[names[question, reference]]
             value, difference = mine.mean(axis=1), gap.mean(axis=1)
             (low, high), (gap_low, gap_high) = _t_interval(value), _t_interval(difference)
             rows.append(
@@ -110,17 +98,10 @@ def _t_interval(values: pd.Series) -> tuple[float, float]:
 
 
 def what_matters(table: pd.DataFrame, least: float = 0.01) -> pd.DataFrame:
-    """Sum an ablation up: whether any option of a question differs from the reference by more than a little.
+    """Sum tables of `ablation` up: whether any option of a question differs by more than ``least``.
 
     Every option's interval is widened for as many comparisons as the question has (Bonferroni), so that "yes"
     is not the luck of the farthest of several.
-
-    Parameters
-    ----------
-    table : DataFrame
-        Of `ablation`; several may be concatenated.
-    least : float
-        Differences smaller than this do not matter, however certain they are.
 
     Returns
     -------
@@ -151,48 +132,41 @@ def what_matters(table: pd.DataFrame, least: float = 0.01) -> pd.DataFrame:
 def degrade_captions(
     table: pd.DataFrame, share: float, kinds: Sequence[str], colours: Sequence[str] = ()
 ) -> pd.Series:
-    """Make some objects of each caption wrong: another kind, or another colour before it.
+    """Captions by path in which some objects are wrong: another kind, or another colour before it.
 
     Parameters
     ----------
     table : DataFrame
         With ``image_id, path, caption``. The damage follows from the image's content alone.
     share : float
-        Probability that an object is made wrong. What is wrong at a small share stays so, and in the same
-        way, at a larger one.
-    kinds, colours : sequences of str
+        Probability that an object is made wrong; at a larger one it stays wrong in the same way.
+    kinds, colours
         Words of objects, and words that may stand before them.
-
-    Returns
-    -------
-    Series
-        Captions indexed by path, as `workflow.features` takes them.
     """
     if not 0 <= share <= 1 or len(kinds) < 2:
         raise InputError(f"share={share} and {len(kinds)} kinds; expected 0 to 1, and two kinds or more")
-    rows = table[[schema.CAPTION, schema.IMAGE_ID]].astype(str).itertuples(index=False)
-    texts = [_degrade(text, image_id, share, kinds, colours) for text, image_id in rows]
-    return pd.Series(texts, index=pd.Index(table[schema.PATH]), name=schema.CAPTION)
 
+    def degraded(text: str, image_id: str) -> str:
+        rng = np.random.default_rng([0, int(hashlib.sha256(image_id.encode()).hexdigest()[:16], 16)])
+        words = text.split(" ")
+        plain = [word.strip(",.") for word in words]
+        for i, word in enumerate(plain):
+            if word not in kinds:
+                continue
+            # all numbers are drawn whether used or not: the share decides how many objects, never how
+            wrong, which, pick = rng.random() < share, rng.random() < 0.5, rng.random()
+            if not wrong:
+                continue
+            at, group = (i - 1, colours) if which and i and plain[i - 1] in colours else (i, kinds)
+            others = [other for other in group if other != plain[at]]
+            chosen = others[int(pick * len(others))]
+            words[at] = words[at].replace(plain[at], chosen)
+            if at and plain[at - 1] in ("a", "an"):
+                words[at - 1] = "an" if chosen[0] in "aeiou" else "a"
+        return " ".join(words)
 
-def _degrade(text: str, image_id: str, share: float, kinds: Sequence[str], colours: Sequence[str]) -> str:
-    rng = np.random.default_rng([0, int(hashlib.sha256(image_id.encode()).hexdigest()[:16], 16)])
-    words = text.split(" ")
-    plain = [word.strip(",.") for word in words]
-    for i, word in enumerate(plain):
-        if word not in kinds:
-            continue
-        # all numbers are drawn whether used or not: the share decides how many objects, never how
-        wrong, which, pick = rng.random() < share, rng.random() < 0.5, rng.random()
-        if not wrong:
-            continue
-        at, group = (i - 1, colours) if which and i and plain[i - 1] in colours else (i, kinds)
-        others = [other for other in group if other != plain[at]]
-        chosen = others[int(pick * len(others))]
-        words[at] = words[at].replace(plain[at], chosen)
-        if at and plain[at - 1] in ("a", "an"):
-            words[at - 1] = "an" if chosen[0] in "aeiou" else "a"
-    return " ".join(words)
+    rows = table[[schema.CAPTION, schema.IMAGE_ID]].astype(str).to_numpy()
+    return pd.Series([degraded(*row) for row in rows], pd.Index(table[schema.PATH]), name=schema.CAPTION)
 
 
 def first_objects(features: Features, at_most: int) -> Features:

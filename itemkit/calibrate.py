@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,12 +44,8 @@ class Calibrator:
 def fit_calibrator(y: np.ndarray, s: np.ndarray, method: str = "temperature") -> Calibrator:
     """Fit the map from score to probability on validation images.
 
-    Parameters
-    ----------
-    y, s : vectors
-        Labels (1 fake) and scores of images that neither trained nor will test the detector. Both classes
-        are given half of the weight, so p(fake) means: if a real and a fake image are equally likely.
-    method : {"temperature", "platt"}
+    ``y, s`` are labels (1 fake) and scores of images that neither trained nor will test the detector. Both
+    classes are given half of the weight; ``method`` is "temperature" or "platt".
     """
     y, s = check_scores(y, s)
     # Platt's targets (n+1)/(n+2) instead of 0 and 1: without them separable validation scores would drive the
@@ -66,7 +61,7 @@ def fit_calibrator(y: np.ndarray, s: np.ndarray, method: str = "temperature") ->
         found = optimize.minimize_scalar(
             lambda k: log_loss(math.exp(k) * s), bounds=(-8, 8), method="bounded"
         )
-        return Calibrator("temperature", scale=math.exp(found.x))
+        return Calibrator(method, scale=math.exp(found.x))
     if method != "platt":
         raise InputError(f"method={method!r}: expected temperature or platt")
     centre, spread = float(np.mean(s)), float(np.std(s)) or 1.0
@@ -78,14 +73,14 @@ def fit_calibrator(y: np.ndarray, s: np.ndarray, method: str = "temperature") ->
 
     found = optimize.minimize(lambda w: log_loss(w[0] * z + w[1]), [1.0, 0.0], jac=gradient)
     scale = max(float(found.x[0]), 0.0)  # never turn a detector upside down
-    return Calibrator("platt", scale=scale / spread, offset=float(found.x[1]) - scale * centre / spread)
+    return Calibrator(method, scale=scale / spread, offset=float(found.x[1]) - scale * centre / spread)
 
 
 def _rank(rate: float, n: int) -> int:
     """Which of n calibration scores, counted from the wrong end, keeps a rate of errors; 0 if none does.
 
-    With the k-th of n exchangeable scores as threshold, the true rate follows Beta(k, n + 1 - k), whatever
-    the scores' distribution is (ties only lower it). Its mean is k / (n + 1).
+    With the k-th of n exchangeable scores as threshold, the true rate follows Beta(k, n + 1 - k), of mean
+    k / (n + 1), whatever the scores' distribution is (ties only lower it).
     """
     return math.floor(rate * (n + 1) + 1e-9)
 
@@ -96,12 +91,11 @@ def lacking(rate: float, n: int, label: int) -> str | None:
     The rate is of false positives (label 0, option fpr) or of missed fakes (label 1, option fnr); an
     InputError if it is no number between 0 and 1.
     """
-    option = ("fpr", "fnr")[label]
+    option, what = (("fpr", "false-positive rate"), ("fnr", "rate of missed fakes"))[label]
     if not 0 < rate < 1:
         raise InputError(f"{option}={rate}: expected a rate between 0 and 1, such as 0.05")
     if _rank(rate, n):
         return None
-    what = ("false-positive rate", "rate of missed fakes")[label]
     least = math.ceil(1000 / (n + 1)) / 1000  # the smallest rate that n images can promise, rounded up
     less = f"; --{option} {least:g} asks for less" if n else ""
     return (
@@ -112,18 +106,12 @@ def lacking(rate: float, n: int, label: int) -> str | None:
 
 @dataclass(frozen=True)
 class Threshold:
-    """A score above ``value`` is called fake.
-
-    At most ``fpr`` of real images is, on average over draws of validation images. ``rank`` is that of the
-    threshold among the ``n_real`` validation reals, from the top; ``low, high`` the 95 % interval of the true
-    rate for reals like these.
-    """
+    """A score above ``value`` is called fake."""
 
     value: float
-    fpr: float
-    n_real: int
-    rank: int
-    low: float
+    fpr: float  # share of reals that is called fake at most, on average over draws of validation images
+    n_real: int  # validation reals
+    low: float  # 95 % interval of the true rate for reals like these
     high: float
 
     @property
@@ -139,23 +127,16 @@ class Threshold:
 def threshold_at_fpr(real_scores: np.ndarray, fpr: float = 0.05) -> Threshold:
     """Threshold at a requested false-positive rate, with a promise that needs no assumption on the scores.
 
-    Parameters
-    ----------
-    real_scores : vector
-        Scores of real validation images that the detector was not trained on; an InputError if they are too
-        few for this rate says how many it takes.
-    fpr : float
-        See `Threshold`.
+    ``real_scores`` are those of real validation images that the detector was not trained on; if they are too
+    few for this rate, an InputError says how many it takes.
     """
     scores = np.sort(np.asarray(real_scores, np.float64))[::-1]
     n = len(scores)
     if reason := lacking(fpr, n, schema.REAL):
         raise InputError(reason)
-    if not np.isfinite(scores).all():
-        raise InputError("some validation scores are not finite")
     rank = _rank(fpr, n)
     low, high = stats.beta.ppf([0.025, 0.975], rank, n + 1 - rank)
-    return Threshold(float(scores[rank - 1]), fpr, n, rank, float(low), float(high))
+    return Threshold(float(scores[rank - 1]), fpr, n, float(low), float(high))
 
 
 def best_threshold(y: np.ndarray, s: np.ndarray) -> float:
@@ -178,19 +159,12 @@ def best_threshold(y: np.ndarray, s: np.ndarray) -> float:
 def conformal_p(calibration: np.ndarray, scores: np.ndarray, label: int) -> np.ndarray:
     """Split-conformal p-value of "this image belongs to that class", one class at a time.
 
-    Parameters
-    ----------
-    calibration, scores : vectors
-        Scores of n validation images of the class, and of new images.
-    label : {0, 1}
-        0: how many calibration reals look at least as fake. 1: how many calibration fakes look at least as
-        real.
-
     Returns
     -------
-    float array
-        (1 + count) / (n + 1). For a new image exchangeable with the calibration ones, P(p <= a) <= a for
-        every a (Vovk et al. 2005; class-conditional form: Vovk 2012).
+    float array, of the shape of ``scores``
+        (1 + count) / (n + 1), where count is how many of the n ``calibration`` scores of the class look at
+        least as fake (label 0) or as real (label 1). For a new image exchangeable with the calibration ones,
+        P(p <= a) <= a for every a (Vovk et al. 2005; class-conditional form: Vovk 2012).
     """
     ordered = np.sort(np.asarray(calibration, np.float64))
     below = np.searchsorted(ordered, scores, side="left" if label == schema.REAL else "right")
@@ -227,11 +201,7 @@ def proportion_interval(count: int, n: int) -> tuple[float, float]:
 
 
 def check_promises(
-    real_calibration: np.ndarray,
-    fake_calibration: np.ndarray,
-    real_new: np.ndarray,
-    fake_new: np.ndarray,
-    rates: Sequence[float] = (0.01, 0.05),
+    real_calibration: np.ndarray, fake_calibration: np.ndarray, real_new: np.ndarray, fake_new: np.ndarray
 ) -> pd.DataFrame:
     """Compare what thresholds and conformal verdicts promise with what happens on new images.
 
@@ -244,32 +214,29 @@ def check_promises(
     ----------
     real_calibration, fake_calibration, real_new, fake_new : vectors
         Scores of the validation images that set thresholds, and of images that nothing was chosen on.
-    rates : floats
-        Promised at most: reals above the threshold ("real" is ruled out), fakes for which "fake" is.
 
     Returns
     -------
     DataFrame
-        One row per class and rate: ``label, requested, realised, low, high`` (Clopper-Pearson),
-        ``likely_low, likely_high`` (beta-binomial), ``n_new, n_calibration, kept`` (not above what is
-        likely), ``note`` (why there is no promise, or nothing to hold it against; then numbers are empty).
+        For each class and each rate at which it is to be ruled out at most (1 and 5 %): ``label, requested,
+        realised, low, high`` (Clopper-Pearson), ``likely_low, likely_high`` (beta-binomial), ``n_new,
+        n_calibration, kept`` (not above what is likely), ``note`` (why there is no promise, or nothing to
+        hold it against; then numbers are empty).
     """
     rows = []
     for label, known, new in ((0, real_calibration, real_new), (1, fake_calibration, fake_new)):
-        for rate in rates:
+        for rate in (0.01, 0.05):
             n, m, numbers = len(new), len(known), np.full(5, np.nan)
             reason = lacking(rate, m, label)
             if n and not reason:
                 errors = int((conformal_p(known, new, label) <= rate).sum())
                 likely = stats.betabinom(n, _rank(rate, m), m + 1 - _rank(rate, m)).ppf([0.025, 0.975]) / n
                 numbers = np.array([errors / n, *proportion_interval(errors, n), *likely])
-            rows.append({
-                "label": schema.LABEL_NAMES[label], "requested": rate,
-                **dict(zip(("realised", "low", "high", "likely_low", "likely_high"), numbers, strict=True)),
-                "n_new": n, "n_calibration": m, "kept": not numbers[0] > numbers[4] + 1e-12,
-                "note": f"not promised: {reason}" if reason else "" if n else "no new images of this class",
-            })  # fmt: skip
-    return pd.DataFrame(rows)
+            kept = not numbers[0] > numbers[4] + 1e-12
+            note = f"not promised: {reason}" if reason else "" if n else "no new images of this class"
+            rows.append((schema.LABEL_NAMES[label], rate, *numbers, n, m, kept, note))
+    names = "label requested realised low high likely_low likely_high n_new n_calibration kept note"
+    return pd.DataFrame(rows, columns=names.split())
 
 
 def promise_sentences(table: pd.DataFrame) -> list[str]:

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-# -- captions of the user's ----------------------------------------------------------------------------------
-
 # Belongs in the fingerprint of a run with users' captions: raise it when a rule below changes.
 CLEAN_VERSION = 3
 MAX_CHARACTERS = 4000  # of a posted text; what is beyond is no caption, and no encoder reads it
@@ -59,11 +57,9 @@ def clean_caption(text: str) -> str:
     """Turn a caption as people post it into one that a text encoder can read.
 
     HTML, web addresses, @mentions, emoji and other pictographs go (CLIP's tokenizers split those into bytes);
-    hashtags stay as words ("#GoldenHour_2024" becomes "Golden Hour 2024"), fancy letters become plain,
-    repeated punctuation, white space and quotation marks around the whole are reduced. Other languages are
-    left as they are: most CLIP models read English only. All this is repeated until nothing changes
-    ("&amp;lt;b&amp;gt;" is a tag), so that cleaning a clean caption changes nothing. Of very long texts the
-    first 4,000 characters are read. The result may be empty; that counts as a missing caption.
+    hashtags stay as words, fancy letters become plain, repeated punctuation, white space and quotation marks
+    around the whole are reduced; again and again, so that a clean caption stays as it is. Of very long texts
+    the first 4,000 characters are read. An empty result counts as a missing caption.
 
     >>> clean_caption("&lt;b&gt;Tom &amp; Jerry&lt;/b&gt; @joe #GoldenHour")
     'Tom & Jerry Golden Hour'
@@ -97,45 +93,35 @@ def _readable(character: str) -> str:
     return " " if category in ("So", "Cs", "Co", "Cn", "Cc") else character
 
 
-# -- captions of a model -------------------------------------------------------------------------------------
-
-DEFAULT_MAX_NEW_TOKENS = 40
-# Each step of the decoder reads all its weights once for the whole batch: BLIP base, 20 tokens, took 396 ms
-# per image in batches of 4, 154 in 16 and 100 in 32 (bfloat16, 2 shared cores). More gains little, and the
-# keys and values of 577 patches are 42 MB per image in float32.
+# BLIP base, 20 tokens, took 396 ms per image in batches of 4, 154 in 16 and 100 in 32 (bfloat16, 2 shared
+# cores). More gains little, and the keys and values of 577 patches are 42 MB per image in float32.
 CPU_BATCH, GPU_BATCH = 32, 128
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption, perhaps empty, and how sure the captioner was.
-
-    ``logprob`` is the mean log-probability per generated token, the end token included; NaN for a user's
-    caption. It needs no joint space, so it is the control that tells whether the joint space adds anything.
-    """
+    """A caption, perhaps empty, and how sure the captioner was."""
 
     text: str
+    # Mean log-probability per generated token, the end token included; NaN for a user's caption. It needs no
+    # joint space, so it is the control that tells whether the joint space adds anything.
     logprob: float = math.nan
 
 
 def as_captions(made: Any, n: int) -> list[Caption]:
-    """What a captioner returned for ``n`` images, checked; a plain string is a caption, its logprob unknown.
-
-    Raises
-    ------
-    InputError
-        Not one text for each image.
-    """
-    found = [Caption(item) if isinstance(item, str) else item for item in made or ()]
-    if isinstance(made, str) or len(found) != n:
-        got = "one text" if isinstance(made, str) else f"{len(found)} captions"
+    """What a captioner returned for ``n`` images, texts or `Caption`; an InputError if not one for each."""
+    given = list(made or ())
+    if isinstance(made, str) or len(given) != n:
+        got = "one text" if isinstance(made, str) else f"{len(given)} captions"
         raise InputError(f"the captioner returned {got} for {n} images; expected a list of one for each")
-    for caption in found:
-        if not isinstance(getattr(caption, "text", None), str):
-            raise InputError(f"the captioner returned {caption!r:.60}; expected a text, or a Caption")
-    # not all of Unicode can be stored
-    plain = [caption.text.encode("utf-8", "replace").decode() for caption in found]
-    return [Caption(text, getattr(c, "logprob", math.nan)) for text, c in zip(plain, found, strict=True)]
+    found = []
+    for item in given:
+        text = getattr(item, "text", item)
+        if not isinstance(text, str):
+            raise InputError(f"the captioner returned {item!r:.60}; expected a text, or a Caption")
+        text = text.encode("utf-8", "replace").decode()  # not all of Unicode can be stored
+        found.append(Caption(text, getattr(item, "logprob", math.nan)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -144,7 +130,7 @@ class Decoding:
 
     num_beams: int = 1  # 1 is greedy; more is slower and reads smoother
     min_new_tokens: int = 0
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS  # lowered to what the text decoder has positions for
+    max_new_tokens: int = 40  # lowered to what the text decoder has positions for
     prompt: str = ""  # that the caption continues, or a question; it is not part of the caption
 
     def __post_init__(self) -> None:
@@ -160,8 +146,7 @@ class Captioner:
         self, model: Any, processor: Any, tokenizer: Any, decoding: Decoding, record: Mapping[str, Any]
     ) -> None:
         self.model, self.processor, self.tokenizer = model, processor, tokenizer
-        parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device, self.dtype = model.device, model.dtype
         self.batch_size = CPU_BATCH if self.device.type == "cpu" else GPU_BATCH
         self._end_ids, room = _text_limits(model)
         least, most = min(decoding.min_new_tokens, room), min(decoding.max_new_tokens, room)
@@ -188,15 +173,14 @@ class Captioner:
 
         options = asdict(self.decoding)
         del options["prompt"]
-        with torch.no_grad():
-            out = self.model.generate(
-                **self._inputs(images),
-                **options,
-                do_sample=False,
-                max_length=None,  # a folder's generation settings may carry one; max_new_tokens is the limit
-                return_dict_in_generate=True,
-                output_logits=True,  # before length or repetition rules: what the model itself holds likely
-            )
+        out = self.model.generate(
+            **self._inputs(images),
+            **options,
+            do_sample=False,
+            max_length=None,  # a folder's generation settings may carry one; max_new_tokens is the limit
+            return_dict_in_generate=True,
+            output_logits=True,  # before length or repetition rules: what the model itself holds likely
+        )
         beams = out.get("beam_indices")
         if beams is None:  # greedy: row i comes from row i
             beams = torch.arange(len(images), device=self.device)[:, None].expand(-1, len(out.logits))
@@ -216,33 +200,22 @@ class Captioner:
         try:
             inputs = self.processor(images=rgb, return_tensors="pt", **text)
         except (ValueError, TypeError) as error:
-            raise InputError(
-                f"{type(self.model).__name__} takes no images with the prompt '{prompt}' ({error}). Set the "
-                "captioner option prompt= as its model card describes"
-            ) from error
+            name = type(self.model).__name__
+            raise InputError(f"{name} takes no images with the prompt '{prompt}': {error}") from error
         return BatchFeature(dict(inputs)).to(self.device, self.dtype)
 
 
 def load_captioner(
     model: str | Path, device: str | torch.device = "auto", precision: str = "auto", **decoding: Any
 ) -> Captioner:
-    """Load a captioning model from this machine.
+    """Load a captioning model from this machine: BLIP, BLIP-2, GIT, ViT-GPT2, or any other with `generate`.
 
-    Parameters
-    ----------
-    model : str or Path
-        A transformers folder or a hub name: BLIP, BLIP-2, GIT, ViT-GPT2 (VisionEncoderDecoder), or any other
-        model with a processor and `generate`.
-    device, precision
-        See `itemkit.devices`.
-    **decoding
-        Fields of `Decoding`: num_beams, min_new_tokens, max_new_tokens, prompt.
+    ``model`` is a transformers folder or a hub name, ``decoding`` are fields of `Decoding`.
 
     Raises
     ------
     ModelNotFound
-        Not on this machine, not whole, or not a captioner. Nothing is downloaded and nothing is filled with
-        random numbers.
+        Not on this machine, not whole, or not a captioner; nothing is downloaded.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -252,20 +225,17 @@ def load_captioner(
     dtype = choose_precision(precision, chosen)
     network = load_transformer(AutoModelForImageTextToText, located, dtype=dtype)
     room = getattr(network.config.get_text_config(decoder=True), "vocab_size", None)
-    processor, image_processor, tokenizer = load_processor(located, room, reads_text=False)
+    processor, tokenizer = load_processor(located, room)
     record = located.fingerprint(precision=precision, decoding=asdict(options))
-    return Captioner(network.to(chosen), processor or image_processor, tokenizer, options, record)
+    return Captioner(network.to(chosen), processor, tokenizer, options, record)
 
 
 def _mean_until_end(tokens: Tensor, logprobs: Tensor, end_ids: Sequence[int]) -> Tensor:
     """Mean of each row up to its first end token, that included; what follows is padding."""
-    import torch
-
-    ended = torch.isin(tokens, torch.tensor(list(end_ids), device=tokens.device))
-    before = ended.cumsum(dim=1) - ended.long()  # end tokens strictly before this position
-    counted = (before == 0).float()
+    ended = (tokens[..., None] == tokens.new_tensor(list(end_ids))).any(dim=-1)
+    counted = ended.cumsum(dim=1) == ended  # no end token strictly before this position
     # where, not a product: an impossible padding token has -inf, and -inf * 0 is NaN
-    return torch.where(counted > 0, logprobs, 0.0).sum(dim=1) / counted.sum(dim=1)
+    return logprobs.where(counted, 0.0).sum(dim=1) / counted.sum(dim=1)
 
 
 def _text_limits(model: Any) -> tuple[list[int], int]:

@@ -52,12 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except (ItemkitError, OSError) as error:  # the latter: a folder that may not be written, a full disk
         _say(f"itemkit: {error}")
-        return 2
     except MemoryError as error:
         _say(f"itemkit: the memory is full ({error}); close other programs, or take a smaller --batch-size")
-        return 2
     except KeyboardInterrupt:
         return 130
+    return 2
 
 
 def _print(*lines: object, file: Any = None) -> None:
@@ -111,7 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     # options that several commands share
-    parts, machine, images, rates = (argparse.ArgumentParser(add_help=False) for _ in range(4))
+    parts, machine, images, rates, store = (argparse.ArgumentParser(add_help=False) for _ in range(5))
+    store.add_argument("features", type=Path, help="feature store")
     for part, kinds in PARTS.items():
         parts.add_argument(f"--{part}", help=f"another {part}: {kinds}")
     option = machine.add_argument
@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--fpr", type=_share, default=0.05, help="share of real images that may be called fake")
     option("--fnr", type=_share, default=0.05, help="share of fake images that may be called real")
 
-    def add(run: Callable[[argparse.Namespace], int], *shared: Any) -> Callable[..., Any]:
+    def add(run: Callable[[argparse.Namespace], int | None], *shared: Any) -> Callable[..., Any]:
         about: dict[str, Any] = {"help": run.__doc__, "description": run.__doc__, "epilog": STATUS}
         command = commands.add_parser(run.__name__, parents=[*shared], formatter_class=_Help, **about)
         command.set_defaults(command=run)
@@ -149,15 +149,12 @@ def _parser() -> argparse.ArgumentParser:
     option("--figure", type=Path, metavar="FOLDER", help="also draw it: audit.pdf, .png and .csv")
     option("--equalise", type=Path, metavar="FOLDER", help="write a copy with equal size and codec")
     option("--size", type=_positive, metavar="PX", help="side of the equalised squares; 224 without it")
-    option("--codec", choices=("jpeg", "png"), help="codec of the equalised images; jpeg without it")
-    option("--quality", type=_positive, help="JPEG quality of the equalised images; 90 without it")
 
     option = add(extract, images, models)
     option("manifest", help="CSV, Parquet or folder")
     option("--out", required=True, type=Path, help="the feature store to make or to continue")
     option("--captions", default="generate", choices=("generate", "user"), help="whose captions")
-    missing = ("raise", "generate", "error")
-    option("--missing", default="raise", choices=missing, help="what to do without a user's caption")
+    option("--missing", default="raise", choices=("raise", "generate", "error"), help="where there is none")
     option("--batch-size", type=_positive, help="images per batch; by device without it")
     option("--limit", type=_positive, help="first rows only")
     option("--engine", default="local", choices=("local", "ray"), help="this process, or Ray workers")
@@ -165,20 +162,19 @@ def _parser() -> argparse.ArgumentParser:
     option("--workers", type=_positive, default=2, help="Ray workers")
     option("--gpus-per-worker", type=float, default=0, help="GPUs of each Ray worker")
     option("--cpus-per-worker", type=float, default=1, help="processor cores of each Ray worker")
-    scaled = "decode large JPEG files at a fraction, shorter side at least this: quicker, another store"
-    option("--scaled-jpeg", type=_positive, metavar="PIXELS", help=scaled)
+    option(
+        "--scaled-jpeg", type=_positive, metavar="PX", help="decode JPEGs to a shorter side of at least PX"
+    )
     option("--perturb", help="apply a perturbation first, e.g. jpeg_q50")
     option("--retry-errors", action="store_true", help="try images again that were found to be damaged")
 
-    option = add(train, rates, machine)
-    option("features", type=Path, help="feature store")
+    option = add(train, store, rates, machine)
     option("--out", required=True, type=Path, help="folder for the detector")
     option("--representation", default="absolute", help="which misalignment")
     option("--train-on", nargs="+", metavar="GENERATOR", help="fakes of these generators only")
     option("--members", type=_positive, default=5, help="heads whose answers are averaged")
 
-    option = add(evaluate, rates, machine)
-    option("features", type=Path, help="feature store")
+    option = add(evaluate, store, rates, machine)
     option("--detector", required=True, type=Path, help="folder of a detector")
     option("--split", help="split to evaluate; without it test, or all of a set that came without splits")
     option("--csv", type=Path, help="also write all metrics, one row each")
@@ -189,21 +185,17 @@ def _parser() -> argparse.ArgumentParser:
     option("--caption", help="use this caption instead of a generated one (one image)")
     option("--json", action="store_true", help="one JSON object per image and line")
 
-    option = add(export)
-    option("features", type=Path, help="feature store")
+    option = add(export, store)
     option("--to", required=True, type=Path, metavar="FOLDER", help="a new or empty folder")
-    kinds = "clip-retrieval: images and captions as it keeps them, float16; numpy: everything, with objects"
-    option("--format", required=True, choices=("clip-retrieval", "numpy"), help=kinds)
+    option("--format", required=True, choices=("clip-retrieval", "numpy"), help="numpy holds objects, too")
 
     option = add(study, images, models)
-    each = "without it: train on each generator of --data, test on each"
-    option("--protocol", help=f"genimage, ufd19, forensynths or mini; {each}")
+    option("--protocol", help="genimage, ufd19, forensynths or mini; without it each generator against each")
     option("--data", metavar="ROOT", help="CSV, Parquet or folder; mini has images of its own")
     option("--out", default="results", type=Path, help="the study goes to a folder of its own in it")
     option("--captions", default="generate", choices=("generate", "user"), help="whose captions")
     option("--seeds", type=_positive, default=5, help="each draws other training images")
-    scores = {"action": "append", "default": [], "metavar": "NAME=CSV"}
-    option("--scores", **scores, help="scores of a detector run elsewhere")
+    option("--scores", action="append", default=[], metavar="NAME=CSV", help="of a detector run elsewhere")
     option("--without", action="append", default=[], metavar="CONTROL", help="leave out, e.g. cnn")
     option("--skip-missing", action="store_true", help="go on without test sets that are not there")
     option("--per-set", type=_positive, metavar="N", help="at most N images of a set, class and split")
@@ -215,19 +207,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _preset(args: argparse.Namespace, use_variable: bool = True) -> Preset:
+def _preset(args: argparse.Namespace) -> Preset:
     from itemkit.presets import get_preset
 
     parts = {part: getattr(args, part) for part in PARTS if getattr(args, part)}
-    return get_preset(args.preset, getattr(args, "models", None), use_variable=use_variable, **parts)
+    return get_preset(args.preset, getattr(args, "models", None), **parts)
 
 
 def _manifest(args: argparse.Namespace, data: str) -> pd.DataFrame:
     """Read a manifest, and say what was found and what was left out before anything expensive begins."""
     from itemkit.manifest import describe_manifest, read_manifest
 
-    options = {"root": args.root, "real_root": args.real_root, "images_to": args.images_to}
-    manifest = read_manifest(data, args.layout, **options)
+    roots = {name: getattr(args, name) for name in ("root", "real_root", "images_to")}
+    manifest = read_manifest(data, args.layout, **roots)
     _say(*describe_manifest(manifest))
     return manifest
 
@@ -273,10 +265,8 @@ def audit(args: argparse.Namespace) -> int:
     from itemkit.images import EqualiseConfig
     from itemkit.text import write_csv
 
-    given = {k: getattr(args, k) for k in ("size", "codec", "quality") if getattr(args, k) is not None}
-    if given and not args.equalise:
-        raise InputError(f"--{next(iter(given))} goes with --equalise FOLDER, which says where to write")
-    config = EqualiseConfig(**given)
+    if args.size and not args.equalise:
+        raise InputError("--size goes with --equalise FOLDER, which says where to write")
     manifest = _manifest(args, args.manifest)
     first = audit(manifest, by=args.by, progress=True)
     _print(*first.to_text().split("\n"))
@@ -284,13 +274,14 @@ def audit(args: argparse.Namespace) -> int:
     if args.csv:
         write_csv(pd.concat([first.table.assign(set="all"), first.parts]), args.csv)
     if args.equalise:
+        config = EqualiseConfig(size=args.size or EqualiseConfig.size)
         equalised = equalise_folder(manifest, args.equalise, config, progress=True)
         reports["equalised"] = audit(equalised, by=args.by, progress=True)
         _print("", f"After equalising into {args.equalise}:", "")
         _print(*reports["equalised"].to_text(before=first).split("\n"))
     if args.figure:
         _draw_audit(reports, args.figure)
-    return int(any(report.left_out for report in reports.values()))
+    return int(any(len(report.errors) for report in reports.values()))
 
 
 def _draw_audit(reports: dict[str, Any], folder: Path) -> None:
@@ -300,16 +291,15 @@ def _draw_audit(reports: dict[str, Any], folder: Path) -> None:
     from itemkit import plots
 
     plots.style()
-    table = pd.concat([report.table.assign(data=name) for name, report in reports.items()])
-    table = table.rename(columns={"auroc": "value"}).dropna(subset="value")
-    table = table[["property", "data", "value", "low", "high"]]
+    parts = [report.table.assign(data=name, n=len(report.measurements)) for name, report in reports.items()]
+    table = pd.concat(parts).rename(columns={"auroc": "value"}).dropna(subset="value")
     if not len(table):
         raise InputError("--figure draws how well each property separates two classes, and here is one")
     fig, ax = plt.subplots(figsize=(5.5, 0.8 + 0.25 * table["property"].nunique()))
-    hue = "data" if len(reports) > 1 else None
-    plots.intervals(ax, table, y="property", hue=hue, xlabel="AUROC of this property alone", reference=0.5)
-    n = ", ".join(f"{name}: n = {len(report.measurements):,}" for name, report in reports.items())
-    plots.save(fig, "audit", table, folder, f"95 % intervals; dotted: chance; {n}")
+    xlabel = "AUROC of this property alone"
+    plots.intervals(ax, table, y="property", hue="data", xlabel=xlabel, reference=0.5)
+    drawn = table[["property", "data", "value", "low", "high", "n"]]
+    plots.save(fig, "audit", drawn, folder, "95 % intervals; dotted: chance")
 
 
 def extract(args: argparse.Namespace) -> int:
@@ -338,26 +328,18 @@ def extract(args: argparse.Namespace) -> int:
     return int(bool(report.errors or report.left))
 
 
-def train(args: argparse.Namespace) -> int:
+def train(args: argparse.Namespace) -> None:
     """Train a detector on the train split of a feature store, calibrate it on val."""
-    from itemkit.workflow import train_detector
+    from itemkit.workflow import statements, train_detector
 
     features = _features(args.features)
-    _say(f"splits: {features.run.get('splits', 'as given')}")
-    options = {"members": args.members, "device": args.device}
-    detector = train_detector(features, args.representation, args.train_on, **options)
+    _say(f"splits: {features.run['splits']}")
+    detector = train_detector(features, args.representation, args.train_on, args.members, args.device)
     detector.save(args.out)
-    _print(f"detector written to {args.out}")
-    with contextlib.suppress(InputError):  # too few real images: the lines below say how many it takes
-        at = f"at {100 * args.fpr:g} % false positives"
-        _print(f"its threshold {at}: {detector.threshold(args.fpr).statement}")
-    _say(*(f"itemkit: warning: {note}" for note in detector.notes))
-    for reason in detector.lacking(args.fpr, args.fnr):
-        _say(f"itemkit: warning: {reason}; until then verdicts are withheld, all else comes")
-    return 0
+    _print(f"detector written to {args.out}", *statements(detector, args.fpr, args.fnr))
 
 
-def evaluate(args: argparse.Namespace) -> int:
+def evaluate(args: argparse.Namespace) -> None:
     """Metrics with intervals on the test split, for each generator; and what was promised."""
     import pandas as pd
 
@@ -371,43 +353,37 @@ def evaluate(args: argparse.Namespace) -> int:
     detector, made = Detector.load(args.detector, args.device), features.provenance
     given = pd.read_parquet(args.features / MANIFEST_FILE, columns=[schema.SPLIT])[schema.SPLIT].notna().any()
     labelled = features.table[schema.LABEL].notna()
-    which = f"split '{args.split or 'test'}' ({features.run.get('splits', 'splits as given')})"
     if not (args.split or given) and labelled.any() and not any(detector.seen(features)):
         which = "all, since they came without splits and the detector has seen none of them"
         test = features.select(labelled)
     else:
-        test = features.split(args.split or "test")
+        split = args.split or "test"
+        which, test = f"split '{split}' ({features.run['splits']})", features.split(split)
     table, shown, lines = workflow.evaluate(detector, test, args.fpr, args.fnr)
+    try:
+        kept = promise_sentences(detector.promises(test))
+    except InputError as reason:  # the detector knows all of these images; their metrics stand all the same
+        kept = [f"not checked: {reason}"]
     _print(
         f"{count(len(test), 'image')}: {which}",
         f"made with itemkit {made['itemkit']}, preset {made['preset']}, models {made['models']}",
         f"95 % intervals over images; threshold and verdicts at --fpr {args.fpr:g} and --fnr {args.fnr:g}",
-        "",
-        *shown.to_string(index=False).split("\n"),
-        "",
-        *lines,
+        *["", *shown.to_string(index=False).split("\n")],
+        *["", *lines],
+        *["", "What was promised, and what happened:", *(f"  {line}" for line in kept)],
     )
-    try:
-        lines = promise_sentences(detector.promises(test))
-    except InputError as reason:  # the detector knows all of these images; their metrics stand all the same
-        lines = [f"not checked: {reason}"]
-    _print("", "What was promised, and what happened:", *(f"  {line}" for line in lines))
     if args.csv:
-        about = {"about" if key == "note" else key: value for key, value in made.items()}
-        write_csv(table.assign(**about), args.csv)
-    return 0
+        write_csv(table.assign(about=made.pop("note"), **made), args.csv)
 
 
-def export(args: argparse.Namespace) -> int:
+def export(args: argparse.Namespace) -> None:
     """Embeddings of a feature store in the files of other tools."""
-    from itemkit.export import export_clip_retrieval, export_numpy
-    from itemkit.store import load_features
+    from itemkit.export import export
     from itemkit.text import count
 
-    features = load_features(args.features)
-    (export_numpy if args.format == "numpy" else export_clip_retrieval)(features, args.to)
+    features = _features(args.features)
+    export(features, args.to, args.format)
     _print(f"{count(len(features), 'image')} written to {args.to}")
-    return 0
 
 
 def study(args: argparse.Namespace) -> int:
@@ -434,29 +410,26 @@ def detect(args: argparse.Namespace) -> int:
 
     if args.caption is not None and (len(args.images) > 1 or os.path.isdir(args.images[0])):
         raise InputError("--caption goes with one image, got several; run detect once for each")
-    rates = {"fpr": args.fpr, "fnr": args.fnr}
-    failed = 0
-    for answer in detect(args.images, _preset(args), args.detector, args.device, args.caption, **rates):
-        failed += "error" in answer
-        if args.json:
-            print(json.dumps(answer, allow_nan=False), flush=True)
-        else:
-            _print(*_answer(answer))
-    return int(failed > 0)
+    status, rates = 0, (args.fpr, args.fnr)
+    for answer in detect(args.images, _preset(args), args.detector, args.device, args.caption, *rates):
+        status = int("error" in answer or status)
+        _print(*([json.dumps(answer, allow_nan=False)] if args.json else _answer(answer)))
+    return status
 
 
 def _answer(answer: dict[str, Any]) -> Iterable[str]:
     """One image's answer as lines of text."""
+    if "error" in answer:
+        yield answer["path"]
+        yield f"  not judged: {answer['error']}"
+        return
 
     def fit(cosine: float, below: float | None, which: str) -> str:
         share = "an unknown share" if below is None else f"{below:.0%}"
         return f"cosine {cosine:.3f}; {share} of {which} less well"
 
-    seen = {"train": " (trained with this very image)", "val": " (calibrated with this very image)"}
-    yield answer["path"] + seen.get(answer.get("seen", ""), "")
-    if "error" in answer:
-        yield f"  not judged: {answer['error']}"
-        return
+    seen = {"train": " (trained with this very image)", "val": " (calibrated with this very image)", "": ""}
+    yield answer["path"] + seen[answer["seen"]]
     yield f"  verdict  {answer['verdict']}, p(fake) = {answer['p_fake']:.2f} ({answer['because']})"
     yield f"  caption  {answer['caption']}"
     known = "validation reals fit their caption"
@@ -467,16 +440,15 @@ def _answer(answer: dict[str, Any]) -> Iterable[str]:
         yield f"  local    {thing['phrase']} in box ({box}): {how}"
     if not answer["objects"]:
         yield "  local    the caption names no object; judged by the whole image"
-    if answer.get("note"):
+    if answer["note"]:
         yield f"  note     {answer['note']}"
 
 
-def download(args: argparse.Namespace) -> int:
+def download(args: argparse.Namespace) -> None:
     """Fetch the models of a preset once, where a model hub can be reached."""
     from itemkit.download import download
 
-    # ITEMKIT_MODELS may be set already, for the runs to come, and name the very folder that is to be filled
-    download(_preset(args, use_variable=False), args.to, report=_print)
+    os.environ.pop("ITEMKIT_MODELS", None)  # it may be set for later, to the folder that is to be filled
+    download(_preset(args), args.to, report=_print)
     if args.to:
         _print(f"use it with --models {args.to}")
-    return 0

@@ -1,7 +1,8 @@
 """Controls and baselines: what the misalignment must beat before a number of it means something.
 
-Each is a `Scorer`, the interface that the detector has too: ``fit(train, val)`` on features, then
-``decision_function(features)``, higher for fake. One table, `CONTROLS`, says which question each answers.
+Each is a scorer, as the detector is: ``fit(train, val)`` on features, where ``val`` is for early stopping
+only, then ``decision_function(features)``, one number per image, higher for fake. One table, `CONTROLS`, says
+which question each answers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from itemkit.devices import choose_device
 from itemkit.errors import InputError
 from itemkit.features import Features
 from itemkit.head import MisalignmentMLP
+from itemkit.images import jpeg_bytes
 from itemkit.misalignment import RepresentationConfig, get_representation, represent
 from itemkit.text import did_you_mean
 
@@ -37,20 +39,10 @@ CHUNK = 256  # images at a time
 RESIDUAL_LIMIT = 3  # residuals are clipped to -3..3
 RESIDUAL_STEP = 2  # grey levels per unit of residual
 NEEDS = {
-    "pixels": "the images themselves: dataclasses.replace(features, pixels=array of shape (n, h, w, 3))",
+    "pixels": "the images themselves: dataclasses.replace(features, pixels=uint8 array (n, h, w, 3))",
     "generic_emb": "the embedding of a generic caption: generic_emb",
     "caption_logprob": "caption likelihoods: captions from a captioner that reports them",
 }
-
-
-class Scorer(Protocol):
-    """Anything that learns from features and gives each image a score."""
-
-    def fit(self, train: Features, val: Features) -> Any:
-        """Learn; ``val`` is for early stopping only."""
-
-    def decision_function(self, features: Features) -> np.ndarray:
-        """Score of each image, higher for fake."""
 
 
 class FeatureScorer:
@@ -92,22 +84,17 @@ class NearestNeighbour(BaseEstimator):
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         """Nearest fake minus nearest real cosine."""
-
-        def score(part: np.ndarray) -> np.ndarray:
-            real, fake = ((part @ bank.T).max(1) for bank in self.banks_)
-            return fake - real
-
-        return in_chunks(score, X / np.linalg.norm(X, axis=1, keepdims=True))
+        X = X / np.linalg.norm(X, axis=1, keepdims=True)
+        cosines = in_chunks(lambda part: np.stack([(part @ bank.T).max(1) for bank in self.banks_], 1), X)
+        return cosines[:, 1] - cosines[:, 0]
 
 
 def pixels(features: Features) -> np.ndarray:
     """The images of a set of features, checked: uint8 array (n, h, w, 3)."""
     x = features.pixels
     if x is None or x.ndim != 4 or len(x) != len(features) or x.shape[3] != 3 or x.dtype != np.uint8:
-        raise InputError(
-            f"pixels of these features: {'none' if x is None else f'{x.dtype} of shape {x.shape}'}; expected "
-            f"dataclasses.replace(features, pixels=uint8 array of shape ({len(features)}, h, w, 3))"
-        )
+        got = "none" if x is None else f"{x.dtype} of shape {x.shape}"
+        raise InputError(f"pixels of {len(features)} images: {got}; expected {NEEDS['pixels']}")
     return x
 
 
@@ -140,21 +127,14 @@ def noise_residual(features: Features) -> np.ndarray:
     """
     levels = 2 * RESIDUAL_LIMIT + 1
 
-    def shares(part: np.ndarray) -> np.ndarray:
-        out = np.zeros((len(part), 2, levels**2), np.float32)
-        first = np.arange(len(part))[:, None] * levels**2  # bin of each image
-        part = part.astype(np.int16)
-        for image in (part, part.swapaxes(1, 2)):  # differences along rows, then along columns
-            r = np.rint((image[:, :, 2:] - 2 * image[:, :, 1:-1] + image[:, :, :-2]) / RESIDUAL_STEP)
-            r = np.clip(r, -RESIDUAL_LIMIT, RESIDUAL_LIMIT).astype(np.int64) + RESIDUAL_LIMIT
-            pairs = (r[:, :, :-1] * levels + r[:, :, 1:], r[:, :-1] * levels + r[:, 1:])
-            for k, pair in enumerate(pairs):
-                bins = (pair.reshape(len(part), -1) + first).ravel()
-                counts = np.bincount(bins, minlength=out[:, k].size).reshape(len(part), -1)
-                out[:, k] += counts / pair[0].size / 2
-        return out.reshape(len(part), -1)
+    def shares(image: np.ndarray) -> np.ndarray:
+        r = np.rint(np.diff(image.astype(np.int16), 2, axis=1) / RESIDUAL_STEP)
+        r = np.clip(r, -RESIDUAL_LIMIT, RESIDUAL_LIMIT).astype(int) + RESIDUAL_LIMIT
+        pairs = (r[:, :-1] * levels + r[:, 1:], r[:-1] * levels + r[1:])
+        return np.concatenate([np.bincount(p.ravel(), minlength=levels**2) / p.size / 2 for p in pairs])
 
-    return in_chunks(shares, pixels(features))
+    rows_and_columns = ((image, image.swapaxes(0, 1)) for image in pixels(features))
+    return np.array([shares(a).astype(np.float32) + shares(b) for a, b in rows_and_columns], np.float32)
 
 
 def augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -166,9 +146,7 @@ def augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.5:
         picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 3)))
     if rng.random() < 0.5:
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=int(rng.integers(30, 101)))
-        picture = Image.open(buffer)
+        picture = Image.open(io.BytesIO(jpeg_bytes(picture, int(rng.integers(30, 101)))))
     return np.asarray(picture.convert("RGB"))
 
 
@@ -260,54 +238,44 @@ def _even(y: np.ndarray) -> np.ndarray:
 def shuffle_texts(features: Features, seed: int = 0) -> Features:
     """Give every image the caption of another one, and every region the phrase of another region.
 
-    The swap goes across the classes and has no fixed points, so what a detector still finds does not come
-    from the fit between an image and *its own* caption. It is not free of that caption, though: the regions
-    stay those that its own phrases chose. An image's score depends on the company it is given in.
+    The swap goes across the classes, and an image's score depends on the company it is given in. It is not
+    free of its own caption, though: the regions stay those that its own phrases chose.
     """
     rng = np.random.default_rng(seed)
 
-    def swap(texts: np.ndarray, what: str) -> np.ndarray:
+    def swap(texts: np.ndarray) -> np.ndarray:
         if len(texts) == 1:
-            raise InputError(f"one {what} alone cannot be shuffled; score at least two images together")
+            raise InputError("one text alone cannot be shuffled; score at least two images together")
         ring, swapped = rng.permutation(len(texts)), np.empty_like(texts)
         swapped[ring] = texts[np.roll(ring, 1)]  # one ring through all rows: nobody keeps the own text
         return swapped
 
-    caption_emb = swap(features.caption_emb, "caption")
-    return replace(features, caption_emb=caption_emb, phrase_emb=swap(features.phrase_emb, "phrase"))
+    return replace(features, caption_emb=swap(features.caption_emb), phrase_emb=swap(features.phrase_emb))
 
 
 def generic_texts(features: Features, generic_emb: np.ndarray) -> Features:
-    """Give every image and every region one and the same text, e.g. the embedding of "a photo".
-
-    The regions stay those that the image's own phrases chose, so this is not free of the own caption either.
-    """
+    """Give every image and every region one and the same text; the regions stay those of its own phrases."""
     emb = np.asarray(generic_emb, np.float32).reshape(-1)
     if emb.shape != (features.dim,):
         raise InputError(f"generic_emb has shape {emb.shape}; expected one embedding of width {features.dim}")
-    caption, phrase = (
-        np.tile(emb / np.linalg.norm(emb), (n, 1)) for n in (len(features), len(features.owner))
-    )
-    return replace(features, caption_emb=caption, phrase_emb=phrase)
+    one = (emb / np.linalg.norm(emb))[None]
+    captions, phrases = one.repeat(len(features), axis=0), one.repeat(len(features.owner), axis=0)
+    return replace(features, caption_emb=captions, phrase_emb=phrases)
 
 
 def caption_likelihood(features: Features) -> np.ndarray:
     """Mean log-probability per token of each caption under its captioner, shape (n, 1)."""
-    value = features.table[schema.CAPTION_LOGPROB].to_numpy(dtype=np.float64, na_value=np.nan)
-    if missing := int(np.isnan(value).sum()):
-        raise InputError(
-            f"{missing} of {len(value)} captions have no likelihood: they were given by the user, or the "
-            "captioner reports none. Extract with a captioner to use this control"
-        )
-    return value[:, None].astype(np.float32)
+    value = features.table[schema.CAPTION_LOGPROB]
+    if missing := value.isna().sum():
+        raise InputError(f"{missing} of {len(value)} images lack {NEEDS[schema.CAPTION_LOGPROB]}")
+    return value.to_numpy(np.float32)[:, None]
 
 
 def likelihood_and_confidence(features: Features, fill: float = float("nan")) -> np.ndarray:
     """Caption likelihood, mean and lowest localiser score, number of objects; shape (n, 4).
 
     With the localisers "grid" and "dense" the score *is* the cosine of region and phrase, so this control
-    then contains the local misalignment, mean and worst, and is no control without text. ``fill`` stands for
-    both scores of an image without objects, so that their number alone tells such an image apart.
+    then contains the local misalignment. ``fill`` stands for both scores of an image without objects.
     """
     score = features.objects["score"].astype(float).groupby(features.owner).agg(["mean", "min"])
     score = score.reindex(range(len(features))).fillna(fill)
@@ -333,8 +301,8 @@ class Control:
     title: str
     question: str
     # representation, untrained head, embedding of a generic caption or None
-    make: Callable[[RepresentationConfig, MisalignmentMLP, Any], Scorer]
-    needs: str = ""  # pixels, generic_emb or caption_logprob
+    make: Callable[[RepresentationConfig, MisalignmentMLP, Any], FeatureScorer]
+    needs: str = ""  # one of `NEEDS`
 
     def build(
         self,
@@ -342,24 +310,12 @@ class Control:
         representation: RepresentationConfig | str = "absolute",
         head: MisalignmentMLP | None = None,
         generic_emb: np.ndarray | None = None,
-    ) -> Any:
-        """Untrained `Scorer` of this control, beside a detector of this representation and untrained head.
-
-        ``generic_emb`` is the embedding of one caption for all, ``encoder.encode_texts(["a photo"])[0]``.
-        """
+    ) -> FeatureScorer:
+        """Untrained scorer; ``generic_emb`` embeds one caption: ``encoder.encode_texts(["a photo"])[0]``."""
         if self.needs == "generic_emb" and generic_emb is None:
             raise InputError(f"the control {self.title!r} needs {NEEDS[self.needs]}")
         head = clone(head or MisalignmentMLP()).set_params(seed=seed)
         return self.make(get_representation(representation), head, generic_emb)
-
-    def missing(self, features: Features, generic_emb: np.ndarray | None = None) -> str | None:
-        """What this control lacks on these features; None if it can be run."""
-        lacks = {
-            "pixels": features.pixels is None,
-            "generic_emb": generic_emb is None,
-            "caption_logprob": features.table[schema.CAPTION_LOGPROB].isna().any(),
-        }
-        return NEEDS[self.needs] if lacks.get(self.needs) else None
 
 
 CONTROLS: dict[str, Control] = {

@@ -10,20 +10,14 @@ from collections.abc import Callable, Container, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.pool import ThreadPool
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image
 
 from itemkit.devices import THREADS_VARIABLE
 from itemkit.errors import ItemkitError
 from itemkit.images import content_id, load_image, open_image, read_bytes
 from itemkit.text import one_line, printable
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-
-# What became of a row: features of an earlier run, computed, same content as an image computed now, without
-# features, not reached.
-STATUSES = ("reused", "computed", "copies", "errors", "left")
 
 
 @dataclass(frozen=True)
@@ -31,12 +25,12 @@ class DecodeConfig:
     """How image files become pixels in memory."""
 
     threads: int | None = None  # None: as `devices.set_threads` says, else one per processor
-    prefetch: int | None = None  # batches decoded ahead of the models; None: 0 on a CPU (shared), else 2
-    # Pixels that are being decoded or wait for the models, in all threads together: with 3 to 7 bytes each,
-    # no folder of allowed images takes 2 GB. One larger image goes alone.
+    prefetch: int | None = None  # batches decoded ahead; None: 2 for a GPU, 0 on a CPU (the same cores)
+    # Pixels decoded or waiting, of all threads together: with 3 to 7 bytes each, no folder of allowed images
+    # takes 2 GB. One larger image goes alone.
     max_pixels: int = 150_000_000
-    # Decode a JPEG at 1/2, 1/4 or 1/8 while its shorter side keeps so many pixels: 2-4 times as fast for
-    # photographs of a camera's size, but other pixels, so another store. Twice the encoder's input is enough.
+    # Decode a JPEG at 1/2, 1/4 or 1/8 while its shorter side keeps so many pixels (twice the encoder's input
+    # is enough): 2-4 times as fast for a camera's photographs, but other pixels, so another store.
     least_side: int | None = None
 
     def n_threads(self) -> int:
@@ -90,22 +84,14 @@ def reason_of(error: BaseException, path: str = "", name: str = "") -> str:
     return one_line(text)
 
 
+@dataclass(frozen=True)
 class Reader:
-    """Reads, identifies and decodes single images; nothing is raised: what fails is noted in the item.
+    """Reads, identifies and decodes single images; nothing is raised: what fails is noted in the item."""
 
-    Images of ``known`` features are not decoded. ``transform`` (e.g. a perturbation) and ``preprocess`` (of
-    the encoder) follow the decoding.
-    """
-
-    def __init__(
-        self,
-        config: DecodeConfig,
-        known: Container[str] = (),
-        transform: Callable[[Image.Image, str], Image.Image] | None = None,
-        preprocess: Callable[[Image.Image], Any] | None = None,
-    ) -> None:
-        self.config, self._known = config, known
-        self._transform, self._preprocess = transform, preprocess
+    config: DecodeConfig
+    preprocess: Callable[[Image.Image], Any]  # of the encoder
+    transform: Callable[[Image.Image, str], Image.Image] | None = None  # before that, e.g. a perturbation
+    known: Container[str] = ()  # features whose images are not decoded
 
     def open(self, item: Item) -> Item:
         """Read and identify a file; its bytes are kept if they have to be decoded."""
@@ -117,7 +103,7 @@ class Reader:
             data = read_bytes(item.path)
             item.image_id = content_id(data)
             item.feature_id = feature_of(item.caption, item.image_id)
-            if item.feature_id not in self._known:
+            if item.feature_id not in self.known:
                 item.stage = "decode"
                 width, height = open_image(data, item.name).size
                 item.n_pixels, item.data = width * height, data
@@ -129,13 +115,11 @@ class Reader:
             return item
         with _noting(item, "decode"):
             image = load_image(item.data, name=item.name, least_side=self.config.least_side)
-            if self._transform is not None:
+            if self.transform is not None:
                 item.stage = "transform"
-                image = self._transform(image, item.image_id)
-            if self._preprocess is not None:
-                item.stage = "preprocess"
-                item.pixels = self._preprocess(image)
-            item.image = image
+                image = self.transform(image, item.image_id)
+            item.stage = "preprocess"
+            item.pixels, item.image = self.preprocess(image), image
         item.data = None
         return item
 
@@ -147,12 +131,11 @@ def _noting(item: Item, stage: str) -> Iterator[None]:
         yield
     except MemoryError:
         # the machine's trouble, not the file's: never remembered as what the file is like
-        advice = "free some memory, or store the image smaller, and run the same command again"
-        size = f" of {item.n_pixels:,} pixels" if item.n_pixels else ""
-        item.fail("memory", f"{item.name}: memory ran out for this image{size}; {advice}")
+        size = f"this image of {item.n_pixels:,} pixels" if item.n_pixels else "this file"
+        item.fail("memory", f"{item.name}: memory ran out for {size}; free some and run the same again")
     except Exception as error:  # whatever a broken file makes a decoder raise is this file's problem
-        ours = item.stage in ("transform", "preprocess")
-        item.fail(item.stage, reason_of(error, item.path, item.name), error if ours else None)
+        reason = reason_of(error, item.path, item.name)
+        item.fail(item.stage, reason, error if item.stage in ("transform", "preprocess") else None)
     else:
         item.stage = ""
 
@@ -162,11 +145,9 @@ def batches(
 ) -> Generator[list[Item], None, None]:
     """Read and decode items in order, in batches; the pixels of a batch are gone when the next is asked for.
 
-    Two stages share the threads: files are read somewhat ahead, so that the size of an image is known before
-    it is decoded; and it is decoded once there is room for its pixels. ``batch_size`` is asked before each
-    batch; one of large images is cut shorter. ``prefetch`` batches are decoded while the consumer works on
-    one. With 0 a batch is decoded while the consumer waits: fastest on a CPU, where decoders and models want
-    the same cores.
+    Files are read somewhat ahead, so that the size of an image is known before it is decoded; that is done
+    once there is room for its pixels, so batches of large images are shorter. ``batch_size`` is asked before
+    each batch; ``prefetch`` of them are decoded while the consumer works on one.
     """
     config, source = reader.config, iter(items)
     pool = ThreadPool(config.n_threads())  # daemons: one that hangs in a decoder keeps nobody from leaving
@@ -202,7 +183,7 @@ def batches(
             yield [item for item in batch if item.stage != "memory"]
             for item in batch:
                 item.image = item.pixels = None
-            for item in [item for item in batch if item.stage == "memory"]:
-                # once more, alone: a neighbour may have taken what it needed
-                yield [reader.decode(reader.open(Item(item.row, item.path, item.name, item.caption)))]
+            for item in batch:
+                if item.stage == "memory":  # once more, alone: a neighbour may have taken what it needed
+                    yield [reader.decode(reader.open(Item(item.row, item.path, item.name, item.caption)))]
             used -= sum(item.n_pixels for item in batch)

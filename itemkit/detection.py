@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import BatchFeature
 
 from itemkit.devices import choose_device, choose_precision
 from itemkit.errors import InputError
@@ -52,11 +53,14 @@ class ObjectDetector(BoxLocaliser):
         """Everything that changes the regions, as JSON-ready values."""
         return dict(self._record)
 
-    def _to_device(self, inputs: Any) -> dict[str, Tensor]:
-        return {
-            k: v.to(self.device, self.dtype) if v.is_floating_point() else v.to(self.device)
-            for k, v in inputs.items()
-        }
+    def run(self, image: Image, **text: Any) -> tuple[Tensor, Tensor]:
+        """Candidate boxes as shares of the sides (x0, y0, x1, y1), and their confidences."""
+        inputs = self.processor(images=image.convert("RGB"), return_tensors="pt", **text)
+        with torch.no_grad():
+            out = self.model(**BatchFeature(dict(inputs)).to(self.device, self.dtype))
+        centre, size = out.pred_boxes[0].float().split(2, dim=-1)
+        boxes = torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+        return boxes, out.logits[0].float().sigmoid()
 
 
 class Owlv2(ObjectDetector):
@@ -64,20 +68,11 @@ class Owlv2(ObjectDetector):
 
     def detect(self, image: Image, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
         """See `ObjectDetector.detect`."""
-        inputs = self.processor(
-            images=image.convert("RGB"),
-            text=[list(phrases)],
-            return_tensors="pt",
-            padding="max_length",
-            truncation=True,  # its text tower has 16 positions
-            max_length=self.model.config.text_config.max_position_embeddings,
-        )
-        with torch.no_grad():
-            out = self.model(**self._to_device(inputs))
+        positions = self.model.config.text_config.max_position_embeddings  # 16
+        cut = {"padding": "max_length", "truncation": True, "max_length": positions}
+        boxes, scores = self.run(image, text=[list(phrases)], **cut)
         # The processor pads the image to a square at the bottom and on the right.
-        side = max(image.size)
-        boxes = _corners(out.pred_boxes[0].float()) * side
-        return boxes, out.logits[0].float().sigmoid()[:, : len(phrases)]
+        return boxes * max(image.size), scores[:, : len(phrases)]
 
 
 class GroundingDino(ObjectDetector):
@@ -94,18 +89,13 @@ class GroundingDino(ObjectDetector):
     def detect(self, image: Image, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
         """See `ObjectDetector.detect`."""
         prompt, spans = _prompt(phrases)
-        inputs = self.processor(images=image.convert("RGB"), text=prompt, return_tensors="pt")
+        boxes, scores = self.run(image, text=prompt)
         offsets = self.processor.tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
-        with torch.no_grad():
-            out = self.model(**self._to_device(inputs))
-        scores = out.logits[0].float().sigmoid()
         columns = []
         for start, end in spans:
             tokens = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
             columns.append(scores[:, tokens].amax(dim=1) if tokens else scores.new_zeros(len(scores)))
-        width, height = image.size
-        boxes = _corners(out.pred_boxes[0].float())
-        return boxes * boxes.new_tensor([width, height, width, height]), torch.stack(columns, dim=1)
+        return boxes * boxes.new_tensor(image.size * 2), torch.stack(columns, dim=1)
 
     def _fit(self, phrases: Sequence[str]) -> int:
         """How many phrases fit one prompt; what is beyond the model's text length would be cut silently."""
@@ -126,11 +116,6 @@ def _prompt(phrases: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
     return prompt.strip(), spans
 
 
-def _corners(boxes: Tensor) -> Tensor:
-    centre, size = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
-
-
 def load_detector(
     name: str, encoder: Encoder, device: str | torch.device = "auto", **options: Any
 ) -> ObjectDetector:
@@ -149,7 +134,7 @@ def load_detector(
     network = load_transformer(AutoModelForZeroShotObjectDetection, located, dtype=dtype)
     if (found := network.config.model_type.replace("-", "_")) != name:
         raise InputError(f"{located.what} is of the kind '{found}', expected '{name}'")
-    processor, _, _ = load_processor(located, network.config.text_config.vocab_size)
+    processor, _ = load_processor(located, network.config.text_config.vocab_size)
     record = located.fingerprint(**localiser_settings(name, options))
     kind = {"owlv2": Owlv2, "grounding_dino": GroundingDino}[name]
     return kind(encoder, network.to(chosen), processor, options["threshold"], record)

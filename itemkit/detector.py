@@ -20,19 +20,7 @@ import numpy as np
 import pandas as pd
 from sklearn.base import clone
 
-from itemkit import schema
-from itemkit.calibrate import (
-    Calibrator,
-    Threshold,
-    because,
-    check_promises,
-    conformal_p,
-    fit_calibrator,
-    lacking,
-    proportion_interval,
-    three_way,
-    threshold_at_fpr,
-)
+from itemkit import calibrate, schema
 from itemkit.errors import InputError
 from itemkit.features import Features
 from itemkit.head import FILES as HEAD_FILES
@@ -47,10 +35,8 @@ FORMAT = "itemkit detector 2"
 # Not part of a model's identity: where it ran and with how many bits (cosine above 0.999), and what was done
 # to the images before it (a perturbed image is a legitimate question).
 IGNORED = ("device", "dtype", "precision", "batch_size", "transform", "decode")
-OBJECT_PARTS = ("parser", "localiser")
 FEW = 20  # calibration images of a class below which p(fake) is said to be rough. Our choice
-# Share of the validation images that stops the training; the rest calibrates, sets thresholds and is the
-# reference of the verdict, unseen by the training.
+# Share of the validation images that stops the training; the rest, unseen by it, calibrates.
 SELECTION_FRACTION = 0.5
 ONE_CLASS_METRICS = ("called_fake", "above_half")
 FILES = ("detector.json", "calibration.safetensors")
@@ -59,23 +45,9 @@ FILES = ("detector.json", "calibration.safetensors")
 class Detector:
     """Misalignment detector, ready to use: fit, score, verdict, explain, save, load.
 
-    Parameters
-    ----------
-    representation : RepresentationConfig or name
-        Which misalignment the head sees.
-    head : MisalignmentMLP, optional
-        Untrained; ``MisalignmentMLP(members=5)`` averages five starts.
-
-    Attributes
-    ----------
-    head_, calibrator_ : fitted MisalignmentMLP, Calibrator
-    real_scores_, fake_scores_ : float arrays
-        Sorted log-odds of the calibration images.
-    trained_on_ : dict
-        What made it: version, preset, models, width and note of the features, images of each generator, seed
-        and members of the head.
-    notes : list of str
-        What was done otherwise because there were few validation images.
+    ``representation`` is which misalignment the (untrained) head sees. After `fit`, ``real_scores_`` and
+    ``fake_scores_`` are the sorted log-odds of the calibration images, and ``notes`` says what was done
+    otherwise because there were few.
     """
 
     def __init__(
@@ -93,19 +65,18 @@ class Detector:
         train, val : Features
             Labelled images without a common one; ``train`` of both classes. With fewer than two validation
             images of a class a share of the training images stops the training instead, and all validation
-            images calibrate; without one of a class p(fake) is the head's own. `notes` says so.
+            images calibrate; without one of a class p(fake) is the head's own.
         """
         head, self.notes = clone(self.head), []
         self.trained_on_ = {
             "fingerprint": train.run.get("fingerprint"),
-            "dim": train.dim,
             **train.provenance,
             "seed": int(head.seed),
             "members": int(head.members),
             "train_images": train.table[schema.GENERATOR].value_counts().sort_index().to_dict(),
             "val_images": val.table[schema.GENERATOR].value_counts().sort_index().to_dict(),
         }
-        refuse_other_models(self.trained_on_, val, "the validation images", "the training images", IGNORED)
+        self._refuse_others(val, ())
         shared = val.table[schema.IMAGE_ID].isin(set(train.table[schema.IMAGE_ID])).to_numpy()
         if shared.any():
             first = printable(val.table[schema.PATH].iloc[int(shared.argmax())])
@@ -131,7 +102,7 @@ class Detector:
         logits = self.head_.decision_function(x_val).astype(np.float64) if len(y) else np.zeros(0)
         self.real_scores_, self.fake_scores_ = (np.sort(logits[y == c]) for c in (schema.REAL, schema.FAKE))
         fewest = min(len(self.real_scores_), len(self.fake_scores_))
-        self.calibrator_ = fit_calibrator(y, logits) if fewest else Calibrator()
+        self.calibrator_ = calibrate.fit_calibrator(y, logits) if fewest else calibrate.Calibrator()
         if fewest < FEW:
             how = "is rough" if fewest else "is the head's own, not calibrated"
             self.notes.append(f"{_numbers(y)} calibration images: p(fake) {how}")
@@ -146,8 +117,20 @@ class Detector:
         captions. The InputError names the differing keys with both values.
         """
         self._fitted()
-        ignore = (*ignore, *IGNORED, *(() if self.representation.uses_objects else OBJECT_PARTS))
-        refuse_other_models(self.trained_on_, features, "these features", "the detector", ignore)
+        self._refuse_others(features, ignore)
+
+    def _refuse_others(self, features: Features, ignore: Sequence[str]) -> None:
+        unused = ("parser", "localiser") if self.representation.level == "global" else ()
+        made = self.trained_on_["fingerprint"], features.run.get("fingerprint")
+        if different := differences(*made, (*ignore, *IGNORED, *unused)):
+            more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
+            captions = " and captions from the same source (extract --captions, detect --caption)"
+            source = captions * any(line.startswith("captions:") for line in different)
+            raise InputError(
+                "these features were made otherwise than the detector's training images: "
+                f"{'; '.join(different[:4])}{more}. Extract them with the same preset{source}, or train a "
+                "detector on features like these"
+            )
 
     def _fitted(self) -> None:
         if not hasattr(self, "head_"):
@@ -163,15 +146,16 @@ class Detector:
         logits = self.decision_function(features, ignore)  # first: an untrained detector says so here
         return self.calibrator_(logits)
 
-    def threshold(self, fpr: float = 0.05) -> Threshold:
+    def threshold(self, fpr: float = 0.05) -> calibrate.Threshold:
         """Threshold on the raw log-odds at a false-positive rate; InputError with too few reals."""
         self._fitted()
-        return threshold_at_fpr(self.real_scores_, fpr)
+        return calibrate.threshold_at_fpr(self.real_scores_, fpr)
 
     def lacking(self, fpr: float = 0.05, fnr: float = 0.05) -> list[str]:
         """Why rates cannot be promised: how many images it would take, and which option asks for less."""
         self._fitted()
-        reasons = (lacking(fpr, len(self.real_scores_), 0), lacking(fnr, len(self.fake_scores_), 1))
+        known = ((fpr, self.real_scores_, schema.REAL), (fnr, self.fake_scores_, schema.FAKE))
+        reasons = [calibrate.lacking(rate, len(scores), label) for rate, scores, label in known]
         return [reason for reason in reasons if reason]
 
     def verdict(
@@ -181,30 +165,30 @@ class Detector:
 
         Parameters
         ----------
-        features : Features
         fpr, fnr : float
             At most this share of real images like the calibration ones is called fake, and of fakes *like the
             calibration ones* real; nothing is promised for generators that were not among them.
-        ignore : names, see `check`
 
         Returns
         -------
         DataFrame, one row per image
-            ``image_id, path, p_fake, verdict, like_real, like_fake, because``; the last but one are the two
-            of `calibrate.conformal_p`. The verdict is "withheld" where the calibration images are too few to
-            promise both rates; ``because`` then says what it takes.
+            ``image_id, path, p_fake, verdict, like_real, like_fake`` (see `calibrate.conformal_p`),
+            ``because``. The verdict is "withheld" where the calibration images are too few to promise both
+            rates; ``because`` then says what it takes.
         """
         missing = self.lacking(fpr, fnr)
         logits = self.decision_function(features, ignore)
         table = features.table[[schema.IMAGE_ID, schema.PATH]].reset_index(drop=True)
         table["p_fake"] = self.calibrator_(logits)
-        like_real = conformal_p(self.real_scores_, logits, schema.REAL)
-        like_fake = conformal_p(self.fake_scores_, logits, schema.FAKE)
+        like_real = calibrate.conformal_p(self.real_scores_, logits, schema.REAL)
+        like_fake = calibrate.conformal_p(self.fake_scores_, logits, schema.FAKE)
         answer: Any = "withheld"
         reasons: Any = "; ".join(missing)
         if not missing:
-            answer = three_way(like_real, like_fake, fpr, fnr)
-            reasons = [because(*row, fpr, fnr) for row in zip(answer, like_real, like_fake, strict=True)]
+            answer = calibrate.three_way(like_real, like_fake, fpr, fnr)
+            reasons = [
+                calibrate.because(*row, fpr, fnr) for row in zip(answer, like_real, like_fake, strict=True)
+            ]
         return table.assign(verdict=answer, like_real=like_real, like_fake=like_fake, because=reasons)
 
     def explain(self, features: Features, row: int, ignore: Sequence[str] = ()) -> pd.DataFrame:
@@ -214,9 +198,9 @@ class Detector:
         -------
         DataFrame
             First the whole image, then its objects from the worst aligned to the best: ``level`` ("global",
-            "local"), ``text``, box ``x0, y0, x1, y1`` and localiser ``score`` (empty for the whole image),
-            ``cosine``, ``real_below`` (share of validation reals, or of their objects, with a lower cosine:
-            small means unusually misaligned).
+            "local"), ``text``, box ``x0, y0, x1, y1`` in pixels and localiser ``score`` (empty for the whole
+            image), ``cosine``, ``real_below`` (share of validation reals, or of their objects, with a lower
+            cosine: small means unusually misaligned).
         """
         one = features.select([row])
         self.check(one, ignore)
@@ -249,54 +233,47 @@ class Detector:
         fpr : float
             The threshold comes from the calibration reals at this rate; the rate realised on the test reals
             is one minus ``accuracy_real``. Where they are too few to promise it, what needs it is empty.
-        n_boot : int
-            Resamples.
 
         Returns
         -------
         DataFrame
-            ``generator, metric, value, low, high, n_real, n_fake, over, note``; generator "all" counts every
+            ``generator, metric, value, low, high, over, note, n_real, n_fake``; generator "all" counts every
             real once. ``over`` says what the interval is over, ``note`` why a value is not defined (empty).
         """
         logits, y = self.decision_function(features), features.labels
         if not len(y):
             raise InputError("no image to evaluate")
-        seen = self.seen(features)
-        uses = {"train": "trained this detector", "val": "stopped its training or calibrated it"}
-        if known := [f"{n} {use}" for part, use in uses.items() if (n := int((seen == part).sum()))]:
+        if known := int((self.seen(features) != "").sum()):
             warnings.warn(
-                f"of the {len(y)} images evaluated here, {' and '.join(known)}: numbers on these are no test "
-                "of it",
+                f"{known} of the {len(y)} images evaluated here trained or calibrated this detector: numbers "
+                "on these are no test of it",
                 stacklevel=2,
             )
         generator = features.table[schema.GENERATOR].fillna("").astype(str).to_numpy()
         names = list(dict.fromkeys(generator[y == schema.FAKE]))
-        tables = []
+        tables = {}
         for name in ["all", *names] if len(names) > 1 else ["all"]:
             rows = (y == schema.REAL) | (generator == name) | (name == "all")
-            table = self._metrics(y[rows], logits[rows], fpr, n_boot)
-            table.insert(0, "generator", name)
-            tables.append(table)
-        return pd.concat(tables, ignore_index=True)
+            tables[name] = self._metrics(y[rows], logits[rows], fpr, n_boot)
+        return pd.concat(tables, names=["generator"]).reset_index("generator").reset_index(drop=True)
 
     def _metrics(self, y: np.ndarray, logits: np.ndarray, fpr: float, n_boot: int) -> pd.DataFrame:
         """Metrics of one generator: resampled where both classes are there, exact where it is a share."""
         p, both, cut = self.calibrator_(logits), len(set(y)) == 2, None
-        if not (no_threshold := lacking(fpr, len(self.real_scores_), schema.REAL)):
+        if not (no_threshold := calibrate.lacking(fpr, len(self.real_scores_), schema.REAL)):
             cut = self.threshold(fpr).value
         found = {}
         if both:
             for row in bootstrap(y, logits, cut, p, n_boot=n_boot, balanced=True).itertuples():
                 over = f"images, {n_boot} resamples within each class"
                 found[row.metric] = (row.value, row.low, row.high, over)
-        shares = {} if both else {"above_half": p > 0.5}
+        shares = {"above_half": p > 0.5}
         if cut is not None:
-            called = logits > cut
+            shares["called_fake"] = called = logits > cut
             shares |= {"accuracy_real": ~called[y == schema.REAL], "accuracy_fake": called[y == schema.FAKE]}
-            shares |= {} if both else {"called_fake": called}
         for name, hits in shares.items():
             if len(hits):  # an exact interval, which is honest about three images, too
-                interval = proportion_interval(int(hits.sum()), len(hits))
+                interval = calibrate.proportion_interval(int(hits.sum()), len(hits))
                 found[name] = (hits.mean(), *interval, "images, exact binomial")
         one_class = "" if both else f"needs real and fake images, got {_numbers(y)}"
         rows = []
@@ -304,10 +281,9 @@ class Detector:
             why = (name not in ONE_CLASS_METRICS and one_class) or no_threshold
             numbers = found.get(name, (np.nan, np.nan, np.nan, ""))
             rows.append((name, *numbers, "" if name in found else f"not defined: {why}"))
+        n_real, n_fake = np.bincount(y, minlength=2).tolist()
         table = pd.DataFrame(rows, columns=["metric", "value", "low", "high", "over", "note"])
-        table.insert(4, "n_real", int((y == schema.REAL).sum()))
-        table.insert(5, "n_fake", int((y == schema.FAKE).sum()))
-        return table
+        return table.assign(n_real=n_real, n_fake=n_fake)
 
     def promises(self, features: Features) -> pd.DataFrame:
         """Hold what thresholds and verdicts promise against labelled images: `calibrate.check_promises`.
@@ -317,23 +293,22 @@ class Detector:
         new = self.seen(features) == ""
         if not new.any():
             raise InputError(
-                f"all {len(features)} images trained or calibrated this detector, and what it promises is "
-                "about new ones; take a split that it has not seen"
+                f"all {len(new)} images trained or calibrated this detector; take a split that is new to it"
             )
         if not new.all():
             warnings.warn(
-                f"{int((~new).sum())} of {len(features)} images trained or calibrated this detector; its "
-                f"promises are held against the other {int(new.sum())}",
+                f"{int((~new).sum())} of {len(new)} images trained or calibrated this detector; its promises "
+                f"are held against the other {int(new.sum())}",
                 stacklevel=2,
             )
         logits, y = self.decision_function(features)[new], features.labels[new]
         known = self.real_scores_, self.fake_scores_
-        return check_promises(*known, logits[y == schema.REAL], logits[y == schema.FAKE])
+        return calibrate.check_promises(*known, logits[y == schema.REAL], logits[y == schema.FAKE])
 
     def save(self, folder: str | Path) -> Path:
         """Write ``detector.json``, ``head.json`` and two safetensors files into a folder."""
         self._fitted()
-        n_real, rates = len(self.real_scores_), (0.01, 0.05, 0.1)
+        n_real = len(self.real_scores_)
         contents = {
             "format": FORMAT,
             "representation": self.representation.to_dict(),
@@ -342,8 +317,8 @@ class Detector:
             "selection_fraction": SELECTION_FRACTION,
             # for the reader; any other rate follows from the stored scores
             "thresholds": {
-                f"{fpr:g}": lacking(fpr, n_real, schema.REAL) or self.threshold(fpr).statement
-                for fpr in rates
+                f"{fpr:g}": calibrate.lacking(fpr, n_real, schema.REAL) or self.threshold(fpr).statement
+                for fpr in (0.01, 0.05, 0.1)
             },
             "notes": self.notes,
             "trained_on": self.trained_on_,
@@ -363,7 +338,7 @@ class Detector:
             fields = {name: meta["representation"][name] for name in ("level", "kind", "pooling")}
             detector = cls(RepresentationConfig(**fields), clone(fitted))
             numbers = {name: meta["calibrator"][name] for name in ("method", "scale", "offset")}
-            detector.calibrator_ = Calibrator(**numbers)
+            detector.calibrator_ = calibrate.Calibrator(**numbers)
             detector.head_, detector.notes, detector.trained_on_ = fitted, meta["notes"], meta["trained_on"]
             detector.real_scores_, detector.fake_scores_ = arrays["real_scores"], arrays["fake_scores"]
             detector.real_cosines_ = {level: arrays[f"real_cosines_{level}"] for level in ("global", "local")}
@@ -376,30 +351,6 @@ def image_keys(features: Features) -> np.ndarray:
     ids = features.table[schema.IMAGE_ID].astype(str)
     digests = b"".join(hashlib.sha256(one.encode()).digest()[:8] for one in ids)
     return np.frombuffer(digests, ">u8").astype(np.uint64)
-
-
-def refuse_other_models(
-    trained: dict[str, Any], given: Features, what: str, than: str, ignore: Sequence[str]
-) -> None:
-    """Raise an InputError if other models made ``given``, or if only one side knows its models."""
-    there, here = trained["fingerprint"], given.run.get("fingerprint")
-    if bool(there) != bool(here):
-        raise InputError(
-            f"{what if there else than} carry no fingerprint of the models that made them, so it cannot be "
-            "checked that both belong together; load the features with load_features()"
-        )
-    if different := differences(there, here, ignore):
-        more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
-        captions = " and captions from the same source (extract --captions, detect --caption)"
-        raise InputError(
-            f"{what} were made otherwise than those of {than}: {'; '.join(different[:4])}{more}. Extract "
-            f"them with the same preset{captions * any(line.startswith('captions:') for line in different)}, "
-            "or train a detector on features like these"
-        )
-    if given.dim != trained["dim"]:
-        raise InputError(
-            f"embeddings have {given.dim} dimensions, expected {trained['dim']}: another encoder made them"
-        )
 
 
 def _quantiles(real: Features) -> dict[str, np.ndarray]:

@@ -30,17 +30,13 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         raise InputError(f"device {device!r} is unknown; {known}") from None
     if chosen.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"device {device!r} is not supported; {known}")
-    index = chosen.index or 0
-    if chosen.type == "cuda" and torch.version.cuda is None:
-        lacks = f"this torch ({torch.__version__}) is built without CUDA; install a CUDA build of it"
-    elif chosen.type == "cuda" and index >= torch.cuda.device_count():
-        lacks = f"torch sees {torch.cuda.device_count()} CUDA device(s); check CUDA_VISIBLE_DEVICES"
-    elif chosen.type != "cuda" and index:
-        lacks = f"there is one '{chosen.type}' only; --threads says on how many cores"
-    elif chosen.type == "mps" and not torch.backends.mps.is_available():
-        lacks = "torch sees none here"
-    else:
+    mps = int(torch.backends.mps.is_available())
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": mps}[chosen.type]
+    if (chosen.index or 0) < count:
         return chosen
+    lacks = f"torch {torch.__version__} sees {count} of that kind"
+    if chosen.type == "cuda":
+        lacks += "; check CUDA_VISIBLE_DEVICES, and that torch is a CUDA build"
     raise InputError(f"device '{device}' was asked for, but {lacks}. Use 'cpu' or 'auto'.")
 
 
@@ -73,8 +69,7 @@ def choose_precision(precision: str = "auto", device: str | torch.device = "cpu"
         - CPU: bfloat16 with AMX or AVX512_BF16; without them it is emulated and slow. Measured on one core
           with AVX512_BF16: ViT-B/32 took 50 instead of 98 ms per image, at cosine 0.9999 or better.
 
-        In bfloat16 an embedding's last bits depend on the size of the batch (cosine still above 0.999), so a
-        comparison to the last digit wants "float32". The preset "mini" asks for float32.
+        In bfloat16 an embedding's last bits depend on the size of the batch (cosine still above 0.999).
     """
     import torch
 
@@ -95,5 +90,5 @@ def choose_precision(precision: str = "auto", device: str | torch.device = "cpu"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Name of a dtype as it is recorded: "float32", "bfloat16", "float16"."""
+    """Name of a dtype, "float32"."""
     return str(dtype).removeprefix("torch.")

@@ -1,21 +1,19 @@
 """Fetch the models of a preset once: into the hub's cache, or into a folder for machines without a network.
 
 All of it is data: weights as safetensors (a .bin, which is read weights-only, where a repository has nothing
-else), configuration and tokenizer; never code. What is there already, and of which commit, the hub's library
-notes in ``.cache`` beside the files.
+else), configuration and tokenizer; never code. The hub's library knows what is there already.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,7 @@ from itemkit.objects import find_parser
 from itemkit.presets import FOLDERS, Preset, get_preset
 from itemkit.text import one_line
 
-TIMEOUT_S = 10.0  # for a first answer, not for a whole download
-PARSER_TIMEOUT_S = 900.0  # a spaCy pipeline has 12 to 600 MB
+TIMEOUT_S = 10.0  # for an answer, not for a whole download
 
 # kinds of weights, the first that a repository has is taken; and configuration and tokenizer beside them
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -43,16 +40,14 @@ def download(
 ) -> dict[str, str]:
     """Fetch all models of a preset; gives the revision of each: the hub's commit, or a pipeline's version.
 
-    What is there already, whole, is not fetched again.
+    What is there already, whole, is not fetched again; parts that are objects or local folders are left out.
 
     Parameters
     ----------
     preset : Preset
-        Whose models; a part that is an object, a local folder or None is left out.
     to : path, optional
-        Folder to fill: ``captioner``, ``parser``, ``encoder``, ``detector``, each complete and readable
-        without a network; ``get_preset(name, folder=to)`` reads it. Without it the models go where the
-        loaders look by themselves: the hub's cache, and the Python environment for spaCy's.
+        Folder to fill, for ``get_preset(name, folder=to)`` without a network. Without it the models go where
+        the loaders look by themselves: the hub's cache, and the Python environment for spaCy's.
 
     Raises
     ------
@@ -73,23 +68,21 @@ def download(
             f"preset '{preset.name}' has nothing to download: its models are folders on this machine (the "
             "mini ones come with itemkit); `--preset fast` and `--preset paper` are fetched"
         )
-    places = {part: None if folder is None else folder / FOLDERS[part] for part in wanted}
+    places = {} if folder is None else {part: folder / FOLDERS[part] for part in wanted}
     preset.find()  # an unknown name or tag is an error before anything large is fetched
     for part, place in places.items():
-        if place is not None and place.exists():
-            ours = _version(place, wanted[part]) if part == "parser" else (place / ".cache").is_dir()
-            if not ours:
-                what = f"{tidy(place)} was not made by this `itemkit download`"
-                raise InputError(f"{what}; choose another folder with --to")
+        if place.exists() and not (place / ".cache").is_dir() and not _version(place, wanted[part]):
+            what = f"{tidy(place)} was not made by this `itemkit download`"
+            raise InputError(f"{what}; choose another folder with --to")
     revisions = {}
     try:
         for part, model in wanted.items():
             what = f"{part} '{model}'" + (f" ({tag})" if part == "encoder" and tag else "")
             report(f"{what}: fetching what is missing ...")
             if part == "parser":
-                revision = _fetch_parser(what, model, places[part])
+                revision = _fetch_parser(what, model, places.get(part))
             else:
-                revision = _fetch_repositories(what, part, model, tag, places[part])
+                revision = _fetch_repositories(what, part, model, tag, places.get(part))
             there = preset if folder is None else get_preset(preset.name, folder)
             if isinstance(error := there.find().get(part), ModelNotFound):  # the loader's own checks
                 raise error
@@ -122,90 +115,72 @@ def _fetch_repositories(what: str, part: str, model: str, tag: str, place: Path 
 
 def _fetch(what: str, place: Path | None, repo: str, weights: Sequence[str], side: Sequence[str]) -> str:
     """Fetch side files and the first kind of weights that a repository has; returns the commit."""
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
-    # in folders below lies the same model for other programs
-    options: dict[str, Any] = {"ignore_patterns": ["*/*", "*.fp16.*"], "etag_timeout": TIMEOUT_S}
-    if place is not None:
-        options["local_dir"] = place
     try:
-        if not constants.HF_HUB_OFFLINE:
-            _require_answer(constants.ENDPOINT)
-        listing = snapshot_download(repo, allow_patterns=[*weights, *side], dry_run=True, **options)
-        names, commit = [file.filename for file in listing], listing[0].commit_hash if listing else ""
-        kinds = [[name for name in names if Path(name).match(kind)] for kind in weights]
-        chosen = next((kind for kind in kinds if kind), [])
-        if not names or (weights and not chosen):
+        found = HfApi().repo_info(repo, timeout=TIMEOUT_S)
+        names = [file.rfilename for file in found.siblings]
+        # in folders below lies the same model for other programs
+        names = [name for name in names if "/" not in name and ".fp16." not in name]
+        chosen = next(filter(None, (fnmatch.filter(names, kind) for kind in weights)), [])
+        if weights and not chosen:
             raise ModelNotFound(f"{what}: the hub's repository '{repo}' holds no weights in a known format")
-        chosen += [name for name in names if not any(name in kind for kind in kinds)]
-        snapshot_download(repo, allow_patterns=chosen, revision=commit, **options)
+        snapshot_download(repo, allow_patterns=[*chosen, *side], ignore_patterns="*/*", local_dir=place)
         if place is None and side and "config.json" not in names:
-            _note_absent(repo, "config.json")
-    except ModelNotFound:
-        raise
+            with contextlib.suppress(OSError):  # it notes that there is none: transformers asks for it
+                hf_hub_download(repo, "config.json")
     except Exception as error:  # the hub's library raises errors of several others for a missing network
-        cause = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno in _DISK:
-            raise cause from error
-        raise _failed(what, f"'{repo}' at {constants.ENDPOINT}", cause) from error
+        if isinstance(error, ModelNotFound) or getattr(error, "errno", None) in _DISK:
+            raise
+        raise _failed(what, f"'{repo}' at {constants.ENDPOINT}", error) from error
     if place is not None and weights:  # another model's, which was here before, would be read first
         for file in place.iterdir():
             if file.suffix in (".safetensors", ".bin") and file.name not in chosen:
                 file.unlink()
-    return commit
-
-
-def _note_absent(repo: str, name: str) -> None:
-    """Let the cache note that a repository lacks a file: transformers asks for it beside every tokenizer."""
-    from huggingface_hub import hf_hub_download
-
-    with contextlib.suppress(OSError):
-        hf_hub_download(repo, name, etag_timeout=TIMEOUT_S)
+    return found.sha
 
 
 def _fetch_parser(what: str, model: str, place: Path | None) -> str:
-    """A spaCy pipeline: into the environment by spaCy's own command, or its data alone into a folder."""
-    if place is not None and place.exists():  # renamed to this when it was whole
-        return _version(place, model)
+    """A spaCy pipeline: into the environment with pip, or its data alone, without code, into a folder."""
+    with contextlib.suppress(ModelNotFound):
+        return _version(find_parser(place or model).path, model)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        try:
-            found = find_parser(model).path
-        except ModelNotFound:
-            target = None if place is None else Path(scratch)
-            _install_parser(what, model, target)
-            found = find_parser(model if target is None else target / model).path
+        _install_parser(what, model, None if place is None else Path(scratch))
+        found = find_parser(model if place is None else Path(scratch) / model).path
         if place is not None:
             unfinished = place.with_name(".parser")
             shutil.rmtree(unfinished, ignore_errors=True)
             shutil.copytree(found, unfinished, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
+            shutil.rmtree(place, ignore_errors=True)
             found = unfinished.rename(place)
         return _version(found, model)
 
 
 def _install_parser(what: str, model: str, target: Path | None) -> None:
-    """Let spaCy and pip fetch a pipeline, into the environment or, as a package, into a folder."""
+    """Let pip fetch the release of a pipeline for this spaCy, into the environment or a folder."""
     from spacy import about
 
+    name = f"{model}-{about.__version__.rpartition('.')[0]}.0"
+    address = f"{about.__download_url__}/{name}/{name}-py3-none-any.whl"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--retries=0",
+        f"--timeout={TIMEOUT_S:.0f}",
+    ]
     where = [] if target is None else ["--target", str(target)]
-    command = [sys.executable, "-m", "spacy", "download", model, "--no-deps", *where]
-    try:
-        _require_answer(about.__compatibility__)  # spaCy's own try may hang
-        subprocess.run(command, capture_output=True, text=True, timeout=PARSER_TIMEOUT_S, check=True)
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        said = [line for line in (getattr(error, "stderr", None) or "").splitlines() if line.strip()]
-        raise _failed(what, about.__compatibility__, said[-1] if said else error) from error
+    done = subprocess.run([*command, *where, address], capture_output=True, text=True)
+    if done.returncode:
+        raise _failed(what, address, done.stderr.strip().rpartition("\n")[2] or "pip failed")
 
 
 def _version(folder: Path, model: str) -> str:
     """Version of a pipeline; nothing where a folder holds another one, or none."""
     meta = read_json(folder / "meta.json")
     return str(meta.get("version")) if f"{meta.get('lang')}_{meta.get('name')}" == model else ""
-
-
-def _require_answer(address: str) -> None:
-    """Raise within seconds where a server cannot be reached: the libraries below may wait for minutes."""
-    with contextlib.suppress(urllib.error.HTTPError):  # an answer
-        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT_S).close()
 
 
 def _failed(what: str, where: str, error: BaseException | str) -> ModelNotFound:
@@ -215,5 +190,5 @@ def _failed(what: str, where: str, error: BaseException | str) -> ModelNotFound:
         reason=f"cannot be fetched from {where} ({kind}{one_line(error)})",
         remedy="Check its name; where its page asks for consent, give it and log in with `hf auth login`; "
         "without a network fetch it elsewhere with `--to FOLDER`, copy FOLDER here and name it with "
-        "`--models FOLDER`; or use preset 'mini', which comes with itemkit",
+        "`--models FOLDER`; or use preset 'mini'",
     )

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from itemkit.errors import InputError
 from itemkit.models import (
@@ -51,7 +52,7 @@ def stack_pixels(preprocess: Callable[[Image], Tensor], images: Sequence[Image])
         return torch.stack(list(pool.map(preprocess, images)))
 
 
-def patch_tower(visual: Any) -> tuple[tuple[int, int], PatchPass] | tuple[None, None]:
+def patch_tower(visual: Any) -> tuple[tuple[int, int] | None, PatchPass | None]:
     """Rows and columns of patches, and a function pixels -> (pooled, patches) into the joint space.
 
     None for convolutional towers, Swin, CoCa's attention pooling.
@@ -95,11 +96,6 @@ def _size(size: int | Sequence[int]) -> tuple[int, int]:
 # -- finding -------------------------------------------------------------------------------------------------
 
 CONFIG_FILE = "open_clip_config.json"
-# open_clip's own order among the weights of a folder, which it continues with safetensors, then the alphabet
-_WEIGHTS = (
-    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
-    "open_clip_pytorch_model.pth", "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth",
-)  # fmt: skip
 # What open_clip's own tokenizers take; any other option of a folder would reach transformers' loader.
 _TOKENIZER_OPTIONS = frozenset({"clean", "strip_sep_token", "language", "additional_special_tokens"})
 # open_clip's defaults for what a folder's preprocess_cfg leaves open
@@ -118,7 +114,7 @@ class Source(Located):
     """Where an encoder's files are and how open_clip must be called to read them."""
 
     open_clip_name: str  # as open_clip takes it: a name, or "local-dir:folder"
-    pretrained: str  # tag that was asked for, for the record
+    pretrained: str  # tag that was asked for
     config: dict[str, Any]  # the architecture, "model_cfg"
     preprocess: dict[str, Any]  # defaults included
     quick_gelu: bool  # weights trained with another activation than the named architecture has
@@ -152,17 +148,16 @@ def find_encoder(model: str | Path, pretrained: str | None = None) -> Source:
         preprocess = {key: given.get(key, value) for key, value in _PREPROCESS.items()} | {"size": list(size)}
         foreign = {str(key) for key in text.get("tokenizer_kwargs") or ()} - _TOKENIZER_OPTIONS
         int(config["embed_dim"])
+        # a folder holds its own tokenizer; a text tower of transformers always lies elsewhere
+        outside = dict.fromkeys([not in_folder and text.get("hf_tokenizer_name"), text.get("hf_model_name")])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{CONFIG_FILE} is not as open_clip writes it ({type(error).__name__}: {error})"
         raise located.refuse(reason) from None
     if foreign:
         remedy = f"Remove it; tokenizer_kwargs may have {', '.join(sorted(_TOKENIZER_OPTIONS))}."
         raise located.refuse(f"{CONFIG_FILE} gives the tokenizer the option '{min(foreign)}'", remedy)
-    # a folder holds its own tokenizer; a text tower of transformers always lies elsewhere
-    outside = [None if in_folder else text.get("hf_tokenizer_name"), text.get("hf_model_name")]
-    folders = [_outside(located, str(name)) for name in dict.fromkeys(outside) if name]
-    if in_folder:
-        folders.insert(0, located.path)
+    folders = [located.path] if in_folder else []
+    folders += [_outside(located, str(name)) for name in outside if name]
     if text.get("hf_tokenizer_name"):
         require_tokenizer(located, folders[0])
     with open(located.weights[0], "rb") as file:
@@ -186,9 +181,14 @@ def _in_folder(model: str | Path) -> tuple[Located, dict[str, Any]]:
     if not (located.path / CONFIG_FILE).is_file():
         raise located.refuse(f"it has no {CONFIG_FILE}", _OTHER_FORMAT)
     check_settings(located)
-    rest = [f.name for f in sorted(located.path.iterdir()) if f.suffix in (".safetensors", ".bin", ".pth")]
-    rest.sort(key=lambda name: not name.endswith(".safetensors"))
-    weights = choose_weights(located, [*_WEIGHTS, *rest])
+
+    def order(file: Path) -> tuple[bool, bool, bool]:  # as open_clip chooses
+        own, known = file.name.startswith("open_clip_"), file.stem in ("model", "pytorch_model")
+        return not own, not known, file.suffix != ".safetensors"
+
+    files = [f for f in sorted(located.path.iterdir()) if f.suffix in (".safetensors", ".bin", ".pth")]
+    names = [file.name for file in sorted(files, key=order)]
+    weights = choose_weights(located, names or ["open_clip_model.safetensors"])
     return replace(located, weights=weights), read_json(located.path / CONFIG_FILE)
 
 
@@ -264,37 +264,32 @@ class Encoder:
     dim : int
         Width d of the joint space.
     context_length : int
-        Tokens a text may have, start and end included; what is beyond is cut (see `count_tokens`).
+        Tokens a text may have, start and end included; what is beyond is cut.
     image_size, patch_grid : (int, int)
-        Rows and columns of the image tower's input, and of its patches; None where it has no patch embeddings
-        in the joint space.
+        Rows and columns of the tower's input, and of its patches; None without patches in the joint space.
     logit_scale : float
         The factor on cosines that the model was trained with.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: Any,
         preprocess: Callable[[Image], Tensor],
         tokenizer: Any,
-        *,
-        name: str,
+        record: dict[str, Any],
         logit_scale: float = 100.0,
-        record: dict[str, Any] | None = None,
     ) -> None:
         import torch
 
         self.model = model.eval().requires_grad_(False)
         self.preprocess, self.tokenizer = preprocess, tokenizer
-        self.name, self.logit_scale, self._record = name, logit_scale, dict(record or {})
-        self.resize_mode = self._record.get("preprocess", _PREPROCESS)["resize_mode"]
+        self.logit_scale, self._record = logit_scale, dict(record)
+        self.resize_mode = record.get("preprocess", _PREPROCESS)["resize_mode"]
         parameter = next(model.visual.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.image_size = _size(model.visual.image_size)
         # The tokenizer's own limit is what cuts a text; CoCa's model.context_length is of its decoder.
         self.context_length = int(getattr(tokenizer, "context_length", None) or model.context_length)
-        self.patch_grid: tuple[int, int] | None
-        self._patch_pass: PatchPass | None
         self.patch_grid, self._patch_pass = patch_tower(model.visual)
         probe = self.encode_images(torch.zeros(1, 3, *self.image_size), patches=self._patch_pass is not None)
         self.dim = int(probe.pooled.shape[1])
@@ -303,19 +298,19 @@ class Encoder:
         """Embed images, stacked results of `preprocess`; also their patches, in the same forward pass."""
         import torch
 
-        if patches and self._patch_pass is None:
-            raise InputError(
-                f"encoder '{self.name}' has no patch embeddings in the joint space, so the localiser 'dense' "
-                "is not available with it. Use localiser 'grid' or 'whole', a detector ('owlv2', "
-                "'grounding_dino'), or a ViT encoder such as ViT-B-32, ViT-L-14, EVA02-B-16, ViT-B-16-SigLIP."
-            )
         # no_grad, not inference_mode: moving weights inside the latter breaks them, and its results refuse
         # to take part in training later.
         with torch.no_grad():
             pixels = pixels.to(device=self.device, dtype=self.dtype)
-            if patches and self._patch_pass is not None:
+            if not patches:
+                return ImageEmbedding(_unit(self.model.encode_image(pixels)))
+            if self._patch_pass is not None:
                 return ImageEmbedding(*map(_unit, self._patch_pass(pixels)))
-            return ImageEmbedding(_unit(self.model.encode_image(pixels)))
+        raise InputError(
+            f"encoder '{self._record['name']}' has no patch embeddings in the joint space, so the localiser "
+            "'dense' is not available with it. Use localiser 'grid' or 'whole', an object detector, or a ViT "
+            "encoder such as ViT-B-32, ViT-L-14, EVA02-B-16, ViT-B-16-SigLIP."
+        )
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Embed texts, equal ones once: float32 tensor, shape (n, d), rows L2-normalised."""
@@ -366,7 +361,7 @@ def load_encoder(
     device: str | torch.device = "auto",
     precision: str = "auto",
 ) -> Encoder:
-    """Load an open_clip model with pretrained weights from this machine; device, precision: see `devices`.
+    """Load an open_clip model from this machine, with its weights; device and precision: see `devices`.
 
     Parameters
     ----------
@@ -390,31 +385,18 @@ def load_encoder(
 
     source = find_encoder(model, pretrained)
     chosen = choose_device(device)
-    logging.disable(logging.WARNING)  # open_clip warns of the random numbers that are replaced below
-    try:
-        with reading(source), from_disk_only():
-            # filled from the very file that was hashed: left to itself, open_clip chooses one
-            network = open_clip.create_model(
-                source.open_clip_name,
-                load_weights=False,
-                pretrained_text=False,
-                force_quick_gelu=source.quick_gelu,
-            )
-            open_clip.load_checkpoint(network, str(source.weights[0]), weights_only=True)
-            tokenizer = open_clip.get_tokenizer(source.open_clip_name)
-            tokenizer(["a text"])  # it may lack what it needs to pad
-            transform = image_transform_v2(PreprocessCfg(**source.preprocess), is_train=False)
-    finally:
-        logging.disable(logging.NOTSET)
+    options = {"load_weights": False, "pretrained_text": False, "force_quick_gelu": source.quick_gelu}
+    # open_clip warns, in the root's name, of the random numbers that are replaced here
+    with reading(source), from_disk_only(), patch.object(logging.root, "disabled", True):
+        network = open_clip.create_model(source.open_clip_name, **options)
+        # the very file that was hashed: left to itself, open_clip chooses one
+        open_clip.load_checkpoint(network, str(source.weights[0]), weights_only=True)
+        tokenizer = open_clip.get_tokenizer(source.open_clip_name)
+        tokenizer(["a text"])  # it may lack what it needs to pad
+        transform = image_transform_v2(PreprocessCfg(**source.preprocess), is_train=False)
     inner = getattr(tokenizer, "tokenizer", None)
     size = getattr(tokenizer, "vocab_size", 0) if inner is None else len(inner)
     require_vocabulary(source, size, getattr(getattr(network, "text", network), "vocab_size", None))
     scale = float(network.logit_scale.detach().float().exp().max())  # before it is rounded to fewer bits
-    return Encoder(
-        network.to(device=chosen, dtype=choose_precision(precision, chosen)),
-        transform,
-        tokenizer,
-        name=source.name,
-        logit_scale=scale,
-        record=source.fingerprint(precision=precision),
-    )
+    network = network.to(device=chosen, dtype=choose_precision(precision, chosen))
+    return Encoder(network, transform, tokenizer, source.fingerprint(precision=precision), scale)

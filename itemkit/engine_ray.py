@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from itemkit.decode import Item, reason_of
 from itemkit.errors import InputError, ItemkitError, MissingExtra, StoreError
-from itemkit.extraction import GPU_BATCH, Worker, WorkerOptions, build_models
+from itemkit.extraction import GPU_BATCH, Worker, WorkerOptions
 from itemkit.models import Models
 
 if TYPE_CHECKING:
@@ -46,21 +44,19 @@ class RayOptions:
 class RayCluster:
     """Workers on a cluster: as `itemkit.extraction.Worker`, whose place it takes.
 
-    ``models`` are a preset, which is loaded in the workers, or models put together by hand, which are sent to
-    them; and the device.
+    A preset is loaded in the workers; models put together by hand are sent to them.
     """
 
     def __init__(
         self,
         folder: Path,
         run: dict,
-        models: tuple[Models | Preset, str],
-        stored: pd.Index,
+        models: Models | Preset,
+        stored: Iterable[str],
         options: WorkerOptions,
         spread: RayOptions,
     ) -> None:
         self.seconds: dict[str, float] = {}
-        self.batch_size = 0
         self._options, self._spread = options, spread
         self._ray = start_ray(spread)
         check_room(self._ray, spread)
@@ -87,12 +83,10 @@ class RayCluster:
                 for ready in ray.wait(list(pending), timeout=0.5)[0]:
                     _, shard = pending.pop(ready)
                     try:
-                        results, seconds, self.batch_size = ray.get(ready)
+                        results, seconds = ray.get(ready)
                     except ray.exceptions.RayTaskError as error:
-                        cause = error.cause
-                        raise cause if isinstance(cause, ItemkitError) else ItemkitError(
-                            f"a Ray worker failed ({reason_of(cause)}); what was computed before is kept"
-                        ) from error  # fmt: skip
+                        why = f"a Ray worker failed ({reason_of(error.cause)}); what was computed is kept"
+                        raise ItemkitError(why) from error
                     except ray.exceptions.RayError as error:  # the worker died, again and again
                         if len(shard) > 1:
                             half = len(shard) // 2
@@ -104,8 +98,6 @@ class RayCluster:
                     for step, s in seconds.items():
                         self.seconds[step] = self.seconds.get(step, 0.0) + s
                     yield results
-                if not pending and not shards:
-                    break
                 yield []
         finally:
             for maker in self._makers:
@@ -115,22 +107,19 @@ class RayCluster:
 class _Maker:
     """One worker process with its own models."""
 
-    def __init__(
-        self, folder: Path, run: dict, models: tuple[Any, str], stored: pd.Index, options: WorkerOptions
-    ) -> None:
+    def __init__(self, folder: Path, *given: Any) -> None:
         if not (folder / "run.json").exists():
             raise StoreError(f"a Ray worker does not see {folder}; give a folder that all machines share")
-        self._worker = Worker(folder, run, build_models(*models), stored, options)
+        self._worker = Worker(folder, *given)
 
-    def make(self, items: list[Item]) -> tuple[list[Item], dict[str, float], int]:
-        """Write the shard of these items; what became of each, seconds per step, and the batch size."""
+    def make(self, items: list[Item]) -> tuple[list[Item], dict[str, float]]:
+        """Write the shard of these items; what became of each, and seconds per step."""
         before = dict(self._worker.seconds)
         results = [result for part in self._worker.run(items) for result in part]
         for result in results:
             if result.error is not None:  # as it is, it may not survive the way back
                 result.error = ItemkitError(f"step '{result.stage}': {reason_of(result.error)}")
-        seconds = {step: s - before[step] for step, s in self._worker.seconds.items()}
-        return results, seconds, self._worker.batch_size
+        return results, {step: s - before[step] for step, s in self._worker.seconds.items()}
 
 
 def start_ray(spread: RayOptions) -> Any:
@@ -156,10 +145,7 @@ def start_ray(spread: RayOptions) -> Any:
 
 
 def check_room(ray: Any, spread: RayOptions) -> None:
-    """Refuse workers for which there is no room, since Ray would wait for it without end and without a word.
-
-    Warns where there are GPUs and the workers get none.
-    """
+    """Refuse workers without room, for which Ray would wait in silence; warn where they leave GPUs unused."""
     need = {"CPU": spread.cpus_per_worker, "GPU": spread.gpus_per_worker}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     there = {kind: sum(node.get(kind, 0) for node in nodes) for kind in need}

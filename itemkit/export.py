@@ -20,35 +20,26 @@ from itemkit.features import ARRAYS, BOX_COLUMNS, Features, unit_rows
 IMAGE_PATH = "image_path"  # clip-retrieval's name of the path column
 
 
-def export_clip_retrieval(features: Features, folder: str | Path) -> None:
-    """Write image and caption embeddings into a new folder, in the layout of clip-retrieval.
+def export(features: Features, folder: str | Path, layout: str) -> None:
+    """Write features into a new folder, in the layout of "clip-retrieval" or of "numpy".
 
-    Regions and phrases have no place in it and are left out.
+    Regions and phrases have no place in the former; its embeddings are float16.
     """
-    folder = _new(folder)
-    for name in ("img_emb", "text_emb", "metadata"):
-        (folder / name).mkdir()
-    np.save(folder / "img_emb" / "img_emb_0.npy", features.image_emb.astype(np.float16))
-    np.save(folder / "text_emb" / "text_emb_0.npy", features.caption_emb.astype(np.float16))
-    table = features.table.rename(columns={schema.PATH: IMAGE_PATH})
-    table.to_parquet(folder / "metadata" / "metadata_0.parquet", index=False)
-
-
-def export_numpy(features: Features, folder: str | Path) -> None:
-    """Write all arrays into ``embeddings.npz`` of a new folder, beside ``table`` and ``objects.parquet``."""
-    folder = _new(folder)
-    arrays = {name: getattr(features, name) for name in (*ARRAYS, "owner")}
-    np.savez(folder / "embeddings.npz", **arrays)
-    features.table.to_parquet(folder / "table.parquet", index=False)
-    features.objects.to_parquet(folder / "objects.parquet", index=False)
-
-
-def _new(folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; give a new folder for the export")
-    return folder
+    if layout == "numpy":
+        np.savez(folder / "embeddings.npz", **{name: getattr(features, name) for name in (*ARRAYS, "owner")})
+        features.table.to_parquet(folder / "table.parquet", index=False)
+        features.objects.to_parquet(folder / "objects.parquet", index=False)
+        return
+    for name, array in (("img_emb", features.image_emb), ("text_emb", features.caption_emb)):
+        (folder / name).mkdir()
+        np.save(folder / name / f"{name}_0.npy", array.astype(np.float16))
+    (folder / "metadata").mkdir()
+    table = features.table.rename(columns={schema.PATH: IMAGE_PATH})
+    table.to_parquet(folder / "metadata" / "metadata_0.parquet", index=False)
 
 
 def import_clip_retrieval(folder: str | Path) -> Features:
@@ -57,34 +48,26 @@ def import_clip_retrieval(folder: str | Path) -> Features:
     def files(pattern: str) -> list[Path]:  # in the order of their numbers
         return sorted(Path(folder).glob(pattern), key=lambda path: [*map(int, re.findall(r"\d+", path.stem))])
 
-    image, text = ([_load(file) for file in files(f"{name}/*.npy")] for name in ("img_emb", "text_emb"))
+    image, text = ([_read(file) for file in files(f"{name}/*.npy")] for name in ("img_emb", "text_emb"))
     if not image:
         raise InputError(f"{folder} has no img_emb/*.npy; give a folder in the layout of clip-retrieval")
-    names = pd.DataFrame({schema.PATH: [f"{Path(folder).name}#{i}" for i in range(sum(map(len, image)))]})
-    tables = [pd.read_parquet(file) for file in files("metadata/*.parquet")]
-    table = pd.concat(tables, ignore_index=True) if tables else names
-    return from_arrays(np.concatenate(image), table, np.concatenate(text) if text else None)
+    names = [f"{Path(folder).name}#{i}" for i in range(sum(map(len, image)))]
+    tables = [_read(file) for file in files("metadata/*.parquet")] or [pd.DataFrame({schema.PATH: names})]
+    text_emb = np.concatenate(text) if text else None
+    return from_arrays(np.concatenate(image), pd.concat(tables, ignore_index=True), text_emb)
 
 
 def import_npy(image_emb: str | Path, table: str | Path, caption_emb: str | Path | None = None) -> Features:
     """Read ``.npy`` files beside a CSV or Parquet table, row by row; see `from_arrays`."""
-    image, caption = _load(image_emb), None if caption_emb is None else _load(caption_emb)
-    path = Path(table)
-    try:
-        rows = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
-    except (OSError, ValueError) as error:  # also pyarrow's and pandas' own errors
-        raise InputError(f"{path} is no table ({error}); give a .csv or .parquet file") from error
-    return from_arrays(image, rows, caption)
+    return from_arrays(_read(image_emb), _read(table), None if caption_emb is None else _read(caption_emb))
 
 
-def _load(path: str | Path) -> np.ndarray:
+def _read(path: str | Path) -> np.ndarray | pd.DataFrame:
+    kinds = {".npy": np.load, ".parquet": pd.read_parquet, ".csv": pd.read_csv}
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no array ({error}); give a .npy file written by numpy.save") from error
-    if getattr(array, "dtype", np.dtype(int)).kind != "f":
-        raise InputError(f"{path} does not hold one array of floats; give embeddings of shape (n, d)")
-    return array
+        return kinds[Path(path).suffix](path)
+    except (OSError, ValueError, KeyError) as error:  # also pyarrow's and pandas' own errors
+        raise InputError(f"{path} cannot be read ({error}); give a .npy, .csv or .parquet file") from error
 
 
 def from_arrays(
@@ -94,24 +77,24 @@ def from_arrays(
 
     Parameters
     ----------
-    image_emb : float array, shape (n, d)
-        Normalised here.
+    image_emb, caption_emb : float array, shape (n, d)
+        Of one joint space, normalised here; captions are of width 0 if not given.
     table : DataFrame, n rows
         Whatever is known of each image; ``image_path`` stands for ``path``, missing columns become empty.
         Labels are 0 or ``real``, 1 or ``fake``, or empty. Without ``image_id``, each row's embedding and path
         make one, so equal rows are one image.
-    caption_emb : float array, shape (n, d), optional
-        From the same joint space; of width 0 if not given.
 
     Raises
     ------
     InputError
         Shapes that do not belong together, an embedding that is not finite, an unknown label.
     """
-    n, captions = len(table), np.zeros((len(table), 0)) if caption_emb is None else caption_emb
+    n, image_emb = len(table), np.asarray(image_emb)
+    captions = np.zeros((n, 0)) if caption_emb is None else np.asarray(caption_emb)
     for name, x in (("image", image_emb), ("caption", captions)):
-        if x.ndim != 2 or len(x) != n or x.shape[1] not in (0, image_emb.shape[1]):
-            raise InputError(f"{name} embeddings have shape {x.shape}, expected ({n}, d) with one d for both")
+        if x.dtype.kind != "f" or x.ndim != 2 or len(x) != n or x.shape[1] not in (0, image_emb.shape[1]):
+            expected = f"expected floats of shape ({n}, d), one d for both"
+            raise InputError(f"{name} embeddings are {x.dtype} of shape {x.shape}, {expected}")
         if len(wrong := np.flatnonzero(~np.isfinite(x).all(axis=1))):
             raise InputError(f"{name} embedding {wrong[0]} is not finite; compute it again or drop the row")
     table = table.reset_index(drop=True).rename(columns={IMAGE_PATH: schema.PATH})
@@ -121,16 +104,15 @@ def from_arrays(
     # a column of numbers with gaps comes as floats
     words = table[schema.LABEL].astype("string").str.strip().str.casefold().str.removesuffix(".0")
     known = {word: label for label, name in schema.LABEL_NAMES.items() for word in (str(label), name)}
-    unknown = words[~words.isin([*known, ""]) & words.notna()]
-    if len(unknown):
+    if len(unknown := words[~words.isin([*known, ""]) & words.notna()]):
         raise InputError(f"row {unknown.index[0]} has the label '{unknown.iloc[0]}'; use real, fake, 0 or 1")
     table[schema.LABEL] = words.map(known).astype("Int8")
-    image = np.array(image_emb, dtype=np.float32)
+    image, caption = (np.array(x, dtype=np.float32) for x in (image_emb, captions))
     if schema.IMAGE_ID not in table:
         rows = zip(image, table[schema.PATH].fillna("").astype(str), strict=True)
         table[schema.IMAGE_ID] = [hashlib.sha256(x.tobytes() + path.encode()).hexdigest() for x, path in rows]
     table[schema.N_OBJECTS] = np.zeros(n, np.int32)
-    nothing, objects = np.zeros((0, image.shape[1]), np.float32), {"phrase": np.zeros(0, object)}
-    objects |= {name: np.zeros(0, np.float32) for name in BOX_COLUMNS}
-    caption, owner = unit_rows(np.array(captions, dtype=np.float32)), np.zeros(0, np.int64)
-    return Features(table, unit_rows(image), caption, nothing, nothing, owner, pd.DataFrame(objects))
+    nothing, owner = np.zeros((0, image.shape[1]), np.float32), np.zeros(0, np.int64)
+    objects = {"phrase": np.zeros(0, object)} | {name: np.zeros(0, np.float32) for name in BOX_COLUMNS}
+    embeddings = unit_rows(image), unit_rows(caption), nothing, nothing
+    return Features(table, *embeddings, owner, pd.DataFrame(objects))

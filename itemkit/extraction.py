@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import gc
-import importlib.metadata
 import json
 import math
 import os
@@ -23,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +31,9 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from itemkit import __version__, schema, store
-from itemkit._files import folder_lock, remove_leftovers
+from itemkit._files import LOCK_FILE, folder_lock, remove_leftovers
 from itemkit.captions import clean_caption
-from itemkit.decode import STATUSES, DecodeConfig, Item, Reader, batches, feature_of, reason_of
+from itemkit.decode import DecodeConfig, Item, Reader, batches, feature_of, reason_of
 from itemkit.errors import InputError, ItemkitError, StoreError
 from itemkit.features import ARRAYS, IMAGE_ARRAYS, Features, concat_features
 from itemkit.images import read_bytes
@@ -54,14 +53,13 @@ POSTED = "caption_posted"  # column of the manifest and of features: the caption
 NO_MEMORY = "(?i)MemoryError|out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
 NO_DEVICE = "AcceleratorError|CUDA error|cuDNN error"
 MANY = 64  # so many images in a row on which a model fails: it is not the images
+# what becomes of a row, see `ExtractReport`
+STATUSES = ("reused", "computed", "copies", "errors", "left")
 # what the plan, an `Item` and the outcome know of a row beside its name
 FILE = [*FILE_KEY[1:], schema.IMAGE_ID, FEATURE_ID, "tokens", "status", STAGE, REASON]
-# kinds of the columns of the store's manifest; the user's own are as they come
-KINDS = (
-    dict.fromkeys([*schema.MANIFEST_COLUMNS, STAGE, REASON], pa.string())
-    | store.SHARD_COLUMNS
-    | {schema.LABEL: pa.int8()}
-)
+# columns of the store's manifest; the user's own are of any kind
+_TEXTS = dict.fromkeys([*schema.MANIFEST_COLUMNS, schema.IMAGE_ID, FEATURE_ID, STAGE, REASON], pa.string())
+KINDS = _TEXTS | {schema.LABEL: pa.int8(), **dict.fromkeys(FILE_KEY[1:], pa.int64())}
 
 
 # ---------------------------------------------------------------------------------------------- the worker
@@ -71,6 +69,7 @@ KINDS = (
 class WorkerOptions:
     """How a worker works; nothing of it but the transform and the decoding changes the numbers."""
 
+    device: str
     decode: DecodeConfig
     transform: Callable[..., Any] | None = None
     batch_size: int | None = None
@@ -78,16 +77,14 @@ class WorkerOptions:
 
 
 class Worker:
-    """Turns image files into whole shards of a store; one per process.
-
-    ``run`` is the store's ``run.json``, ``stored`` the features that it holds already.
-    """
+    """Turns image files into whole shards of a store, which holds ``stored`` features; one per process."""
 
     def __init__(
-        self, folder: Path, run: dict, models: Models, stored: Iterable[str], options: WorkerOptions
+        self, folder: Path, run: dict, models: Models | Preset, stored: Iterable[str], options: WorkerOptions
     ) -> None:
         from itemkit.steps import Steps
 
+        models = models.build(options.device) if hasattr(models, "build") else models
         loaded = json.loads(json.dumps(models.fingerprint(run["fingerprint"]["captions"])))
         if wrong := differences(run["fingerprint"], loaded, ignore=("transform", "decode")):
             raise ItemkitError(f"the models that were loaded are not those of the plan: {wrong[0]}")
@@ -97,11 +94,10 @@ class Worker:
         self.seconds = self.steps.clock.seconds
         on_gpu = not str(getattr(models.encoder, "device", "cpu")).startswith("cpu")
         self.batch_size = options.batch_size or (GPU_BATCH if on_gpu else CPU_BATCH)
-        prefetch = options.decode.prefetch
-        self._prefetch = prefetch if prefetch is not None else (2 if on_gpu else 0)
+        self._prefetch = 2 * on_gpu if options.decode.prefetch is None else options.decode.prefetch
         # feature to the status of another image that has the same one
         self._known = dict.fromkeys(stored, "reused")
-        self._reader = Reader(options.decode, self._known, options.transform, models.encoder.preprocess)
+        self._reader = Reader(options.decode, models.encoder.preprocess, options.transform, self._known)
         self._waiting: list[Features] = []
 
     def run(self, items: Iterable[Item]) -> Generator[list[Item], None, None]:
@@ -122,9 +118,8 @@ class Worker:
                         if item.status == "computed":
                             self._known[item.feature_id] = "copies"
                             fresh.append(item)
-                while fresh:
-                    part, fresh = fresh[: self.batch_size], fresh[self.batch_size :]
-                    self._compute(part)
+                if fresh:
+                    self._compute(fresh)
                 full = sum(map(len, self._waiting)) >= self.options.shard_size
                 if full or time.monotonic() - last > FLUSH_SECONDS:
                     self._write()
@@ -137,7 +132,7 @@ class Worker:
     def _write(self) -> None:
         """Write what waits as one shard, if anything does."""
         parts, self._waiting = self._waiting, []
-        if parts:
+        if any(map(len, parts)):
             with self.steps.clock("write"):
                 store.write_shard(self.folder, concat_features(parts), self.fingerprint)
 
@@ -156,8 +151,7 @@ class Worker:
         short = re.search(NO_MEMORY, text)
         if not short and re.search(NO_DEVICE, text):
             raise ItemkitError(
-                f"the device is broken ({reason_of(failed)}); what was computed before is kept: run the same "
-                "command again, on another device if it happens again"
+                f"the device is broken ({reason_of(failed)}); what was computed is kept: run the same again"
             ) from failed
         stage = self.steps.clock.current
         if len(items) == 1:
@@ -180,15 +174,11 @@ class Worker:
     def _take(self, items: list[Item], features: Features) -> None:
         bad = bad_rows(features)
         for row in np.flatnonzero(bad):
-            broken = ItemkitError(
-                "the models give no finite embeddings: this is not the images' fault. Ask the models with "
-                "`itemkit doctor --deep`; try another device or precision"
+            why = (
+                "no finite embedding came of it; ask `itemkit doctor --deep`, try another device or precision"
             )
-            items[row].fail("image", f"{items[row].name}: a model gave no finite embedding for it", broken)
-        done = [item for item in items if not item.reason]
-        if not done:
-            return
-        features = features.select(~bad)
+            items[row].fail("image", f"{items[row].name}: {why}", ItemkitError(why))
+        done, features = [item for item in items if not item.reason], features.select(~bad)
         for item, tokens in zip(done, features.table[schema.CAPTION_TOKENS], strict=True):
             item.tokens = int(tokens)
         names = (FEATURE_ID, schema.IMAGE_ID, *FILE_KEY[1:])
@@ -207,10 +197,7 @@ def bad_rows(features: Features) -> np.ndarray:
 
 
 def raise_malloc_thresholds() -> None:
-    """Let glibc keep the buffers of a batch instead of fetching them from the system each time.
-
-    Not those of huge images, and not in an arena for each decoding thread: what is kept there is lost.
-    """
+    """Let glibc keep the buffers of a batch; not those of huge images, nor in an arena for each thread."""
     if platform.libc_ver()[0] == "glibc":
         # numbers from malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
         for option, value in ((-3, 128 << 20), (-1, 512 << 20), (-2, 64 << 20), (-8, 2)):
@@ -221,10 +208,7 @@ def raise_malloc_thresholds() -> None:
 
 
 class Job:
-    """What is to be done in a store, and what became of every row; making one writes nothing.
-
-    ``manifest`` is as `_checked` gives it, ``run`` the head of ``run.json``.
-    """
+    """What is to be done in a store, and what became of every row; making one writes nothing."""
 
     def __init__(
         self, manifest: pd.DataFrame, folder: Path, run: dict, missing: str, retry_errors: bool
@@ -233,38 +217,34 @@ class Job:
         found = (folder / RUN_FILE).exists()
         before = (self._unless_damaged(store.read_run, folder) if found else None) or {}
         if wrong := differences(before.get("fingerprint", run["fingerprint"]), run["fingerprint"]):
-            shown = "; ".join(wrong[:4]) + ("; ..." if len(wrong) > 4 else "")
             raise StoreError(
-                f"{folder} was extracted otherwise ({shown}). Its features do not mix with these: give "
-                "another folder, or delete that one first"
+                f"{folder} was extracted otherwise ({'; '.join(wrong[:4])}). Its features do not "
+                "mix with these: give another folder, or delete that one first"
             )
         self.run = run | {k: before[k] for k in ("created", "root", "complete", "checksums") if k in before}
         self.paths = [os.path.abspath(path) for path in manifest[schema.PATH]]
         # a store that is new, or whose images lie elsewhere than it has noted
         self.placed = bool(before) and os.path.isdir(store.store_root(folder, before))
         if not self.placed:
-            whole = (path for path in self.paths if store.utf8(path) == path)
-            self.run["root"] = store.portable_root(whole, folder)
+            self.run["root"] = store.portable_root(self.paths, folder)
         root = store.store_root(folder, self.run)
         self.names = [store.stored_name(path, root) for path in self.paths]
         by_user = run["fingerprint"]["captions"] == "user"
         self.captions = manifest[schema.CAPTION].tolist() if by_user else [None] * len(manifest)
         columns = [FEATURE_ID, schema.IMAGE_ID, schema.CAPTION_TOKENS, *FILE_KEY]
-        empty = pa.schema([(name, store.SHARD_COLUMNS[name]) for name in columns]).empty_table()
         shards = [
             self._unless_damaged(store.read_shard, path, columns, run["fingerprint_hash"])
             for path in store.shard_files(folder)
         ]
+        empty = pa.schema([(name, store.SHARD_COLUMNS[name]) for name in columns]).empty_table()
         stored = pa.concat_tables([empty, *filter(None, shards)]).to_pandas()
         self.tokens = stored.drop_duplicates(FEATURE_ID).set_index(FEATURE_ID)[schema.CAPTION_TOKENS]
-        state = [
-            self._unless_damaged(store.read_state, folder, name, before) if before.get("checksums") else None
-            for name in (MANIFEST_FILE, ERRORS_FILE)
-        ]
-        self.before = empty if state[0] is None else state[0]
-        known = self.before.to_pandas(integer_object_nulls=True)
-        columns = list(dict.fromkeys([*known, *schema.MANIFEST_COLUMNS, STAGE, REASON]))
-        self.known = known.reindex(columns=columns)
+        names = (MANIFEST_FILE, ERRORS_FILE) if before.get("checksums") else ()
+        tables = [self._unless_damaged(store.read_state, folder, name, before) for name in names]
+        empty = pa.schema(list(KINDS.items())).empty_table()
+        self.before = tables[0] if tables and tables[0] else empty
+        known = pa.concat_tables([empty, self.before], promote_options="permissive")
+        self.known = known.to_pandas(integer_object_nulls=True)
         self.plan = self._plan(stored, by_user and missing == "error", retry_errors)
         self.todo = self.plan.index[self.plan["status"] == "left"]
         self.noted: list[tuple] = []
@@ -303,9 +283,8 @@ class Job:
         # but that could not be noted where nothing can be written
         stage = self.known[STAGE]
         final = stage.eq("decode") if os.access(self.folder, os.W_OK) else stage.ne("label")
-        known = self.known.assign(
-            **{name: self.known[name].where(final & (not retry_errors)) for name in (STAGE, REASON)}
-        )
+        known = self.known.copy()
+        known.loc[~final | retry_errors, [STAGE, REASON]] = None
         # the manifest also knows the copies, which have no row in a shard
         files = pd.concat([stored, known]).groupby(FILE_KEY)[[schema.IMAGE_ID, STAGE, REASON]].first()
         rows = rows.fillna(rows[FILE_KEY].join(files, on=FILE_KEY)).fillna("")
@@ -314,20 +293,10 @@ class Job:
         status = np.select([rows[REASON] != "", tokens.notna()], ["errors", "reused"], "left")
         return rows.assign(tokens=tokens.fillna(0).astype(np.int64), status=status.astype(object))
 
-    def items(self) -> Iterator[Item]:
-        """What is to do, as a worker takes it."""
-        for row in self.todo:
-            yield Item(int(row), self.paths[row], self.names[row], self.captions[row])
-
-    @property
-    def settled(self) -> bool:
-        """Whether the store holds all of this already, as it stands here: nothing to compute or to note."""
-        return self.placed and not (len(self.todo) or self.damaged or self.changed)
-
     def open(self) -> None:
         """Make the folder a store that is under way; damaged files are set aside. Needs the lock."""
         shards = self.folder / store.SHARD_FOLDER
-        own = {".lock", shards.name, MANIFEST_FILE, ERRORS_FILE}
+        own = {LOCK_FILE, shards.name, MANIFEST_FILE, ERRORS_FILE}
         remove_leftovers(self.folder)
         names = {path.name for path in self.folder.iterdir() if path.suffix != ".damaged"}
         if RUN_FILE not in names and (others := sorted(names - own)):
@@ -361,23 +330,20 @@ class Job:
         if len(self._failed) < many:
             return
         item = self._failed[-1]
-        if isinstance(item.error, ItemkitError):
-            raise item.error
         raise ItemkitError(
             f"the step '{item.stage}' failed on {count(len(self._failed), 'image')} in a row (the last: "
-            f"{item.reason}), so it is not the images. Mend it, then run the same command again: what was "
-            "computed before is kept"
+            f"{item.reason}). Mend it, then run the same command again: what was computed is kept"
         ) from item.error
 
     def conclude(self) -> None:
-        """Set ``rows`` (what became of each), ``table`` (the store's manifest), ``complete`` and ``changed``.
+        """Set ``rows`` (what became of each), ``table`` (the store's manifest), ``complete`` and ``settled``.
 
         A store keeps the rows of all its runs. What this run's manifest says of a file, or of a file of the
-        same content, stands; rows of other files stay. ``changed`` is whether the store says otherwise.
+        same content, stands; rows of other files stay. A settled one holds all of this already.
         """
         rows = self.plan.copy()
-        noted = pd.DataFrame(self.noted, columns=["row", *FILE]).set_index("row")
-        rows.loc[noted.index, FILE] = noted
+        new = pd.DataFrame(self.noted, columns=["row", *FILE]).set_index("row")
+        rows.loc[new.index, FILE] = new
         # an image that was not tried, as a copy of one that then failed, fails with it
         failed = rows[rows["status"] == "errors"].drop_duplicates(FEATURE_ID).set_index(FEATURE_ID)
         lost = rows["status"].eq("copies") & rows[FEATURE_ID].isin(failed.index)
@@ -393,44 +359,31 @@ class Job:
         label = mine.dropna(subset=[schema.IMAGE_ID, schema.LABEL]).drop_duplicates(schema.IMAGE_ID)
         label = other[schema.IMAGE_ID].map(label.set_index(schema.IMAGE_ID)[schema.LABEL])
         other = other[label.isna() | other[schema.LABEL].isna() | (label == other[schema.LABEL])]
-        table = pd.concat([mine, other], ignore_index=True)
+        table = pd.concat([mine, other], ignore_index=True)[list(dict.fromkeys([*self.known, *mine]))]
         self.table = pa.table({store.utf8(str(n)): store.as_column(table[n], KINDS.get(n)) for n in table})
         self.rows = rows
         self.complete = self.table[FEATURE_ID].null_count + self.table[REASON].null_count == len(table)
+        order = [(schema.PATH, "ascending"), (schema.CAPTION, "ascending")]
+        same = self.table.sort_by(order).equals(self.before.sort_by(order))
         # cut short just before its last write, a store is complete and does not say so
-        self.changed = not same_rows(self.before, self.table) or (self.complete and not self.run["complete"])
-
-    def finish(self) -> None:
-        """Write manifest, errors and run.json."""
-        n, shards = len(self.table), len(store.shard_files(self.folder))
-        errors = n - self.table[REASON].null_count
-        self.run |= {"complete": self.complete, "counts": {"images": n, "errors": errors, "shards": shards}}
-        store.write_state(self.folder, self.run, self.table)
+        noted = self.placed and same and self.complete == self.run["complete"]
+        self.settled = noted and not len(self.todo) and not self.damaged
 
 
 def contradictions(table: pd.DataFrame) -> pd.Series:
     """Reasons of files of one content that are labelled real here and fake there: none can be used."""
-    known = table[(table[schema.IMAGE_ID] != "") & table[schema.LABEL].notna()]
-    firsts = known.drop_duplicates([schema.IMAGE_ID, schema.LABEL])
-    firsts = firsts.pivot(index=schema.IMAGE_ID, columns=schema.LABEL, values=schema.PATH)
-    firsts = firsts.reindex(columns=list(schema.LABEL_NAMES)).dropna()
-    wrong = known[known[schema.IMAGE_ID].isin(firsts.index) & (known[REASON] == "")]
-    reasons = {}
-    for row, path, image_id, label in wrong[[schema.PATH, schema.IMAGE_ID, schema.LABEL]].itertuples():
-        here, there = schema.LABEL_NAMES[label], schema.LABEL_NAMES[1 - label]
-        reasons[row] = printable(
-            f"{path}: labelled {here}, but {firsts[1 - label][image_id]} has the same content and is "
-            f"labelled {there}; correct one label or drop both rows"
+    known = table[table[schema.IMAGE_ID].ne("") & table[schema.LABEL].notna() & table[REASON].eq("")]
+    wrong = known[known.groupby(schema.IMAGE_ID)[schema.LABEL].transform("nunique") > 1]
+    wrong = wrong[[schema.PATH, schema.IMAGE_ID, schema.LABEL]]
+    first = {(image_id, label): path for path, image_id, label in wrong[::-1].itertuples(index=False)}
+    reasons = [
+        printable(
+            f"{path}: labelled {schema.LABEL_NAMES[label]}, but {first[image_id, 1 - label]} has the same "
+            f"content and is labelled {schema.LABEL_NAMES[1 - label]}; correct one label or drop both rows"
         )
-    return pd.Series(reasons, dtype=object)
-
-
-def same_rows(old: pa.Table, new: pa.Table) -> bool:
-    """Whether two tables hold the same, in whatever order."""
-    if len(old) != len(new) or set(old.column_names) != set(new.column_names):
-        return False
-    order = [(schema.PATH, "ascending"), (schema.CAPTION, "ascending")]
-    return old.select(new.column_names).sort_by(order).equals(new.sort_by(order))
+        for path, image_id, label in wrong.itertuples(index=False)
+    ]
+    return pd.Series(reasons, wrong.index, dtype=object)
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -445,8 +398,7 @@ def stop_signals() -> Iterator[list[int]]:
         if came and number == signal.SIGINT:
             raise KeyboardInterrupt
         came.append(number)
-        note = "\nfinishing the batch at hand, then stopping (Ctrl-C again: at once)"
-        print(note, file=sys.stderr, flush=True)
+        print("\nfinishing the batch at hand, then stopping (Ctrl-C again: now)", file=sys.stderr, flush=True)
 
     # Python allows it in the main thread alone
     main = threading.current_thread() is threading.main_thread()
@@ -471,17 +423,14 @@ class ExtractReport:
     left: int  # not reached, as the run was stopped
     seconds: float
     stages: dict[str, float]  # seconds per step of the method; of workers, summed
-    batch_size: int  # at the end: halved each time memory ran out
     notes: list[str]  # where and why images failed, captions that were cut
 
     def __str__(self) -> str:
-        parts = [f"{self.reused:,} reused, {self.computed:,} computed"]
-        if self.copies:
-            parts.append(count(self.copies, "duplicate"))
-        parts.append(count(self.errors, "error"))
-        if self.left:
-            parts.append(f"{self.left:,} left to do")
-        line = f"{count(self.n, 'image')}: {', '.join(parts)}; {self.seconds:.1f} s"
+        line = (
+            f"{count(self.n, 'image')}: {self.reused:,} reused, {self.computed:,} computed, "
+            f"{count(self.errors, 'error')}, {count(self.copies, 'duplicate')}, {self.left:,} left to do; "
+            f"{self.seconds:.1f} s"
+        )
         if self.computed:
             busy = {name: s for name, s in self.stages.items() if s > 0.005 * self.seconds}
             shares = ", ".join(f"{name} {s / self.seconds:.0%}" for name, s in busy.items())
@@ -496,23 +445,20 @@ def _report(job: Job, started: float, worker: RayCluster | Worker | None) -> Ext
         for stage, rows in failed.groupby(STAGE, sort=False)
     ]
     if notes:
-        damaged = "; --retry-errors also tries those known to be damaged"
-        again = damaged if failed[STAGE].eq("decode").any() else ""
-        notes.append(f"all of them with their reasons: {ERRORS_FILE} in the store{again}")
+        notes.append(f"with their reasons in {ERRORS_FILE}; --retry-errors also tries what was damaged")
     room = (job.run["fingerprint"].get("encoder") or {}).get("context_length")
     long = job.rows[job.rows["tokens"] > (room or math.inf)]
     if len(long):
         notes.append(
             f"{count(long[FEATURE_ID].nunique(), 'caption')} longer than the {room} tokens the encoder "
             f"reads, and cut there for it (longest {long['tokens'].max()}, first: "
-            f"{printable(long[schema.PATH].iloc[0])}); objects were taken from whole captions"
+            f"{printable(long[schema.PATH].iloc[0])})"
         )
     return ExtractReport(
         n=len(job.rows),
-        **{status: int((job.rows["status"] == status).sum()) for status in STATUSES},
-        seconds=round(time.perf_counter() - started, 3),
-        stages={name: round(s, 3) for name, s in worker.seconds.items()} if worker else {},
-        batch_size=worker.batch_size if worker else 0,
+        **job.rows["status"].value_counts().reindex(STATUSES, fill_value=0).to_dict(),
+        seconds=time.perf_counter() - started,
+        stages=dict(worker.seconds) if worker else {},
         notes=notes,
     )
 
@@ -533,9 +479,7 @@ def extract(
     progress: bool = True,
     ray: RayOptions | None = None,
 ) -> ExtractReport:
-    """Compute the features of all images of a manifest that the store does not hold yet.
-
-    Where the store holds all of them, no model is loaded, no lock taken and nothing written.
+    """Compute the features of the images that a store does not hold yet; with none, it is only read.
 
     Parameters
     ----------
@@ -558,34 +502,28 @@ def extract(
         Default 32 on a CPU, 256 on a GPU; halved when memory runs out. Changes the numbers by rounding only.
     shard_size : int
         A shard is written after this many images, or two minutes; a killed run loses no more than that.
-    decode : DecodeConfig, optional
-        Threads, look-ahead, bounds of memory.
+    decode, ray : DecodeConfig and RayOptions, optional
+        How images are read; in which workers of a Ray cluster the models run, by default in this process.
     retry_errors : bool
         Try images again that were found unusable before and have not changed since.
     progress : bool
         Progress bar and closing lines on stderr. Without, images that failed are a warning.
-    ray : RayOptions, optional
-        Run the models in the workers of a Ray cluster, see `itemkit.engine_ray`; by default in this process.
 
     Raises
     ------
     InputError, StoreError, ItemkitError
         The manifest or an option is unusable; the folder is no store, was made otherwise, or cannot be
-        written; the models fail on everything. What was computed before is kept.
-    KeyboardInterrupt
-        After Ctrl-C, once everything computed is on disk.
+        written; the models fail on everything. As after Ctrl-C, what was computed before is kept.
     """
-    for name, value, choices in (
-        ("captions", captions, ("generate", "user")),
-        ("missing", missing, ("raise", "generate", "error")),
-    ):
-        if value not in choices:
-            raise InputError(f"got {name}={value!r}; choose one of {', '.join(choices)}")
+    if captions not in ("generate", "user") or missing not in ("raise", "generate", "error"):
+        raise InputError(
+            f"got captions={captions!r}, missing={missing!r}; captions are 'generate' or 'user', missing "
+            "ones 'raise', 'generate' or 'error'"
+        )
     if batch_size is not None and batch_size < 1:
         raise InputError(f"got batch_size={batch_size}; give at least 1, or None for the device's default")
     if transform is not None and not hasattr(transform, "fingerprint"):
         raise InputError(f"transform {transform!r} has no fingerprint(), by which the cache tells it apart")
-    about = manifest.attrs.get("report")
     manifest = _checked(manifest, captions, missing)
     if isinstance(models, str):
         from itemkit.presets import get_preset
@@ -595,7 +533,7 @@ def extract(
         raise InputError("there is no captioner to make captions with; give one, or pass captions='user'")
     started, folder, came = time.perf_counter(), Path(out), list[int]()
     worker: RayCluster | Worker | None = None
-    options = WorkerOptions(decode or DecodeConfig(), transform, batch_size, shard_size)
+    options = WorkerOptions(device, decode or DecodeConfig(), transform, batch_size, shard_size)
     parts = models.fingerprint(captions)
     side = options.decode.least_side
     parts["decode"] = None if side is None else {"least_side": side}
@@ -610,8 +548,9 @@ def extract(
         "fingerprint_hash": store.fingerprint_hash(parts),
         "dim": int(parts["encoder"].get("dim") or models.encoder.dim),
         "config": models.record() if hasattr(models, "record") else None,
-        "versions": _versions(),
-        "manifest": about,
+        "versions": {"itemkit": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in PACKAGES},
+        "manifest": manifest.attrs.get("report"),
         "checksums": {},
     }
     job = Job(manifest, folder, run, missing, retry_errors)
@@ -622,15 +561,13 @@ def extract(
                 job.open()
                 if len(job.todo):
                     if ray is None:
-                        loaded = build_models(models, device)
-                        worker = Worker(folder, job.run, loaded, job.tokens.index, options)
+                        worker = Worker(folder, job.run, models, job.tokens.index, options)
                     else:
                         from itemkit.engine_ray import RayCluster
 
-                        worker = RayCluster(folder, job.run, (models, device), job.tokens.index, options, ray)
+                        worker = RayCluster(folder, job.run, models, job.tokens.index, options, ray)
                     came = _compute(job, worker, progress)
-                job.run["last_run"] = dataclasses.asdict(_report(job, started, worker))
-                job.finish()
+                store.write_state(folder, job.run | {"complete": job.complete}, job.table)
     report = _report(job, started, worker)
     if progress:
         print(report, file=sys.stderr, flush=True)
@@ -645,22 +582,18 @@ def extract(
 
 def _compute(job: Job, worker: RayCluster | Worker, progress: bool) -> list[int]:
     """Let the workers work; returns early, with everything on disk, when signals ask for it."""
+    items = (Item(row, job.paths[row], job.names[row], job.captions[row]) for row in job.todo.tolist())
     bar = tqdm(total=len(job.todo), unit="image", file=sys.stderr, disable=not progress)
-    with stop_signals() as came, bar, contextlib.closing(worker.run(job.items())) as source:
-        for items in source:
-            job.note(items)
-            bar.update(len(items))
+    with stop_signals() as came, bar, contextlib.closing(worker.run(items)) as source:
+        for batch in source:
+            job.note(batch)
+            bar.update(len(batch))
             if came:
                 break
     if not job.worked:
         job.give_up_after(1)
     job.conclude()
     return came
-
-
-def build_models(models: Models | Preset, device: str) -> Models:
-    """The models themselves, loaded if they are not yet."""
-    return models.build(device) if hasattr(models, "build") else models
 
 
 def _checked(manifest: pd.DataFrame, captions: str, missing: str) -> pd.DataFrame:
@@ -678,8 +611,7 @@ def _checked(manifest: pd.DataFrame, captions: str, missing: str) -> pd.DataFram
         known = manifest[schema.LABEL].dropna()
         for row, label in known[~known.isin(schema.LABEL_NAMES)].items():
             raise InputError(
-                f"row {row} of the manifest has the label {label!r}; expected 0 for real, 1 for fake or "
-                "nothing (itemkit.manifest.read_manifest also takes words)"
+                f"row {row} of the manifest has the label {label!r}; give 0 for real, 1 for fake"
             )
     if captions != "user":
         return manifest
@@ -689,18 +621,9 @@ def _checked(manifest: pd.DataFrame, captions: str, missing: str) -> pd.DataFram
     without, changed = clean.isna(), given.notna() & (given != clean)
     if without.any() and missing == "raise":
         raise InputError(
-            f"{int(without.sum())} of {len(manifest)} images have no caption; first: "
-            f"{printable(manifest[schema.PATH][without].iloc[0])}. Add it (one of links, mentions and emoji "
-            "only counts as none), or pass missing='generate' (the captioner fills in) or missing='error' "
-            "(an error row for each)"
+            f"{int(without.sum())} of {len(manifest)} images have no caption (or of links, mentions and "
+            f"emoji only); first: {printable(manifest[schema.PATH][without].iloc[0])}. Add it, or pass "
+            "missing='generate' (the captioner fills in) or missing='error' (an error row for each)"
         )
     manifest[schema.CAPTION] = clean
     return manifest.assign(**{POSTED: given.where(changed, None)}) if changed.any() else manifest
-
-
-def _versions() -> dict[str, str]:
-    versions = {"itemkit": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions

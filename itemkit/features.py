@@ -50,18 +50,15 @@ class Features:
         column = self.table[schema.LABEL]
         if column.isna().any():
             first = self.table.loc[column.isna(), schema.PATH].iloc[0]
-            raise InputError(
-                f"{int(column.isna().sum())} of {len(column)} images have no label, the first is "
-                f"{text.printable(first)}; give labels in the manifest or leave it out"
-            )
+            some = f"{int(column.isna().sum())} of {len(column)} images have no label"
+            raise InputError(f"{some}, the first is {text.printable(first)}; give it one or leave it out")
         return column.to_numpy(dtype=np.int64)
 
     @property
     def provenance(self) -> dict[str, Any]:
         """What made these features, to be kept beside every number derived from them.
 
-        ``itemkit`` (version), ``preset``, ``models`` (16 hex digits of the fingerprint; "" for embeddings
-        made elsewhere), ``note`` (what the numbers are about, where the mini models made them).
+        ``models``: 16 hex digits of a fingerprint, "" for embeddings made elsewhere; ``note``: of mini.
         """
         preset = (self.run.get("config") or {}).get("name", "")
         note = ""
@@ -99,37 +96,29 @@ class Features:
 
     def split(self, name: str) -> Features:
         """Select the labelled images of split "train", "val" or "test"; raises if there is none."""
-        labelled = self.table[self.table[schema.LABEL].notna()]
-        rows = (self.table[schema.SPLIT] == name).fillna(False) & self.table[schema.LABEL].notna()
+        split = self.table[schema.SPLIT].astype(object)
+        split = split.where(self.table[schema.LABEL].notna(), "without label")
+        rows = split.isin([name]).to_numpy()
         if not rows.any():
-            counts = labelled[schema.SPLIT].value_counts().items()
-            there = ", ".join(f"{split} ({n:,})" for split, n in counts) or "none"
-            unlabelled = len(self) - len(labelled)
-            without = f"; {text.count(unlabelled, 'image')} without label" if unlabelled else ""
-            raise InputError(f"no labelled image has split '{name}'; splits there are: {there}{without}")
-        return self.select(rows.to_numpy(dtype=bool))
+            there = ", ".join(f"{split} ({n:,})" for split, n in split.value_counts().items()) or "none"
+            raise InputError(f"no labelled image has split '{name}'; splits there are: {there}")
+        return self.select(rows)
 
     def with_generators(self, names: Sequence[str]) -> Features:
         """Select all real images and the fake ones of these generators; each must have some."""
         column = self.table[schema.GENERATOR]
         fakes = sorted(set(column.dropna()) - {schema.REAL_GENERATOR})
-        for name in names:
-            if name not in fakes:
-                hint, there = text.did_you_mean(name, fakes), ", ".join(map(text.printable, fakes)) or "none"
-                raise InputError(f"no image of generator '{name}'.{hint} Generators there are: {there}")
+        for name in [name for name in names if name not in fakes]:
+            hint, there = text.did_you_mean(name, fakes), ", ".join(map(text.printable, fakes)) or "none"
+            raise InputError(f"no image of generator '{name}'.{hint} Generators there are: {there}")
         return self.select(column.isin([schema.REAL_GENERATOR, *names]).to_numpy(dtype=bool))
 
 
 def concat_features(parts: Sequence[Features]) -> Features:
     """Put features of several sets of images, made the same way, one after the other.
 
-    Parameters
-    ----------
-    parts : sequence of Features
-        The result has the first one's ``run``, and ``pixels`` where all parts have them.
+    The result has the first one's ``run``, and ``pixels`` where all parts have them.
     """
-    if not parts:
-        raise InputError("concat_features() was given no features")
     starts = np.cumsum([0] + [len(part) for part in parts])
     pixels = [part.pixels for part in parts if part.pixels is not None]
     return Features(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import time
@@ -35,7 +34,6 @@ from itemkit._files import atomic_write, write_json
 from itemkit.devices import choose_device
 from itemkit.errors import InputError, ModelNotFound
 from itemkit.metrics import average_precision
-from itemkit.models import file_hash
 from itemkit.splits import split_validation
 from itemkit.text import one_line
 
@@ -87,7 +85,7 @@ class Net(nn.Module):
         super().__init__()
         self.arch, self.members = arch, members
         widths = [n_in, *arch.hidden, 1]
-        sizes = list(itertools.pairwise(widths))
+        sizes = list(zip(widths, widths[1:], strict=False))
         self.weights = nn.ParameterList([torch.empty(members, a, b) for a, b in sizes])
         self.biases = nn.ParameterList([torch.empty(members, 1, b) for _, b in sizes])
         self.norms = nn.ModuleList([nn.BatchNorm1d(members * b) for b in arch.hidden if arch.batch_norm])
@@ -333,7 +331,6 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
             "n_features": self.n_features_in_,
             "best_epoch": self.best_epoch_,
             "history": self.history_,
-            "torch": str(torch.__version__),
         }
         arrays = {name: tensor.cpu().numpy() for name, tensor in self.net_.state_dict().items()}
         arrays |= {"input_mean": self.mean_, "input_scale": self.scale_}
@@ -377,7 +374,7 @@ def write_sealed(
     name, arrays_name = files
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / arrays_name, save({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
-    sums = {file: file_hash(folder / file) for file in (*beside, arrays_name)}
+    sums = {file: _sha256(folder / file) for file in (*beside, arrays_name)}
     meta = json.loads(json.dumps(contents | {"files": sums}, default=lambda x: x.tolist()))
     write_json(folder / name, meta | {"sha256": _checksum(meta)})
     return folder
@@ -401,7 +398,7 @@ def read_sealed(
         if meta.pop("sha256", None) != _checksum(meta):
             raise ValueError(f"{name} was changed after it was written")
         for file in (*beside, arrays_name):
-            if meta["files"][file] != file_hash(folder / file):
+            if meta["files"][file] != _sha256(folder / file):
                 raise ValueError(f"{file} was changed after it was written")
         arrays = load_file(folder / arrays_name)
         if not all(np.isfinite(array).all() for array in arrays.values()):
@@ -411,3 +408,8 @@ def read_sealed(
 
 def _checksum(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -28,7 +28,6 @@ MAX_SIDE = 100_000  # a longer strip is no picture
 MAX_ASPECT = 16  # long side / short side; see `bound_aspect`
 MAX_FILE_BYTES = 512 * 2**20
 MAX_METADATA_BYTES = 64 * 2**20
-WHITE = (255, 255, 255)  # behind transparent pixels, as most viewers show them; our choice
 _STRIP_PIXELS = 2**20  # converted at a time, so that no second and third copy of a large image is made
 
 # Pillow takes a stored prompt or colour profile of over 1 MiB for an attack and gives up the pixels.
@@ -43,7 +42,6 @@ _BAD_EXIF = (ArithmeticError, AttributeError, LookupError, OSError, SyntaxError,
              struct.error)  # fmt: skip
 _AGAIN = "fetch the file again or drop the row"
 _PNG = "open it in an image program and store it as PNG"
-_FETCH = "fetch the image itself"
 # What the first bytes of a file say it is, and what to do then. The images come first.
 _IMAGES = (
     (rb"\xff\xd8\xff|\x89PNG|GIF8[79]a|RIFF....WEBP|II[*+]\0|MM\0[*+]|BM....\0\0\0\0|\0\0\0\x0cjP  "
@@ -55,14 +53,12 @@ _IMAGES = (
 )  # fmt: skip
 _OTHERS = (
     (rb"version https://git-lfs", "a Git LFS pointer", "run 'git lfs pull'"),
-    (rb"%PDF|%!PS", "a PDF or PostScript document", "store its pages as PNG"),
+    (rb"%PDF|%!PS|8BPS", "a PDF, PostScript or Photoshop document", _PNG),
     (rb"PK\x03\x04|\x1f\x8b|Rar!|7z", "an archive", "unpack it"),
     (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI", "a film", "store single pictures of it"),
-    (rb"8BPS", "a Photoshop file", "store it as PNG"),
-    (rb"\s*<(!doctype html|html|head|script)", "a web page", _FETCH),
-    (rb"\s*<", "SVG or XML text", "store it as PNG"),
-    (rb"\s*[{\[]", "JSON text", _FETCH),
-    (rb"[\t\n\r -~\x80-\xff]{8,}\Z", "plain text", _FETCH),
+    (rb"\s*<(!doctype html|html|head|script)", "a web page", "fetch the image itself"),
+    (rb"\s*[<{\[]|[\t\n\r -~\x80-\xff]{8,}\Z", "plain text, JSON or SVG", "fetch the image itself"),
+    (rb"", "not an image of a known format", f"store it as one of {', '.join(FORMATS)}"),
 )
 # What decoders say, and what that means: pattern, kind, problem, next step; the first that fits is taken.
 _TROUBLES = (
@@ -74,10 +70,7 @@ _TROUBLES = (
     (r"unsupported|not support|cannot handle|unknown (pixel|compression|raw|mode|data org|colou?r)"
      r"|cannot load this image|conversion from|unrecognized image mode|not available|bad configuration",
      "unsupported", "is a {format} of a variant that is not read here", _PNG),
-    (r"decod(er|ing) error|-\d when reading", "damaged",
-     "has pixels that cannot be decoded: the {format} is damaged or of a rare variant",
-     f"{_AGAIN}, or {_PNG}"),
-    (r"", "damaged", "is a damaged or incomplete {format}", _AGAIN),
+    (r"", "damaged", "is a damaged or incomplete {format}, or of a rare variant", f"{_AGAIN}, or {_PNG}"),
 )  # fmt: skip
 
 
@@ -103,7 +96,7 @@ class ImageError(InputError):
 def read_bytes(path: str | Path) -> bytes:
     """Read a regular file (or a link to one) whole; never hangs on a pipe or a device.
 
-    Raises an `ImageError` where it is missing, no file, not readable, empty or over `MAX_FILE_BYTES`.
+    Raises an `ImageError` where it is missing, no file, not readable or over `MAX_FILE_BYTES`.
     """
     name = str(path)
     try:
@@ -111,31 +104,20 @@ def read_bytes(path: str | Path) -> bytes:
         regular, size = stat.S_ISREG(found.st_mode), found.st_size
         data = Path(name).read_bytes() if regular and size <= MAX_FILE_BYTES else b""
     except FileNotFoundError:
-        broken = os.path.islink(name)
-        problem = f"links to {os.readlink(name)}, which does not exist" if broken else "no such file"
-        raise ImageError(name, "missing", problem, "check the path or drop the row") from None
+        raise ImageError(name, "missing", "no such file", "check the path or drop the row") from None
     except (OSError, ValueError) as error:
         problem = f"cannot be opened ({getattr(error, 'strerror', None) or error})"
         raise ImageError(name, "no access", problem, "check path and permissions") from None
     if not regular:
         raise ImageError(name, "not a file", "is a folder, pipe or device", "name the image itself")
     if size > MAX_FILE_BYTES:
-        problem = f"has {size:,} bytes, the limit is {MAX_FILE_BYTES:,}"
-        raise ImageError(name, "too large", problem, "store it smaller")
-    if not data:
-        raise ImageError(name, "empty", "is empty (0 bytes)", _AGAIN)
+        raise ImageError(name, "too large", f"has over {MAX_FILE_BYTES:,} bytes", "store it smaller")
     return data
 
 
 def content_id(data: bytes) -> str:
     """Name of an image by its content: SHA-256 of the file's bytes, as 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
-
-
-def reads(path: str) -> bool:
-    """Whether there is a reader here for the format that a file's ending names; true for other endings."""
-    needs = {".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF", ".avif": "AVIF"}
-    return needs.get(os.path.splitext(path)[1].lower(), "PNG") in _formats()
 
 
 def looks_like_image(head: bytes) -> bool:
@@ -153,14 +135,41 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
     does, and where it is no image, damaged, or of more pixels than `MAX_PIXELS` or `MAX_SIDE`.
     """
     name = name or ("image bytes" if isinstance(source, bytes) else str(source))
-    image = _open(name, source if isinstance(source, bytes) else read_bytes(source))
+    data = source if isinstance(source, bytes) else read_bytes(source)
+    if not data:
+        raise ImageError(name, "empty", "is empty (0 bytes)", _AGAIN)
+    image, trouble = None, None
+    # `PIL.Image.open` says "cannot identify" whatever the decoder said, and warns about sizes
+    for kind in _formats():
+        factory, accept = Image.OPEN[kind]
+        accepted = accept is None or accept(data[:16])
+        if (
+            image is None and accepted and not isinstance(accepted, str)
+        ):  # a text: the decoder is not built in
+            try:
+                image = factory(BytesIO(data), "")
+            except MemoryError:  # the machine's trouble, not the file's
+                raise
+            except Exception as error:  # noqa: BLE001 - bad data can fail in any way inside a decoder
+                trouble = trouble or _trouble(name, error, kind)
+    if image is None:
+        rows = (*_IMAGES[1:], *_OTHERS)
+        row = next(row for row in rows if re.match(row[0], data[:64], re.DOTALL | re.IGNORECASE))
+        word = "unsupported" if row in _IMAGES else "not an image"
+        raise trouble or ImageError(name, word, f"is {row[1]}", row[2])
     width, height = image.size
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+    if not 0 < width * height <= MAX_PIXELS or max(width, height) > MAX_SIDE:
         problem = f"has {width:,} x {height:,} pixels, the limit is {MAX_PIXELS:,}, or {MAX_SIDE:,} a side"
-        raise ImageError(name, "too large", problem, "store it smaller")
-    if not (width and height):
-        raise ImageError(name, "damaged", f"has {width} x {height} pixels", _AGAIN)
+        raise ImageError(name, "too large" if width * height else "damaged", problem, "store it smaller")
     return image
+
+
+def _trouble(name: str, error: Exception, kind: str) -> ImageError:
+    text = str(error)
+    if text.startswith("out of memory"):  # Pillow's decoders say it with an OSError
+        raise MemoryError(text) from None
+    _, word, problem, step = next(row for row in _TROUBLES if re.search(row[0], text, re.IGNORECASE))
+    return ImageError(name, word, problem.format(format=kind), step)
 
 
 def load_image(
@@ -172,19 +181,11 @@ def load_image(
     converted, transparency laid over white, of an animation the first frame taken, and of a very long strip
     the middle (`bound_aspect`). Needs at most 8 bytes of memory per pixel beside the file.
 
-    Parameters
-    ----------
-    source : path, the file's bytes, or what `open_image` gave for it
-    name : str, optional
-        What messages call it.
-    least_side : int, optional
-        Decode a JPEG at 1/2, 1/4 or 1/8 of its size where its shorter side then keeps at least so many
-        pixels: faster for large photographs, but other pixels than decoding and resizing give.
+    `source` may be what `open_image` gave. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where its shorter
+    side then keeps `least_side` pixels: faster, but not the pixels that decoding and resizing give.
 
-    Raises
-    ------
-    ImageError, MemoryError
-        The image cannot be used, or there is no room for it now, which says nothing about the file.
+    Raises an `ImageError` where the image cannot be used, and a `MemoryError` where there is no room for it
+    now, which says nothing about the file.
     """
     name = name or (str(source) if isinstance(source, str | Path) else "image bytes")
     image = source if isinstance(source, Image.Image) else open_image(source, name)
@@ -217,17 +218,13 @@ def bound_aspect(image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=1)
 def _formats() -> tuple[str, ...]:
+    """Names of the decoders that are there."""
     Image.init()
     with contextlib.suppress(ImportError):
         import pillow_heif
 
         pillow_heif.register_heif_opener()
-    _silence_libtiff()
-    return tuple(name for name in FORMATS if name in Image.OPEN)  # a build of Pillow may lack AVIF
-
-
-def _silence_libtiff() -> None:
-    """Switch off what libtiff writes to the terminal past Python: hundreds of lines for one broken file."""
+    # for one broken file libtiff writes hundreds of lines to the terminal, past Python
     folder = Path(Image.__file__).parent
     found = {*folder.parent.glob("pillow.libs/libtiff*"), *folder.glob(".dylibs/libtiff*")}
     with contextlib.suppress(OSError):  # Linux: the one that is loaded, be it Pillow's own or the system's
@@ -237,40 +234,7 @@ def _silence_libtiff() -> None:
             loaded = ctypes.CDLL(str(library))
             loaded.TIFFSetErrorHandler(None)
             loaded.TIFFSetWarningHandler(None)
-
-
-def _open(name: str, data: bytes) -> Image.Image:
-    """As `PIL.Image.open`, which says "cannot identify" whatever the decoder said, and warns about sizes."""
-    if not data:
-        raise ImageError(name, "empty", "is empty (0 bytes)", _AGAIN)
-    trouble = None
-    for kind in _formats():
-        factory, accept = Image.OPEN[kind]
-        accepted = accept is None or accept(data[:16])
-        if not accepted or isinstance(accepted, str):  # a text: the decoder is not built in
-            continue
-        try:
-            return factory(BytesIO(data), "")
-        except MemoryError:  # the machine's trouble, not the file's
-            raise
-        except Exception as error:  # noqa: BLE001 - bad data can fail in any way inside a decoder
-            trouble = trouble or _trouble(name, error, kind)
-    if trouble is not None:
-        raise trouble
-    for pattern, kind, step in (*_IMAGES[1:], *_OTHERS):
-        if re.match(pattern, data[:64], re.DOTALL | re.IGNORECASE):
-            word = "unsupported" if (pattern, kind, step) in _IMAGES else "not an image"
-            raise ImageError(name, word, f"looks like {kind}, for which there is no reader", step)
-    step = f"store it as one of {', '.join(FORMATS)}"
-    raise ImageError(name, "not an image", "is not an image in any format known here", step)
-
-
-def _trouble(name: str, error: Exception, kind: str) -> ImageError:
-    text = str(error)
-    if text.startswith("out of memory"):  # Pillow's decoders say it with an OSError
-        raise MemoryError(text) from None
-    _, word, problem, step = next(row for row in _TROUBLES if re.search(row[0], text, re.IGNORECASE))
-    return ImageError(name, word, problem.format(format=kind), step)
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # a build of Pillow may lack AVIF
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -305,25 +269,22 @@ def _strip_to_rgb(strip: Image.Image, transform: tuple[str, Any] | None) -> Imag
             alpha = strip
     if alpha is None:
         return strip.convert("RGB")
-    return Image.alpha_composite(Image.new("RGBA", alpha.size, (*WHITE, 255)), alpha).convert("RGB")
+    # white, as most viewers have it; our choice
+    return Image.alpha_composite(Image.new("RGBA", alpha.size, "white"), alpha).convert("RGB")
 
 
 def _colour_transform(image: Image.Image) -> tuple[str, Any] | None:
     """Mode and transform of the embedded colour profile; a broken or unfit one is ignored, as viewers do."""
-    data = image.info.get("icc_profile")
-    if not data:
-        return None
     try:
-        profile = ImageCms.ImageCmsProfile(BytesIO(data))
+        profile = ImageCms.ImageCmsProfile(BytesIO(image.info.get("icc_profile", b"")))  # or none
         space = profile.profile.xcolor_space.strip()
         if space == "RGB" and "srgb" in (profile.profile.profile_description or "").lower():
             return None  # already there; a round trip would only add rounding
         fits = {"RGB": ("RGB", "RGBA", "P", "PA"), "GRAY": ("L", "LA"), "CMYK": ("CMYK",)}
         if image.mode not in fits.get(space, ()):
             return None
-        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[space]
         srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-        return mode, ImageCms.buildTransform(profile, srgb, mode, "RGB")
+        return fits[space][0], ImageCms.buildTransform(profile, srgb, fits[space][0], "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
         return None
 
@@ -369,22 +330,20 @@ def jpeg_subsampling(image: Image.Image) -> str:
 class EqualiseConfig:
     """What both classes are brought to, so that neither size nor codec tells them apart."""
 
-    # Side of the square in pixels: no more than the shorter side of the smallest images, since an enlarged
-    # picture carries traces of its enlargement, which then tell the classes apart again.
+    # Side of the square in pixels; more than the smallest images have leaves traces of enlargement in them.
     size: int = 224
     codec: str = "jpeg"  # or "png"
     quality: int = 90  # of a JPEG, 1-100
     subsampling: str = "4:2:0"  # of a JPEG
 
     def __post_init__(self) -> None:
-        if self.size < 8:
-            raise InputError(f"equalise size is {self.size} px; choose at least 8")
-        if self.codec not in ("jpeg", "png"):
-            raise InputError(f"equalise codec is {self.codec!r}; choose 'jpeg' or 'png'")
-        if not 1 <= self.quality <= 100:
-            raise InputError(f"JPEG quality is {self.quality}; choose 1 to 100")
-        if self.subsampling not in SUBSAMPLINGS:
-            raise InputError(f"chroma subsampling is {self.subsampling!r}; choose {', '.join(SUBSAMPLINGS)}")
+        limits = (("equalise size", self.size, 8, 10_000), ("JPEG quality", self.quality, 1, 100))
+        for what, number, low, high in limits:
+            if not low <= number <= high:
+                raise InputError(f"{what} is {number}; choose {low} to {high}")
+        for value, known in ((self.codec, ("jpeg", "png")), (self.subsampling, SUBSAMPLINGS)):
+            if value not in known:
+                raise InputError(f"equalise got {value!r}; choose {' or '.join(known)}")
 
 
 def equalise(image: Image.Image, config: EqualiseConfig) -> Image.Image:

@@ -69,11 +69,8 @@ _DIFFUSION_FORENSICS = {"lsun_bedroom", "imagenet", "celebahq"}
 _PHOTO_SETS = {"mscoco", "coco", "raise", "raise_1k", "raise1k"}  # reals of DRCT-2M and of Synthbuster
 
 TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".jsonl", ".ndjson")
-# Endings of what is no image for sure, so that a million of them need not be opened to find out.
-_NO_IMAGES = {*TABLES, ".txt", ".json", ".md", ".html", ".xml", ".yaml", ".yml", ".py", ".ipynb",
-              ".npy", ".npz", ".pt", ".pth", ".zip", ".tar", ".gz", ".7z", ".rar", ".mp4", ".mov", ".avi",
-              ".webm", ".pdf", ".svg", ".log", ".db", ".ini"}  # fmt: skip
-_CAPTION_KEYS = ("caption", "prompt", "text")
+# No images for sure: so that a million texts beside the images need not be opened to find out.
+_NO_IMAGES = {*TABLES, ".txt", ".json", ".xml", ".yaml", ".npy", ".npz", ".py"}
 
 
 class Name(NamedTuple):
@@ -87,11 +84,7 @@ class Name(NamedTuple):
 
 @lru_cache(maxsize=100_000)
 def read_name(text: str) -> Name:
-    """Read one folder's or column's name, or one value of a label column.
-
-    >>> read_name("training_real"), read_name("AiArtData").label, read_name("unreal_engine").label
-    (Name(label=0, sure=2, split='train', number=None), 1, None)
-    """
+    """Read the name of a folder or a column, or one value of a label column."""
     name = normalise(text)
     tokens = list(_TOKEN.finditer(name))
     if "".join(m[0] for m in tokens) != name:  # other words too: only a sure word that stands by itself
@@ -152,31 +145,27 @@ class Tree:
     def _add(self, here: Path, files: list[str]) -> None:
         parts = here.relative_to(self.root).parts
         images: dict[str, str] = {}  # name -> stem
-        texts: dict[str, str] = {}  # stem -> name; of two the .txt, which comes last
         others: dict[str, str] = {}  # name -> ending
         for name in files:
             stem, ending = os.path.splitext(name)
-            ending = ending.lower()
+            ending = ending.lower() or "(no ending)"
             if name.startswith("."):
                 self.skipped["hidden_files"] += name != ".DS_Store"
             elif ending in EXTENSIONS:
                 images[name] = stem
             elif ending not in _NO_IMAGES and self._sniff(here / name):
                 images[name] = stem
-                self.skipped["files_taken_by_content"][ending or "(no ending)"] += 1
+                self.skipped["files_taken_by_content"][ending] += 1
             else:
-                others[name] = ending or "(no ending)"
-                if ending in (".json", ".txt"):
-                    texts[stem] = name
-                elif ending in TABLES and stem == "metadata":
-                    self.metadata.append(here / name)
-                elif ending in TABLES and parts in ((), ("data",)):
-                    self.tables.append(here / name)
-        for name, stem in images.items():
-            if stem in texts:
-                self.captions[str(here / name)] = str(here / texts[stem])
-                others.pop(texts[stem], None)
-        self.skipped["files_left_out"].update(others.values())
+                others[name] = ending
+                if ending in TABLES and (stem == "metadata" or parts in ((), ("data",))):
+                    (self.metadata if stem == "metadata" else self.tables).append(here / name)
+        # of two the .txt, which comes last
+        texts = {os.path.splitext(n)[0]: n for n, ending in others.items() if ending in (".json", ".txt")}
+        texts = {name: texts[stem] for name, stem in images.items() if stem in texts}
+        self.captions |= {str(here / name): str(here / text) for name, text in texts.items()}
+        used = set(texts.values())
+        self.skipped["files_left_out"].update(others[name] for name in others if name not in used)
         if images:
             self.folders[parts] = list(images)
             for i, part in enumerate(parts):
@@ -193,13 +182,10 @@ class Tree:
     def require_images(self) -> None:
         """Raise an `InputError` that says what is there if there is no image."""
         if not self.folders:
-            found = self.skipped["files_left_out"].most_common(5)
-            there = ", ".join(f"{n:,} {ending}" for ending, n in found)
-            shut = "".join(f"; cannot look into {name}" for name in self.skipped["not_readable"][:3])
-            wanted = " ".join(EXTENSIONS)
-            raise InputError(
-                f"no image below {self.root}: looked for {wanted}; found {there or 'nothing'}{shut}"
-            )
+            found = [f"{n:,} {ending}" for ending, n in self.skipped["files_left_out"].most_common(5)]
+            found += [f"{name}, which cannot be looked into" for name in self.skipped["not_readable"][:3]]
+            wanted = f"looked for {' '.join(EXTENSIONS)}"
+            raise InputError(f"no image below {self.root}: {wanted}; found {', '.join(found) or 'nothing'}")
 
     @cached_property
     def labels(self) -> dict[Parts, tuple[int, int]]:
@@ -234,19 +220,17 @@ class Tree:
 
     def error(self, parts: Parts, problem: str) -> InputError:
         """What is wrong with a folder, and what can be done."""
-        where = "/".join(parts) or "."
-        return InputError(
-            f"{self.root}: '{where}' {problem}. Move or rename it, choose another layout= or give a table"
-        )
+        advice = "Move or rename it, choose another layout= or give a table"
+        return InputError(f"{self.root}: '{'/'.join(parts) or '.'}' {problem}. {advice}")
 
     def split(self, parts: Parts) -> str | None:
         """Split of a folder; `train` beside `car` and `dog` is a class of pictures, no split."""
-        splits: dict[str, str] = {}
+        splits: set[str] = set()
         for i, part in enumerate(parts):
             name = read_name(part).split
             beside = [read_name(n).split is not None for n in self.children[parts[:i]]]
             if name and (all(beside) if splits else 2 * sum(beside) >= len(beside)):
-                splits[name] = part
+                splits.add(name)
         if len(splits) > 1:
             raise self.error(parts, f"lies under folders of several splits: {', '.join(sorted(splits))}")
         return next(iter(splits), None)
@@ -254,17 +238,14 @@ class Tree:
     @cached_property
     def used(self) -> Counter[str]:
         """Label folders by name, with their numbers of images."""
-        names: Counter[str] = Counter()
-        for parts, (i, _) in self.labels.items():
-            names[parts[i]] += len(self.folders[parts])
-        return names
+        return Counter(parts[i] for parts, (i, _) in self.labels.items() for _ in self.folders[parts])
 
     @cached_property
-    def contest(self) -> list[Parts]:
+    def contest(self) -> set[Parts]:
         """Test images as contests hand them out: under no label folder, the others being of both classes."""
-        loose = [parts for parts in self.folders if parts not in self.labels]
+        loose = self.folders.keys() - self.labels.keys()
         both = {label for _, label in self.labels.values()} == {schema.REAL, schema.FAKE}
-        return loose if both and all(self.split(parts) == "test" for parts in loose) else []
+        return loose if both and all(self.split(parts) == "test" for parts in loose) else set()
 
     def beside_real(self, parts: Parts) -> int | None:
         """Deepest part that stands beside a folder `real` (or is it)."""
@@ -274,45 +255,13 @@ class Tree:
 
 def _leads_back(folder: Path, root: Path) -> bool:
     """Whether a folder is a link to one that it lies in itself: to follow it would never end."""
-    if folder == root or not folder.is_symlink():
-        return False
-    above = folder.parents[: len(folder.relative_to(root).parts)]
+    above = folder.parents[: len(folder.relative_to(root).parts)] if folder.is_symlink() else ()
     return any(parent.resolve().is_relative_to(folder.resolve()) for parent in above)
 
 
-# ---- layouts: where the label of each folder is said, and generator and source of its images
+# ---- layouts: label, generator and source of a folder's images, or None where nothing says the label
 
-Places = dict[Parts, tuple[int, int | None]]  # folder -> which of its parts says the label, and the label
-
-
-def _by_words(tree: Tree) -> Places:
-    return tree.labels | dict.fromkeys(tree.contest, (0, None))
-
-
-def _by_names(tree: Tree, real: str, fake: str) -> Places:
-    places: Places = {}
-    for parts in tree.folders:
-        for i, name in enumerate(map(normalise, parts)):
-            if name in (real, fake):
-                places.setdefault(parts, (i, schema.FAKE if name == fake else schema.REAL))
-    return places
-
-
-def _by_neighbour(tree: Tree) -> Places:
-    """`real` beside one folder per generator, at any depth (DiffusionForensics)."""
-    at = {parts: i for parts in tree.folders if (i := tree.beside_real(parts)) is not None}
-    reals = {parts: read_name(parts[i]).label == schema.REAL for parts, i in at.items()}
-    return {parts: (i, schema.REAL if reals[parts] else schema.FAKE) for parts, i in at.items()}
-
-
-def _by_root(tree: Tree) -> Places:
-    """Fakes, one folder per generator (DRCT-2M, Synthbuster); a folder named after a photo set is real."""
-    fakes = {parts: _PHOTO_SETS.isdisjoint(map(normalise, parts)) for parts in tree.folders}
-    return {parts: (0, schema.FAKE if fake else schema.REAL) for parts, fake in fakes.items()}
-
-
-def _nowhere(tree: Tree) -> Places:
-    return dict.fromkeys(tree.folders, (0, None))
+Said = tuple[int | None, str, str] | None
 
 
 def _names(parts: Iterable[str]) -> list[str]:
@@ -320,47 +269,55 @@ def _names(parts: Iterable[str]) -> list[str]:
     return [p for p in parts if not (read_name(p).split or normalise(p) in _CONTAINERS or p.isdigit())]
 
 
-def _name_plain(root: Path, parts: Parts, i: int) -> tuple[str, str]:
+def _plain(tree: Tree, parts: Parts) -> Said:
+    if parts not in tree.labels:
+        return (None, "unknown", tree.root.name) if parts in tree.contest else None
+    i, label = tree.labels[parts]
     outer, inner = _names(parts[:i]), _names(parts[i + 1 :])
     made = [name for name in outer if read_name(name).label != schema.REAL]  # photos/fake: not by "photos"
     may_say = [] if read_name(parts[i]).sure else [parts[i]]  # fake_sdxl
-    return (inner[:1] or made[-1:] or may_say or ["unknown"])[0], (outer[-1:] or [root.name])[0]
+    return label, (inner[:1] or made[-1:] or may_say or ["unknown"])[0], (outer[-1:] or [tree.root.name])[0]
 
 
-def _name_genimage(root: Path, parts: Parts, i: int) -> tuple[str, str]:
-    names = ["unknown", *_names((*root.parts[-2:], *parts[:i]))]
-    wrapped = [m[1].lower() for m in map(_GENIMAGE_DOWNLOAD.fullmatch, names) if m]
-    name = _GENIMAGE_NAMES.get(wrapped[-1], wrapped[-1]) if wrapped else names[-1]
-    return name, name
+def _named(tree: Tree, parts: Parts, real: str, fake: str) -> Said:
+    """Folders of two names, in folders of one generator each (GenImage, ForenSynths and their like)."""
+    i = next((i for i, name in enumerate(map(normalise, parts)) if name in (real, fake)), None)
+    if i is None:
+        return None
+    chain = (tree.root.name, *parts[:i])
+    names = _names(chain) or _names(tree.root.parts[-2:]) or ["unknown"]
+    classes = [part for part in chain if normalise(part) in _CLASS_LEVEL]
+    splits = [depth for depth, part in enumerate(chain) if read_name(part).split]
+    below_split = _names(chain[splits[-1] + 1 :])[:1] if splits else []
+    name = (classes or below_split or names)[-1]
+    if wrapped := _GENIMAGE_DOWNLOAD.fullmatch(name):
+        name = _GENIMAGE_NAMES.get(wrapped[1].lower(), wrapped[1].lower())
+    return schema.FAKE if normalise(parts[i]) == fake else schema.REAL, name, name
 
 
-def _name_forensynths(root: Path, parts: Parts, i: int) -> tuple[str, str]:
-    chain = (root.name, *parts[:i])
-    known = [p for p in chain if normalise(p) in _CLASS_LEVEL]
-    splits = [i for i, p in enumerate(chain) if read_name(p).split]
-    after_split = _names(chain[splits[0] + 1 :]) if splits else []
-    name = (known or after_split[:1] or _names(chain) or ["unknown"])[-1]
-    return name, name
+def _beside_real(tree: Tree, parts: Parts) -> Said:
+    """`real` beside one folder per generator, at any depth (DiffusionForensics)."""
+    if (i := tree.beside_real(parts)) is None:
+        return None
+    label = schema.REAL if read_name(parts[i]).label == schema.REAL else schema.FAKE
+    return label, parts[i], (_names(parts[:i])[-1:] or [tree.root.name])[0]
 
 
-def _name_neighbour(root: Path, parts: Parts, i: int) -> tuple[str, str]:
-    return parts[i], (_names(parts[:i])[-1:] or [root.name])[0]
-
-
-def _name_last(root: Path, parts: Parts, i: int) -> tuple[str, str]:
+def _two_roots(tree: Tree, parts: Parts) -> Said:
+    """Fakes, one folder per generator (DRCT-2M, Synthbuster); a folder named after a photo set is real."""
     photos = [part for part in parts if normalise(part) in _PHOTO_SETS]
-    return (_names(parts)[-1:] or [root.name])[0], (photos or [root.name])[0]
+    name = (_names(parts)[-1:] or [tree.root.name])[0]
+    return schema.REAL if photos else schema.FAKE, name, (photos or [tree.root.name])[0]
 
 
-_FORENSYNTHS = partial(_by_names, real="0_real", fake="1_fake"), _name_forensynths
-#: name -> where the labels are said, and what generator and source are called
-FOLDER_LAYOUTS: dict[str, tuple[Callable[[Tree], Places], Callable[[Path, Parts, int], tuple[str, str]]]] = {
-    "folder": (_by_words, _name_plain),
-    "genimage": (partial(_by_names, real="nature", fake="ai"), _name_genimage),
+_FORENSYNTHS = partial(_named, real="0_real", fake="1_fake")
+FOLDER_LAYOUTS: dict[str, Callable[[Tree, Parts], Said]] = {
+    "folder": _plain,
+    "genimage": partial(_named, real="nature", fake="ai"),
     **dict.fromkeys(("forensynths", "ufd", "cnndetection", "aigibench", "fatformer"), _FORENSYNTHS),
-    **dict.fromkeys(("generators", "diffusionforensics"), (_by_neighbour, _name_neighbour)),
-    **dict.fromkeys(("two_roots", "drct", "synthbuster"), (_by_root, _name_last)),
-    "unlabelled": (_nowhere, _name_last),
+    **dict.fromkeys(("generators", "diffusionforensics"), _beside_real),
+    **dict.fromkeys(("two_roots", "drct", "synthbuster"), _two_roots),
+    "unlabelled": lambda tree, parts: (None, "unknown", tree.root.name),
 }
 
 
@@ -375,64 +332,56 @@ def read_folder(tree: Tree, layout: str, real_root: Path | None) -> tuple[pd.Dat
     by_words = layout in ("auto", "folder")
     if layout == "auto":
         layout = _detect(tree, real_root, notes)
-    find, namer = FOLDER_LAYOUTS[layout]
-    if real_root is not None and find is not _by_root:
+    rule = FOLDER_LAYOUTS[layout]
+    if real_root is not None and rule is not _two_roots:
         raise InputError(f"layout {layout!r} has photographs of its own; leave real_root={real_root} out")
-    table = _rows(tree, find(tree), namer)
+    table = _rows(tree, rule)
     labels = f"the folders, as layout {layout!r} has them"
-    if find is _nowhere:
+    if layout == "unlabelled":
         labels = "none: no folder is named after real or fake, so the images are read without labels"
     elif real_root is not None:
         photos = Tree(real_root)
         photos.require_images()
         for key, value in photos.skipped.items():
             tree.skipped[key] += value
-        reals = _rows(photos, dict.fromkeys(photos.folders, (0, schema.REAL)), namer)
+        reals = _rows(photos, lambda tree, parts: (schema.REAL, "", ""))
         table = pd.concat([table, reals], ignore_index=True).assign(**{schema.SOURCE: real_root.name})
         labels = f"all of {tree.root.name} fake, all of {real_root.name} real"
     elif by_words and tree.used:
         labels = "folders " + ", ".join(f"{printable(k)} ({n:,})" for k, n in tree.used.most_common(8))
         if set(tree.used) == {"0", "1"}:
             notes.append("folders 0 and 1 are read as 0 = real and 1 = fake; give a table if it is otherwise")
-    if namer is _name_forensynths:
-        table[schema.SOURCE] = _shared_reals(table)
-    return table, {"layout": layout, "labels": labels, "notes": notes}
+    # UniversalFakeDetect: several diffusion sets share the reals of another
+    source = table[schema.SOURCE]
+    with_reals = set(source[table[schema.LABEL] == schema.REAL])
+    shared = table[schema.GENERATOR].map(lambda name: "imagenet" if name == "guided" else "laion")
+    table[schema.SOURCE] = source.mask(~source.isin(with_reals) & shared.isin(with_reals), shared)
+    return table, {"labels": labels, "layout": layout, "notes": notes}
 
 
-def _rows(tree: Tree, places: Places, namer: Callable[[Path, Parts, int], tuple[str, str]]) -> pd.DataFrame:
+def _rows(tree: Tree, rule: Callable[[Tree, Parts], Said]) -> pd.DataFrame:
     """One row per image."""
     rows = []
     for parts, names in tree.folders.items():
-        if parts not in places:
+        if (said := rule(tree, parts)) is None:
             raise tree.error(parts, "has no folder that says its label")
-        i, label = places[parts]
-        generator, source = ("unknown", tree.root.name) if label is None else namer(tree.root, parts, i)
         here, split = os.path.join(tree.root, *parts), tree.split(parts)
         paths = (os.path.join(here, name) for name in names)
-        rows += [(p, label, generator, source, split, _read_caption(tree.captions.get(p))) for p in paths]
+        rows += [(path, *said, split, _read_caption(tree.captions.get(path, ""))) for path in paths]
     table = pd.DataFrame(rows, columns=list(schema.MANIFEST_COLUMNS), dtype=object)
     # folder by folder: a/z before a.png
     return table.sort_values(schema.PATH, key=lambda p: p.str.replace(os.sep, "\0"), ignore_index=True)
 
 
-def _shared_reals(table: pd.DataFrame) -> pd.Series:
-    """Sources of UniversalFakeDetect, where several diffusion sets share the reals of another."""
-    source = table[schema.SOURCE]
-    reals = set(source[table[schema.LABEL] == schema.REAL])
-    shared = table[schema.GENERATOR].map(lambda name: "imagenet" if name == "guided" else "laion")
-    return source.mask(~source.isin(reals) & shared.isin(reals), shared)
-
-
-def _read_caption(path: str | None) -> str | None:
+def _read_caption(path: str) -> str | None:
     """Caption from a text beside an image (img2dataset and trainers keep them so)."""
-    if path is None:
+    if not path:
         return None
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         text = Path(path).read_text("utf-8", "replace")
         if path.lower().endswith(".json"):
-            kept = json.loads(text)
-            kept = [kept.get(key) for key in _CAPTION_KEYS] if isinstance(kept, dict) else []
-            text = next((value for value in kept if isinstance(value, str)), "")
+            values = map(json.loads(text).get, ("caption", "prompt", "text"))
+            text = next((value for value in values if isinstance(value, str)), "")
         return " ".join(text[:10_000].split())
     return None
 
@@ -441,42 +390,36 @@ def _detect(tree: Tree, real_root: Path | None, notes: list[str]) -> str:
     """Find the layout of a tree from its folder names; several answers are an error, never a choice."""
     root, used = tree.root, ", ".join(f"{name} ({count(n, 'image')})" for name, n in tree.used.items())
     if used and real_root is not None:
-        raise InputError(
-            f"{root} holds label folders of its own: {used}; pass layout='two_roots' to take all of it as "
-            f"fake, or leave real_root={real_root} out"
-        )
+        advice = "pass layout='two_roots' to take all of it as fake, or leave real_root= out"
+        raise InputError(f"{root} holds label folders of its own: {used}; {advice}")
     fakes_alone = any(re.match("drct|synthbuster", normalise(name)) for name in root.parts[-2:])
     if real_root is not None or (fakes_alone and not used):
         return "two_roots"
     if not used and tree.tables:
         tables = ", ".join(t.name for t in tree.tables[:5])
-        raise InputError(
-            f"{root} has no label folders but holds {tables}: read that table, or pass layout='unlabelled'"
-        )
+        advice = "read that table, or pass layout='unlabelled'"
+        raise InputError(f"{root} has no label folders but holds {tables}: {advice}")
     if not used:
         return "unlabelled"
-    loose = {parts: len(names) for parts, names in tree.folders.items() if parts not in tree.labels}
+    loose = [parts for parts in tree.folders if parts not in tree.labels]
     if not loose:
         names = set(map(normalise, tree.used))
         known = {"genimage": {"ai", "nature"}, "forensynths": {"0_real", "1_fake"}}
         return next((name for name, words in known.items() if names <= words), "folder")
-    n = sum(loose.values())
+    n = count(sum(len(tree.folders[parts]) for parts in loose), "image")
     if tree.contest:
-        notes.append(f"{count(n, 'image')} of split 'test' lie under no label folder: read without a label")
+        notes.append(f"{n} of split 'test' lie under no label folder: read without a label")
         return "folder"
     depths = {parts: depth for parts in tree.folders if (depth := tree.beside_real(parts)) is not None}
-    if len(depths) == len(tree.folders):
-        bases = {normalise(parts[d - 1] if d else root.name) for parts, d in depths.items()}
-        beside = sorted({parts[depths[parts]] for parts in loose})
-        listed = ", ".join(beside[:8])
-        known_names = all(GENERATOR_NAMES.match(normalise(name)) for name in beside)
-        if not known_names and not bases <= _DIFFUSION_FORENSICS:
-            raise InputError(
-                f"{root}: beside 'real' there are {listed}, which are no label names. If they are "
-                "generators, pass layout='generators'"
-            )
-        notes.append(f"folders beside 'real' are read as generators: {listed}")
-        return "generators"
-    first = next(iter(loose))
-    problem = f"lies under no label folder (in all {count(n, 'image')}), but others under {used}"
-    raise tree.error((*first, tree.folders[first][0]), problem)
+    if len(depths) < len(tree.folders):
+        name = tree.folders[loose[0]][0]
+        problem = f"lies under no label folder (in all {n}), but others under {used}"
+        raise tree.error((*loose[0], name), problem)
+    beside = sorted({parts[depths[parts]] for parts in loose})
+    listed = ", ".join(beside[:8])
+    bases = {normalise(parts[depth - 1] if depth else root.name) for parts, depth in depths.items()}
+    if not (all(GENERATOR_NAMES.match(normalise(name)) for name in beside) or bases <= _DIFFUSION_FORENSICS):
+        advice = "which are no label names. If they are generators, pass layout='generators'"
+        raise InputError(f"{root}: beside 'real' there are {listed}, {advice}")
+    notes.append(f"folders beside 'real' are read as generators: {listed}")
+    return "generators"

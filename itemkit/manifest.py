@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from itemkit import _files, layouts, schema
 from itemkit.errors import InputError
-from itemkit.images import EXTENSIONS, ImageError, content_id, open_image, reads
+from itemkit.images import EXTENSIONS, ImageError, content_id, open_image
 from itemkit.layouts import normalise, read_name
 from itemkit.splits import plan_splits
 from itemkit.text import count, did_you_mean, printable
@@ -46,10 +46,8 @@ _LABEL_NAMES = re.compile(
 )
 _FLAGS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "f": 0, "t": 1}
 _IMAGE_COLUMNS = ("image", "img", "image_data", "image_bytes", "jpg", "png", "webp")
-_ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}
 _TEXT, _ARROW = (".csv", ".tsv", ".jsonl", ".ndjson"), (".parquet", ".arrow")
 LAYOUTS = ("auto", *layouts.FOLDER_LAYOUTS)
-_SHARD = re.compile(r"(\w+?)-\d{5}-of-\d{5}")  # how hub data sets name their files: train-00000-of-00002
 
 
 @dataclass
@@ -84,19 +82,18 @@ def read_manifest(
         Of a folder, one of `LAYOUTS`. ``auto`` decides from what it finds: folders named after real and fake
         go before a table beside them, more than one other answer is an error.
     root : path, optional
-        Folder against which the table's relative paths are read; default is the table's own folder.
+        Where the table's relative paths start; default is its own folder.
     real_root : path, optional
         Second tree with the photographs, where `source` holds only the fakes (DRCT-2M, Synthbuster).
     images_to : path, optional
-        Folder for the images of a table that holds them inside; they are written there once, byte for byte.
+        Folder for images that a table holds inside; they are written there once, byte for byte.
 
     Returns
     -------
     DataFrame
         Columns ``path`` (absolute), ``label`` (Int8: 0 real, 1 fake, missing when unknown), ``generator``,
-        ``source``, ``split``, ``caption`` (of several the first). Paths are not opened: a missing file
-        becomes an error row at extraction; nor are splits filled in, which follow from the files' content.
-        ``attrs["report"]`` says what was found, used and left out.
+        ``source``, ``split``, ``caption`` (of several the first). Paths are not opened: a missing file is an
+        error row at extraction. ``attrs["report"]`` says what was found, used and left out.
 
     Raises
     ------
@@ -105,37 +102,31 @@ def read_manifest(
     """
     if layout not in LAYOUTS:
         raise InputError(f"no layout {layout!r};{did_you_mean(layout, LAYOUTS)} Known: {', '.join(LAYOUTS)}")
-    if isinstance(source, (str, os.PathLike)):
-        return _read_path(_absolute(source), layout, root, real_root, images_to)
-    if isinstance(source, pd.DataFrame):
-        return _finish([source], _Data("the table", Path(root or os.curdir), "table"))
-    data = _Data("the data set", Path(root or os.curdir), "dataset", images_to)
-    return _finish(_dataset_rows(source, data), data)
+    if not isinstance(source, (str, os.PathLike)):
+        data = _Data("the table", Path(root or os.curdir), "table", images_to)
+        return _finish([source] if isinstance(source, pd.DataFrame) else _dataset_rows(source, data), data)
+    path, reals = _absolute(source), None if real_root is None else _absolute(real_root)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; give a table, or a folder of images")
+    if reals is not None and not reals.is_dir():
+        raise InputError(f"real_root {reals} is not a folder")
+    base = Path(root).absolute() if root is not None else path if path.is_dir() else path.parent
+    data = _Data(path.name, base, path.name if path.is_dir() else path.stem, images_to)
+    if path.is_dir():
+        return _read_folder(path, layout, reals, data)
+    if layout != "auto" or reals is not None:
+        raise InputError(f"{path} is a table; layout={layout!r} and real_root= are for folders of images")
+    return _read_tables([path], path, data)
 
 
 def _absolute(path: Any) -> Path:
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 
-def _read_path(path: Path, layout: str, root: Any, real_root: Any, images_to: Any) -> pd.DataFrame:
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder; give a table, or a folder of images")
-    folder = path.is_dir()
-    base = Path(root).absolute() if root is not None else path if folder else path.parent
-    data = _Data(path.name, base, path.name if folder else path.stem, images_to)
-    if not folder:
-        if layout != "auto" or real_root is not None:
-            raise InputError(f"{path} is a table; layout={layout!r} and real_root= are for folders of images")
-        return _read_tables([path], path, data)
-    reals = None if real_root is None else _absolute(real_root)
-    if reals is not None and not reals.is_dir():
-        raise InputError(f"real_root {reals} is not a folder")
-    return _read_folder(path, layout, reals, data)
-
-
 def _read_folder(path: Path, layout: str, reals: Path | None, data: _Data) -> pd.DataFrame:
     """Folder tree, or the table in it where no folder names a label."""
-    tree, stored = layouts.Tree(path), _arrow_files(path)
+    tree = layouts.Tree(path)
+    stored = _arrow_files(path, tree.tables)
     listing = tree.metadata if layout != "unlabelled" and not stored else []
     tables = list(dict.fromkeys([*stored, *tree.tables, *(() if listing else tree.metadata)]))
     if layout == "auto" and reals is None and not tree.labels:
@@ -147,19 +138,13 @@ def _read_folder(path: Path, layout: str, reals: Path | None, data: _Data) -> pd
         if listing:
             layout = "unlabelled"
     raw, about = layouts.read_folder(tree, layout, reals)
-    data.notes += about["notes"]
+    data.notes += about.pop("notes")
     if tables:
         names = ", ".join(t.name for t in tables[:3]) + (" ..." if len(tables) > 3 else "")
         data.notes.append(f"tables beside the images are not read: {names} (give the table itself to use it)")
-    labels = about["labels"]
     if listing:
-        raw, labels = _add_metadata(raw, listing, labels, data)
-    if closed := sum(not reads(path) for path in raw[schema.PATH]):
-        data.notes.append(
-            f"{count(closed, 'image')} in HEIC, HEIF or AVIF cannot be read here and will be error rows: "
-            'pip install "itemkit[heic]"'
-        )
-    data.report |= {"labels": labels, "layout": about["layout"], **tree.skipped}
+        raw, about["labels"] = _add_metadata(raw, listing, about["labels"], data)
+    data.report |= about | tree.skipped
     return _finish([raw], data)
 
 
@@ -170,8 +155,8 @@ def _add_metadata(raw: pd.DataFrame, files: list[Path], labels: str, data: _Data
     data.notes += [f"{report['source']}: {note}" for report in reports for note in report["notes"]]
     raw = raw.set_index(schema.PATH)
     rows = pd.concat(parts).drop_duplicates(schema.PATH).set_index(schema.PATH).reindex(raw.index)
-    n = int(rows.notna().any(axis=1).sum())
-    data.notes.append(f"{count(len(files), 'metadata file')} read, which list {n:,} of the images")
+    listed = f"which list {rows.notna().any(axis=1).sum():,} of the images"
+    data.notes.append(f"{count(len(files), 'metadata file')} read, {listed}")
     if raw[schema.LABEL].notna().any():
         paths, label = raw.index.to_series(), raw[schema.LABEL].astype("Int8")
         _must_agree(data.what, {"the folders": (label, paths), files[0].name: (rows[schema.LABEL], paths)})
@@ -182,47 +167,35 @@ def _add_metadata(raw: pd.DataFrame, files: list[Path], labels: str, data: _Data
 
 
 def write_manifest(df: pd.DataFrame, path: str | Path) -> None:
-    """Write a manifest as CSV, TSV or Parquet, by the extension; paths below its folder are kept relative.
-
-    So a folder made of this file and the images beside it can be moved as a whole.
-    """
+    """Write a manifest as CSV; paths below its folder are kept relative, so that both can move as a whole."""
     path = _absolute(path)
-    ending = path.suffix.lower()
-    if ending not in (".csv", ".tsv", ".parquet"):
-        raise InputError(f"cannot write a manifest as {path.name!r}; end the name in .csv, .tsv or .parquet")
     prefix = str(path.parent) + os.sep
     df = df.assign(**{schema.PATH: [p.removeprefix(prefix).replace(os.sep, "/") for p in df[schema.PATH]]})
-    df.attrs = {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        text = "" if ending == ".parquet" else df.to_csv(index=False, sep="\t" if ending == ".tsv" else ",")
-        _files.atomic_write(path, text.encode("utf-8", "surrogateescape") or df.to_parquet(index=False))
-    except UnicodeEncodeError:
-        raise InputError(f"{path.name}: a file name is not UTF-8; write .csv, which holds it") from None
+    text = df.to_csv(index=False, lineterminator="\r\n")  # with it a carriage return in a caption is quoted
+    _files.atomic_write(path, text.encode("utf-8", "surrogateescape"))
 
 
 def require_two_classes(df: pd.DataFrame, purpose: str = "This step") -> None:
     """Raise an `InputError` that says what is there unless both real and fake images are."""
     real, fake = (int((df[schema.LABEL] == label).sum()) for label in (schema.REAL, schema.FAKE))
     if not (real and fake):
-        raise InputError(
-            f"{purpose} needs real and fake images; the manifest has {real:,} real, {fake:,} fake and "
-            f"{len(df) - real - fake:,} without a label. Add the missing class or fill the column 'label'"
-        )
+        there = f"{real:,} real, {fake:,} fake and {len(df) - real - fake:,} without a label"
+        raise InputError(f"{purpose} needs real and fake images; the manifest has {there}: add the others")
 
 
 def describe_manifest(manifest: pd.DataFrame) -> list[str]:
     """Say in lines what a manifest of `read_manifest` holds and what was left out."""
-    report = manifest.attrs["report"]
-    head = {key: report[key] for key in ("images", "source", "real", "fake", "captions", "notes")}
-    n, where, real, fake, captions, notes = head.values()
+    report = dict(manifest.attrs["report"])
+    n, where, real, fake = map(report.pop, ("images", "source", "real", "fake"))
+    captions, notes = report.pop("captions"), report.pop("notes")
     labels = f"{real:,} real, {fake:,} fake, {n - real - fake:,} without a label"
     lines = [f"{count(n, 'image')} in {where}: {labels}; {captions:,} with a caption"]
     for key, value in report.items():
         items = value if isinstance(value, list) else [value]
         if isinstance(value, dict):
             items = [f"{v:,} {name}" if isinstance(v, int) else f"{name!r}: {v}" for name, v in value.items()]
-        if value and key not in head:
+        if value:
             more = f" and {len(items) - 8} more" if len(items) > 8 else ""
             lines.append(f"{key.replace('_', ' ')}: {', '.join(map(str, items[:8]))}{more}")
     return [printable(line) for line in [*lines, *(f"note: {note}" for note in notes)]]
@@ -239,8 +212,7 @@ def _read_tables(files: list[Path], top: Path, data: _Data) -> pd.DataFrame:
             if file.suffix.lower() not in _ARROW:
                 yield _read_text(file, data)
                 continue
-            shard = _SHARD.match(file.stem)
-            places = [shard[1] if shard else file.stem, *file.relative_to(top).parts[:-1]]
+            places = [file.stem, *file.relative_to(top).parts[:-1]]  # train-00000-of-00002
             split = next((split for name in places if (split := read_name(name).split)), None)
             for batch in _batches(file):
                 yield _unpack(batch, split, data)
@@ -248,7 +220,7 @@ def _read_tables(files: list[Path], top: Path, data: _Data) -> pd.DataFrame:
     return _finish(parts(), data)
 
 
-def _arrow_files(path: Path) -> list[Path]:
+def _arrow_files(path: Path, tables: list[Path]) -> list[Path]:
     """Parquet or Arrow files of a folder as the hub and ``datasets`` lay them out; none elsewhere."""
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # Dataset.save_to_disk
         found = []
@@ -258,10 +230,9 @@ def _arrow_files(path: Path) -> list[Path]:
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{state} cannot be read ({error}); save the data set again") from None
         return found
-    places = ("*.parquet", "data/*.parquet", "*.arrow")
-    found = next((files for place in places if (files := sorted(path.glob(place)))), [])
-    # img2dataset keeps its own table 00000.parquet beside the folder 00000
-    return [file for file in found if not file.with_suffix("").is_dir()]
+    places = ((path, ".parquet"), (path / "data", ".parquet"), (path, ".arrow"))
+    lying = ([table for table in tables if (table.parent, table.suffix) == place] for place in places)
+    return next(filter(None, lying), [])
 
 
 def _batches(path: Path) -> Iterator[Any]:
@@ -270,11 +241,9 @@ def _batches(path: Path) -> Iterator[Any]:
         if path.suffix.lower() == ".parquet":
             yield from pq.ParquetFile(path).iter_batches(batch_size=256)
             return
-        try:
-            table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-        except pa.ArrowInvalid:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        yield from table.to_batches(max_chunksize=256)
+        with path.open("rb") as file:
+            read = pa.ipc.open_file if file.read(6) == b"ARROW1" else pa.ipc.open_stream
+        yield from read(pa.memory_map(str(path))).read_all().to_batches(max_chunksize=256)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}); fetch it again") from None
 
@@ -284,8 +253,7 @@ def _dataset_rows(dataset: Any, data: _Data) -> Iterator[pd.DataFrame]:
     parts = dataset if hasattr(dataset, "items") else {getattr(dataset, "split", None): dataset}
     for split, part in parts.items():
         if not hasattr(part, "with_format"):
-            kind = type(part).__name__
-            raise InputError(f"cannot read a {kind}; give a path, a DataFrame or a datasets object")
+            raise InputError(f"cannot read a {type(part).__name__}; give a path, DataFrame or data set")
         for batch in part.with_format("arrow").iter(batch_size=256):
             yield _unpack(batch, split and str(split), data)
 
@@ -312,10 +280,8 @@ def _unpack(batch: Any, split: str | None, data: _Data) -> pd.DataFrame:
     if image is not None:
         rows = [value if isinstance(value, dict) else {"bytes": value} for value in table[image]]
         if data.images_to is None and any(row["bytes"] for row in rows):
-            raise InputError(
-                f"{data.what} holds the images inside (column {image!r}); name a folder to write them to: "
-                "images_to='images' (each is written once, byte for byte)"
-            )
+            advice = "name a folder to write them to, once, byte for byte: images_to='images'"
+            raise InputError(f"{data.what} holds the images inside (column {image!r}); {advice}")
         paths = [c for c in table if c == image or normalise(c) in ALIASES[schema.PATH]]
         files = [_write_image(row["bytes"], row.get("path"), data) for row in rows]
         table = table.drop(columns=paths).assign(**{schema.PATH: files})
@@ -336,8 +302,7 @@ def _write_image(content: bytes | None, path: str | None, data: _Data) -> str:
     if content:
         ending = ".img"  # unreadable: extraction will say why
         with contextlib.suppress(ImageError):
-            kind = open_image(content).format or ""
-            ending = _ENDINGS.get(kind, f".{kind.lower()}")
+            ending = f".{open_image(content).format}".lower()
     target = folder / f"{name}{number}{ending}"
     if content and not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -349,8 +314,7 @@ def _read_text(path: Path, data: _Data) -> pd.DataFrame:
     """CSV, TSV or JSON lines; values are text as it stands: a caption "None" or "NA" is a caption."""
     ending = path.suffix.lower()
     if ending not in _TEXT:
-        expected = ", ".join((*_TEXT, *_ARROW))
-        raise InputError(f"{path.name} is no table known here: expected {expected}, or a folder")
+        raise InputError(f"{path.name} is no table known here: expected {', '.join((*_TEXT, *_ARROW))}")
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     text = content.decode("utf-8", "surrogateescape")
     # names of files may be of any encoding; a table whose texts are of another one is a mistake
@@ -362,20 +326,17 @@ def _read_text(path: Path, data: _Data) -> pd.DataFrame:
         for number, line in enumerate(text.split("\n"), 1):
             try:
                 rows += [dict(json.loads(line))] if line.strip() else []
-            except (ValueError, TypeError) as error:
-                what = f"{path.name}: line {number} is not JSON ({error})"
-                raise InputError(f"{what}; expected an object per line, mend it") from None
+            except (ValueError, TypeError):
+                raise InputError(f"{path.name}: line {number} is not JSON; expected an object") from None
         return pd.DataFrame(rows)
     head = text.lstrip("\r\n").split("\n", 1)[0]
     separator = "\t" if ending == ".tsv" else max(",;\t|", key=head.count)
     try:
         table = pd.read_csv(io.BytesIO(content), sep=separator, header=None, dtype=str, keep_default_na=False,
                             encoding_errors="surrogateescape").fillna("")  # fmt: skip
-    except pd.errors.EmptyDataError:
-        raise InputError(f"{path.name} is empty; expected a header line with at least 'path'") from None
-    except pd.errors.ParserError as error:
-        why = f"{str(error).strip()}; mend that line, and quote texts that hold {separator!r}"
-        raise InputError(f"{path.name} cannot be read as a table: {why}") from None
+    except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
+        advice = f"expected a header line with 'path', and quotes around texts that hold {separator!r}"
+        raise InputError(f"{path.name} cannot be read as a table: {str(error).strip()}; {advice}") from None
     first = table.iloc[0].astype(str)
     files = first.index[first.str.lower().str.endswith(EXTENSIONS)]
     if not len(files):
@@ -383,8 +344,7 @@ def _read_text(path: Path, data: _Data) -> pd.DataFrame:
     # the first line is an image already
     labels = [i for i in table if all(read_name(w).label is not None for w in set(table[i]) - {""})]
     names = {i: schema.LABEL for i in labels[:1]} | {files[0]: schema.PATH}
-    what = f"its column {files[0] + 1} is read as the path"
-    data.notes.append(f"{path.name} has no header line: {what}; add one (path,label,...)")
+    data.notes.append(f"{path.name} has no header line: its column {files[0] + 1} is read as the path")
     return table.rename(columns=lambda i: names.get(i, f"column {i + 1}"))
 
 
@@ -428,26 +388,22 @@ def _finish(parts: Iterable[pd.DataFrame], data: _Data) -> pd.DataFrame:
     if (twice := df[schema.PATH].duplicated()).any():
         first = df[schema.PATH][twice].iloc[0]
         rows = ", ".join(str(i + 1) for i in df.index[df[schema.PATH] == first][:5])
-        where = f"{printable(first)} (rows {rows}). Keep one row each"
-        raise InputError(f"{data.what} lists {twice.sum()} paths more than once; first: {where}")
+        where = f"first: {printable(first)} (rows {rows}). Keep one row each"
+        raise InputError(f"{data.what} lists {twice.sum()} paths more than once; {where}")
     if not any(map(os.path.lexists, paths)):
         raise InputError(
             f"none of the {len(df):,} images of {data.what} exists; first looked for: {printable(paths[0])}. "
-            f"Relative paths start from {data.base.absolute()}: pass root= if they lie elsewhere. If it "
-            "should hold the images itself, it holds no bytes: export it again with them embedded"
+            f"Relative paths start from {data.base.absolute()}: pass root= if they lie elsewhere. A table "
+            "that should have the images inside holds no bytes: export it again with them embedded"
         )
-
-    def counts(values: pd.Series) -> dict[str, int]:
-        return {printable(name): int(n) for name, n in values.value_counts().items()}
-
     df.attrs["report"] = data.report | {
         "source": printable(data.what),
         "images": len(df),
         "real": int(is_real.sum()),
         "fake": int(is_fake.sum()),
-        "generators": counts(df.loc[is_fake, schema.GENERATOR]),
-        "splits": counts(df[schema.SPLIT]),
-        "splits_then": plan_splits(label, df[schema.SPLIT]).notes,
+        "generators": df.loc[is_fake, schema.GENERATOR].map(printable).value_counts().to_dict(),
+        "splits": df[schema.SPLIT].dropna().map(printable).value_counts().to_dict(),
+        "splits_planned": plan_splits(label, df[schema.SPLIT]).notes,
         "captions": int(df[schema.CAPTION].notna().sum()),
         "notes": list(map(printable, data.notes)),
     }
@@ -506,29 +462,21 @@ def _texts(raw: pd.DataFrame, name: str, data: _Data, several: bool = False) -> 
     """Values of one column as text, empty where missing; `several`: of a list the first that is not empty."""
     values = raw[name].astype(object)
     if several:
-        lists = values.map(lambda value: isinstance(value, (list, tuple, np.ndarray))).astype(bool)
-        values = values.mask(lists, values[lists].map(_first))
+        each = values.map(lambda value: [value] if isinstance(value, dict) else value).explode()
+        each = each[each.notna() & (each.map(str).str.strip() != "")]
+        values = each[~each.index.duplicated()].reindex(raw.index)
     odd = values.map(lambda v: isinstance(v, bytes) or pd.api.types.is_list_like(v)).astype(bool)
     if odd.any():
         row = int(odd.to_numpy().argmax())
-        raise InputError(
-            f"{data.what}: row {row + 1} of column {name!r} holds {type(values[row]).__name__}; expected one "
-            "text for each image. Convert the column first"
-        )
+        got = f"row {row + 1} of column {name!r} holds {type(values[row]).__name__}"
+        raise InputError(f"{data.what}: {got}; expected one text for each image. Convert the column first")
     return values.where(values.notna(), "").map(str).str.strip().astype(object)
-
-
-def _first(texts: Any) -> Any:
-    return next((text for text in texts if text is not None and str(text).strip()), None)
 
 
 # ---- labels of a table
 
-# How a column may say labels, the surest first, and why it is not used.
-_HOW = {
-    "flags": "",
-    "words": "",
-    "names": "",
+_SAYS = ("flags", "words", "names")  # how a column may say labels, the surest first
+_SAYS_NOT = {
     "unclear flags": "it holds 0 and 1 without saying which is fake; rename it to 'is_fake' or 'is_real'",
     "unnamed words": "its values look like labels; rename it to 'label' to use them",
     "other words": "its values are no words for real and fake",
@@ -536,7 +484,7 @@ _HOW = {
 
 
 def _read_label_column(name: str, text: pd.Series) -> tuple[str, pd.Series] | None:
-    """How a column says labels (one of `_HOW`), and which (0, 1, nan); None if it says none without doubt."""
+    """How a column says labels (`_SAYS`, `_SAYS_NOT`), and which (0, 1, nan); None if none."""
     words = [w for w in text.unique() if w]
     plain = normalise(name)
     exact = plain in ALIASES[schema.LABEL]
@@ -574,56 +522,47 @@ def _find_labels(
         with contextlib.suppress(InputError):  # lists, bytes
             if reading := _read_label_column(name, _texts(raw, name, data)):
                 readings[name] = reading
-    order = sorted(readings, key=lambda c: (c != exact, list(_HOW).index(readings[c][0])))
-    usable = [c for c in order if not _HOW[readings[c][0]]]
-    unused = {c: _HOW[readings[c][0]] for c in order if c not in (*usable, found.get(schema.SOURCE))}
+    usable = [name for name in readings if readings[name][0] in _SAYS]
+    usable.sort(key=lambda name: (name != exact, _SAYS.index(readings[name][0])))
+    unused = {c: _SAYS_NOT[r[0]] for c, r in readings.items() if c not in (*usable, found.get(schema.SOURCE))}
     if not usable and exact in unused:
         bad = ", ".join(map(repr, text[schema.LABEL].unique()[:8]))
-        raise InputError(
-            f"{data.what}: column {exact!r} holds {bad}; expected 0 or real, 1 or fake, or nothing"
-        )
-    used = {*found.values(), *usable, *unused}
+        raise InputError(f"{data.what}: column {exact!r} holds {bad}; expected 0 or real, 1 or fake")
     data.report |= {
         "labels": "none found",
         "columns_not_used_as_labels": {printable(name): why for name, why in unused.items()},
-        "columns_not_used": [printable(c) for c in raw if c not in used],
+        "columns_not_used": [printable(c) for c in raw if c not in {*found.values(), *usable, *unused}],
     }
     if not usable:
         return pd.Series(pd.NA, index=raw.index), text[schema.GENERATOR]
-    name, *others = usable
-    how, label = readings[name]
+    how, label = readings[name := usable[0]]
     said_by = {f"column {name!r}": (label, raw[name])}
     said_by |= {f"column {c!r}": (readings[c][1], raw[c]) for c in readings if c != name}
     if (column := found.get(schema.GENERATOR)) not in (None, name):
-        names = text[schema.GENERATOR]
-        said_by[f"column {column!r}"] = _said_by_generators(names, label), names
+        said_by[f"column {column!r}"] = _said_by_generators(text[schema.GENERATOR], label), raw[column]
     folders = paths.map(os.path.dirname).map(lambda folder: os.path.relpath(folder, data.base))
-    values = folders.map({folder: _said_by_folder(folder) for folder in folders.unique()})
+    names = folders.map(lambda folder: [*map(read_name, Path(folder).parts)])
+    said = names.map(lambda parts: {name.label for name in parts if name.sure == 2} - {None})
+    values = said.map(lambda labels: labels.pop() if len(labels) == 1 else np.nan).astype(float)
     if values.notna().all() and values.nunique() == 2 and (label != values)[label.notna()].all():
         said_by["the folders of the images"] = values, folders
     _must_agree(data.what, said_by)
-    also = f", as does {printable(others[0])!r}" if others else ""
-    data.report["labels"] = f"column {printable(name)!r} ({how}){also}"
+    data.report["labels"] = f"column {printable(name)!r} ({how})"
     words = text[schema.GENERATOR] if how != "names" else _texts(raw, name, data)
     return label, words.mask(words.map(lambda word: read_name(word).label is not None).astype(bool), "")
 
 
 def _must_agree(what: str, said_by: dict[str, tuple[pd.Series, pd.Series]]) -> None:
-    """Raise an `InputError` where columns or folders say other labels (0, 1, missing) than the first of them.
-
-    With the labels go the words by which they are said.
-    """
+    """Raise an `InputError` where columns or folders say other labels (0, 1, missing) than the first."""
     (one, (label, words)), *others = said_by.items()
     for other, (values, said) in others:
         wrong = np.flatnonzero((label.notna() & values.notna() & (label != values)).fillna(False))
         if len(wrong):
             row = wrong[0]
-            first, second = (f"{w.iloc[row]!r}, read as {schema.LABEL_NAMES[int(v.iloc[row])]}"
-                          for v, w in ((label, words), (values, said)))  # fmt: skip
             raise InputError(
                 f"{what}: {one} and {other} contradict each other in {count(len(wrong), 'row')}; first: row "
-                f"{row + 1} has {first}, and {second}. Are the labels the other way round (1 is fake)? "
-                "Rename the column to 'is_real' if 1 means real, or drop the one that is wrong"
+                f"{row + 1} has {words.iloc[row]!r}, {said.iloc[row]!r}. Are the labels the other way round "
+                "(1 is fake)? Rename the column to 'is_real' if 1 means real, or drop the one that is wrong"
             )
 
 
@@ -634,9 +573,3 @@ def _said_by_generators(text: pd.Series, label: pd.Series) -> pd.Series:
     if (text[label == schema.FAKE] == "").all() and text[label == schema.REAL].nunique() > 1:
         known, real = text != "", real & False
     return pd.Series(np.where(real, 0.0, np.where(known, 1.0, np.nan)), index=text.index)
-
-
-def _said_by_folder(folder: str) -> float:
-    names = map(read_name, Path(folder).parts)
-    labels = {name.label for name in names if name.sure == 2 and name.label is not None}
-    return float(labels.pop()) if len(labels) == 1 else np.nan

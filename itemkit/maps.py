@@ -35,9 +35,8 @@ def ready_numba_cache() -> str | None:
         numba.njit(cache=True)(scope["probe"])  # looks for a place beside UMAP's own files, and at home
     except RuntimeError:
         # a folder of our own: whoever may write into a cache may run code in this process
-        folder = tempfile.mkdtemp(prefix="itemkit-numba-")
+        scope["config"].CACHE_DIR = folder = tempfile.mkdtemp(prefix="itemkit-numba-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        scope["config"].CACHE_DIR = folder
         return folder
     return None
 
@@ -46,7 +45,7 @@ def umap_2d(x: np.ndarray, *, seed: int = 0, n_neighbors: int = 15, min_dist: fl
     """Draw a space in two dimensions.
 
     Neighbours are found exactly after PCA: in a fresh process this takes a fraction of the time of UMAP's own
-    approximate search, most of which is compilation, at equal trustworthiness. New points cannot be added.
+    approximate search, most of which is compilation, at equal trustworthiness.
 
     Parameters
     ----------
@@ -55,7 +54,7 @@ def umap_2d(x: np.ndarray, *, seed: int = 0, n_neighbors: int = 15, min_dist: fl
     seed : int
         The same seed gives the same map, shape (n, 2), on one machine.
     n_neighbors, min_dist : int, float
-        Size of the neighbourhoods that are kept; least distance of points on the map, in its own units.
+        As in UMAP.
     """
     ready_numba_cache()
     import umap
@@ -65,19 +64,11 @@ def umap_2d(x: np.ndarray, *, seed: int = 0, n_neighbors: int = 15, min_dist: fl
     reduced = PCA(min(PCA_DIMENSIONS, *x.shape), random_state=0).fit_transform(np.asarray(x, np.float32))
     reduced = np.ascontiguousarray(reduced, dtype=np.float32)
     distances, indices = NearestNeighbors(n_neighbors=n_neighbors).fit(reduced).kneighbors(reduced)
-    with warnings.catch_warnings():
-        # both are known and wanted: one thread for the sake of the seed, no transform of new points
-        warnings.filterwarnings("ignore", message="n_jobs value")
-        warnings.filterwarnings("ignore", message=".*precomputed_knn.*")
-        warnings.filterwarnings("ignore", message=".*transform will be unavailable.*")
-        layout = umap.UMAP(
-            n_neighbors=n_neighbors,
-            min_dist=min_dist,
-            random_state=seed,
-            n_jobs=1,
-            init="pca",
-            precomputed_knn=(indices.astype(np.int32), distances.astype(np.float32)),
-        )
+    near = (indices.astype(np.int32), distances.astype(np.float32))
+    options = {"n_neighbors": n_neighbors, "min_dist": min_dist, "random_state": seed, "n_jobs": 1}
+    # of what is wanted: one thread for the sake of the seed, no transform of new points
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        layout = umap.UMAP(**options, init="pca", precomputed_knn=near)
         return layout.fit_transform(reduced).astype(np.float32)
 
 
@@ -86,19 +77,16 @@ def separation(x: np.ndarray, generator: np.ndarray, *, seed: int = 0, k: int = 
 
     Parameters
     ----------
-    x : float array, shape (n, d)
-    generator : array of str, shape (n,)
-        ``real`` or a generator's name.
+    x, generator : arrays of float, shape (n, d), and of str, shape (n,)
     seed, k : int
         Of the folds; neighbours to look at.
 
     Returns
     -------
     DataFrame
-        ``measure, generator, value, low, high, n``, for real against one generator, as many images of the
-        one as of the other (n in all), so that chance is one half; empty where they are too few.
-        ``neighbours of the same class``: mean share of the k nearest images that have an image's own class;
-        ``linear AUROC``: five-fold cross-validated logistic regression.
+        ``measure, generator, value, low, high, n``; as many images of a generator as real ones (n in all), so
+        that chance is one half; empty where they are too few. ``neighbours of the same class``: mean share of
+        the k nearest images; ``linear AUROC``: five-fold cross-validated logistic regression.
     """
     generator, rows = np.asarray(generator), []
     x = StandardScaler().fit_transform(np.asarray(x, np.float64))
@@ -106,8 +94,8 @@ def separation(x: np.ndarray, generator: np.ndarray, *, seed: int = 0, k: int = 
     for name in dict.fromkeys(generator[~real]):
         fake = generator == name
         rng, each = np.random.default_rng(seed), min(real.sum(), fake.sum())
-        rows_used = np.concatenate([rng.permutation(np.flatnonzero(c))[:each] for c in (real, fake)])
-        y, part = fake[rows_used].astype(int), x[rows_used]
+        used = np.concatenate([rng.permutation(np.flatnonzero(c))[:each] for c in (real, fake)])
+        y, part = fake[used].astype(int), x[used]
         near, linear = (np.nan,) * 3, (np.nan,) * 3
         if len(y) > k and each >= FOLDS:
             # asked without points it leaves out each point itself, and not a twin of it
@@ -116,9 +104,8 @@ def separation(x: np.ndarray, generator: np.ndarray, *, seed: int = 0, k: int = 
             error = 1.96 * same.std(ddof=1) / np.sqrt(len(same))
             near = (same.mean(), same.mean() - error, same.mean() + error)
             folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
-            n_components = min(PCA_DIMENSIONS, part.shape[1], 4 * len(part) // 5 - 1)  # four folds of five
-            pca = PCA(n_components, random_state=seed)
-            model = make_pipeline(pca, LogisticRegression(C=0.1, max_iter=500))
+            width = min(PCA_DIMENSIONS, part.shape[1], 4 * len(part) // 5 - 1)  # four folds of five
+            model = make_pipeline(PCA(width, random_state=seed), LogisticRegression(C=0.1, max_iter=500))
             score = cross_val_predict(model, part, y, cv=folds, method="decision_function")
             size = effect_size(score[y == 1], score[y == 0])
             linear = (size["auroc"], size["auroc_low"], size["auroc_high"])

@@ -1,15 +1,14 @@
 """The matrix: every contender trained on each generator and tested on all, with honest thresholds.
 
-Scores are computed once per contender, train generator and seed, and kept as one JSON file each; metrics,
-intervals, comparisons and fusions follow from them in seconds, see `itemkit.results`.
+Scores are computed once per contender, train generator and seed; what follows from them is `itemkit.results`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from itemkit.errors import InputError, StoreError
 from itemkit.features import Features
 from itemkit.metrics import METRICS
 from itemkit.recipes import Recipe, array_hash
-from itemkit.results import STUDY_METRICS, Run, Study, run_name
+from itemkit.results import STUDY_METRICS, Run, Study, run_path
 from itemkit.splits import split_validation
 from itemkit.text import count, did_you_mean, one_line
 
@@ -57,33 +56,28 @@ def train_on_test_on(
 
     For each train generator and seed, 80 % of the training reals and fakes train, one half of the validation
     images (reals and fakes of the same generator) stops the training, the other half sets threshold and
-    calibration. Test images are scored once; nothing is chosen on them, and no image of an unseen generator
-    is looked at before.
+    calibration. Nothing is chosen on test images, and no image of an unseen generator is looked at before.
 
     Parameters
     ----------
     features : Features
         Every image with label, generator and split.
-    detectors : dict
-        Name -> `Recipe`.
     seeds : ints
         Each draws other training images, another division of the validation images and another start.
     train_generators, test_generators : names, optional
         By default those with enough images. "a+b" trains on both.
     threshold : {"fpr", "best"}
-        For accuracies, on validation images: 5 % false positives, or the best balanced accuracy. Where the
-        images are too few to promise 5 %, accuracies are NaN.
+        For accuracies, on validation images: 5 % false positives (NaN where too few can promise that), or the
+        best balanced accuracy.
     metrics : names out of `itemkit.metrics.METRICS`
     families : dict, optional
-        Generator -> family. A test generator of a family trained on counts as seen: image-to-image with a
-        flow is not unseen to a detector trained on that flow.
+        Generator -> family. A test generator of a family trained on counts as seen.
     pair_by : column, optional
         Judge each generator's fakes against the test reals that share this column ("source") instead of all.
     n_boot, jobs : int
         Bootstrap resamples of the test images; processes that train side by side.
     out : folder, optional
         Keep one JSON per run there, and reuse those that fit.
-    progress : bool
 
     Returns
     -------
@@ -115,18 +109,14 @@ def train_on_test_on(
         about = [itemkit.__version__, digest, recipe.config, recipe.train_images, tests, TRAIN_SHARE]
         key = json.dumps(about, sort_keys=True)
         tasks += [delayed(_runs)(name, recipe, own, train, key, folder, options) for train in trains]
-    runs: dict[tuple[str, str], list[Run]] = {}
-    failures: dict[str, str] = {}
     # one task is a contender on a generator with all its seeds, so that the features travel seldom
-    work = Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
-    for name, train, done, failure in tqdm(work, total=len(tasks), disable=not progress, dynamic_ncols=True):
-        runs[name, train] = done
-        if failure:
-            failures.setdefault(name, f"trained on {train}: {failure}")
+    work = Parallel(n_jobs=jobs, return_as="generator")(tasks)
+    done = list(tqdm(work, total=len(tasks), disable=not progress, dynamic_ncols=True))
+    failures = {name: why for name, _, why in done if why}
     # a mean over fewer cells could not be compared with the others', so who fails once is out
-    kept = [run for n in detectors if n not in failures for train in trains for run in runs[n, train]]
+    kept = [run for name, runs, _ in done if name not in failures for run in runs]
     if not kept:
-        raise InputError("no contender could be run; the first, {}, {}".format(*next(iter(failures.items()))))
+        raise InputError("no contender could be run; {}, {}".format(*next(iter(failures.items()))))
     notes += [f"Accuracies are empty: {why}." for why in dict.fromkeys(run.withheld for run in kept) if why]
     test = features.table.iloc[_rows(features, "test", tests)][TEST_COLUMNS].reset_index(drop=True)
     options |= {"failures": failures, "notes": notes}
@@ -138,13 +128,13 @@ def train_on_test_on(
 
 def _runs(
     name: str, recipe: Recipe, features: Features, train: str, key: str, folder: Path | None, options: dict
-) -> tuple[str, str, list[Run], str]:
+) -> tuple[str, list[Run], str]:
     """One contender on one generator with every seed; each run is on disk as soon as it is done."""
     runs: list[Run] = []
     try:
         for seed in options["seeds"]:
             digest = hashlib.sha256(f"{key} {name} {train} {seed}".encode()).hexdigest()
-            path = folder and folder / "runs" / run_name(name, train, seed)
+            path = folder and run_path(folder, name, train, seed)
             run = _kept(path, digest, options) if path and recipe.config else None
             if run is None:
                 run = _run(name, recipe, features, train, seed, options)
@@ -157,32 +147,34 @@ def _runs(
         raise  # a full disk stops all of them
     except Exception as error:  # whatever breaks in one contender must not cost the others
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        return name, train, runs, kind + one_line(error)
-    return name, train, runs, ""
+        return name, runs, f"trained on {train}: {kind}{one_line(error)}"
+    return name, runs, ""
 
 
 def _run(name: str, recipe: Recipe, features: Features, train: str, seed: int, options: dict) -> Run:
     """Train one contender on one generator with one seed, and score the test images."""
-    start, y, generators = time.perf_counter(), features.labels, train.split("+")
-    rows, val = (_rows(features, split, generators) for split in ("train", "val"))
-    rows = _draw(rows, y[rows], seed, recipe.train_images)
+    y, generators = features.labels, train.split("+")
+    every, val = (_rows(features, split, generators) for split in ("train", "val"))
+    share = min(TRAIN_SHARE, (recipe.train_images or np.inf) / len(every))
+    own = [every[y[every] == label] for label in (schema.REAL, schema.FAKE)]
+    # without replacement; the same reals for every generator
+    drawn = [np.random.default_rng([seed, label]).permutation(part) for label, part in enumerate(own)]
+    rows = np.sort(np.concatenate([part[: max(2, round(share * len(part)))] for part in drawn]))
     stop, rest = (val[half] for half in split_validation(y[val], seed=seed))
     scorer = recipe.build(seed)
     scorer.fit(features.select(rows), features.select(stop))
     judged = (rest, _rows(features, "test", options["test_generators"]))
     scores = [scorer.decision_function(features.select(part)).tolist() for part in judged]
     run = Run(name, train, seed, scores[0], y[rest].tolist(), scores[1], len(rows), config=recipe.config)
-    run.seconds = round(time.perf_counter() - start, 3)
     return run.calibrate(options)
 
 
 def _kept(path: Path, key: str, options: dict) -> Run | None:
     """Read the run kept in a file, if it is this very run; threshold and calibration are chosen anew."""
-    try:
+    with suppress(OSError, ValueError, TypeError, InputError):  # not there, damaged, or of another version
         run = Run(**json.loads(path.read_text("utf-8")))
         return run.calibrate(options) if run.key == key else None
-    except (OSError, ValueError, TypeError, InputError):
-        return None  # not there, damaged, or another version's file: done again and replaced
+    return None
 
 
 def _generators(
@@ -190,11 +182,11 @@ def _generators(
 ) -> tuple[list[str], list[str], list[str]]:
     """Generators that train and that test, checked, and notes on those that cannot train."""
     if lacking := int((table[schema.SPLIT].isna() | table[schema.LABEL].isna()).sum()):
-        raise InputError(
-            f"{lacking} of {len(table)} images lack a label or a split; expected train, val or test"
-        )
+        raise InputError(f"{lacking} of {len(table)} images lack a label or a split")
     names = table[schema.GENERATOR].where(table[schema.LABEL] == schema.FAKE, schema.REAL_GENERATOR)
     known = [name for name in dict.fromkeys(names) if name != schema.REAL_GENERATOR]
+    if not known:
+        raise InputError("no image is fake")
     n = names.groupby([table[schema.SPLIT], names]).size()
 
     def lacks(name: str, *splits: str) -> str:
@@ -204,24 +196,18 @@ def _generators(
                 return f"{many} of {name!r} in the split {split!r}; {LEAST[split]} or more are needed"
         return ""
 
-    if reason := lacks(schema.REAL_GENERATOR, *LEAST):
-        raise InputError(reason)
-    notes: list[str] = []
-    if trains is None:
-        unfit = {name: why for name in known if (why := lacks(name, "train", "val"))}
-        trains = [name for name in known if name not in unfit]
-        notes = [f"Nothing is trained on {name}: {why}." for name, why in unfit.items()]
-    if tests is None:
-        tests = [name for name in known if not lacks(name, "test")]
-    for what, chosen, splits in (("train", trains, ("train", "val")), ("test", tests, ("test",))):
-        if not chosen:
-            why = next((why for name in known if (why := lacks(name, *splits))), "no image is fake")
-            raise InputError(f"nothing to {what} on: {why}")
-        for name in "+".join(chosen).split("+") if what == "train" else chosen:
-            if reason := lacks(name, *splits):
-                hint = did_you_mean(name, known)
-                raise InputError(f"{reason}; generators: {', '.join(map(str, known)) or 'none'}.{hint}")
-    return list(trains), list(tests), notes
+    unfit = {name: why for name in known if (why := lacks(name, "train", "val"))}
+    notes = [] if trains else [f"Nothing is trained on {name}: {why}." for name, why in unfit.items()]
+    trains = list(trains or (name for name in known if name not in unfit))
+    tests = list(tests or (name for name in known if not lacks(name, "test")))
+    # where nothing is left, the first there is says why
+    training = [(part, ("train", "val")) for name in trains or known[:1] for part in name.split("+")]
+    testing = [(name, ("test",)) for name in tests or known[:1]]
+    for name, splits in [(schema.REAL_GENERATOR, tuple(LEAST)), *training, *testing]:
+        if reason := lacks(name, *splits):
+            hint = did_you_mean(name, {*known} - {name})
+            raise InputError(f"{reason}; generators: {', '.join(map(str, known))}.{hint}")
+    return trains, tests, notes
 
 
 def _rows(features: Features, split: str, generators: Sequence[str]) -> np.ndarray:
@@ -229,14 +215,6 @@ def _rows(features: Features, split: str, generators: Sequence[str]) -> np.ndarr
     table = features.table
     wanted = (table[schema.LABEL] == schema.REAL) | table[schema.GENERATOR].isin(generators)
     return np.flatnonzero((wanted & (table[schema.SPLIT] == split)).to_numpy(bool))
-
-
-def _draw(rows: np.ndarray, y: np.ndarray, seed: int, limit: int | None) -> np.ndarray:
-    """Part of the training rows, without replacement; the same reals for every generator."""
-    share = TRAIN_SHARE if limit is None else min(TRAIN_SHARE, limit / len(rows))
-    classes = (schema.REAL, schema.FAKE)
-    parts = [np.random.default_rng([seed, label]).permutation(rows[y == label]) for label in classes]
-    return np.sort(np.concatenate([part[: max(2, round(share * len(part)))] for part in parts]))
 
 
 def _aligned(base: Features, other: Features, name: str) -> Features:

@@ -2,7 +2,7 @@
 
 Every metric is computed from a *ladder*: the distinct scores in descending order with the weight of fake and
 of real images on each rung. A resample of the images is only another set of weights, so a thousand resamples
-are a thousand columns of one array. Label 1 is fake and a higher score means "more likely fake" everywhere.
+are a thousand columns of one array.
 """
 
 from __future__ import annotations
@@ -17,27 +17,23 @@ from scipy.special import expit, logit
 
 from itemkit.errors import InputError
 
-RANK_METRICS = ("ap", "auroc", "tpr_at_fpr01", "tpr_at_fpr05", "accuracy_oracle")
-THRESHOLD_METRICS = ("accuracy", "accuracy_real", "accuracy_fake", "balanced_accuracy")
 PROBABILITY_METRICS = ("ece", "brier")  # of these the largest is the worst
-METRICS = RANK_METRICS + THRESHOLD_METRICS + PROBABILITY_METRICS
+METRICS = ("ap", "auroc", "tpr_at_fpr01", "tpr_at_fpr05", "accuracy_oracle", "accuracy", "accuracy_real",
+           "accuracy_fake", "balanced_accuracy", *PROBABILITY_METRICS)  # fmt: skip
 ECE_BINS = 15  # Guo et al. 2017 (arXiv 1706.04599)
 LEVEL = 0.95  # coverage of the intervals
 
 
 def check_scores(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Validate labels and scores; clear errors for one class, other labels, NaN or unequal lengths."""
+    """Labels and scores, of one length, finite, and of both classes."""
     y, s = np.asarray(y), np.asarray(s, np.float64)
     if y.ndim != 1 or y.shape != s.shape:
         raise InputError(f"labels have shape {y.shape}, scores {s.shape}; expected two vectors of one length")
     if not np.isfinite(s).all():
         bad = np.flatnonzero(~np.isfinite(s))
         raise InputError(f"{len(bad)} of {len(s)} scores are not finite, the first is row {bad[0]}")
-    if (values := set(np.unique(y).tolist())) - {0, 1}:
-        raise InputError(f"labels are {sorted(values)}; expected 0 (real) and 1 (fake)")
-    if len(values) < 2:
-        what = {0: "only real", 1: "only fake"}[values.pop()] if values else "no"
-        raise InputError(f"{what} images among {len(y)}; these metrics need both real and fake ones")
+    if (values := np.unique(y).tolist()) != [0, 1]:
+        raise InputError(f"labels are {values or 'none'}; expected both 0 (real) and 1 (fake)")
     return y.astype(np.int64), s
 
 
@@ -54,7 +50,6 @@ def _calibration(values: np.ndarray, fake: np.ndarray, real: np.ndarray, balance
     """Calibration metrics of a ladder of probabilities."""
     if values[0] > 1 or values[-1] < 0:
         raise InputError(f"probabilities run from {values[-1]:.4g} to {values[0]:.4g}; expected 0 to 1")
-    # balanced: both classes count one half, as in the prior the probabilities were calibrated to
     n_fake, n_real = (2 * fake.sum(0), 2 * real.sum(0)) if balanced else [fake.sum(0) + real.sum(0)] * 2
     fake, real, values = fake / n_fake, real / n_real, values[:, None]
     bins = np.minimum((values[:, 0] * ECE_BINS).astype(int), ECE_BINS - 1)
@@ -68,12 +63,11 @@ def replicate(
     y: np.ndarray,
     s: np.ndarray,
     weights: np.ndarray,
-    metrics: Sequence[str] = ("ap", "auroc"),
     threshold: float | None = None,
     probability: np.ndarray | None = None,
     balanced: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Every metric under every column of image weights, each an array (b,).
+    """Every metric that the inputs allow under every column of image weights, each an array (b,).
 
     Parameters
     ----------
@@ -81,22 +75,14 @@ def replicate(
         Labels (1 fake) and scores (higher: more likely fake).
     weights : array, shape (n, b)
         How often each image occurs in each of b resamples; a column of ones is the sample itself.
-    metrics : names out of `METRICS`
     threshold : float, for accuracies
         An image is called fake when its score is *above* it.
     probability : vector of length n, for "ece" and "brier"
         Calibrated p(fake).
     balanced : bool
-        Give both classes half of the weight in "ece" and "brier".
+        Give both classes half of the weight in "ece" and "brier", as in the prior p(fake) is calibrated to.
     """
     y, s = check_scores(y, s)
-    if unknown := [name for name in metrics if name not in METRICS]:
-        raise InputError(f"unknown metric {unknown[0]!r}; expected one of {', '.join(METRICS)}")
-    given = ((THRESHOLD_METRICS, threshold, "a threshold, chosen on validation images"),
-             (PROBABILITY_METRICS, probability, "calibrated probabilities"))  # fmt: skip
-    for group, value, what in given:
-        if value is None and (asked := [name for name in metrics if name in group]):
-            raise InputError(f"{asked[0]} needs {what}")
     values, fake, real = _ladder(y, s, weights)
     tp, fp = np.cumsum(fake, axis=0, dtype=np.float64), np.cumsum(real, axis=0, dtype=np.float64)
     n_fake, n_real = tp[-1], fp[-1]
@@ -121,12 +107,12 @@ def replicate(
         out["balanced_accuracy"] = (out["accuracy_real"] + out["accuracy_fake"]) / 2
     if probability is not None:
         out |= _calibration(*_ladder(*check_scores(y, np.asarray(probability)), weights), balanced)
-    return {name: np.asarray(out[name], np.float64) for name in metrics}
+    return {name: np.asarray(values, np.float64) for name, values in out.items()}
 
 
 def average_precision(y: np.ndarray, s: np.ndarray) -> float:
     """Area under the precision-recall curve as a step function; equals scikit-learn's."""
-    return float(replicate(y, s, np.ones((len(s), 1)), ["ap"])["ap"][0])
+    return float(replicate(y, s, np.ones((len(s), 1)))["ap"][0])
 
 
 def resample(strata: np.ndarray, n_boot: int, rng: np.random.Generator) -> np.ndarray:
@@ -140,11 +126,10 @@ def resample(strata: np.ndarray, n_boot: int, rng: np.random.Generator) -> np.nd
 
 
 def interval(replicates: np.ndarray, metric: str = "", value: float = math.nan) -> tuple[float, float]:
-    """95 % interval of a metric, or of a difference, by bootstrap; not a number without replicates.
+    """95 % percentiles of bootstrap replicates; not a number without any.
 
-    Percentiles, but for "ece": an image drawn twice looks like miscalibration, so resamples lie too high and
-    their percentiles may miss the value itself. There the upper end is the percentile and the lower one its
-    mirror image, which errs on the wide side.
+    But for "ece": an image drawn twice looks like miscalibration, so resamples lie too high and may miss the
+    value itself. There the lower end is the mirror image of the upper one, which errs on the wide side.
     """
     if not len(replicates):
         return math.nan, math.nan
@@ -170,8 +155,6 @@ def bootstrap(
         See `replicate`.
     metrics : names, optional
         All that the inputs allow by default.
-    n_boot, seed
-        Resamples, and their seed.
 
     Returns
     -------
@@ -179,33 +162,29 @@ def bootstrap(
         One row per metric: ``metric, value, low, high, n_real, n_fake``.
     """
     y, s = check_scores(y, s)
-    if metrics is None:
-        metrics = RANK_METRICS + (() if threshold is None else THRESHOLD_METRICS)
-        metrics += () if probability is None else PROBABILITY_METRICS
-    rng, options = np.random.default_rng(seed), (metrics, threshold, probability, balanced)
-    point = replicate(y, s, np.ones((len(s), 1)), *options)
+    rng = np.random.default_rng(seed)
     size = max(1, int(4e6 // len(y)))  # resamples at a time, to bound memory: 16 MB per float32 array
+    draws = (resample(y, min(size, n_boot - start), rng) for start in range(0, n_boot, size))
     parts = [
-        replicate(y, s, resample(y, min(size, n_boot - start), rng), *options)
-        for start in range(0, n_boot, size)
+        replicate(y, s, weights, threshold, probability, balanced)
+        for weights in (np.ones((len(y), 1)), *draws)
     ]
+    if unknown := [name for name in metrics or () if name not in parts[0]]:
+        what = "accuracies need a threshold, chosen on validation images, ece and brier probabilities"
+        raise InputError(f"no {unknown[0]!r}; expected one of {', '.join(parts[0])}; {what}")
     rows = []
-    for name in metrics:
-        value = float(point[name][0])
-        low, high = interval(np.concatenate([part[name] for part in parts] or [np.empty(0)]), name, value)
+    for name in metrics or parts[0]:
+        value, *drawn = np.concatenate([part[name] for part in parts]).tolist()
+        low, high = interval(np.array(drawn), name, value)
         rows.append({"metric": name, "value": value, "low": low, "high": high})
     return pd.DataFrame(rows).assign(n_real=int((y == 0).sum()), n_fake=int((y == 1).sum()))
 
 
 def effect_size(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
-    """How far a measured quantity (a cosine, say) differs between real and fake images, sign kept.
+    """How far a quantity (a cosine, say) differs between real and fake images, sign kept.
 
-    Positive d, and AUROC above one half, mean that the *real* images have the larger values.
-
-    Parameters
-    ----------
-    real, fake : vectors
-        The quantity for each image; lengths may differ, at least 2 each.
+    Positive d, and AUROC above one half, mean that the *real* images have the larger values. With fewer than
+    two images of a class, or no spread in both, nothing can be said: all but the counts is nan.
 
     Returns
     -------
@@ -216,11 +195,10 @@ def effect_size(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
     """
     real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
     n_r, n_f = len(real), len(fake)
-    if min(n_r, n_f) < 2:
-        raise InputError(f"{n_r} real and {n_f} fake values; an effect size needs at least 2 of each")
+    names = ("d", "d_low", "d_high", "auroc", "auroc_low", "auroc_high")
+    if min(n_r, n_f) < 2 or max(np.ptp(real), np.ptp(fake)) == 0:
+        return {**dict.fromkeys(names, math.nan), "n_real": n_r, "n_fake": n_f}
     pooled = math.sqrt(((n_r - 1) * real.var(ddof=1) + (n_f - 1) * fake.var(ddof=1)) / (n_r + n_f - 2))
-    if not pooled > 0:
-        raise InputError("all values of each class are equal; an effect size needs some spread")
     d = float(real.mean() - fake.mean()) / pooled
     quantile = float(stats.norm.ppf((1 + LEVEL) / 2))
     half = quantile * math.sqrt((n_r + n_f) / (n_r * n_f) + d * d / (2 * (n_r + n_f)))
@@ -235,7 +213,5 @@ def effect_size(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
     else:
         bound = min(1.0, -math.log(1 - LEVEL) / min(n_r, n_f))
         low, high = (max(0.0, a - bound), min(1.0, a + bound))
-    return {
-        "d": d, "d_low": d - half, "d_high": d + half,
-        "auroc": a, "auroc_low": low, "auroc_high": high, "n_real": n_r, "n_fake": n_f,
-    }  # fmt: skip
+    values = (d, d - half, d + half, a, low, high)
+    return {**dict(zip(names, values, strict=True)), "n_real": n_r, "n_fake": n_f}

@@ -47,10 +47,8 @@ def misalign(image_emb: np.ndarray, text_emb: np.ndarray, kind: str = "absolute"
     Parameters
     ----------
     image_emb, text_emb : float array, shape (n, d)
-        L2-normalised; row i of both is pair i. Whole images with captions give the global misalignment,
-        regions with phrases the local one.
-    kind : {"cosine", "difference", "absolute", "product", "concat"}
-        The form, see `FORMS`. The paper says "in pre-trained CLIP's joint space"; every kind is our reading.
+        L2-normalised, row by row: whole images and captions (global), or regions and phrases (local).
+    kind : name in `FORMS`
 
     Returns
     -------
@@ -111,15 +109,13 @@ def pool(
         One vector per semantic object.
     owner : int array, shape (m,)
         Image of each object, in any order; images without objects get zeros.
-    how : str
-        Name in `POOLINGS`.
+    how : name in `POOLINGS`
     cosine : float array, shape (m,)
-        Cosine of each object's region and phrase.
+        Of each object's region and phrase.
 
     Returns
     -------
-    float32 array
-        Shape (n_images, k); (n_images, 2 k) for "mean_worst"; (n_images, TOP_K * k) for "top_k".
+    float32 array, shape (n_images, k); 2 k wide for "mean_worst", TOP_K * k for "top_k"
     """
     # by image, least aligned object first; equal cosines keep their order, so results do not depend on luck
     order = np.lexsort((cosine, owner))
@@ -143,8 +139,7 @@ LEVELS = ("global", "local", "hierarchical")
 class RepresentationConfig:
     """Which misalignment vector the head is given.
 
-    The paper's abstract (Zhang et al. 2025, arXiv 2511.00427) describes the hierarchical one: the whole image
-    against its caption, and its regions against their phrases. Form and pooling are not stated there.
+    The paper's abstract (Zhang et al. 2025, arXiv 2511.00427) describes the hierarchical one, and no form.
     """
 
     level: str = "hierarchical"  # out of LEVELS
@@ -156,18 +151,13 @@ class RepresentationConfig:
             if getattr(self, name) not in tuple(allowed):
                 raise InputError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
 
-    @property
-    def uses_objects(self) -> bool:
-        """Whether the vector depends on the semantic objects at all."""
-        return self.level != "global"
-
     def to_dict(self) -> dict:
         """Plain dictionary for JSON."""
         return asdict(self)
 
 
-#: Named representations, used by notebooks, the command line and the study. "cosines" is three numbers:
-#: global, mean local, worst local. The hierarchical ones come first and go by their kind alone.
+#: Named representations. The hierarchical ones go by their kind alone; "cosines" is three numbers: global,
+#: mean local, worst local.
 REPRESENTATIONS: dict[str, RepresentationConfig] = {
     "absolute": RepresentationConfig(),
     "cosines": RepresentationConfig(kind="cosine"),
@@ -204,7 +194,7 @@ def represent(features: Features, config: RepresentationConfig | str = "absolute
     """
     config = get_representation(config)
     whole = misalign(features.image_emb, features.caption_emb, config.kind)
-    if not config.uses_objects:
+    if config.level == "global":
         return whole
     empty = np.flatnonzero(np.bincount(features.owner, minlength=len(features)) == 0)
     pairs = (
@@ -226,16 +216,10 @@ def cosines(features: Features) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame, one row per image in the order of ``features``
+    DataFrame, one row per image
         ``global_cosine, worst_local_cosine, mean_local_cosine, n_objects``. An image without objects shows
-        its global cosine in the local columns, see `represent`, and ``n_objects`` 0.
+        its global cosine in the local columns, see `represent`.
     """
-    numbers = represent(features, "cosines")  # global, mean local, worst local
-    return pd.DataFrame(
-        {
-            "global_cosine": numbers[:, 0],
-            "worst_local_cosine": numbers[:, 2],
-            "mean_local_cosine": numbers[:, 1],
-            "n_objects": np.bincount(features.owner, minlength=len(features)),
-        }
-    )
+    numbers = represent(features, "cosines")[:, [0, 2, 1]]
+    table = pd.DataFrame(numbers, columns=["global_cosine", "worst_local_cosine", "mean_local_cosine"])
+    return table.assign(n_objects=np.bincount(features.owner, minlength=len(features)))

@@ -1,10 +1,10 @@
 """The models of a run as one record with one fingerprint; and model folders: found, checked, hashed, loaded.
 
-A model folder is data from anywhere. No code in it runs and nobody is asked; nothing is downloaded
-while loading (`itemkit download` fetches), and nothing that a folder lacks is replaced by a library's default
-or by random numbers. Whatever is wrong is said before the weights are read, in one line with one remedy.
+A model folder is data from anywhere. No code in it runs and nobody is asked; nothing is downloaded while
+loading, and nothing that a folder lacks is replaced by a library's default or by random numbers. Whatever is
+wrong is said before the weights are read, in one line with one remedy.
 
-Nothing that a fingerprint needs imports torch: to know what would be loaded takes no loading.
+A fingerprint comes from files and settings alone; nothing that it needs imports torch.
 """
 
 from __future__ import annotations
@@ -54,11 +54,10 @@ GRID_MAX_STEPS = 12  # windows per axis and scale of "grid"; bounds the work on 
 class Models:
     """The models of a run: the encoder alone for images with captions, and more for objects and regions.
 
-    `presets.Preset.build` makes them; anything with the same methods will do. One's own captioner is a class
-    with ``caption(images) -> list of str`` (or of `captions.Caption`); one's own localiser has
-    ``boxes(image, phrases) -> list of (x0, y0, x1, y1, score) or None``, or all of `regions.Localiser`. Each
-    says which answers it gives, so that features of different ones are never mixed up: by a ``version`` that
-    is raised whenever the answers change, or by ``fingerprint() -> dict``.
+    Anything with the same methods will do. One's own captioner is a class with ``caption(images) -> list of
+    str`` (or of `captions.Caption`); one's own localiser has ``boxes(image, phrases) -> list of (x0, y0, x1,
+    y1, score) or None``, or all of `regions.Localiser`. Each says which answers it gives, by a ``version``
+    that is raised whenever they change, or by ``fingerprint() -> dict``.
 
     >>> class Captions:
     ...     version = "1"
@@ -85,26 +84,21 @@ class Models:
             part = getattr(self, name)
             lacks = [method for method in methods if not callable(getattr(part, method, None))]
             if part is not None and lacks:
-                kind = part.__name__ if isinstance(part, type) else type(part).__name__
-                raise InputError(
-                    f"the {name} {kind} has no method {lacks[0]}(); a {name} needs {', '.join(methods)}. "
-                    "itemkit.models.Models shows an example"
-                )
+                kind = getattr(part, "__name__", type(part).__name__)
+                needs = f"a {name} needs {', '.join(methods)}. itemkit.models.Models shows an example"
+                raise InputError(f"the {name} {kind} has no method {lacks[0]}(); {needs}")
 
     def fingerprint(self, captions: str = "generate") -> dict[str, Any]:
         """Everything that changes the numbers, JSON-ready; ``captions`` come from "generate" or "user"."""
-        return run_fingerprint({name: getattr(self, name) for name in PARTS}, captions)
+        return run_fingerprint(vars(self), captions)
 
 
 def run_fingerprint(parts: Mapping[str, Any], captions: str) -> dict[str, Any]:
     """Put together the fingerprints of the parts, each given as a model or as its fingerprint."""
     from itemkit.captions import CLEAN_VERSION
 
-    found: dict[str, Any] = {name: part_fingerprint(name, parts[name]) for name in PARTS}
-    found["captions"] = captions
-    if captions == "user":
-        found["caption_cleaning"] = CLEAN_VERSION
-    return found
+    cleaning = {"caption_cleaning": CLEAN_VERSION} if captions == "user" else {}
+    return {name: part_fingerprint(name, parts[name]) for name in PARTS} | {"captions": captions} | cleaning
 
 
 def part_fingerprint(name: str, part: Any) -> dict[str, Any] | None:
@@ -118,9 +112,8 @@ def part_fingerprint(name: str, part: Any) -> dict[str, Any] | None:
         found = {"kind": "own", "class": f"{kind.__module__}.{kind.__qualname__}", "version": part.version}
     else:
         raise InputError(
-            f"the {name} {type(part).__name__} does not say which answers it gives, and features made with "
-            "different ones must not be mixed up: add `version = '1'` to it and raise that whenever its "
-            "answers change, or a method fingerprint() that returns a dict"
+            f"the {name} {type(part).__name__} does not say which answers it gives: add `version = '1'` to "
+            "it and raise that whenever they change, or a method fingerprint() that returns a dict"
         )
     return json.loads(json.dumps(found))
 
@@ -130,25 +123,19 @@ def differences(
 ) -> list[str]:
     """Say in what two fingerprints differ, as ``encoder.files_sha256: 'ab...' there, 'cd...' here``.
 
-    Parameters
-    ----------
-    stored, wanted : nested mapping, or None for an unknown one
-    ignore : names
-        Parts ("localiser"), dotted keys ("captioner.decoding") or keys at any depth ("precision"). Who
-        ignores "captions" ignores how they were cleaned, too.
+    ``ignore`` names parts ("localiser"), dotted keys ("captioner.decoding") or keys at any depth
+    ("precision"). Who ignores "captions" ignores how they were cleaned, too.
     """
     skip = {*ignore, *(("caption_cleaning",) if "captions" in ignore else ())}
 
-    def walk(there: Mapping[str, Any], here: Mapping[str, Any], above: str) -> Iterator[str]:
-        for key in sorted({*there, *here}):
-            name = above + key
-            if key in skip or name in skip:
-                continue
-            a, b = there.get(key), here.get(key)
-            if isinstance(a, Mapping) and isinstance(b, Mapping):
-                yield from walk(a, b, name + ".")
-            elif a != b:
-                yield f"{name}: {_short(a)} there, {_short(b)} here"
+    def walk(there: Any, here: Any, name: str) -> Iterator[str]:
+        if isinstance(there, Mapping) and isinstance(here, Mapping):
+            for key in sorted({*there, *here}):
+                inner = f"{name}.{key}".lstrip(".")
+                if key not in skip and inner not in skip:
+                    yield from walk(there.get(key), here.get(key), inner)
+        elif there != here:
+            yield f"{name}: {_short(there)} there, {_short(here)} here"
 
     return list(walk(stored or {}, wanted or {}, ""))
 
@@ -196,11 +183,10 @@ def localiser_settings(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 # -- finding -------------------------------------------------------------------------------------------------
 
-_MODEL_FILES = ("config.json", "open_clip_config.json", "config.cfg")
-# transformers' own order
-_TRANSFORMERS_WEIGHTS = (
-    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-)  # fmt: skip
+FETCH = (
+    "Fetch what is missing once where a model hub can be reached with `itemkit download{}`, name a folder "
+    "that holds it (--models, or ITEMKIT_MODELS), or use the models that come with itemkit: preset 'mini'."
+)
 COPY_WHOLE = "Copy the whole model folder, not only its weights, or fetch it again with `itemkit download`."
 
 
@@ -226,18 +212,9 @@ class Located:
         return ModelNotFound(self.what, reason=reason, looked=tidy(self.path), remedy=remedy)
 
 
-def fetch_remedy(preset: str = "") -> str:
-    """What to do about models that are not on this machine; names the preset where it is known."""
-    command = f"itemkit download --preset {preset}" if preset else "itemkit download"
-    return (
-        f"Fetch what is missing once where a model hub can be reached with `{command}`, name a folder that "
-        "holds it (--models, or ITEMKIT_MODELS), or use the models that come with itemkit: preset 'mini'."
-    )
-
-
 def not_found(what: str, looked: str | Path, reason: str = "") -> ModelNotFound:
     """Build the one error for a model that is not on this machine; ``reason`` is what is missing there."""
-    return ModelNotFound(what, looked=tidy(looked) + (reason and f": {reason}"), remedy=fetch_remedy())
+    return ModelNotFound(what, looked=tidy(looked) + (reason and f": {reason}"), remedy=FETCH.format(""))
 
 
 def tidy(path: str | Path) -> str:
@@ -250,18 +227,13 @@ def tidy(path: str | Path) -> str:
 
 def looks_like_path(model: str | Path) -> bool:
     """Tell a folder from a model's name: a Path, a text written like one, or a folder that holds a model."""
-    text = str(model)
-    if isinstance(model, Path) or text.startswith((".", "/", "~", "\\")):
-        return True
-    return any((Path(text) / file).is_file() for file in _MODEL_FILES)
+    files = ("config.json", "open_clip_config.json", "config.cfg")
+    written = isinstance(model, Path) or model.startswith((".", "/", "~", "\\"))
+    return written or any((Path(model) / file).is_file() for file in files)
 
 
 def find_place(model: str | Path, part: str) -> Located:
-    """Find the folder of a model, given as such or by its hub name; what is in it is for the caller to check.
-
-    A hub name is looked up in the hub's cache, main revision. Its library's ``snapshot_download`` refuses a
-    snapshot that lacks any file of the repository, also one nobody needs (weights in another format).
-    """
+    """Find a folder of a model, given as such or by its name in the hub's cache; it is not checked."""
     if looks_like_path(model):
         folder = Path(model).expanduser()
         what = f"{part} '{tidy(folder)}'"
@@ -270,6 +242,7 @@ def find_place(model: str | Path, part: str) -> Located:
         return Located(what, folder, "", folder.name)
     from huggingface_hub import constants
 
+    # not its `snapshot_download`, which refuses a snapshot that lacks any file, also one that nobody needs
     what, name = f"{part} '{model}'", str(model).removeprefix("hf-hub:").replace("/", "--")
     place = Path(constants.HF_HUB_CACHE) / f"models--{name}"
     try:
@@ -287,12 +260,14 @@ def find_folder(model: str | Path, what: str) -> Located:
     if not (folder / "config.json").is_file():
         raise not_found(located.what, folder, "no config.json")
     check_settings(located)
-    weights = choose_weights(located, _TRANSFORMERS_WEIGHTS)
+    # transformers' own order
+    order = [name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
+    located = replace(located, weights=choose_weights(located, order))
     require_tokenizer(located)
-    if not (folder / "preprocessor_config.json").is_file():
-        if "image_processor" not in read_json(folder / "processor_config.json"):
-            raise located.refuse("preprocessor_config.json is missing, so its image size would be guessed")
-    return replace(located, weights=weights)
+    images = "image_processor" in read_json(folder / "processor_config.json")
+    if not images and not (folder / "preprocessor_config.json").is_file():
+        raise located.refuse("preprocessor_config.json is missing, so its image size would be guessed")
+    return located
 
 
 def choose_weights(located: Located, order: Sequence[str]) -> tuple[Path, ...]:
@@ -319,16 +294,12 @@ def require_tokenizer(located: Located, folder: Path | None = None) -> None:
     names = {file.name for file in settings_files(folder or located.path)}
     alone = {"tokenizer.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
     if not names & alone and not {"vocab.json", "merges.txt"} <= names:
-        wanted = "tokenizer.json, or vocab.txt, or vocab.json and merges.txt"
-        raise located.refuse(f"its tokenizer is missing ({wanted})")
+        raise located.refuse("its tokenizer is missing (tokenizer.json, or vocab.json and merges.txt)")
 
 
-def require_vocabulary(located: Located, size: int, room: int | None, reads_text: bool = True) -> None:
-    """Refuse a tokenizer of ``size`` entries for a model with ``room``, which is often rounded up a little.
-
-    Where a model only writes, a few entries too many do no harm.
-    """
-    if room and not 0.9 * room <= size <= (room if reads_text else room * 1.01):
+def require_vocabulary(located: Located, size: int, room: int | None) -> None:
+    """Refuse a tokenizer of ``size`` entries for a model with ``room``; a few more or less do no harm."""
+    if room and not 0.9 * room <= size <= 1.01 * room:
         reason = f"its tokenizer has {size:,} entries and its text model {room:,}: one is another's"
         raise located.refuse(reason)
 
@@ -348,21 +319,19 @@ _FORBIDDEN = {
 }
 
 
-def check_settings(located: Located, folder: Path | None = None) -> None:
+def check_settings(located: Located) -> None:
     """Refuse a folder whose settings are Git LFS pointers, or lead a library to code.
 
     All JSON files are read, at any depth of nesting: which of them a library looks at is its own affair.
-    Python files beside them do no harm as long as nothing names them.
     """
-    for file in settings_files(folder or located.path):
+    for file in settings_files(located.path):
         check_file(file, located)
         if file.suffix != ".json" or file.name in ("tokenizer.json", "vocab.json"):
             continue
         for key, value in pairs(read_json(file)):
             for keys, harmless in _FORBIDDEN.items():
-                if not value or not re.fullmatch(keys, key):
-                    continue
-                if harmless is None or not all(re.fullmatch(harmless, text) for text in texts_in(value)):
+                asked = value and re.fullmatch(keys, key)
+                if asked and not (harmless and all(re.fullmatch(harmless, text) for text in texts_in(value))):
                     raise located.refuse(
                         f"'{key}' in {file.name} leads to code or weights that itemkit never takes",
                         "Use a model that the installed libraries know; if they know this one, remove it.",
@@ -415,8 +384,7 @@ def check_file(file: Path, located: Located, weights: bool = False) -> None:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(file, "np"):  # reads the table of contents and compares it with the file's length
-                pass
+            safe_open(file, "np")  # reads the table of contents and compares it with the file's length
         except (SafetensorError, OSError, ValueError) as error:
             raise located.refuse(f"{file.name} is damaged ({error})") from None
 
@@ -447,12 +415,11 @@ def files_hash(folder: Path, files: Iterable[Path]) -> str:
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file; computed once per path, size and modification time."""
     path = Path(path).resolve()
-    stat = path.stat()
-    return _file_hash(str(path), stat.st_size, stat.st_mtime_ns)
+    return _file_hash(path, path.stat().st_size, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1024)
-def _file_hash(path: str, size: int, mtime_ns: int) -> str:
+def _file_hash(path: Path, size: int, mtime_ns: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -477,63 +444,50 @@ def reading(located: Located) -> Iterator[None]:
     """
     try:
         yield
-    except ItemkitError:
-        raise
     except Exception as error:
         places = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
         called = places[2:]  # behind this generator and the body of the with statement
-        ours = not called or any(place.partition(".")[0] == "itemkit" for place in called)
-        if ours or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        ours = not called or any(place.startswith("itemkit.") for place in called)
+        kind = type(error).__name__
+        if ours or isinstance(error, (ItemkitError, MemoryError)) or kind == "OutOfMemoryError":
             raise
-        if type(error).__name__ == "UnpicklingError":
+        if kind == "UnpicklingError":
             raise located.refuse("its weights are a pickle that holds more than tensors", _CONVERT) from None
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])[:300]
+        said = " ".join(str(error).split())[:300].replace(str(located.path), tidy(located.path))
         if not said or _ADVICE.search(said):
-            said = f"{type(error).__name__} while its files were read"
-        elif len(home := str(Path.home())) > 1:
-            said = said.replace(home + os.sep, "~" + os.sep)
-        reason, looked = f"cannot be loaded: {said}", tidy(located.path)
-        raise ModelNotFound(located.what, reason=reason, looked=looked, remedy=COPY_WHOLE) from None
+            said = f"{kind} while its files were read"
+        raise located.refuse(f"it cannot be loaded: {said}") from None
 
 
 @contextmanager
 def from_disk_only() -> Iterator[None]:
     """Keep the libraries off the network and from running code of a folder, while a model loads.
 
-    `check_settings` refuses what asks for code; this is for the way that nobody thought of. With no time for
-    an answer transformers does not ask its question. From here on it is silent, as its models talk at work.
+    `check_settings` refuses what asks for code; this is for the way that nobody thought of.
     """
     from huggingface_hub import constants
     from transformers import dynamic_module_utils as dynamic
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # and from here on: its models talk at work, too
     logging.disable_progress_bar()
-
-    def refuse(*args: object, **options: object) -> None:
-        raise InputError("a model folder asks for code of its own, which itemkit never runs")
-
+    asks = InputError("a model folder asks for code of its own, which itemkit never runs")
     with (
         patch.object(constants, "HF_HUB_OFFLINE", True),
-        patch.object(dynamic, "TIME_OUT_REMOTE_CODE", 0),
-        patch.object(dynamic, "get_class_in_module", refuse),
-        warnings.catch_warnings(),
+        patch.object(dynamic, "TIME_OUT_REMOTE_CODE", 0),  # no time for an answer, so it does not ask
+        patch.object(dynamic, "get_class_in_module", side_effect=asks),
+        warnings.catch_warnings(action="ignore"),  # of torch, about pickles
     ):
-        warnings.simplefilter("ignore")  # of torch, about pickles
         yield
 
 
 def load_transformer(auto_class: Any, located: Located, **options: Any) -> Any:
-    """Load a transformers model with ``auto_class.from_pretrained``, whole or not at all.
-
-    It fills weights that the file lacks with random numbers and only logs it; here that is an error.
-    """
+    """Load a transformers model, whole or not at all: it fills what is missing with random numbers."""
     fixed = {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
     with reading(located), from_disk_only():
         model, info = auto_class.from_pretrained(located.path, **fixed, **options)
     missing = [k for k in info["missing_keys"] if not _HARMLESS_MISSING.search(k)]
-    wrong = [str(k[0] if isinstance(k, (tuple, list)) else k) for k in info["mismatched_keys"]]
+    wrong = [key for key, *_ in info["mismatched_keys"]]
     if missing or wrong:
         raise located.refuse(
             f"the weights do not fit the configuration beside them ({len(missing)} missing, {len(wrong)} of "
@@ -542,19 +496,16 @@ def load_transformer(auto_class: Any, located: Located, **options: Any) -> Any:
     return model.eval()
 
 
-def load_processor(
-    located: Located, room: int | None, reads_text: bool = True
-) -> tuple[Any | None, Any, Any]:
-    """Load processor (None where a folder has no such thing), image processor and tokenizer."""
+def load_processor(located: Located, room: int | None) -> tuple[Any, Any]:
+    """Load what prepares images, and texts too where a folder has such a processor, and the tokenizer."""
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     options = {"local_files_only": True, "trust_remote_code": False}
     with reading(located), from_disk_only():
         processor: Any = AutoProcessor.from_pretrained(located.path, **options)
-        if hasattr(processor, "image_processor") and hasattr(processor, "tokenizer"):
-            images, tokenizer = processor.image_processor, processor.tokenizer
-        else:
-            processor, images = None, AutoImageProcessor.from_pretrained(located.path, **options)
+        tokenizer = getattr(processor, "tokenizer", None)
+        if tokenizer is None or not hasattr(processor, "image_processor"):
+            processor = AutoImageProcessor.from_pretrained(located.path, **options)
             tokenizer = AutoTokenizer.from_pretrained(located.path, **options)
-    require_vocabulary(located, len(tokenizer), room, reads_text)
-    return processor, images, tokenizer
+    require_vocabulary(located, len(tokenizer), room)
+    return processor, tokenizer

@@ -43,23 +43,7 @@ _PLACE = frozenset(
 _NEGATION = {"no", "without"}
 _PRONOUNS = {"PRP", "PRP$", "WP", "WP$", "WDT", "EX", "DT"}
 # Cut from the beginning of a phrase: articles, possessives, question words, punctuation; and quantifiers.
-_CUT_TAGS = {
-    "DT",
-    "PDT",
-    "PRP$",
-    "WDT",
-    "WP$",
-    "POS",
-    "EX",
-    ",",
-    ".",
-    ":",
-    "``",
-    "''",
-    "-LRB-",
-    "HYPH",
-    "SYM",
-}
+_CUT_TAGS = frozenset("DT PDT PRP$ WDT WP$ POS EX , . : `` '' -LRB- HYPH SYM".split())
 _ARTICLES = {"a", "an", "the"}
 _CUT_WORDS = _ARTICLES.union(
     "some any several many few various other another such each every all both only just".split()
@@ -89,10 +73,7 @@ class Parser:
         self.nlp, self.rules, self._record = nlp, rules, dict(record or {})
 
     def objects(self, captions: Sequence[str]) -> list[list[str]]:
-        """Name the semantic objects of each caption, as lower-case phrases in its order, without repeats.
-
-        Equal captions are parsed once; an empty caption has no objects.
-        """
+        """Name the semantic objects of each caption, as lower-case phrases in its order, without repeats."""
         unique = list(dict.fromkeys(captions))
         parsed = zip(unique, self.nlp.pipe(" ".join(text.split()) for text in unique), strict=True)
         found = {text: phrases(doc, self.rules) for text, doc in parsed}
@@ -140,14 +121,7 @@ def _phrase(tokens: list[Token], keep_article: bool) -> str:
 
 
 def load_parser(model: str | Path = "en_core_web_sm", **rules: Any) -> Parser:
-    """Load a spaCy pipeline from this machine.
-
-    Parameters
-    ----------
-    model : str or Path
-        An installed pipeline package ("en_core_web_sm") or a folder written by spaCy.
-    **rules
-        Fields of `ObjectRules`: ``load_parser(folder, max_objects=4)``.
+    """Load a spaCy pipeline, an installed package or a folder; ``rules`` are fields of `ObjectRules`.
 
     Raises
     ------
@@ -163,8 +137,7 @@ def load_parser(model: str | Path = "en_core_web_sm", **rules: Any) -> Parser:
         config = spacy.util.load_config(located.path / "config.cfg", interpolate=True)
     _refuse_code(located, config)
     with reading(located):
-        # Named entities and lemmas are not used; without them parsing is faster.
-        nlp = spacy.load(located.path, exclude=["ner", "lemmatizer", "senter"])
+        nlp = spacy.load(located.path, exclude=["ner", "lemmatizer", "senter"])  # not used, and slow
     try:  # a pipeline without parts of speech gives no chunks and no error
         found, why = list(nlp("A red ball is on the green grass.").noun_chunks), ""
     except (ValueError, LookupError, NotImplementedError) as error:

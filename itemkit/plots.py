@@ -7,6 +7,7 @@ tables with the columns ``value, low, high``; pictures as uint8 arrays of shape 
 from __future__ import annotations
 
 import io
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,38 +45,31 @@ FIXED = {
 def style() -> None:
     """Set the one look of all figures; starts from matplotlib's defaults, so user settings change nothing."""
     mpl.rcdefaults()
-    sns.set_theme(context="paper", style="ticks", palette=CYCLE, font="DejaVu Sans")
-    mpl.rcParams.update(
-        {
-            "figure.dpi": 100,  # of the pages; files are saved at 220
-            "savefig.dpi": 220,
-            "figure.constrained_layout.use": True,  # makes room, so that a file has the size asked for
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": 10,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "axes.labelsize": 9,
-            "xtick.labelsize": 8,
-            "ytick.labelsize": 8,
-            "legend.fontsize": 8,
-            "legend.frameon": False,
-            "image.interpolation": "nearest",
-            "pdf.fonttype": 42,
-        }
-    )
+    ours = {
+        "savefig.dpi": 220,
+        "figure.constrained_layout.use": True,  # makes room, so that a file has the size asked for
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 10,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.labelsize": 9,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "legend.fontsize": 8,
+        "legend.frameon": False,
+        "image.interpolation": "nearest",
+        "pdf.fonttype": 42,
+    }
+    sns.set_theme(context="paper", style="ticks", palette=CYCLE, font="DejaVu Sans", rc=ours)
 
 
 def colours(generators: Sequence[str]) -> dict[str, str]:
-    """Give each generator a colour; real images, which come first, are always blue.
-
-    Those of the mini laboratory have fixed colours; the others get what is left, in the order given.
-    """
+    """Give each generator a colour, without a fixed one what is left; real images come first, in blue."""
     fakes = [g for g in dict.fromkeys(generators) if g != schema.REAL_GENERATOR]
-    taken = {FIXED[g] for g in fakes if g in FIXED}
-    left = [c for c in CYCLE if c not in taken] or list(CYCLE)
-    free = {g: left[i % len(left)] for i, g in enumerate(g for g in fakes if g not in FIXED)}
-    return {schema.REAL_GENERATOR: BLUE} | {g: FIXED.get(g) or free[g] for g in fakes}
+    taken = {FIXED.get(g) for g in fakes}
+    left = itertools.cycle([c for c in CYCLE if c not in taken] or CYCLE)
+    return {schema.REAL_GENERATOR: BLUE} | {g: FIXED.get(g) or next(left) for g in fakes}
 
 
 def save(fig: Figure, name: str, table: pd.DataFrame, folder: str | Path, note: str = "") -> list[Path]:
@@ -86,9 +80,9 @@ def save(fig: Figure, name: str, table: pd.DataFrame, folder: str | Path, note: 
     name : str
         File name without ending.
     table : DataFrame
-        The numbers that are drawn. Where it has columns ``n_real, n_fake`` or ``n``, they are told.
+        The numbers that are drawn; from columns ``n_real, n_fake`` or ``n`` the note says how many images.
     note : str
-        Small print under the figure: what an interval is over, what made it; see `small_print`.
+        Small print under the figure: what an interval is over, what made it (`small_print`).
 
     Raises
     ------
@@ -97,9 +91,12 @@ def save(fig: Figure, name: str, table: pd.DataFrame, folder: str | Path, note: 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if (counts := _counts(table)) and "n = " not in note:
-        note = "; ".join(filter(None, (counts, note)))
-    if note:
+    counts = []
+    for column, kind in {"n": "", "n_fake": " fake", "n_real": " real"}.items():
+        if column in table and "n = " not in note:
+            ends = sorted({int(table[column].min()), int(table[column].max())})
+            counts.append(" to ".join(f"{end:,}" for end in ends) + kind)
+    if note := "; ".join(filter(None, (f"n = {' and '.join(counts)}" * bool(counts), note))):
         width = int(fig.get_figwidth() * 17)  # characters of this size that fit
         lines = textwrap.fill(note, width, break_long_words=False)
         fig.supxlabel(plain(lines), fontsize=6.5, color=GREY, x=0.995, ha="right")
@@ -112,24 +109,12 @@ def save(fig: Figure, name: str, table: pd.DataFrame, folder: str | Path, note: 
     return [folder / f"{name}.{ending}" for ending in ("pdf", "png", "csv")]
 
 
-def _counts(table: pd.DataFrame) -> str:
-    """How many images are behind each number of a table, if it says so."""
-    columns, told = {"n": "", "n_real": " real", "n_fake": " fake"}, []
-    for name in columns.keys() & table.columns:
-        ends = sorted({int(table[name].min()), int(table[name].max())})
-        told.append(" to ".join(f"{end:,}" for end in ends) + columns[name])
-    return f"n = {' and '.join(sorted(told))}" if told else ""
-
-
-def small_print(features: Features, about: str = "") -> str:
-    """What stands under every figure made from features: what made them, and the laboratory's warning.
-
-    ``about`` is said first, e.g. ``95 % over test images``. How many images a figure shows, `save` says.
-    """
+def small_print(features: Features) -> str:
+    """What stands under every figure made from features: what made them, and the laboratory's warning."""
     made = features.provenance
     known = [f"features of {count(len(features), 'image')}"]
-    known += [f"{key} {made[key]}" for key in ("preset", "models", "itemkit") if made.get(key)]
-    return "; ".join(filter(None, (about, ", ".join(known), made["note"])))
+    known += [f"{key} {made[key]}" for key in ("preset", "models", "itemkit") if made[key]]
+    return "; ".join(filter(None, (", ".join(known), made["note"])))
 
 
 def _label(text: object) -> str:
@@ -156,14 +141,9 @@ def distributions(ax: Axes, table: pd.DataFrame, value: str, xlabel: str) -> Axe
 
 
 def intervals(
-    ax: Axes,
-    table: pd.DataFrame,
-    *,
-    y: str,
-    hue: str | None = None,
-    xlabel: str,
+    ax: Axes, table: pd.DataFrame, *, y: str, xlabel: str, hue: str | None = None,
     reference: float | None = None,
-) -> Axes:
+) -> Axes:  # fmt: skip
     """Draw estimates with their intervals: a row for each name in column ``y``, side by side for each hue.
 
     ``reference`` is a vertical line, e.g. at chance.
@@ -221,13 +201,12 @@ def lines(
 
 def scatter(ax: Axes, xy: np.ndarray, generators: Sequence[str], title: str = "") -> Axes:
     """Draw a two-dimensional embedding, shape (n, 2); ticks are hidden, since its axes have no unit."""
-    names = np.asarray(generators)
-    palette = colours(list(names))
+    names = list(generators)
+    palette = colours(names)
     # one shuffled cloud: drawn class by class, the last class would cover the others
     order = np.random.default_rng(0).permutation(len(xy))
-    colour_of = [palette[n] for n in names[order]]
-    x, y = xy[order].T
-    ax.scatter(x, y, s=5, lw=0, alpha=0.8, c=colour_of, rasterized=True)
+    colour_of = [palette[names[i]] for i in order]
+    ax.scatter(xy[order, 0], xy[order, 1], s=5, lw=0, alpha=0.8, c=colour_of, rasterized=True)
     for name, colour in palette.items():
         if name in names:
             ax.scatter([], [], s=18, color=colour, label=_label(name))
@@ -280,22 +259,19 @@ def boxes(ax: Axes, table: pd.DataFrame) -> Axes:
 
 def heat(ax: Axes, image: np.ndarray, heatmap: np.ndarray, title: str = "") -> Axes:
     """Lay a map with one number for each pixel, shape (h, w), over a picture; nothing where it is NaN."""
-    _imshow(ax, image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
+    show_image(ax, image.mean(axis=2, keepdims=True).astype(np.uint8).repeat(3, axis=2), title)
     _imshow(ax, heatmap, cmap="magma", alpha=0.65)
-    ax.set(xticks=[], yticks=[])
-    ax.set_title(plain(title), fontsize=8, fontweight="normal", loc="center")
     return ax
 
 
 def options(ax: Axes, table: pd.DataFrame, xlabel: str) -> Axes:
     """Draw the options of one question from `itemkit.ablation.ablation`.
 
-    Blue: the reference, also as dotted line. Vermilion: the interval of the paired difference over seeds
-    leaves out zero. Grey: it does not.
+    Blue: the reference, also dotted. Vermilion: the interval of the paired difference leaves out zero.
     """
-    certain = (table["difference_low"] > 0) | (table["difference_high"] < 0)
-    for i, (row, sure) in enumerate(zip(table.itertuples(), certain, strict=True)):
-        colour = BLUE if row.reference else VERMILION if sure else GREY
+    for i, row in enumerate(table.itertuples()):
+        certain = row.difference_low > 0 or row.difference_high < 0
+        colour = BLUE if row.reference else VERMILION if certain else GREY
         ax.plot([row.low, row.high], [i, i], color=colour, lw=1.4)
         ax.plot(row.value, i, marker="o", ms=4.5, color=colour)
     ax.axvline(table.loc[table["reference"], "value"].iloc[0], color=GREY, lw=1, ls=":", zorder=0)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from itemkit.errors import ModelNotFound
 from itemkit.models import (
+    FETCH,
     LOCALISERS,
     PARTS,
     Located,
     Models,
-    fetch_remedy,
     find_folder,
     localiser_settings,
     looks_like_path,
@@ -36,14 +36,8 @@ MINI_REMEDY = "The mini models come with itemkit: " + (
     else "`pip install --force-reinstall --no-deps itemkit` brings them back."
 )
 MINI_REMEDY += " If ITEMKIT_DATA is set, unset it, or let it name a folder that holds mini/models."
-MODELS_VARIABLE = "ITEMKIT_MODELS"
 # subfolder of each part in a folder of models, as `itemkit download --to FOLDER` writes it
 FOLDERS = {"captioner": "captioner", "parser": "parser", "encoder": "encoder", "localiser": "detector"}
-# which field holds the options of a part, and goes with it when the part is replaced
-OPTIONS = {
-    "captioner": "captioner_options", "parser": "parser_options",
-    "localiser": "localiser_options", "encoder": "encoder_pretrained",
-}  # fmt: skip
 # localisers that are models of their own
 DETECTORS = tuple(name for name, options in LOCALISERS.items() if "model" in options)
 
@@ -99,9 +93,8 @@ class Preset:
             if key not in known:
                 raise unknown(f"a preset has no field '{key}'", key, known)
         values = dict(overrides)
-        for part, options in OPTIONS.items():  # made for one model, they may be unknown to another
-            if part in overrides:
-                values.setdefault(options, None if part == "encoder" else {})
+        for part in overrides.keys() & PARTS:  # options made for one model may be unknown to another
+            values.setdefault(*("encoder_pretrained", None) if part == "encoder" else (f"{part}_options", {}))
         encoder, localiser = overrides.get("encoder"), overrides.get("localiser")
         if isinstance(encoder, str) and not encoder.startswith("hf-hub:") and not looks_like_path(encoder):
             values["encoder"], _, tag = encoder.partition(":")
@@ -141,10 +134,7 @@ class Preset:
         return Models(encoder, captioner, parser, localiser)
 
     def fingerprint(self, captions: str = "generate", device: str | torch.device = "auto") -> dict[str, Any]:
-        """What ``build(device).fingerprint(captions)`` says, from the files alone: no model is loaded.
-
-        A device other than "auto" and "cpu" is only checked: a fingerprint is the same on every device.
-        """
+        """What ``build(device).fingerprint(captions)`` says, from files alone; a device is only checked."""
         from itemkit.captions import Decoding
         from itemkit.objects import ObjectRules
 
@@ -166,10 +156,7 @@ class Preset:
         return run_fingerprint(parts, captions)
 
     def find(self) -> dict[str, Located | ModelNotFound]:
-        """Look for the files of every part that is given by name, and check them, without loading any.
-
-        Gives for each of them where it is, or the error that says what is missing.
-        """
+        """Where each part given by name is, checked but not loaded, or the error that says what it lacks."""
         from itemkit.encoder import find_encoder
         from itemkit.objects import find_parser
 
@@ -186,8 +173,8 @@ class Preset:
             except ModelNotFound as error:
                 found[part] = error
                 if not error.reason:  # it is not here, and this preset's name says how to get it
-                    on_no_hub = self.name == "mini" and tidy(mini_folder()) in error.looked
-                    remedy = MINI_REMEDY if on_no_hub else fetch_remedy(self.name)
+                    shipped = self.name == "mini" and tidy(mini_folder()) in error.looked
+                    remedy = MINI_REMEDY if shipped else FETCH.format(f" --preset {self.name}")
                     found[part] = ModelNotFound(error.what, looked=error.looked, remedy=remedy)
         return found
 
@@ -242,13 +229,7 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def get_preset(
-    name: str | Preset = "mini",
-    folder: str | Path | None = None,
-    *,
-    use_variable: bool = True,
-    **overrides: Any,
-) -> Preset:
+def get_preset(name: str | Preset = "mini", folder: str | Path | None = None, **overrides: Any) -> Preset:
     """Look up a preset and replace parts of it.
 
     Parameters
@@ -257,7 +238,7 @@ def get_preset(
         "mini", "fast" or "paper"; or a preset put together by hand.
     folder : str or Path, optional
         Take the models from here, as `itemkit download --to FOLDER` writes them. For "fast" and "paper" the
-        environment variable ITEMKIT_MODELS can name it too, unless not ``use_variable``.
+        environment variable ITEMKIT_MODELS can name it too.
     **overrides
         Fields of `Preset`, e.g. ``localiser="whole"``, ``captioner=my_object``, ``encoder="./my-clip"``. A
         part that is replaced starts from its default options. In one text: ``encoder="ViT-B-16:openai"``
@@ -271,36 +252,28 @@ def get_preset(
         return name.replace(**overrides)
     if name not in PRESETS:
         raise unknown(f"preset '{name}' is unknown", name, PRESETS)
-    if folder is None and use_variable and name != "mini":
-        folder = os.environ.get(MODELS_VARIABLE) or None
-    preset, root, folders = PRESETS[name], None, FOLDERS
-    if folder is not None:
-        root = Path(folder).expanduser()
-        if not root.is_dir():
-            raise ModelNotFound(
-                f"there is no folder of models at {tidy(root)}",
-                remedy="Make one where a model hub can be reached: "
-                f"`itemkit download --preset {name} --to FOLDER`, and copy it here",
-            )
-    elif name == "mini":
-        root, folders = mini_folder() / "models", FOLDERS | {"encoder": "clip"}
-    if root is not None:
-        places: dict[str, Any] = {part: str(root / folders[part]) for part in PARTS[:3]}
-        options = {key: value for key, value in preset.localiser_options.items() if key != "model"}
-        preset = dataclasses.replace(preset, **places, encoder_pretrained=None, localiser_options=options)
+    if folder is None and name != "mini":
+        folder = os.environ.get("ITEMKIT_MODELS") or None
+    preset = PRESETS[name]
+    if folder is None and name != "mini":
+        return preset.replace(**overrides)
+    root = mini_folder() / "models" if folder is None else Path(folder).expanduser()
+    if folder is not None and not root.is_dir():
+        remedy = f"Make one with `itemkit download --preset {name} --to FOLDER`, and copy it here"
+        raise ModelNotFound(f"there is no folder of models at {tidy(root)}", remedy=remedy)
+    folders = FOLDERS | ({"encoder": "clip"} if folder is None else {})
+    places: dict[str, Any] = {part: str(root / folders[part]) for part in PARTS[:3]}
+    options = {key: value for key, value in preset.localiser_options.items() if key != "model"}
+    preset = dataclasses.replace(preset, **places, encoder_pretrained=None, localiser_options=options)
     preset = preset.replace(**overrides)
-    if folder is not None and root is not None and preset.localiser in DETECTORS:
-        options = {"model": str(root / FOLDERS["localiser"]), **preset.localiser_options}
+    if folder is not None and preset.localiser in DETECTORS:
+        options = {"model": str(root / folders["localiser"]), **preset.localiser_options}
         preset = dataclasses.replace(preset, localiser_options=options)
     return preset
 
 
 def mini_folder() -> Path:
-    """Folder of the mini laboratory's models and images; whoever reads from it says what is missing.
-
-    It is ``mini`` under ITEMKIT_DATA where that is set, else ``data/mini`` of the checkout, else the copy
-    that an installed package carries.
-    """
+    """Models and images of the laboratory: under ITEMKIT_DATA, in the checkout, or installed."""
     if root := os.environ.get("ITEMKIT_DATA"):
         return Path(root).expanduser() / "mini"
     checkout = _CHECKOUT / "data" / "mini"

@@ -31,8 +31,7 @@ class Protocol:
     layout: str = "auto"  # how the folder is read, see `itemkit.manifest.read_manifest`
     splits: dict[str, str] = field(default_factory=dict)
     """Folder's split -> part it plays here. Images under no split folder are test images."""
-    train: list[str] = field(default_factory=list)
-    """Sets of which the fakes train; empty where each generator trains in turn."""
+    train: list[str] = field(default_factory=list)  # whose fakes train; empty: each generator in turn
     train_is_all: bool = False  # all of the training split is the one training set, whatever its folders
     test: dict[str, str] = field(default_factory=dict)
     """Generator -> title of its row, in the published order; empty where each generator tests."""
@@ -44,8 +43,7 @@ class Protocol:
     equalise: EqualiseConfig = field(default_factory=EqualiseConfig)
     families: dict[str, str] = field(default_factory=dict)
     """Generator -> family, where several share a network; a detector trained on one has seen the others."""
-    all_forms: bool = False  # every level and form of misalignment, not the default and its cosine alone
-    lab: bool = False  # about the mini laboratory's images, which come with the package
+    lab: bool = False  # the mini laboratory's own images, every level and form of misalignment
     published: list[dict[str, Any]] = field(default_factory=list)
     """Numbers of others: ``what`` they are, ``condition, metric``, ``values`` (method and per cent)."""
 
@@ -56,8 +54,6 @@ class Protocol:
 
         Parameters
         ----------
-        manifest : DataFrame
-            Of `read_manifest`.
         skip_missing : bool
             Leave test sets out that are not there, instead of refusing.
         per_set : int, optional
@@ -70,7 +66,7 @@ class Protocol:
         Raises
         ------
         InputError
-            The training set is missing, or a test set and it may not be left out; both name what there is.
+            The training set is missing, or a test set that may not be left out.
         """
         table = manifest[manifest[schema.LABEL].notna()].copy()
         table[schema.SPLIT] = table[schema.SPLIT].map(self.splits).fillna("test")
@@ -108,16 +104,14 @@ class Protocol:
             )
         rows = [train, *(rows for title, rows in tests.items() if title not in missing)]
         table = table.iloc[np.unique(np.concatenate(rows))]
-        return (table if per_set is None else _limit(table, per_set)).reset_index(drop=True), missing
-
-
-def _limit(table: pd.DataFrame, per_set: int) -> pd.DataFrame:
-    if per_set < 4:
-        raise InputError(f"at most {per_set} images of each set: expected at least 4")
-    order = table.sort_values(schema.PATH)
-    order = order.iloc[np.argsort(np.random.default_rng(0).permutation(len(order)))]
-    keys = [order[c].astype(str) for c in (schema.SPLIT, schema.GENERATOR, schema.SOURCE)]
-    return order.groupby(keys).head(per_set).sort_index()
+        if per_set is not None:
+            if per_set < 4:
+                raise InputError(f"at most {per_set} images of each set: expected at least 4")
+            table = table.sort_values(schema.PATH)
+            table = table.iloc[np.argsort(np.random.default_rng(0).permutation(len(table)))]
+            keys = [table[c].astype(str) for c in (schema.SPLIT, schema.GENERATOR, schema.SOURCE)]
+            table = table.groupby(keys).head(per_set).sort_index()
+        return table.reset_index(drop=True), missing
 
 
 def protocol_names() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,23 @@ import numpy as np
 import pandas as pd
 
 from itemkit import schema
-from itemkit.controls import CONTROLS, Control, FeatureScorer, Scorer, get_control
+from itemkit.controls import CONTROLS, NEEDS, Control, FeatureScorer, get_control
 from itemkit.errors import InputError
 from itemkit.features import Features
 from itemkit.head import MisalignmentMLP
 from itemkit.misalignment import RepresentationConfig, get_representation, represent
 
 DEFAULT = RepresentationConfig()
-ITEM = Control(
-    "misalignment", "Does the image fit its caption?",
-    lambda item, head, emb: FeatureScorer(lambda f: represent(f, item), head),
-)  # fmt: skip
-EARLY = Control(
-    "fusion, early: item + image", "Does one head on the misalignment and the image embedding do better?",
-    lambda item, head, emb: FeatureScorer(lambda f: np.hstack([represent(f, item), f.image_emb]), head),
-)  # fmt: skip
+OURS = {
+    "item": Control(
+        "misalignment", "Does the image fit its caption?",
+        lambda item, head, emb: FeatureScorer(lambda f: represent(f, item), head),
+    ),
+    "early": Control(
+        "fusion, early: item + image", "Is the image embedding of use beside the misalignment?",
+        lambda item, head, emb: FeatureScorer(lambda f: np.hstack([represent(f, item), f.image_emb]), head),
+    ),
+}  # fmt: skip
 # what tables of scores call their columns; the first that is there counts
 COLUMNS = {
     schema.IMAGE_ID: ("image_id", "sha256"),
@@ -39,33 +41,25 @@ COLUMNS = {
 class Recipe:
     """How to make one contender."""
 
-    build: Callable[[int], Scorer]  # seed -> untrained scorer
+    build: Callable[[int], Any]  # seed -> untrained scorer, see `itemkit.controls`
     config: dict = field(default_factory=dict)
     """Every number that changes its scores, as plain data: the key of its runs. Without it none is reused."""
     title: str = ""
     features: Features | None = None
     """Of the same images, to be used instead of the study's: another captioner, localiser, encoder."""
-    train_images: int | None = None
-    """At most so many training images, both classes in proportion."""
+    train_images: int | None = None  # at most so many, both classes in proportion
 
 
 def item(
     representation: RepresentationConfig | str = DEFAULT,
     head: MisalignmentMLP | None = None,
-    title: str = ITEM.title,
+    title: str = OURS["item"].title,
     features: Features | None = None,
     train_images: int | None = None,
 ) -> Recipe:
     """Misalignment detector: a representation and a head."""
-    made = _recipe("item", ITEM, representation, head)
-    return Recipe(made.build, made.config, title, features, train_images)
-
-
-def early(
-    representation: RepresentationConfig | str = DEFAULT, head: MisalignmentMLP | None = None
-) -> Recipe:
-    """Early fusion: one head on the misalignment vector and the image embedding side by side."""
-    return _recipe("early", EARLY, representation, head)
+    recipe = control("item", representation, head)
+    return replace(recipe, title=title, features=features, train_images=train_images)
 
 
 def control(
@@ -74,24 +68,14 @@ def control(
     head: MisalignmentMLP | None = None,
     generic_emb: np.ndarray | None = None,
 ) -> Recipe:
-    """One of `itemkit.controls.CONTROLS`, with the representation and head of the detector beside it."""
-    return _recipe(name, get_control(name), representation, head, generic_emb)
+    """One of `itemkit.controls.CONTROLS`, with the representation and head of the detector beside it.
 
-
-def _recipe(
-    name: str,
-    made: Control,
-    representation: RepresentationConfig | str,
-    head: MisalignmentMLP | None,
-    generic_emb: np.ndarray | None = None,
-) -> Recipe:
-    config = get_representation(representation)
-
-    def build(seed: int) -> Any:
-        return made.build(seed, config, head, generic_emb)
+    Or "item", that detector itself, or "early", one head on its vector and the image embedding side by side.
+    """
+    made, config = OURS.get(name) or get_control(name), get_representation(representation)
 
     # built once now, so that what is missing is said before anything is trained
-    estimator = build(0).estimator
+    estimator = made.build(0, config, head, generic_emb).estimator
     numbers = {"class": type(estimator).__name__} | estimator.get_params(deep=False)
     if isinstance(estimator, MisalignmentMLP):  # a name of an architecture alone would hide its numbers
         numbers["architecture"] = estimator.resolved_architecture()
@@ -100,31 +84,32 @@ def _recipe(
     about |= {"contender": name, "item": config.to_dict()}
     if made.needs == "generic_emb":
         about["generic_emb"] = array_hash(np.asarray(generic_emb, np.float32))
-    return Recipe(build, about, made.title)
+    return Recipe(lambda seed: made.build(seed, config, head, generic_emb), about, made.title)
 
 
 def standard_detectors(
     features: Features,
-    representation: RepresentationConfig | str = DEFAULT,
     head: MisalignmentMLP | None = None,
     generic_emb: np.ndarray | None = None,
     skip: Sequence[str] = (),
 ) -> tuple[dict[str, Recipe], dict[str, str]]:
-    """Recipes of the misalignment detector ("item", first) and of every control that these features allow.
-
-    The second table says what each left-out control lacks.
-    """
-    lacks = {name: c.missing(features, generic_emb) for name, c in CONTROLS.items() if name not in skip}
-    able = [name for name, reason in lacks.items() if not reason]
-    recipes = {name: control(name, representation, head, generic_emb) for name in able}
-    return {"item": item(representation, head)} | recipes, {n: why for n, why in lacks.items() if why}
+    """Recipes of "item" and every control that these features allow, and what each of the others lacks."""
+    lacks = {
+        "pixels": features.pixels is None,
+        "generic_emb": generic_emb is None,
+        "caption_logprob": features.table[schema.CAPTION_LOGPROB].isna().any(),
+    }
+    wanted = {name: made.needs for name, made in CONTROLS.items() if name not in skip}
+    lacking = {name: NEEDS[needs] for name, needs in wanted.items() if lacks.get(needs)}
+    names = ("item", *(name for name in wanted if name not in lacking))
+    return {name: control(name, DEFAULT, head, generic_emb) for name in names}, lacking
 
 
 class ExternalScores:
     """Scores of a detector that ran elsewhere: a CSV file with one row per image.
 
-    It has a column ``image_id`` or ``path`` (relative ones start at the folder of the file) and a column
-    ``score``, higher for fakes; common other names are understood, further columns are ignored.
+    Its columns are ``image_id`` or ``path`` (relative ones start at the folder of the file), and ``score``,
+    higher for fakes; common other names are understood, further columns are ignored.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -133,21 +118,18 @@ class ExternalScores:
             with open(self.path, encoding="utf-8-sig") as file:
                 separator = max(",;\t", key=file.readline().count)
             table = pd.read_csv(self.path, sep=separator, encoding="utf-8-sig", dtype=str, index_col=False)
-        except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        except (OSError, ValueError) as error:
             raise InputError(f"cannot read scores from {self.path}: {error}") from error
         there = {str(name).strip().casefold(): name for name in table.columns}
         column = {what: there[n] for what, names in COLUMNS.items() for n in reversed(names) if n in there}
         self.key = next((key for key in (schema.IMAGE_ID, schema.PATH) if key in column), "")
         if not self.key or "score" not in column:
-            raise InputError(
-                f"{self.path} has the columns {', '.join(map(str, table.columns))}; expected image_id or "
-                "path, and score (higher: more likely fake)"
-            )
+            names = ", ".join(map(str, table.columns))
+            raise InputError(f"{self.path} has the columns {names}; expected image_id or path, and score")
         given = table[column["score"]]
         score = pd.to_numeric(given, errors="coerce")
-        if (bad := ~np.isfinite(score)).any():
-            row = bad.idxmax()
-            raise InputError(f"{self.path}, row {row + 2}: score {given[row]!r} is not a finite number")
+        for row, bad in given[~np.isfinite(score)].items():
+            raise InputError(f"{self.path}, row {row + 2}: score {bad!r} is not a finite number")
         score.index = self._names(table[column[self.key]], self.path.parent)
         if (differing := score.groupby(level=0).nunique() > 1).any():
             raise InputError(f"{self.path} gives two different scores to {differing.idxmax()}; expected one")
@@ -174,11 +156,7 @@ class ExternalScores:
 
 
 def external(path: str | Path, title: str = "") -> Recipe:
-    """A detector that ran elsewhere; see `ExternalScores`.
-
-    Its threshold and calibration come from its scores of the validation images, as every contender's. "Seen"
-    says only whose validation images those were.
-    """
+    """A detector that ran elsewhere; "seen" says only whose validation images its threshold comes from."""
     scores = ExternalScores(path)
     about = {"external": array_hash(pd.util.hash_pandas_object(scores.scores).to_numpy())}
     return Recipe(lambda seed: scores, about, title)

@@ -42,15 +42,7 @@ class Regions:
 
 
 class Localiser(ABC):
-    """Finds phrases in images: the base of all localisers; one of the user's own need only look like it.
-
-    Parameters
-    ----------
-    encoder : Encoder
-        Embeds the regions.
-    **options
-        See `models.LOCALISERS`.
-    """
+    """Finds phrases in images, with the options of `models.LOCALISERS`; the base of all localisers."""
 
     kind = ""
     needs_patches = False  # whether `embedding` must come with patches
@@ -68,20 +60,9 @@ class Localiser(ABC):
         owner: Tensor,
         phrases: Sequence[str] | None = None,
     ) -> Regions:
-        """Locate phrase j in image ``owner[j]``.
+        """Locate phrase j, with embedding ``phrase_emb[j]`` of norm 1, in image ``owner[j]``.
 
-        Parameters
-        ----------
-        images : sequence of n PIL images
-        embedding : ImageEmbedding of the n images
-        phrase_emb : float tensor, shape (m, d), L2-normalised
-        owner : int tensor, shape (m,)
-        phrases : sequence of m str
-            For localisers with `needs_phrases`.
-
-        Returns
-        -------
-        Regions, one per phrase in the given order
+        ``embedding`` is that of the images; ``phrases`` are given to localisers with `needs_phrases`.
         """
 
     def fingerprint(self) -> dict[str, Any]:
@@ -98,16 +79,13 @@ def windows(size: tuple[int, int], scales: Sequence[float], overlap: float) -> l
     found: list[Box] = []
     for scale in scales:
         side = max(1, round(scale * min(size)))
-        for y in _starts(size[1], side, overlap):
-            for x in _starts(size[0], side, overlap):
-                found.append((float(x), float(y), float(x + side), float(y + side)))
+        step = max(1.0, side * (1 - overlap))
+        starts = []
+        for length in size:
+            count = min(math.ceil((length - side) / step) + 1, GRID_MAX_STEPS)
+            starts.append([float(round(i * (length - side) / max(1, count - 1))) for i in range(count)])
+        found += [(x, y, x + side, y + side) for y in starts[1] for x in starts[0]]
     return list(dict.fromkeys(found))
-
-
-def _starts(length: int, side: int, overlap: float) -> list[int]:
-    step = max(1.0, side * (1 - overlap))
-    count = min(math.ceil((length - side) / step) + 1, GRID_MAX_STEPS)
-    return [round(i * (length - side) / max(1, count - 1)) for i in range(count)]
 
 
 def embed_boxes(encoder: Encoder, images: Sequence[Image], boxes: Sequence[Box]) -> Tensor:
@@ -125,7 +103,7 @@ def embed_boxes(encoder: Encoder, images: Sequence[Image], boxes: Sequence[Box])
     return torch.cat(emb)
 
 
-def peak_boxes(maps: np.ndarray, level: float) -> np.ndarray:
+def peak_boxes(maps: np.ndarray, level: float, frame: Box, size: tuple[int, int]) -> np.ndarray:
     """Draw a box around the connected part of each map that holds its peak.
 
     Parameters
@@ -134,11 +112,13 @@ def peak_boxes(maps: np.ndarray, level: float) -> np.ndarray:
         Values of -inf are outside the image.
     level : float
         Cut between the least finite (0) and the greatest value (1) of each map.
+    frame, size
+        What the maps cover, see `Encoder.frame`, and width and height of the image.
 
     Returns
     -------
     float32 array, shape (m, 4)
-        x0, y0, x1, y1 in cells; x1 and y1 are exclusive.
+        x0, y0, x1, y1 in pixels of the image, clipped to it.
     """
     flat = maps.reshape(len(maps), math.prod(maps.shape[1:]))
     high = flat.max(axis=1, keepdims=True)
@@ -149,18 +129,11 @@ def peak_boxes(maps: np.ndarray, level: float) -> np.ndarray:
     parts, _ = ndimage.label(above, within)
     peaks = parts.reshape(flat.shape)[np.arange(len(maps)), flat.argmax(axis=1)]
     slices = ndimage.find_objects(parts)
-    found = [(x.start, y.start, x.stop, y.stop) for _, y, x in (slices[peak - 1] for peak in peaks)]
-    return np.array(found, np.float32).reshape(-1, 4)
-
-
-def cells_to_pixels(
-    cells: np.ndarray, grid: tuple[int, int], frame: Box, size: tuple[int, int]
-) -> np.ndarray:
-    """Turn boxes in patches into boxes in pixels of the original image of this size, clipped to it."""
+    cells = [(x.start, y.start, x.stop, y.stop) for _, y, x in (slices[peak - 1] for peak in peaks)]
     x0, y0, x1, y1 = frame
-    cell = [(x1 - x0) / grid[1], (y1 - y0) / grid[0]] * 2
+    cell = [(x1 - x0) / maps.shape[2], (y1 - y0) / maps.shape[1]] * 2
     patch, corner, limit = np.array([cell, [x0, y0] * 2, [*size, *size]], np.float32)
-    return np.clip(cells * patch + corner, 0, limit)
+    return np.clip(np.array(cells, np.float32).reshape(-1, 4) * patch + corner, 0, limit)
 
 
 def inside(grid: tuple[int, int], frame: Box, size: tuple[int, int]) -> Tensor:
@@ -251,23 +224,13 @@ class Dense(Localiser):
             weight = (cosine / self.temperature).softmax(dim=1)
             found.emb[rows] = F.normalize(weight @ patches, dim=1)
             found.scores[rows] = (found.emb[rows] * phrase_emb[rows]).sum(dim=1)
-            cells = peak_boxes(cosine.reshape(-1, *grid).cpu().numpy(), self.level)
-            found.boxes[rows] = torch.from_numpy(cells_to_pixels(cells, grid, frame, size)).to(device)
+            boxes = peak_boxes(cosine.reshape(-1, *grid).cpu().numpy(), self.level, frame, size)
+            found.boxes[rows] = torch.from_numpy(boxes).to(device)
         return found
 
 
 class BoxLocaliser(Localiser):
-    """Localiser from boxes: the base of the object detectors, and of what a user writes.
-
-    Parameters
-    ----------
-    encoder : Encoder
-        Embeds what is in the boxes.
-    finder : object
-        With ``boxes(image, phrases)``, which returns for each phrase ``(x0, y0, x1, y1, score)`` in pixels of
-        the image, or None where it is not found: then the whole image stands for it with score 0. And with a
-        ``version`` or ``fingerprint()``, see `itemkit.models.Models`.
-    """
+    """Localiser from ``boxes``, see `itemkit.models.Models`: object detectors, and what a user writes."""
 
     needs_phrases = True
 
@@ -343,14 +306,7 @@ def heatmap(patches: Tensor, phrase_emb: Tensor, encoder: Encoder, width: int, h
 
 
 def make_localiser(name: str, encoder: Encoder, **options: Any) -> Localiser:
-    """Make a localiser by name.
-
-    Parameters
-    ----------
-    name : {"whole", "grid", "dense", "owlv2", "grounding_dino"}
-        The last two are object detectors of transformers: pass ``model=`` a folder or hub name.
-    **options
-        See `models.LOCALISERS`.
+    """Make a localiser by name, with the options that `models.LOCALISERS` has for it.
 
     Raises
     ------
@@ -362,5 +318,5 @@ def make_localiser(name: str, encoder: Encoder, **options: Any) -> Localiser:
         from itemkit.detection import load_detector
 
         return load_detector(name, encoder, **options)
-    kinds: dict[str, type] = {"whole": Whole, "grid": Grid, "dense": Dense}
+    kinds: dict[str, type] = {kind.kind: kind for kind in (Whole, Grid, Dense)}
     return kinds[name](encoder, **options)

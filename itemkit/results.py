@@ -1,8 +1,4 @@
-"""What follows from the scores of a study: metrics with intervals, comparisons, late fusions, one table.
-
-A `Run` is one contender trained on one generator with one seed; a `Study` is all of them on the same
-test images.
-"""
+"""What follows from the scores of a study: metrics with intervals, comparisons, late fusions, one table."""
 
 from __future__ import annotations
 
@@ -20,7 +16,7 @@ from itemkit import schema
 from itemkit._files import write_json
 from itemkit.calibrate import Calibrator, best_threshold, fit_calibrator, lacking, threshold_at_fpr
 from itemkit.errors import InputError
-from itemkit.metrics import LEVEL, PROBABILITY_METRICS, THRESHOLD_METRICS, interval, replicate, resample
+from itemkit.metrics import LEVEL, PROBABILITY_METRICS, interval, replicate, resample
 from itemkit.protocols import Protocol
 from itemkit.text import count, did_you_mean, markdown_table, write_csv
 
@@ -42,13 +38,11 @@ class Run:
     val_labels: list[int]
     test_scores: list[float]  # of every test image, in the order of ``Study.test``
     n_train: int = 0
-    seconds: float = 0.0
     key: str = ""  # everything that changes the scores; empty where a run is not to be reused
     config: dict = field(default_factory=dict)
     threshold: float | None = None  # None where the validation images are too few
     withheld: str = ""  # why there is no threshold
-    scale: float = 1.0  # p(fake) = sigmoid(scale * score + offset)
-    offset: float = 0.0
+    calibrator: Calibrator = Calibrator()  # from a score to p(fake)
 
     def calibrate(self, options: Mapping[str, Any]) -> Run:
         """Choose threshold and calibration on the validation scores; ``options`` as in `train_on_test_on`."""
@@ -63,47 +57,30 @@ class Run:
             self.withheld = reason
         else:
             self.threshold = float(threshold_at_fpr(s[y == schema.REAL], options["fpr"]).value)
-        platt = fit_calibrator(y, s, "platt")
-        self.scale, self.offset = platt.scale, platt.offset
+        self.calibrator = fit_calibrator(y, s, "platt")
         return self
 
-    @property
-    def calibrator(self) -> Calibrator:
-        """From a score to p(fake)."""
-        return Calibrator("platt", self.scale, self.offset)
 
-
-def run_name(detector: str, train_generator: str, seed: int) -> str:
-    """File name of a run; the hash tells names apart of which a file system cannot take every character."""
+def run_path(folder: Path, detector: str, train_generator: str, seed: int) -> Path:
+    """File of a run; the hash tells names apart of which a file system cannot take every character."""
     name = f"{detector}--{train_generator}--s{seed}"
     plain = re.sub(r"[^A-Za-z0-9_.+-]+", "_", name)[:120]
-    return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"
+    return folder / "runs" / f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"
 
 
 @dataclass
 class Study:
-    """Runs and what follows from them.
+    """Runs and what follows from them."""
 
-    Attributes
-    ----------
-    test : DataFrame
-        The test images: ``image_id, path, label, generator, source``.
-    runs : list of Run
-    options : dict
-        Everything that was asked for, and ``made_by``, `Features.provenance`.
-    table : DataFrame
-        One row per contender, train generator, test generator, seed and metric: ``detector, train_generator,
-        test_generator, seed, seen, metric, value, low, high, n_real, n_fake``. Test generator "pooled_unseen"
-        holds all unseen fakes at once, with every real counted once.
-    drawn : array, shape (rows of ``table``, n_boot)
-        The value of each row in every resample of the test images, the same resamples in all rows.
-    """
-
-    test: pd.DataFrame
+    test: pd.DataFrame  # the test images: image_id, path, label, generator, source
     runs: list[Run]
-    options: dict
+    options: dict  # everything that was asked for, and ``made_by``, `Features.provenance`
     table: pd.DataFrame = field(init=False)
+    """One row per contender, train generator, test generator, seed and metric: ``detector, train_generator,
+    test_generator, seed, seen, metric, value, low, high, n_real, n_fake``. "pooled_unseen" as test generator
+    holds all unseen fakes at once, with every real counted once."""
     drawn: np.ndarray = field(init=False, repr=False)
+    """Value of each row of ``table`` in every resample of the test images, shape (rows, n_boot)."""
 
     def __post_init__(self) -> None:
         self.table, self.drawn = self._evaluate(self.runs)
@@ -112,8 +89,6 @@ class Study:
     def detectors(self) -> list[str]:
         """Names of the contenders, in the order they were run."""
         return list(dict.fromkeys(run.detector for run in self.runs))
-
-    # ------------------------------------------------------------------------------------------- the table
 
     def _seen(self, train: str, test: str) -> bool:
         family = self.options["families"]
@@ -140,21 +115,18 @@ class Study:
         # reals that are judged apart are drawn apart: a resample without a real of some cell has no AUROC
         real = self.test[pair_by].astype(str).radd("real ") if pair_by else schema.REAL_GENERATOR
         strata = self.test[schema.GENERATOR].where(y == schema.FAKE, real).to_numpy(str)
-        # the sample itself, and its resamples, which are the same for all contenders
         weights = np.c_[np.ones(len(y)), resample(strata, self.options["n_boot"], rng)]
         rows, values = [], []
         for run in runs:
             s = np.asarray(run.test_scores)
             p = run.calibrator(s)
-            # without a threshold its metrics stay empty; everything else does not need one
-            defined = [m for m in metrics if run.threshold is not None or m not in THRESHOLD_METRICS]
             for name, mask in self._groups(run.train_generator).items():
-                found = replicate(y[mask], s[mask], weights[mask], defined, run.threshold, p[mask], True)
+                found = replicate(y[mask], s[mask], weights[mask], run.threshold, p[mask], True)
                 n_fake = int(y[mask].sum())
                 cell = {"detector": run.detector, "train_generator": run.train_generator,
                         "test_generator": name, "seed": run.seed,
                         "seen": name != POOLED and self._seen(run.train_generator, name)}  # fmt: skip
-                for metric in metrics:
+                for metric in metrics:  # without a threshold its metrics stay empty
                     both = found.get(metric, np.full(weights.shape[1], np.nan))
                     value, drawn = float(both[0]), both[1:]
                     low, high = interval(drawn, metric, value)
@@ -162,8 +134,6 @@ class Study:
                                         "n_real": int(mask.sum()) - n_fake, "n_fake": n_fake})  # fmt: skip
                     values.append(drawn)
         return pd.DataFrame(rows), np.array(values)
-
-    # ------------------------------------------------------------------------------------------- summaries
 
     def cells(self, detector: str, metric: str, pooled: bool = False) -> pd.DataFrame:
         """Rows of `table` of one contender and metric: pairs of generators, or the pooled ones, and seeds."""
@@ -176,13 +146,12 @@ class Study:
         return self.table[rows & ((self.table["test_generator"] == POOLED) == pooled)]
 
     def mean(self, cells: pd.DataFrame) -> dict[str, float]:
-        """Mean over some rows of `table` of one contender and metric.
+        """Mean over some rows of `table` of one contender and metric, with its ``seed_sd`` over seeds.
 
-        ``low, high`` are by bootstrap over the test images, all rows resampled together; ``seed_sd`` is the
-        standard deviation over seeds of the mean over cells.
+        ``low, high`` are by bootstrap over the test images, all rows resampled together.
         """
-        value, metric = (cells["value"].mean(), cells["metric"].iloc[0]) if len(cells) else (np.nan, "")
-        low, high = interval(self._drawn(cells), metric, value)
+        value = cells["value"].mean()
+        low, high = interval(self._drawn(cells), next(iter(cells["metric"]), ""), value)
         by_seed = cells.groupby("seed")["value"].mean()
         return {"value": value, "low": low, "high": high, "seed_sd": by_seed.std(), "n_seeds": len(by_seed)}
 
@@ -206,13 +175,9 @@ class Study:
     def summary(self, metrics: Sequence[str] | None = None) -> pd.DataFrame:
         """One row per contender and metric.
 
-        Returns
-        -------
-        DataFrame
-            ``detector, metric``; ``unseen_mean`` over all cells of generators not trained on and all seeds,
-            with ``low, high, seed_sd`` as in `mean`; ``worst``, the weakest unseen cell, with ``worst_low,
-            worst_high, worst_train, worst_test``; ``seen_mean``; ``pooled_unseen`` (all unseen fakes
-            together, reals once); ``n_cells, n_seeds``.
+        Columns: ``detector, metric``; ``unseen_mean`` over all cells of generators not trained on and all
+        seeds, with ``low, high, seed_sd`` as in `mean`; ``worst``, the weakest unseen cell, with ``worst_low,
+        worst_high, worst_train, worst_test``; ``seen_mean``; ``pooled_unseen``; ``n_cells, n_seeds``.
         """
         rows = []
         for detector in self.detectors:
@@ -234,13 +199,9 @@ class Study:
     def compare(self, reference: str, metric: str = "auroc") -> pd.DataFrame:
         """Paired comparison of one contender with all others: difference of the means over unseen cells.
 
-        Returns
-        -------
-        DataFrame
-            ``reference, other, metric, difference, low, high, p_value, seed_sd``; positive: the reference
-            has the larger value. Interval and p-value by bootstrap over the test images, the same resamples
-            for both (p: twice the smaller share of them on one side of zero, never below 1 / (n + 1));
-            ``seed_sd`` is the spread of the difference over seeds.
+        Columns: ``reference, other, metric, difference, low, high, p_value, seed_sd``; positive: the
+        reference has the larger value. Interval and p-value by bootstrap over the test images, the same
+        resamples for both (p: twice the smaller share on one side of zero, never below 1 / (n + 1)).
         """
         unseen = {name: self.cells(name, metric) for name in (reference, *self.detectors)}
         unseen = {name: cells[~cells["seen"]] for name, cells in unseen.items()}
@@ -257,13 +218,10 @@ class Study:
             )  # fmt: skip
         return pd.DataFrame(rows)
 
-    # --------------------------------------------------------------------------------------------- fusion
-
     def fuse(self, name: str, parts: Sequence[str]) -> Study:
-        """Add a late fusion of contenders that were run, from their stored scores; returns itself.
+        """Add a late fusion: the mean of the log-odds of contenders that were run; returns itself.
 
-        Its score is the mean of the parts' log-odds, each calibrated on the validation images so that none
-        speaks louder.
+        Each is calibrated on the validation images so that none speaks louder.
         """
         if name in self.detectors:
             raise InputError(f"the study has a contender {name!r} already")
@@ -272,12 +230,10 @@ class Study:
         new = []
         runs = ([run for run in self.runs if run.detector == part] for part in parts)
         for mine in zip(*runs, strict=True):
-            val, test = (
-                np.mean([run.calibrator.logit(getattr(run, which)) for run in mine], axis=0).tolist()
-                for which in ("val_scores", "test_scores")
-            )
-            about = {"key": "", "config": {"fuse": [run.config for run in mine]}}
-            fused = replace(mine[0], detector=name, val_scores=val, test_scores=test, **about)
+            fused = replace(mine[0], detector=name, key="", config={"fuse": [run.config for run in mine]})
+            for which in ("val_scores", "test_scores"):
+                logits = [run.calibrator.logit(getattr(run, which)) for run in mine]
+                setattr(fused, which, np.mean(logits, axis=0).tolist())
             new.append(fused.calibrate(self.options))
         self.options["titles"] |= {name: f"fusion, late: {name}"}
         table, drawn = self._evaluate(new)
@@ -288,11 +244,8 @@ class Study:
     def fusion_gain(self, fused: str, parts: Sequence[str]) -> pd.DataFrame:
         """Is the fusion's AUROC ever below that of the better of its parts? One row per pair of generators.
 
-        Returns
-        -------
-        DataFrame
-            ``train_generator, test_generator, seen, fused, best_part, best, difference, low, high``, means
-            over seeds, the interval by bootstrap over the test images; sorted by difference.
+        Columns: ``train_generator, test_generator, seen, fused, best_part, best, difference, low, high``,
+        means over seeds, the interval by bootstrap over the test images; sorted by difference.
         """
         rows = []
         cells = {n: dict(list(self.cells(n, "auroc").groupby(PAIR, sort=False))) for n in (fused, *parts)}
@@ -308,24 +261,16 @@ class Study:
             )  # fmt: skip
         return pd.DataFrame(rows).sort_values("difference", ignore_index=True)
 
-    # ----------------------------------------------------------------------------------------------- disk
-
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: Path) -> None:
         """Write ``study.json``, one JSON per run under ``runs/``, ``table.csv`` and ``summary.csv``."""
-        folder = Path(folder)
         (folder / "runs").mkdir(parents=True, exist_ok=True)
-        names = [run_name(run.detector, run.train_generator, run.seed) for run in self.runs]
-        for name, run in zip(names, self.runs, strict=True):
-            write_json(folder / "runs" / name, asdict(run))
-        # last, so that it never names a file that is not there
-        about = {"options": self.options, "runs": names}
-        write_json(folder / "study.json", about | {"test": self.test.to_dict(orient="list")})
+        for run in self.runs:
+            write_json(run_path(folder, run.detector, run.train_generator, run.seed), asdict(run))
+        about = {"options": self.options, "test": self.test.to_dict(orient="list")}
+        write_json(folder / "study.json", about)
         for name, table in (("table", self.table), ("summary", self.summary())):
             write_csv(table.assign(**self.options["made_by"]), folder / f"{name}.csv")
-        return folder
 
-
-# ---------------------------------------------------------------------------- one table of several conditions
 
 MEAN, WORST = "mean of cells", "worst cell"
 OURS, THEIRS = "ours", "published, not ours"
@@ -352,11 +297,9 @@ def study_table(studies: Mapping[str, Study], protocol: Protocol) -> pd.DataFram
     Returns
     -------
     DataFrame
-        ``kind`` ("ours" or "published, not ours"), ``condition, detector, title, metric, row`` (a cell,
-        "mean of cells" or "worst cell"), ``seen`` (was one of the tested family trained on?), ``value`` (mean
-        over seeds; a share), ``low, high`` and what they are an ``interval`` over, ``seed_sd``, ``where``
-        (which cell is the worst), ``n_seeds, n_real, n_fake``, and what made it: ``preset, models, itemkit,
-        note``.
+        `COLUMNS`: ``row`` is a cell, "mean of cells" or "worst cell", ``where`` which cell is the worst,
+        ``seen`` whether one of the tested family was trained on, ``value`` a share, the mean over seeds,
+        ``low, high`` its ``interval``.
     """
     rows: list[dict] = []
     for condition, study in studies.items():
@@ -364,12 +307,8 @@ def study_table(studies: Mapping[str, Study], protocol: Protocol) -> pd.DataFram
         made |= study.options["made_by"]
         for detector in study.detectors:
             for metric in study.options["metrics"]:
-                about = made | {
-                    "detector": detector,
-                    "title": study.options["titles"][detector],
-                    "metric": metric,
-                }
-                rows += [about | row for row in _lines(study, study.cells(detector, metric), protocol)]
+                made |= {"detector": detector, "title": study.options["titles"][detector], "metric": metric}
+                rows += [made | row for row in _lines(study, study.cells(detector, metric), protocol)]
     for given in protocol.published:
         about = {"kind": THEIRS, "condition": given["condition"], "metric": given["metric"], "row": MEAN}
         for name, value in given["values"]:
@@ -402,8 +341,10 @@ def to_markdown(
     """Print a `study_table`: means and worst cells of every contender, then cell by cell; ``notes`` first."""
     study = next(iter(studies.values()))
     made, seeds, y = study.options["made_by"], study.options["seeds"], study.test[schema.LABEL]
-    paragraphs = [f"# {protocol.title}", *notes, f"**Note: {made['note']}**" if made["note"] else ""]
-    paragraphs += [
+    paragraphs = [
+        f"# {protocol.title}",
+        *notes,
+        f"**Note: {made['note']}**" if made["note"] else "",
         f"Made by itemkit {made['itemkit']} with preset {made['preset'] or 'none'}, models "
         f"{made['models'] or 'unknown'}; {(y == schema.REAL).sum():,} real and {(y == schema.FAKE).sum():,} "
         f"fake test images; seeds {', '.join(map(str, seeds))}.",

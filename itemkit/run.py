@@ -5,7 +5,6 @@ What fails, or cannot be said of these images, is noted on that page; everything
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from itemkit import schema, workflow
 from itemkit._files import atomic_write
 from itemkit.errors import InputError
 from itemkit.features import Features
-from itemkit.manifest import describe_manifest, write_manifest
+from itemkit.manifest import write_manifest
 from itemkit.misalignment import cosines
 from itemkit.presets import PRESETS, Preset, get_preset
 from itemkit.text import count, markdown_table, one_line, printable, wide_table
@@ -46,37 +45,28 @@ NOT_YOURS = "*(What stands here in the notebook is about the mini laboratory's i
 
 def run_all(
     preset: str | Preset = "mini",
-    data: pd.DataFrame | str | Path | None = None,
+    data: pd.DataFrame | None = None,
     out: str | Path = "results",
     device: str = "auto",
     *,
     fpr: float = 0.05,
     fnr: float = 0.05,
 ) -> list[str]:
-    """Extract, train, evaluate, execute the notebooks, and sum up on one page, ``out/summary.md``.
+    """Extract, train, evaluate, execute the notebooks, sum up in ``out/summary.md``; returns what failed.
 
     Parameters
     ----------
-    data : DataFrame, path or None
-        Manifest, or a file or folder to read one from; the mini laboratory's images by default. Of one's own
-        images, notebooks that ask for more than there is are left out, and the summary says so.
+    data : DataFrame, optional
+        Manifest; the mini laboratory's images by default. Notebooks that ask for more than there is of one's
+        own images are left out, and the summary says so.
     out : path
         Everything goes below it: ``features``, ``detector``, ``notebooks``, ``figures``, ``study``.
     fpr, fnr : float
         Rates of the threshold and of the verdicts, see `itemkit.workflow.detect`.
-
-    Returns
-    -------
-    list of str
-        What failed, each with its reason; empty if all is well.
     """
-    began, since = time.monotonic(), time.time()
+    began = time.time()
     out, chosen = Path(out).resolve(), get_preset(preset)
-    own = isinstance(data, pd.DataFrame) or bool(data)
-    manifest = workflow.data_manifest(data, out, chosen.name)
-    if not isinstance(data, pd.DataFrame):  # whoever read it has shown this already
-        _say(*describe_manifest(manifest))
-    features = workflow.features(chosen, manifest, out, device)
+    features = workflow.features(chosen, data, out, device)
     lines, not_made = _head(features), []
     try:
         detector = workflow.train_detector(features, device=device)
@@ -84,20 +74,14 @@ def run_all(
         lines += _of_detector(detector, features.split("test"), fpr, fnr)
     except InputError as reason:
         not_made.append(f"failed: detector: {one_line(reason)}")
-    not_made += _notebooks(chosen, manifest if own else None, features, out, device)
-    lines += _of_figures(out / "figures", since)
+    not_made += _notebooks(chosen, data, features, out, device)
+    lines += _of_figures(out / "figures", began)
     if not_made:
         lines += ["\n## Not made\n", *(f"- {line}" for line in sorted(not_made))]
-    page = "\n".join([*lines, f"\n{(time.monotonic() - began) / 60:.1f} minutes.\n"])
+    page = "\n".join([*lines, f"\n{(time.time() - began) / 60:.1f} minutes.\n"])
     atomic_write(out / "summary.md", page.encode("utf-8", "backslashreplace"))
-    print(page)
-    for name in ("figures", "notebooks", "detector", "summary.md"):
-        print(f"{name:10s} {os.path.relpath(out / name)}")
+    print(page, f"Everything made is in {os.path.relpath(out)}", sep="\n")
     return [line for line in not_made if line.startswith("failed")]
-
-
-def _say(*lines: str) -> None:
-    print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- the summary
@@ -105,15 +89,14 @@ def _say(*lines: str) -> None:
 
 def _head(features: Features) -> list[str]:
     """What made the numbers, what they are about, and what can be said of any images: how well they fit."""
-    made, table = features.provenance, features.table
+    made = features.provenance
     by = f"preset {made['preset']}, models {made['models']}, itemkit {made['itemkit']}"
     lines = [f"# Summary\n\nMade with {by}; {count(len(features), 'image')}."]
     lines += [f"\n**{made['note'][:1].upper()}{made['note'][1:]}.**"] if made["note"] else []
     lines += [f"\nSplits: {printable(features.run['splits'])}."]
     if errors := features.run["counts"]["errors"]:
         lines += [f"\n{count(errors, 'image')} could not be used; errors.parquet of the store says why."]
-    fit = pd.concat([table[[schema.GENERATOR]], cosines(features)], axis=1)
-    fit = fit.groupby(schema.GENERATOR, sort=False, dropna=False)
+    fit = cosines(features).groupby(features.table[schema.GENERATOR], sort=False, dropna=False)
     shown = fit[["global_cosine", "mean_local_cosine"]].median().round(3).astype(str)
     shown.columns = ["global cosine", "mean local cosine"]
     shown.insert(0, "images", fit.size())
@@ -123,10 +106,8 @@ def _head(features: Features) -> list[str]:
 
 def _of_detector(detector: Detector, test: Features, fpr: float, fnr: float) -> list[str]:
     _, shown, lines = workflow.evaluate(detector, test, fpr, fnr)
-    with contextlib.suppress(InputError):  # too few for this rate, which the other lines say
-        lines.insert(0, detector.threshold(fpr).statement)
     title = "\n## Detector trained on all generators\n\nTest split; 95 % intervals over its images.\n"
-    return [title, *markdown_table(shown), "", *(f"- {printable(line)}" for line in detector.notes + lines)]
+    return [title, *markdown_table(shown), "", *(f"- {printable(line)}" for line in lines)]
 
 
 def _of_figures(folder: Path, since: float) -> list[str]:
@@ -151,10 +132,12 @@ def _notebooks(
     import papermill
 
     folder = Path(__file__).resolve().parents[1] / "notebooks"
+    if not folder.is_dir():
+        return ["left out: the notebooks: they come with the repository, not with the package"]
     values: dict[str, Any] = {"PRESET": preset.name, "DATA": "", "OUT_DIR": str(out), "DEVICE": device}
     values["MODELS"] = models = _as_literals(preset)
     if manifest is not None:
-        values["DATA"] = str(out / "manifest.parquet")
+        values["DATA"] = str(out / "manifest.csv")
         write_manifest(manifest, values["DATA"])
     not_made = []
     for source in sorted(folder.glob("[0-9]*.ipynb")):
@@ -167,15 +150,12 @@ def _notebooks(
         if why:
             not_made.append(f"left out: {source.stem}: {why}")
             continue
-        _say(f"notebook {source.stem}")
+        print(f"notebook {source.stem}", file=sys.stderr, flush=True)
         given = {name: value for name, value in values.items() if name in parameters}
         try:
             execute(source, out / "notebooks" / source.name, given)
         except Exception as error:  # noqa: BLE001 - one notebook, in a process of its own, ends nothing else
             not_made.append(f"failed: notebook {source.stem}: {_reason(error)}")
-            _say(not_made[-1])
-    if not folder.is_dir():
-        not_made.append("left out: the notebooks: they come with the repository, not with the package")
     return not_made
 
 
@@ -185,14 +165,12 @@ def _lacking(notebook: str, features: Features) -> str:
     if isinstance(needs, str):
         return f"it needs {needs}"
     table = features.table[features.table[schema.LABEL].notna()]
-    fakes = list(dict.fromkeys(table.loc[table[schema.LABEL] == schema.FAKE, schema.GENERATOR]))
-
-    def fewest(split: str, generators: list[str]) -> int:
-        rows = table[(table[schema.SPLIT] == split) & table[schema.GENERATOR].isin(generators)]
-        return min(int((rows[schema.LABEL] == label).sum()) for label in (schema.REAL, schema.FAKE))
-
-    # the first generator is the one that notebooks train on
-    val, test = fewest("val", [schema.REAL_GENERATOR, *fakes[:1]]), fewest("test", list(table["generator"]))
+    fakes = table.loc[table[schema.LABEL] == schema.FAKE, schema.GENERATOR].unique()
+    first = table[schema.GENERATOR].isin([schema.REAL_GENERATOR, *fakes[:1]])  # notebooks train on this fake
+    val, test = (
+        min(int((rows[schema.LABEL] == label).sum()) for label in schema.LABEL_NAMES)
+        for rows in (table[first & (table[schema.SPLIT] == "val")], table[table[schema.SPLIT] == "test"])
+    )
     what = ("generators", "validation images of each class", "test images of each class")
     for name, n, there in zip(what, needs, (len(fakes), val, test), strict=True):
         if there < n:
@@ -204,18 +182,13 @@ def _as_literals(preset: Preset) -> dict[str, Any] | None:
     """What makes this preset of the one of its name, as a notebook's parameter; None if that cannot be."""
     if preset.name not in PRESETS:
         return None
-    plain, changes = get_preset(preset.name), {}
+    plain, changes = vars(get_preset(preset.name)), {}
     for name, value in vars(preset).items():
-        if value == getattr(plain, name):
-            continue
-        if isinstance(value, Mapping):
-            value = dict(value)
-        elif isinstance(value, (str, Path)):  # the notebook runs in another folder
-            value = os.path.abspath(value) if os.path.exists(value) else str(value)
-        elif value is not None:
-            return None
-        changes[name] = value
-    return changes
+        if value != plain[name]:
+            changes[name] = dict(value) if isinstance(value, Mapping) else value
+            if isinstance(value, (str, Path)):  # the notebook runs in another folder
+                changes[name] = os.path.abspath(value) if os.path.exists(value) else str(value)
+    return changes if all(isinstance(value, (dict, str, type(None))) for value in changes.values()) else None
 
 
 def execute(
@@ -223,15 +196,14 @@ def execute(
 ) -> None:
     """Execute a notebook in a clean kernel that starts in its folder, and write it to ``target``.
 
-    Settings of the user (IPython profile, matplotlibrc) are left out: they change figures. Where ``values``
-    of its parameters name other DATA, prose about the laboratory does not stand below their figures.
+    The IPython profile is left out. Where ``values`` of its parameters name other DATA, prose about the
+    laboratory does not stand below their figures.
 
     Raises
     ------
     papermill.PapermillExecutionError
         A cell raised an error; ``target`` holds what was made until then.
     """
-    import matplotlib
     import nbformat
     import papermill
 
@@ -242,18 +214,14 @@ def execute(
             cell.source = f"{title}\n\n{NOT_YOURS}".strip()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        settings = {
-            "IPYTHONDIR": scratch,
-            "MATPLOTLIBRC": str(Path(matplotlib.get_data_path(), "matplotlibrc")),
-            "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else the kernel's debugger warns on each start
-        }
+        # without the second, the kernel's debugger warns on each start
+        settings = {"IPYTHONDIR": scratch, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
         options = {"kernel_name": "python3", "cwd": str(source.parent), "progress_bar": progress}
         with patch.dict(os.environ, settings):
             papermill.execute_notebook(notebook, str(target), values, **options)
 
 
-def _reason(error: Exception) -> str:
-    if name := getattr(error, "ename", ""):  # papermill's own: the cell and its error
-        cell, text = getattr(error, "exec_count", "?"), one_line(str(getattr(error, "evalue", "")))
-        return f"code cell {cell} ends in {name}: {text}"
+def _reason(error: Any) -> str:
+    if cell := getattr(error, "exec_count", None):  # papermill's own: the cell and its error
+        return f"code cell {cell} ends in {error.ename}: {one_line(error.evalue)}"
     return f"{type(error).__name__}: {one_line(error)}"

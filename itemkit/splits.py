@@ -84,8 +84,7 @@ def plan_splits(label: pd.Series, split: pd.Series) -> Plan:
     else:
         notes.append(f"splits as given: only {' and '.join(there)} here, so nothing trains")
     if missing:
-        n = count(missing, "labelled image")
-        notes.append(f"{n} without a split beside others with one: filled by content (70 / 15 / 15 %)")
+        notes.append(f"{count(missing, 'labelled image')} without a split beside others: filled by content")
     return Plan(rows, fractions, salt, notes)
 
 
@@ -97,23 +96,15 @@ def fill_splits(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     train is never carved. An image without a split beside others that have one gets that of its copy, or one
     by its content. Images without a label get none.
 
-    Parameters
-    ----------
-    table : DataFrame
-        Columns ``image_id`` (SHA-256 of the content), ``label``, ``split``.
-
-    Returns
-    -------
-    DataFrame, str
-        A copy with ``split`` filled, and what was done in words.
+    The table has the columns ``image_id`` (SHA-256 of the content), ``label``, ``split``. Gives a copy with
+    ``split`` filled, and what was done in words.
     """
     plain = table.reset_index(drop=True)
     label, ids = plain[schema.LABEL], plain[schema.IMAGE_ID].astype(str)
     split = plain[schema.SPLIT].astype(object)
     plan = plan_splits(label, split)
     notes = list(plan.notes)
-    drawn, moved = _draw(ids[plan.rows], label[plan.rows], plan)
-    split[plan.rows] = drawn
+    split[plan.rows], moved = _draw(ids[plan.rows], label[plan.rows], plan)
     if moved:
         notes.append(f"{count(moved, 'image')} taken from neighbour splits so that each has both classes")
     empty = label.notna() & split.isna()

@@ -25,15 +25,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 STEPS = ("decode", "caption", "objects", "texts", "image", "regions", "write")
-GENERATED, USER = "generated", "user"
 
 
 class Steps:
     """The models in the order of the method, over batches of images; ``clock`` has the seconds of each."""
 
     def __init__(self, models: Models) -> None:
-        self.models, self.clock = models, Clock()
-        self.texts = TextCache(models.encoder)
+        self.models, self.clock, self.texts = models, Clock(), TextCache(models.encoder)
 
     def __call__(
         self,
@@ -47,7 +45,7 @@ class Steps:
         ----------
         images : sequence of n PIL images, RGB
         captions : sequence of str or None, optional
-            The user's captions, cleaned by `captions.clean_caption`; where None, one is generated.
+            The user's, cleaned by `captions.clean_caption`; where None, one is generated.
         pixels : sequence of n tensors, optional
             The images as preprocessed by the encoder; made here if not given.
 
@@ -65,13 +63,15 @@ class Steps:
         import torch
 
         encoder, localiser, n = self.models.encoder, self.models.localiser, len(images)
+        captions = captions or [None] * n
         # 1. every image has a caption: its own, or one that the captioner reads off it
         with self.clock("caption"):
-            told = self._captions(images, captions or [None] * n)
-            texts = [caption.text for caption in told]
+            sentences = self._captions(images, captions)
+            texts = [caption.text for caption in sentences]
         # 2. the caption names semantic objects; object k belongs to image owner[k]
         with self.clock("objects"):
-            named = self._objects(texts)
+            parser = None if localiser is None else self.models.parser  # for global features no objects
+            named = [()] * n if parser is None else parser.objects(texts)
             phrases = [phrase for of_image in named for phrase in of_image]
             owner = np.repeat(np.arange(n), [len(of_image) for of_image in named])
         # 3. captions and objects go to the joint space ...
@@ -90,17 +90,16 @@ class Steps:
         with self.clock("regions"):
             found = np.zeros((0, 4)), np.zeros(0), np.zeros((0, encoder.dim))
             if phrases:
-                asked = [torch.from_numpy(x).to(whole.pooled.device) for x in (phrase_emb, owner)]
-                # an object detector reads the words themselves
-                words = [phrases] if getattr(localiser, "needs_phrases", False) else []
-                regions = localiser.locate(list(images), whole, *asked, *words)
+                wanted = [torch.from_numpy(x).to(whole.pooled.device) for x in (phrase_emb, owner)]
+                words = [phrases] if getattr(localiser, "needs_phrases", False) else []  # also read
+                regions = localiser.locate(list(images), whole, *wanted, *words)
                 found = regions.boxes, regions.scores, regions.emb
             boxes, scores, region_emb = map(as_numpy, found)
         table = pd.DataFrame(
             {
                 schema.CAPTION: texts,
-                "caption_source": [GENERATED if text is None else USER for text in captions or [None] * n],
-                schema.CAPTION_LOGPROB: np.array([caption.logprob for caption in told], np.float32),
+                "caption_source": ["generated" if text is None else "user" for text in captions],
+                schema.CAPTION_LOGPROB: np.array([caption.logprob for caption in sentences], np.float32),
                 schema.CAPTION_TOKENS: np.asarray(tokens, dtype=np.int32),
                 schema.N_OBJECTS: np.bincount(owner, minlength=n).astype(np.int32),
                 "width": np.array([image.width for image in images], dtype=np.int32),
@@ -112,29 +111,19 @@ class Steps:
         return Features(table, image_emb, caption_emb, region_emb, phrase_emb, owner, objects)
 
     def _captions(self, images: Sequence[Image.Image], given: Sequence[str | None]) -> list[Caption]:
-        """The user's captions, cleaned; where None, one is generated."""
-        told = [None if text is None else Caption(clean_caption(text)) for text in given]
-        for caption, text in zip(told, given, strict=True):
-            if caption is not None and not caption.text:
+        missing = [image for image, text in zip(images, given, strict=True) if text is None]
+        if missing and self.models.captioner is None:
+            raise InputError(f"{len(missing)} of {len(images)} images have no caption; there is no captioner")
+        made = self.models.captioner.caption(missing) if missing else []
+        generated = iter(as_captions(made, len(missing)))
+        found = [next(generated) if text is None else Caption(clean_caption(text)) for text in given]
+        for caption, text in zip(found, given, strict=True):
+            if text is not None and not caption.text:
                 raise InputError(
                     f"nothing that can be read is left of the caption {text!r} without its links, mentions "
                     "and emoji; give another, or none to have one generated"
                 )
-        missing = [i for i, caption in enumerate(told) if caption is None]
-        if missing and self.models.captioner is None:
-            raise InputError(
-                f"{len(missing)} of {len(told)} images have no caption and there is no captioner: give "
-                "captions, or models with a captioner"
-            )
-        made = self.models.captioner.caption([images[i] for i in missing]) if missing else []
-        generated = iter(as_captions(made, len(missing)))
-        return [caption or next(generated) for caption in told]
-
-    def _objects(self, captions: list[str]) -> list[list[str]]:
-        """Phrases that each caption names; none where only global features are asked for."""
-        if self.models.parser is None or self.models.localiser is None:
-            return [[] for _ in captions]
-        return self.models.parser.objects(captions)
+        return found
 
 
 class TextCache:

@@ -8,9 +8,8 @@ Features are keyed by content (``feature_id``: hash of the file, joined by the u
 used), labels by path. So a label can be corrected, and a copy of a file added, without computing anything.
 
 The shard is the unit of everything: a worker makes whole shards, a run that goes on lists them, stores are
-merged by putting their shards into one folder. A shard is never changed. Its name ends in the SHA-256 of its
-bytes and its schema names the models, so whatever happens to it is found out. ``run.json`` holds the
-checksums of the two tables, and its own.
+merged by putting their shards into one folder. It is never changed: its name ends in the SHA-256 of its
+bytes, its schema names the models. ``run.json`` holds the checksums of the two tables, and its own.
 """
 
 from __future__ import annotations
@@ -60,6 +59,7 @@ FEATURE_COLUMNS = {
 SHARD_COLUMNS = FEATURE_COLUMNS | dict(zip(FILE_KEY, (pa.string(), pa.int64(), pa.int64()), strict=True))
 EMBEDDINGS = (schema.IMAGE_EMB, schema.CAPTION_EMB, schema.OBJECTS)
 _FINGERPRINT = b"itemkit_fingerprint"
+_UNFINISHED = "the extraction into {} is not finished. Run the same `itemkit extract` again: it goes on"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -67,10 +67,8 @@ class DamagedError(StoreError):
     """A file of a store is not as it was written; ``path`` is which."""
 
     def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(
-            f"{path} is damaged ({problem}). Run the same extraction again: it sets the file aside, and only "
-            "what was lost with it is computed anew"
-        )
+        again = "Run the same extraction again: only what was lost with it is computed"
+        super().__init__(f"{path} is damaged ({problem}). {again}")
         self.path = path
 
 
@@ -83,19 +81,15 @@ def read_run(folder: str | Path) -> dict:
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StoreError(
-            f"{folder} is no feature store: it has no {RUN_FILE}. Make one with `itemkit extract`, "
-            "or give the folder that was passed to it as output"
-        ) from None
+        made = "make one with `itemkit extract`, or give the folder that was passed to it"
+        raise StoreError(f"{folder} is no feature store: it has no {RUN_FILE}; {made}") from None
     except (OSError, ValueError) as error:
         raise DamagedError(path, one_line(error)) from error
     found = run.get("schema_version") if isinstance(run, dict) and run.get("kind") == KIND else None
     if found != SCHEMA_VERSION:
-        newer = isinstance(found, int) and found > SCHEMA_VERSION
-        again = "extract again into another folder (the old one is left as it is)"
         raise StoreError(
             f"{folder} was written with store schema {found}, this itemkit reads schema {SCHEMA_VERSION}: "
-            f"{'update itemkit' if newer else again}"
+            "extract again into another folder, or update itemkit if that is older"
         )
     if run.pop("checksum", None) != _checksum(run):
         raise DamagedError(path, "its checksum does not fit")
@@ -192,6 +186,7 @@ def write_state(folder: Path, run: dict, manifest: pa.Table) -> None:
     The errors are the rows of the manifest with a reason. The ``checksums`` of ``run`` are updated.
     """
     errors = manifest.filter(manifest[REASON].is_valid()).drop_columns([FEATURE_ID])
+    run["counts"] = {"images": len(manifest), "errors": len(errors)}
     data = {MANIFEST_FILE: _parquet(manifest), ERRORS_FILE: _parquet(errors)}
     new = {name: hashlib.sha256(content).hexdigest() for name, content in data.items()}
     # meanwhile each table may be the old or the new one
@@ -211,7 +206,6 @@ def load_features(
     columns: Sequence[str] = EMBEDDINGS,
     *,
     rows: pd.DataFrame | Sequence[str] | None = None,
-    root: str | Path | None = None,
 ) -> Features:
     """Read a feature store into memory.
 
@@ -223,15 +217,13 @@ def load_features(
         The embeddings to read; the others get width 0 (and no objects), and cost no memory.
     rows : DataFrame or sequence of paths, optional
         A manifest, or the paths of images: those only, in that order. Default: all that the store knows.
-    root : path, optional
-        Where the images lie now, if they were moved; by default the place noted in the store.
 
     Returns
     -------
     Features
-        One row per image file, without those that ended in ``errors.parquet``. Embeddings are float32 and
-        L2-normalised anew after their float16 storage. Every labelled image has a split (see
-        `itemkit.splits.fill_splits`; ``run["splits"]`` says where those came from).
+        One row per image file, without those of ``errors.parquet``. Embeddings are float32, L2-normalised
+        anew after their float16 storage. Every labelled image has a split (see `itemkit.splits.fill_splits`;
+        ``run["splits"]`` says where those came from).
     """
     folder = Path(folder)
     if unknown := sorted(set(columns) - set(EMBEDDINGS)):
@@ -244,13 +236,13 @@ def load_features(
         names = [stored_name(os.path.abspath(path), base) for path in paths]
     wanted = {name: i for i, name in enumerate(names)}
     if missing := wanted.keys() - set(manifest[schema.PATH]):
+        some = f"{count(len(missing), 'image')} of {len(wanted):,} not in {folder}, first: "
         raise StoreError(
-            f"{count(len(missing), 'image')} of {len(wanted):,} not in {folder}, first: "
-            f"{printable(min(missing))}; run the extraction with all of them: it computes those only"
+            f"{some}{printable(min(missing))}; run the extraction with all: it computes those only"
         )
     pending = manifest[schema.PATH][unknown & manifest[REASON].isna()]
     if pending.isin(wanted).any() if rows is not None else not run["complete"]:
-        raise _unfinished(folder)
+        raise StoreError(_UNFINISHED.format(folder))
     # whose split is what does not depend on which rows are asked for
     table, run["splits"] = splits.fill_splits(manifest[~unknown].reset_index(drop=True))
     if rows is not None:
@@ -265,14 +257,12 @@ def load_features(
     found = found.drop_duplicates(FEATURE_ID)
     at = pd.Index(found[FEATURE_ID]).get_indexer(table[FEATURE_ID])
     if (at < 0).any():
-        raise StoreError(
-            f"{int((at < 0).sum())} of {len(at)} images of {folder} have lost their features (was a shard "
-            "deleted?); run the extraction again: only those are computed"
-        )
+        lost = f"{int((at < 0).sum())} of {len(at)} images of {folder} have lost their features"
+        raise StoreError(f"{lost} (was a shard deleted?); run the extraction again: only those are computed")
     found = found.iloc[at].reset_index(drop=True)
     own = table.columns.difference([*FEATURE_COLUMNS, FILE_SIZE, MTIME_NS, STAGE, REASON], sort=False)
     table = pd.concat([table[own], found[list(FEATURE_COLUMNS)]], axis=1)
-    table[schema.PATH] = [os.path.join(base if root is None else root, x) for x in table[schema.PATH]]
+    table[schema.PATH] = [os.path.join(base, x) for x in table[schema.PATH]]
     table[schema.LABEL] = table[schema.LABEL].astype("Int8")  # also where no label is missing
     leading = [schema.IMAGE_ID, *schema.MANIFEST_COLUMNS, schema.N_OBJECTS]
     table = table[[*leading, *table.columns.difference(leading, sort=False)]]
@@ -282,30 +272,24 @@ def load_features(
 def _read_tables(folder: Path) -> tuple[dict, pd.DataFrame]:
     run = read_run(folder)
     if not run["checksums"]:
-        raise _unfinished(folder)
+        raise StoreError(_UNFINISHED.format(folder))
     try:
         manifest, _ = (read_state(folder, name, run) for name in (MANIFEST_FILE, ERRORS_FILE))
     except DamagedError:
         if read_run(folder)["checksums"] == run["checksums"]:
             raise
         return _read_tables(folder)  # another run has just replaced them
+    if REASON not in manifest.column_names:
+        raise StoreError(f"{folder} has tables of an older form; extract again: no model has to run for it")
     return run, manifest.to_pandas()
-
-
-def _unfinished(folder: Path) -> StoreError:
-    return StoreError(
-        f"the extraction into {folder} is not finished. Run the same `itemkit extract` again: it goes on "
-        "where it stopped"
-    )
 
 
 def _read_embeddings(
     table: pd.DataFrame, found: pd.DataFrame, shards: list[Path], columns: Sequence[str], run: dict
 ) -> Features:
     """Embeddings of the images of a table, one shard in memory at a time."""
-    n, dim = len(table), int(run["dim"])
-    with_objects, shard_of = schema.OBJECTS in columns, found["shard"].to_numpy()
-    owner = np.repeat(np.arange(n), table[schema.N_OBJECTS] * with_objects)
+    dim, with_objects, place = int(run["dim"]), schema.OBJECTS in columns, found["row"].to_numpy()
+    owner = np.repeat(np.arange(len(table)), table[schema.N_OBJECTS] * with_objects)
     wanted = [*columns, *(OBJECT_ARRAYS if with_objects else ())]
     arrays = {
         name: np.zeros((len(owner if name in OBJECT_ARRAYS else table), dim * (name in wanted)), np.float32)
@@ -313,11 +297,9 @@ def _read_embeddings(
     }
     objects = {"phrase": np.empty(len(owner), dtype=object)}
     objects |= {name: np.zeros(len(owner), np.float32) for name in BOX_COLUMNS}
-    for number in np.unique(shard_of) if wanted else ():
-        rows, those = shard_of == number, shard_of[owner] == number
-        shard = read_shard(shards[number], wanted, run["fingerprint_hash"]).take(
-            found["row"].to_numpy()[rows]
-        )
+    for number, rows in found.groupby("shard").indices.items() if wanted else ():
+        shard = read_shard(shards[number], wanted, run["fingerprint_hash"]).take(place[rows])
+        those = np.isin(owner, rows)
         for name in set(ARRAYS) & set(wanted):
             values = shard[name].combine_chunks()
             while not pa.types.is_floating(values.type):
@@ -353,16 +335,10 @@ def store_root(folder: Path, run: dict) -> str:
 
 
 def stored_name(path: str, root: str) -> str:
-    """Absolute path as noted in a store: with forward slashes below the root, as it is elsewhere; UTF-8."""
-    prefix = os.path.join(root, "")
-    name = path[len(prefix) :].replace(os.sep, "/") if path.startswith(prefix) else path
-    return utf8(name)
+    """Absolute path as noted in a store: relative where below the root, with forward slashes; UTF-8."""
+    return utf8(path.removeprefix(os.path.join(root, "")).replace(os.sep, "/"))
 
 
 def utf8(text: str) -> str:
-    r"""Text that can be stored: what is not UTF-8, such as a byte of a Latin-1 file name, is escaped.
-
-    >>> utf8(b"caf\xe9.jpg".decode("utf-8", "surrogateescape"))
-    'caf\\xe9.jpg'
-    """
+    r"""Text that can be stored: what is not UTF-8, as in a Latin-1 file name, is escaped: ``caf\xe9.jpg``."""
     return _SURROGATE.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", text)

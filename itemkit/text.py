@@ -1,7 +1,4 @@
-"""Text on its way out: to a terminal, a spreadsheet, a figure, a Markdown table.
-
-Captions, file names and generator names come from anywhere. Stores keep them as they are; they are escaped here.
-"""
+"""Data text on its way out, escaped for a terminal, a spreadsheet, a figure, a Markdown table."""
 
 from __future__ import annotations
 
@@ -37,8 +34,8 @@ def plain(text: object) -> str:
 
 def one_line(error: BaseException | str) -> str:
     """First line with something in it of an error's text, shortened; its type where it says nothing."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return printable(lines[0] if lines else type(error).__name__)[:300]
+    text = str(error).strip() or type(error).__name__
+    return printable(text.splitlines()[0].rstrip())[:300]
 
 
 def did_you_mean(word: object, known: Iterable[object]) -> str:
@@ -53,7 +50,7 @@ def count(n: int, noun: str) -> str:
 
 
 def wide_table(table: pd.DataFrame, rows: str, columns: str) -> pd.DataFrame:
-    """One row for each of ``rows`` from ``value, low, high``: ``0.93 (0.90-0.95)``; a dash where undefined."""
+    """One row for each of ``rows``; ``value, low, high`` as ``0.93 (0.90-0.95)``, a dash where undefined."""
 
     def cell(value: float, low: float, high: float) -> str:
         return f"{value:.2f}" + f" ({low:.2f}-{high:.2f})" * (low == low) if value == value else "-"
@@ -69,13 +66,12 @@ def markdown_table(table: pd.DataFrame) -> list[str]:
     def cell(value: object) -> str:
         return "" if pd.isna(value) else printable(value).replace("|", "\\|").replace("<", "&lt;")
 
-    rows = [[cell(name) for name in table.columns], ["---"] * table.shape[1]]
-    rows += [[cell(value) for value in row] for row in table.itertuples(index=False)]
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    rows = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
+    return ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
 
 
-def write_csv(table: pd.DataFrame, path: str | Path) -> Path:
-    """Write a table without its index, atomically; an apostrophe makes texts inert that look like a formula."""
+def write_csv(table: pd.DataFrame, path: Path) -> Path:
+    """Write a table without its index; an apostrophe makes texts inert that look like a formula."""
 
     def inert(cell: object) -> object:
         if not isinstance(cell, str):
@@ -85,7 +81,6 @@ def write_csv(table: pd.DataFrame, path: str | Path) -> Path:
 
     texts = [name for name in table.columns if not pd.api.types.is_numeric_dtype(table[name])]
     safe = table.assign(**{name: table[name].map(inert) for name in texts}).rename(columns=inert)
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, safe.to_csv(index=False).encode("utf-8", "surrogateescape"))
     return path

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -39,16 +39,14 @@ SHOWN = ("auroc", "ap", "accuracy_real", "accuracy_fake", "tpr_at_fpr05", "calle
 
 
 def lab_manifest(out_dir: str | Path, which: str = "images") -> pd.DataFrame:
-    """Lay out images of the mini laboratory as files, once, and read their manifest.
+    """Lay out images of the mini laboratory below ``out_dir/mini``, once, and read their manifest.
 
-    They go to ``out_dir/mini``, byte for byte as ``data/mini`` holds them: the data set ("images"), new
-    renders that nothing was trained on ("fresh"), or the rungs of the ladders of better fakes ("ladders").
+    They are the data set ("images"), new renders that nothing was trained on ("fresh"), or better and better
+    fakes ("ladders"), each with the bytes that ``data/mini`` holds.
     """
     sources = [mini_folder() / f"{name}.parquet" for name in LAB_PARTS[which]]
     if missing := [tidy(source) for source in sources if not source.is_file()]:
-        raise InputError(
-            f"the mini laboratory's images are not in {', '.join(missing)}. {MINI_REMEDY.strip()}"
-        )
+        raise InputError(f"the mini laboratory's images are not in {', '.join(missing)}. {MINI_REMEDY}")
     folder = Path(out_dir, "mini", "" if which == "images" else which)
     made_from = hashlib.sha256("".join(map(file_hash, sources)).encode()).hexdigest()
     manifest = folder / f"manifest-{made_from[:16]}.csv"
@@ -72,8 +70,7 @@ def _lay_out(pictures: pd.DataFrame, folder: Path) -> pd.DataFrame:
     for at, data in zip(path, pictures["png"], strict=True):
         (folder / at).write_bytes(data)
     label = (pictures["generator"] != schema.REAL_GENERATOR).astype(int)
-    own = {schema.PATH: path, schema.LABEL: label, schema.SOURCE: schema.LAB_SOURCE}
-    table = pictures.rename(columns={"prompt": schema.CAPTION}).assign(**own)
+    table = pictures.assign(path=path, label=label, source=schema.LAB_SOURCE, caption=pictures["prompt"])
     return table[list(schema.MANIFEST_COLUMNS)]
 
 
@@ -81,10 +78,8 @@ def data_manifest(
     data: pd.DataFrame | str | Path | None, out_dir: str | Path, preset: str = "mini"
 ) -> pd.DataFrame:
     """Manifest of a data set: a CSV, Parquet or folder is read; None or "" stands for the mini laboratory."""
-    if isinstance(data, pd.DataFrame) and "report" in data.attrs:
-        return data
     if isinstance(data, pd.DataFrame) or data:
-        return read_manifest(data)
+        return data if "report" in getattr(data, "attrs", ()) else read_manifest(data)
     if preset != "mini":
         raise InputError(f"preset '{preset}' needs images: give a folder or a manifest (DATA, or --data)")
     return lab_manifest(out_dir)
@@ -104,15 +99,16 @@ def features(
     progress: bool = True,
     **overrides: Any,
 ) -> Features:
-    """Features of a data set, computed now or read back from ``out_dir/features``.
+    """Features of a data set, computed now or, without loading a model, read from ``out_dir/features``.
+
+    Every labelled image has a split.
 
     Parameters
     ----------
     data : DataFrame, path or None
         See `data_manifest`.
     name : str
-        Joins the name of the store's folder, for people who look into it. Other models, captions or
-        transforms get a folder of their own in any case.
+        Joins the store's name, for people; other models, captions or transforms have their own in any case.
     splits, generators : sequence of str
         Take images of these only; ``real`` is a generator here. What else the store holds stays in it.
     transform : callable with ``fingerprint()``, optional
@@ -121,11 +117,6 @@ def features(
         From the captioner, from the manifest, or from a Series indexed by path.
     **overrides
         Parts of the preset to replace, e.g. ``localiser="dense"``.
-
-    Returns
-    -------
-    Features
-        Every labelled image has a split. Where all are there already, no model is loaded.
     """
     chosen = get_preset(preset, **overrides)
     manifest = data_manifest(data, out_dir, chosen.name)
@@ -141,10 +132,15 @@ def features(
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode()).hexdigest()[:8]
     folders = Path(out_dir, "features")
     store = folders / "-".join(filter(None, (chosen.name, name, digest if made_by else "")))
-    split_of = None
-    if splits or generators:
-        split_of = _known_splits(manifest, folders / chosen.name)
-        manifest = _part(manifest, split_of, splits, generators)
+    there = {*schema.SPLITS, *manifest[schema.GENERATOR].dropna()}
+    if unknown := sorted({*splits, *generators} - there):
+        hint = did_you_mean(unknown[0], there)
+        raise InputError(f"no image is of {unknown[0]!r}.{hint} There are: {', '.join(sorted(there))}")
+    split_of = _known_splits(manifest, folders / chosen.name) if splits or generators else None
+    if splits and split_of is not None:
+        manifest = manifest[manifest[schema.PATH].map(split_of).isin(splits)]
+    if generators:
+        manifest = manifest[manifest[schema.GENERATOR].isin(generators)]
     extract(manifest, store, chosen, device=device, captions=captions, transform=transform, progress=progress)
     found = _divided(load_features(store, rows=manifest), manifest, split_of)
     return found.select(found.table[schema.SPLIT].isin(splits)) if splits else found
@@ -167,50 +163,23 @@ def _split_of(table: pd.DataFrame) -> pd.Series:
 def _divided(found: Features, manifest: pd.DataFrame, split_of: pd.Series | None = None) -> Features:
     """Features with the splits that their own data set says, whatever else the store holds."""
     given = _split_of(manifest) if split_of is None else split_of
-    table, run = found.table.assign(**{schema.SPLIT: found.table[schema.PATH].map(given)}), found.run
+    table, note = found.table.assign(split=found.table[schema.PATH].map(given)), found.run["splits"]
     if split_of is None:
         table, note = fill_splits(table)
-        run = run | {"splits": note}
-    return dataclasses.replace(found, table=table, run=run)
-
-
-def _part(
-    manifest: pd.DataFrame, split_of: pd.Series | None, splits: Sequence[str], generators: Sequence[str]
-) -> pd.DataFrame:
-    """Rows of some generators and, where they are known already, splits."""
-    there = sorted(manifest[schema.GENERATOR].unique())
-    for name in generators:
-        if name not in there:
-            hint = did_you_mean(name, there)
-            raise InputError(f"no image of {name}.{hint} Generators there are: {', '.join(there)}")
-    asked = manifest[schema.GENERATOR].isin(generators or there)
-    if splits and split_of is not None:
-        split = manifest[schema.PATH].map(split_of)
-        asked &= split.isin(splits)
-        if not asked.any():
-            counts = ", ".join(f"{k} ({v})" for k, v in split.value_counts().items())
-            raise InputError(f"no such image has split in {list(splits)}; splits there are: {counts}")
-    return manifest[asked].reset_index(drop=True)
+    return dataclasses.replace(found, table=table, run=found.run | {"splits": note})
 
 
 def add_pixels(
     features: Features, side_px: int = 48, transform: Callable[..., Any] | None = None, crop: bool = False
 ) -> Features:
-    """Load the images themselves beside their features, for the controls that look at pixels.
+    """Load ``pixels``, uint8 of shape (n, side_px, side_px, 3), for the controls that look at them.
 
-    Parameters
-    ----------
-    side_px : int
-        Images are scaled to this size; the result has ``pixels`` of shape (n, side_px, side_px, 3), uint8.
-    transform : callable, optional
-        The one the features were made with, applied first.
-    crop : bool
-        Take the centre instead of scaling, which would remove what these controls look for; only images that
-        are smaller are scaled.
+    The ``transform`` is the one that the features were made with. ``crop`` takes the centre of larger images:
+    scaling would remove what some controls look for.
     """
     pixels = np.empty((len(features), side_px, side_px, 3), np.uint8)
-    table = features.table
-    for row, (path, image_id) in enumerate(zip(table[schema.PATH], table[schema.IMAGE_ID], strict=True)):
+    names = features.table[[schema.PATH, schema.IMAGE_ID]]
+    for row, (path, image_id) in enumerate(names.itertuples(index=False)):
         image = load_image(path)
         if transform is not None:
             image = transform(image, image_id)
@@ -231,16 +200,9 @@ def train_detector(
 ) -> Detector:
     """Train a detector on the train split, stop and calibrate it on the val split.
 
-    With few images it withholds what it cannot promise; each class needs one training image.
-
-    Parameters
-    ----------
-    representation : str
-        See ``itemkit.misalignment.REPRESENTATIONS``.
-    generators : sequence of str, optional
-        Fakes of these only, in both splits; all by default.
-    members : int
-        Heads whose log-odds are averaged.
+    With few images it withholds what it cannot promise; each class needs one training image. Fakes of
+    ``generators`` only take part, in both splits. The ``representation`` is one of
+    ``itemkit.misalignment.REPRESENTATIONS``; ``members`` are heads whose log-odds are averaged.
     """
     from itemkit.detector import Detector
     from itemkit.head import MisalignmentMLP
@@ -248,9 +210,17 @@ def train_detector(
     if generators is not None:
         features = features.with_generators(generators)
     detector = Detector(representation, MisalignmentMLP(members=members, device=device))
-    table = features.table  # a handful of images may have none of val, which is no reason not to train
-    val = (table[schema.SPLIT] == "val").fillna(False) & table[schema.LABEL].notna()
+    # a handful of images may have none of val, which is no reason not to train
+    val = features.table[schema.LABEL].notna() & (features.table[schema.SPLIT] == "val").fillna(False)
     return detector.fit(features.split("train"), features.select(val.to_numpy(dtype=bool)))
+
+
+def statements(detector: Detector, fpr: float, fnr: float) -> list[str]:
+    """What is known of a detector beforehand: its notes, its threshold, why its verdicts are withheld."""
+    lines = [*detector.notes, *(f"verdicts are withheld: {why}" for why in detector.lacking(fpr, fnr))]
+    with contextlib.suppress(InputError):  # too few for this rate, which the other lines say
+        lines.append(detector.threshold(fpr).statement)
+    return lines
 
 
 def evaluate(
@@ -258,23 +228,19 @@ def evaluate(
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """What a detector is worth on labelled images.
 
-    Returns
-    -------
-    tuple
-        The table of `Detector.evaluate`; for people, one row per generator with the chief metrics; and lines
-        that say why a metric is not defined, which verdicts there are, and why they are withheld.
+    Returns the table of `Detector.evaluate`; the chief metrics for people, a row per generator; and in words
+    why a metric is not defined, which verdicts there are, and `statements`.
     """
     table = detector.evaluate(test, fpr)
     chief = table[table["metric"].isin(SHOWN)]
     lines = list(dict.fromkeys(chief["note"][chief["note"] != ""]))
     chief = chief[chief.groupby("metric")["value"].transform("count") > 0]
     counts = table[["generator", "n_real", "n_fake"]].drop_duplicates("generator")
-    verdicts = detector.verdict(test, fpr, fnr)["verdict"]
-    for label, answers in verdicts.groupby(test.labels):
+    for label, answers in detector.verdict(test, fpr, fnr)["verdict"].groupby(test.labels):
         shares = ", ".join(f"{n:,} {answer}" for answer, n in answers.value_counts().items())
         lines.append(f"verdicts on {count(len(answers), f'{schema.LABEL_NAMES[label]} image')}: {shares}")
-    lines += [f"verdicts are withheld: {reason}" for reason in detector.lacking(fpr, fnr)]
-    return table, counts.merge(wide_table(chief, "generator", "metric"), on="generator"), lines
+    wide = counts.merge(wide_table(chief, "generator", "metric"), on="generator")
+    return table, wide, lines + statements(detector, fpr, fnr)
 
 
 def detect(
@@ -295,18 +261,17 @@ def detect(
     detector : path, optional
         Folder of a trained detector; the mini preset has its own.
     caption : str, optional
-        The user's caption; generated if not given.
+        The user's caption, in place of a generated one.
     fpr, fnr : float
         At most these shares of real (fake) images like the validation ones are called fake (real).
 
     Yields
     ------
     dict
-        For each image, ready for JSON: ``path, image_id`` (SHA-256 of the file), ``seen`` ("train" or "val"
-        if the detector was made with it), ``verdict`` (real, fake, unsure; withheld where the detector's
-        images are too few for the promise), ``p_fake, because, caption, global_cosine, global_real_below,
-        objects`` (phrase, box in pixels, cosine, real_below), and what made it: ``itemkit, preset, models,
-        note``. Or ``path, error``: one image that cannot be judged ends nothing.
+        Ready for JSON: ``path, image_id, seen`` ("train" or "val" if the detector was made with this image),
+        ``verdict`` (real, fake, unsure, or withheld where the detector's images are too few for the promise),
+        ``because, p_fake, caption, global_cosine, global_real_below, objects`` (phrase, box in pixels,
+        cosine, real_below), and `Features.provenance`. Or ``path, error`` of an image that cannot be judged.
 
     Raises
     ------
@@ -330,14 +295,13 @@ def detect(
     run = {"config": {"name": chosen.name}, "fingerprint": parts, "fingerprint_hash": fingerprint_hash(parts)}
     # a caption given here is another source of text on purpose; the check covers everything else
     ignore = ("captions", "captioner") if caption is not None else ()
-    made: Any = SimpleNamespace(run=run, dim=models.encoder.dim)
-    judge.check(made, ignore)
+    judge.check(cast("Features", SimpleNamespace(run=run, dim=models.encoder.dim)), ignore)
     for path in files:
         try:
             data = read_bytes(path)
             one = steps([load_image(data, name=path)], [caption])
-            known = {schema.IMAGE_ID: content_id(data), schema.PATH: path, schema.SOURCE: ""}
-            one = dataclasses.replace(one, table=one.table.assign(**known), run=run)
+            table = one.table.assign(image_id=content_id(data), path=path, source="")
+            one = dataclasses.replace(one, table=table, run=run)
             if bad_rows(one).any():
                 raise ItemkitError("a model gave no finite embedding for it; ask `itemkit doctor --deep`")
             answer = _answer(judge, one, fpr, fnr, ignore)
@@ -352,39 +316,29 @@ def _image_files(paths: str | Path | Iterable[str | Path]) -> Iterator[str]:
         if not os.path.isdir(path):
             yield os.fspath(path)
             continue
-        below = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
-        images = [file for file in below if os.path.splitext(file)[1].lower() in EXTENSIONS]
+        below = sorted(file for file in Path(path).rglob("*") if file.is_file())
+        images = [str(file) for file in below if file.suffix.lower() in EXTENSIONS]
         if left := len(below) - len(images):
-            warnings.warn(
-                f"{left} of {len(below)} files below {path} have no ending of an image and are left out; "
-                "name one to have it judged",
-                stacklevel=3,
-            )
+            what = f"{left} of {len(below)} files below {path} have no ending of an image and are left out"
+            warnings.warn(f"{what}; name one to have it judged", stacklevel=3)
         yield from images
 
 
 def _answer(judge: Detector, one: Features, fpr: float, fnr: float, ignore: Sequence[str]) -> dict[str, Any]:
     verdict = judge.verdict(one, fpr, fnr, ignore).iloc[0]
     whole, *local = judge.explain(one, 0, ignore=ignore).to_dict("records")
-    objects = [
-        {
-            "phrase": thing["text"],
-            "box": [_number(thing[side], 1) for side in ("x0", "y0", "x1", "y1")],
-            "cosine": _number(thing["cosine"]),
-            "real_below": _number(thing["real_below"]),
-        }
-        for thing in local
-    ]
+    sides, fits = ("x0", "y0", "x1", "y1"), ("cosine", "real_below")
     return {
-        **verdict[["path", "image_id"]],
+        **verdict[["path", "image_id", "verdict", "because"]],
         "seen": str(judge.seen(one)[0]),
-        "verdict": verdict["verdict"],
         "p_fake": _number(verdict["p_fake"]),
-        "because": verdict["because"],
         "caption": whole["text"],
-        "global_cosine": _number(whole["cosine"]),
-        "global_real_below": _number(whole["real_below"]),
-        "objects": objects,
+        **{f"global_{fit}": _number(whole[fit]) for fit in fits},
+        "objects": [
+            {"phrase": thing["text"], "box": [_number(thing[side], 1) for side in sides]}
+            | {fit: _number(thing[fit]) for fit in fits}
+            for thing in local
+        ],
         **one.provenance,
     }
 

@@ -83,7 +83,7 @@ class Build:
         with FileLock(self.out / ".cards.lock"):  # parts may be built side by side
             cards = json.loads(path.read_text()) if path.exists() else {}
             text = json.dumps(cards | {name: made}, indent=2, sort_keys=True) + "\n"
-            atomic_write(path, lambda file: file.write(text.encode()))
+            atomic_write(path, text.encode())
 
     def card(self, name: str, trained: Trained, batch: int, model: torch.nn.Module) -> None:
         """Write a training's facts to ``cards.json``."""

@@ -101,7 +101,9 @@ def test_what_matters_asks_every_option(gaps, answer, shown):
 def test_errors():
     with pytest.raises(InputError, match="question 'level' has one option or none"):
         ablation(FEATURES, {"level": {"both": item("cosines", HEAD)}})
-    with pytest.raises(InputError, match="nothing is unseen; give images of a second family"):
+    with pytest.raises(
+        InputError, match="every generator is of a family trained on; give images of a second"
+    ):
         ablation(FEATURES, {"level": QUESTIONS["level"]}, (0,), families=dict.fromkeys(FAMILY, "one"))
     with pytest.raises(InputError, match="share=1.5 and 6 kinds; expected 0 to 1"):
         degrade_captions(IMAGES, 1.5, KINDS)

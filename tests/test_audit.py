@@ -103,7 +103,7 @@ def test_unreadable_and_unlabelled_images_are_told(tmp_path):
     df.loc[5, "label"] = pd.NA
     report = audit(df)
     assert report.errors["path"].tolist() == df["path"][[3, 7]].tolist()
-    assert report.errors["kind"].tolist() == ["not an image", "missing"] and report.left_out == 2
+    assert report.errors["kind"].tolist() == ["not an image", "missing"]
     text = report.to_text()
     assert text.startswith("PARTIAL audit of 37 of 39 images (not read: 1 not an image, 1 missing): ")
     assert "2 images could not be read; first: " in text and "1 image without a label left out" in text
@@ -115,7 +115,7 @@ def test_one_class_is_described_and_none_readable_refused(tmp_path):
         report = audit(part)
         text = report.to_text()
         for words in (
-            "Nothing can be compared: that needs 10",
+            "Nothing can be compared: that needs 10 images",
             "The file format: 'JPEG' 100%.",
             "The width: median",
         ):
@@ -138,13 +138,10 @@ def test_a_leak_of_one_generator_is_not_lost_in_the_whole(tmp_path):
     pooled = report.table.set_index("property").loc["jpeg_quality", "auroc"]
     parts = report.parts.set_index(["set", "property"])["auroc"]
     assert parts["odd", "jpeg_quality"] == 1 and pooled < 0.75 and parts["plain", "jpeg_quality"] < 0.65
-    assert report.parts.iloc[0]["set"] == "odd" and "In 'odd' alone" in report.to_text()
+    assert report.parts.iloc[0]["set"] == "odd" and "in 'odd', reaches AUROC 1.000" in report.to_text()
     assert re.search(r"Worst of single sets.*\n\n *set .*\n *odd +\w+ +1\.000 .* decides", report.to_text())
-    assert not len(audit(df, by=None).parts)
     by_source = df.assign(source=["a" if i % 16 < 8 else "b" for i in range(120)])
     assert set(audit(by_source, by="source").parts["set"]) == {"a", "b"}
-    with pytest.raises(InputError, match="by='label': expected 'generator', 'source' or None"):
-        audit(df, by="label")
 
 
 def test_names_that_are_not_utf8_and_broken_files_do_not_end_it(tmp_path):
@@ -187,9 +184,7 @@ def auroc(values, y, groups, kind) -> tuple[float, float, float]:
 def test_a_property_without_meaning_scores_chance(kind):
     rng, y = np.random.default_rng(0), np.repeat([0, 1], [200, 100])
     draw = {
-        "category": lambda: rng.integers(0, 40, 300).astype(
-            str
-        ),  # many rare ones: counting itself is optimistic
+        "category": lambda: rng.integers(0, 40, 300).astype(str),  # rare ones: counting itself is optimistic
         "number": lambda: rng.normal(size=300),
         "text": lambda: [" ".join(rng.choice(list("abcdefg"), 3)) for _ in y],
     }[kind]
@@ -206,9 +201,8 @@ def test_category_by_hand():
 
 def test_many_rare_categories_of_a_large_set_are_found():
     y = np.arange(100_000) % 2
-    values = [
-        f"{i % 5000 // 2 * 2 + (i % 2 if i % 10 else 0)}" for i in range(100_000)
-    ]  # one in five is shared
+    # one in five is shared
+    values = [f"{i % 5000 // 2 * 2 + (i % 2 if i % 10 else 0)}" for i in range(100_000)]
     assert auroc(values, y, range(100_000), "category")[0] > 0.85
 
 
@@ -251,7 +245,6 @@ def test_exact_and_near_copies_within_and_across():
     found = find_duplicates(df).drop(columns="distance").to_numpy().tolist()
     assert found[0] == ["exact", "0.png", "3.png", True, False]
     assert found[1:] == [["near", "1.png", "4.png", False, True]]
-    assert len(find_duplicates(df, near=False)) == 1
 
 
 def test_many_copies_give_one_pair_each_and_flat_images_none():
@@ -305,9 +298,11 @@ def test_a_second_run_writes_nothing_and_another_config_is_refused(tmp_path):
     times = [Path(p).stat().st_mtime_ns for p in copy["path"]]
     again = equalise_folder(df, tmp_path / "eq", EqualiseConfig(size=32))
     assert again.equals(copy) and times == [Path(p).stat().st_mtime_ns for p in copy["path"]]
-    with pytest.raises(InputError, match="was equalised with .*'size': 32.*; expected an empty folder"):
+    with pytest.raises(
+        InputError, match="eq holds .*'size': 32.* was equalised with .*'size': 24.* empty folder"
+    ):
         equalise_folder(df, tmp_path / "eq", EqualiseConfig(size=24))
-    with pytest.raises(InputError, match="is not empty and was equalised with nothing known"):
+    with pytest.raises(InputError, match=r"raw holds \['.*jpg.* name an empty folder"):
         equalise_folder(df, tmp_path / "raw")
 
 
@@ -315,15 +310,14 @@ def test_unreadable_images_are_listed_and_equal_ones_kept(tmp_path):
     df = manifest(tmp_path / "raw", 5, different)
     Path(df["path"][2]).write_bytes(b"")
     Path(df["path"][1]).write_bytes(Path(df["path"][3]).read_bytes())
-    with pytest.warns(UserWarning, match="1 of 10 images cannot be read"):
+    with pytest.warns(UserWarning, match="1 of 10 images cannot be read; first: .*2.jpg: is empty"):
         copy = equalise_folder(df, tmp_path / "eq", EqualiseConfig(size=32))
     assert len(copy) == 9 and copy["path"].nunique() == 9
-    assert "is empty (0 bytes)" in (tmp_path / "eq" / "errors.csv").read_text()
 
 
 def test_enlarging_one_class_only_is_warned_about(tmp_path):
     df = manifest(tmp_path / "raw", 5, different)
-    says = "0% of the real and 100% of the fake images were smaller than 70 px.*choose a smaller size"
+    says = "0% of the real and 100% of the fake images were enlarged to 70 px.*choose a smaller size"
     with pytest.warns(UserWarning, match=says):
         equalise_folder(df, tmp_path / "eq", EqualiseConfig(size=70))
 

@@ -202,7 +202,7 @@ def test_a_missing_detector(data: Path, tmp_path: Path, run: Run) -> None:
         ("file_nam,label\na.png,0\n", "path"),
         ("path,label\nimages/00000.png,0\nimages/00001.png,maybe\n", "maybe"),
         ("path,label\nimages/00000.png,0\nimages/00000.png,1\n", "more than once"),
-        ("", "empty"),
+        ("", "expected a header line"),
     ],
 )
 def test_a_bad_manifest(table: str, message: str, data: Path, tmp_path: Path, run: Run) -> None:
@@ -214,8 +214,6 @@ def test_a_bad_manifest(table: str, message: str, data: Path, tmp_path: Path, ru
 
 def test_options_that_need_another(data: Path, tmp_path: Path, run: Run) -> None:
     assert run("audit", data, "--size", "64", status=2).startswith("--size goes with --equalise FOLDER")
-    words = ["audit", data, "--equalise", tmp_path / "e", "--quality", "300"]
-    assert "JPEG quality is 300" in run(*words, status=2)
     for images in (["a.png", "b.png"], [data.parent / "images"]):
         line = run("detect", *images, *STUB, "--caption", "a red ball", status=2)
         assert line.startswith("--caption goes with one image")
@@ -273,7 +271,7 @@ def test_extract_train_evaluate_detect(
     run("extract", data, "--out", store, *STUB)
     assert stub.encoder.images_encoded == encoded == 160
     out = run("train", store, "--out", detector, "--members", "1", "--device", "cpu", "--threads", "1")
-    assert f"detector written to {detector}" in out and "its threshold at 5 % false positives: " in out
+    assert f"detector written to {detector}" in out and "withheld" not in out
     head = json.loads((detector / "head.json").read_text())
     assert "cuda" not in json.dumps(head)
 
@@ -290,7 +288,7 @@ def test_extract_train_evaluate_detect(
     assert "verdicts on 20 real images: " in out and "verdicts on 20 fake images: " in out
     assert cli.main(["evaluate", str(store), "--detector", str(detector), "--split", "train"]) == 0
     shown = capsys.readouterr()
-    assert "itemkit: warning: of the 40 images evaluated here, 40 " in shown.err
+    assert "itemkit: warning: 40 of the 40 images evaluated here " in shown.err
     tail = shown.out.partition("What was promised, and what happened:")[2]
     assert tail.strip().startswith("not checked: all 40 images trained or calibrated this detector")
 
@@ -308,14 +306,11 @@ def test_extract_train_evaluate_detect(
     assert "not judged: " in run("detect", broken, "--detector", detector, *STUB, status=1)
 
 
-def test_few_images_give_an_answer_without_a_promise(
-    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_few_images_give_an_answer_without_a_promise(tmp_path: Path, run: Run) -> None:
     data, store, detector = write_data(tmp_path, 24), tmp_path / "store", tmp_path / "detector"
     run("extract", data, "--out", store, *STUB)
-    assert cli.main(["train", str(store), "--out", str(detector), "--members", "1"]) == 0
-    err = capsys.readouterr().err
-    assert "--fpr" in err and "--fnr" in err and "19" in err and (detector / "detector.json").is_file()
+    out = run("train", store, "--out", detector, "--members", "1")
+    assert "--fpr" in out and "--fnr" in out and "19" in out and (detector / "detector.json").is_file()
     out = run("evaluate", store, "--detector", detector)
     assert "withheld" in out and re.search(r"all +3 +3 +\d\.\d\d \(", out)
     image = data.parent / "images" / "00000.png"
@@ -469,14 +464,14 @@ def uneven(tmp_path: Path) -> Path:
 def test_audit_and_equalise(uneven: Path, tmp_path: Path, run: Run) -> None:
     to, figure = tmp_path / "equal", tmp_path / "figure"
     words = ["audit", uneven, "--csv", tmp_path / "audit.csv", "--equalise", to, "--size", "24"]
-    words += ["--codec", "png", "--figure", figure]
+    words += ["--figure", figure]
     before, after = run(*words).split(f"After equalising into {to}:")
     assert "Audit of 48 images: 24 real, 24 fake" in before and "What to do" in before
     assert pd.read_csv(tmp_path / "audit.csv").iloc[0]["auroc"] > 0.99
-    assert "'JPEG'" in before and "'JPEG'" not in after and "before" in after
+    assert "'JPEG'" in before and "before" in after
     assert {"audit.pdf", "audit.png", "audit.csv"} <= {p.name for p in figure.iterdir()}
     with Image.open(next((to / "images").iterdir())) as image:
-        assert image.size == (24, 24) and image.format == "PNG"
+        assert image.size == (24, 24) and image.format == "JPEG"
     words[words.index("24")] = "16"  # another size into the same folder is refused
     assert "was equalised with" in run(*words, status=2)
     (uneven / "real" / "00.jpg").write_bytes(b"")

@@ -52,7 +52,7 @@ def test_scores(features, detector):
 def test_thresholds_come_from_the_calibration_reals(features, detector):
     threshold = detector.threshold(0.05)
     n = len(detector.real_scores_)
-    assert n == 100 and threshold.rank == 5 and threshold.value == detector.real_scores_[-5]
+    assert n == 100 and threshold.value == detector.real_scores_[-5]
     test = parts(features)[2]
     real = detector.decision_function(test)[test.labels == 0]
     assert threshold.low - 0.05 <= np.mean(real > threshold.value) <= threshold.high + 0.05
@@ -178,10 +178,10 @@ def test_it_knows_the_images_it_was_made_with(features, detector, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         expected = detector.evaluate(test, n_boot=2)
-    with pytest.warns(UserWarning, match="of the 700 images evaluated here, 700 trained this detector: num"):
+    with pytest.warns(UserWarning, match="700 of the 700 images evaluated here trained or calibrated this"):
         detector.evaluate(train, n_boot=2)
     some = features.select(np.r_[np.flatnonzero(part == "")[:300], np.flatnonzero(part == "val")[:7]])
-    with pytest.warns(UserWarning, match="of the 307 images evaluated here, 7 stopped its training or cali"):
+    with pytest.warns(UserWarning, match="7 of the 307 images evaluated here trained or calibrated this"):
         detector.evaluate(some, n_boot=2)
     again = Detector.load(detector.save(tmp_path), device="cpu")
     np.testing.assert_array_equal(again.seen(features), part)
@@ -227,9 +227,7 @@ def change(features, path, value):
 def test_refuses_features_made_otherwise(features, detector):
     test = parts(features)[2]
     other = change(test, "encoder.weights_hash", "bbbb")
-    with pytest.raises(
-        InputError, match="of the detector: encoder.weights_hash: 'aaaa' there, 'bbbb' here. Extract them"
-    ):
+    with pytest.raises(InputError, match="images: encoder.weights_hash: 'aaaa' there, 'bbbb' here. Extract"):
         detector.score(other)
     np.testing.assert_array_equal(detector.score(other, ignore=("encoder",)), detector.score(test))
     with pytest.raises(InputError, match="localiser.name: 'grid' there, 'dense' here"):
@@ -240,7 +238,7 @@ def test_refuses_features_made_otherwise(features, detector):
         InputError, match="captions: nothing there, 'user' here. Extract .* captions from the same source"
     ):
         detector.score(change(test, "captions", "user"))
-    with pytest.raises(InputError, match="these features carry no fingerprint"):
+    with pytest.raises(InputError, match="captioner: {'name': 'blip', 'num_beams': 3} there, nothing here"):
         detector.score(type(test)(**{**vars(test), "run": {}}))
     # a perturbed image, another device: the same models, so the same detector
     np.testing.assert_array_equal(detector.score(change(test, "transform", "jpeg 50")), detector.score(test))
@@ -254,13 +252,6 @@ def test_a_global_detector_does_not_mind_another_localiser(features):
     config = RepresentationConfig(level="global", kind="cosine")
     detector = Detector(config, MisalignmentMLP(max_epochs=3, device="cpu")).fit(train, val)
     assert len(detector.score(change(test, "localiser.name", "dense"))) == len(test)
-
-
-def test_another_encoder_is_refused_even_without_names(features):
-    train, val, _ = parts(make_features(100, 50, dim=16, fingerprint={"encoder": "x"}))
-    detector = Detector("cosines", MisalignmentMLP(max_epochs=2, device="cpu")).fit(train, val)
-    with pytest.raises(InputError, match="embeddings have 24 dimensions, expected 16"):
-        detector.score(change(features, "encoder", "x"), ignore=("captioner", "parser", "localiser"))
 
 
 def test_fit_refuses_shared_images_and_missing_labels(features):
@@ -277,26 +268,16 @@ def test_fit_refuses_shared_images_and_missing_labels(features):
         Detector().score(val)
 
 
-def edit(name, change):
-    def damage(folder):
-        meta = json.loads((folder / name).read_text())
-        change(meta)
-        (folder / name).write_text(json.dumps(meta))
-
-    return damage
-
-
-def cut(name, length):
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:length])
+def make_nan(folder):
+    meta = json.loads((folder / "detector.json").read_text())
+    meta["calibrator"]["scale"] = float("nan")
+    (folder / "detector.json").write_text(json.dumps(meta))
 
 
 DAMAGES = {
-    "description cut off": cut("detector.json", 200),
-    "calibration cut to 10 bytes": cut("calibration.safetensors", 10),
-    "calibration missing": lambda folder: (folder / "calibration.safetensors").unlink(),
-    "head missing": lambda folder: (folder / "head.json").unlink(),
-    "nan calibrator": edit("detector.json", lambda m: m["calibrator"].update(scale=float("nan"))),
-    "the format before": edit("detector.json", lambda m: m.update(format="itemkit detector 1")),
+    "cut off": lambda folder: (folder / "calibration.safetensors").write_bytes(b"\x08"),
+    "missing": lambda folder: (folder / "head.json").unlink(),
+    "nan calibrator": make_nan,
 }
 
 

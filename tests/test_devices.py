@@ -20,19 +20,18 @@ def test_auto_is_cpu_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_cuda_is_an_error_not_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(InputError, match="'cuda' was asked for, but this torch .* is built without CUDA"):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match="'cuda' was asked for, but torch .* sees 0 .* that torch is a CUDA"):
         devices.choose_device("cuda")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert devices.choose_device("cuda:0") == torch.device("cuda:0")
-    with pytest.raises(InputError, match=r"'cuda:1' was asked for, but torch sees 1 CUDA device"):
+    with pytest.raises(InputError, match=r"'cuda:1' was asked for, but torch .* sees 1 of that kind"):
         devices.choose_device("cuda:1")
 
 
 @pytest.mark.parametrize("name", ["cpu:99", "cpu:1", "mps:2"])
 def test_there_is_one_processor_only(name: str) -> None:
-    with pytest.raises(InputError, match=f"'{name}' was asked for, but there is one"):
+    with pytest.raises(InputError, match=f"'{name}' was asked for, but torch .* sees [01] of that kind"):
         devices.choose_device(name)
     assert devices.choose_device("cpu:0").type == "cpu"
 

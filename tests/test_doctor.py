@@ -89,7 +89,7 @@ def test_device_lines() -> None:
 
 def test_a_busy_machine_gets_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(os, "getloadavg", lambda: (0.2, 0, 0), raising=False)
     assert doctor.check_threads().status == OK
     monkeypatch.setattr(os, "getloadavg", lambda: (3.7, 0, 0), raising=False)
@@ -120,10 +120,10 @@ def test_present_models_have_path_and_hash(folders: dict[str, Path]) -> None:
     models = by_name(doctor.check_models(preset_of(folders)))
     assert {check.status for check in models.values()} == {OK}
     for name, folder in folders.items():
-        assert folder.name in models[name].detail and "sha256 " in models[name].detail
+        assert folder.name in models[name].detail
     assert models["localiser"].detail == "'grid'"
     parts = {**folders, "captioner": None, "encoder": Oracle([])}
-    (check,) = doctor.check_models(preset_of(parts))
+    *_, check = doctor.check_models(preset_of(parts))
     assert check.status == FAIL and "version = '1'" in check.detail  # it has to say which answers it gives
     parts["encoder"].version = "1"
     models = by_name(doctor.check_models(preset_of(parts)))
@@ -232,7 +232,7 @@ def test_captions_are_searched_for_whole_words() -> None:
     cases = [Case(Image.new("RGB", (4, n)), str(n), words=("cat", "kitten")) for n in (1, 2, 3)]
     captions = Teller(["A cat, asleep.", "two cattle", "a KITTEN"])
     check = ask(Oracle(cases), cases, captioner=captions)["deep captioner"]
-    assert check.status == FAIL and " in 2 of 3 " in check.detail
+    assert check.status == FAIL and " in 2 of 3, " in check.detail
     assert "'2' is called 'two cattle', expected one of cat, kitten" in check.detail
 
 
@@ -260,10 +260,10 @@ def only_models(monkeypatch: pytest.MonkeyPatch, preset: Preset) -> list[Check]:
     return [check for check in doctor.run_doctor(preset, "cpu", deep=True) if "deep" in check.name]
 
 
-def test_nothing_is_asked_of_missing_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_models_are_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preset = preset_of({"captioner": None, "parser": None, "encoder": tmp_path / "nowhere"})
     (check,) = only_models(monkeypatch, preset)
-    assert (check.name, check.status) == ("deep test", FAIL) and "a model is missing" in check.detail
+    assert (check.name, check.status) == ("deep test", FAIL) and "no such folder" in check.todo
 
 
 def test_the_mini_models_answer_from_their_files_alone(monkeypatch: pytest.MonkeyPatch) -> None:

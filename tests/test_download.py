@@ -9,7 +9,6 @@ import itemkit  # noqa: F401  (first: it repairs the torchvision import)
 import json
 import shutil
 import socket
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ import pytest
 import spacy
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from PIL import Image
 from safetensors.torch import load_file
@@ -57,7 +57,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Hub:
-    """Stands in for the hub's ``snapshot_download``, with its patterns, its cache and its dry run."""
+    """Stands in for the hub's ``snapshot_download`` with its patterns and its cache."""
 
     def __init__(self, root: Path, cache: Path) -> None:
         self.root, self.cache, self.fetched = root, cache, []
@@ -68,25 +68,22 @@ class Hub:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.touch()
 
-    def __call__(self, repo: str, **options: Any) -> Any:
+    def repo_info(self, repo: str, timeout: float) -> Any:
         validate_repo_id(repo)
         folder = self.root / repo
         if not folder.is_dir():
-            from huggingface_hub.errors import DryRunError, RepositoryNotFoundError
+            raise RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
+        names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
+        return SimpleNamespace(sha=COMMIT, siblings=[SimpleNamespace(rfilename=name) for name in names])
 
-            cause = RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
-            raise DryRunError("Dry run cannot be performed") from cause
-        there = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
-        patterns = {key: options[key] for key in ("allow_patterns", "ignore_patterns")}
+    def __call__(self, repo: str, local_dir: Path | None, **patterns: Any) -> Any:
+        folder, place = self.root / repo, self.cache / f"models--{repo.replace('/', '--')}"
+        there = [file.rfilename for file in self.repo_info(repo, 1).siblings]
         names = list(filter_repo_objects(there, **patterns))
-        if options.get("dry_run"):
-            return [SimpleNamespace(filename=name, commit_hash=COMMIT) for name in names]
-        assert options["revision"] == COMMIT
-        place = self.cache / f"models--{repo.replace('/', '--')}"
-        target = options.get("local_dir") or place / "snapshots" / COMMIT
-        (target / ".cache" if "local_dir" in options else place / "refs").mkdir(parents=True, exist_ok=True)
+        target = local_dir or place / "snapshots" / COMMIT
+        (target / ".cache" if local_dir else place / "refs").mkdir(parents=True, exist_ok=True)
         target.mkdir(parents=True, exist_ok=True)
-        if "local_dir" not in options:
+        if local_dir is None:
             (place / "refs" / "main").write_text(COMMIT)
         for name in names:
             if (target / name).is_file() and (target / name).read_bytes() == (folder / name).read_bytes():
@@ -101,15 +98,16 @@ def hub(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """The hub, an empty cache, an open_clip model whose weights lie there, and spaCy's own steps recorded."""
     hub = Hub(shelf, tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
-    monkeypatch.setattr(download, "_require_answer", lambda address: None)
-    monkeypatch.setattr(download, "_note_absent", hub.note_absent)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.note_absent)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub.cache))
     body = json.loads((shelf / "tiny" / "clip" / "open_clip_config.json").read_text())
     body["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "tiny/clip"
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, TINY, body["model_cfg"])
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, TINY, {"made_up": TINY_TAG})
 
-    def install(what: str, model: str, target: Path) -> None:
+    def install(what: str, model: str, target: Path | None) -> None:
+        assert target is not None
         """What pip leaves behind: a package with code, around the pipeline's data."""
         hub.fetched.append(model)
         inner = target / model / f"{model}-3.8.0"
@@ -348,12 +346,8 @@ def test_a_hub_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytes
         assert time.monotonic() - began < 10
 
 
-def test_a_failed_install_repeats_what_spacy_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(download, "_require_answer", lambda address: None)
-    monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    with pytest.raises(ModelNotFound, match="parser 'x' cannot be fetched from .*CalledProcessError"):
-        download._install_parser("parser 'x'", "x", tmp_path)
-    monkeypatch.setattr(sys, "executable", shutil.which("python3"))
-    monkeypatch.setattr(download, "PARSER_TIMEOUT_S", 0.01)
-    with pytest.raises(ModelNotFound, match="parser 'x' cannot be fetched from .*TimeoutExpired"):
-        download._install_parser("parser 'x'", "x", tmp_path)
+def test_a_failed_install_repeats_what_pip_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(spacy.about, "__download_url__", "http://127.0.0.1:1")
+    said = r"parser 'x_y' cannot be fetched from http://127.0.0.1:1/x_y-3\.\d+\.0/x_y-3.*whl \(.+\)"
+    with pytest.raises(ModelNotFound, match=said):
+        download._install_parser("parser 'x_y'", "x_y", tmp_path)

@@ -281,13 +281,13 @@ def odd_files(folder):
     folder.mkdir()
     whole = png(1, (40, 40))
     files = {
-        b"text.jpg": (b"hello", "decode", "not an image"),
-        b"empty.png": (b"", "read", "empty"),
+        b"text.jpg": (b"hello", "decode", "image"),
+        b"empty.png": (b"", "decode", "empty"),
         b"cut.png": (whole[: len(whole) // 2], "decode", "truncated"),
         b"caf\xe9.png": (whole, "path", "not UTF-8"),
         "日本語 ☃.png".encode(): (whole, None, ""),
-        b"esc\x1b[31m.png": (b"hello", "decode", "not an image"),
-        b"line\nbreak.png": (b"hello", "decode", "not an image"),
+        b"esc\x1b[31m.png": (b"hello", "decode", "image"),
+        b"line\nbreak.png": (b"hello", "decode", "image"),
     }
     for name, (content, _, _) in files.items():
         with open(os.path.join(os.fsencode(folder), name), "wb") as file:
@@ -353,7 +353,7 @@ def test_errors_are_tried_again_when_asked_or_when_the_file_changed(tmp_path, mo
         (lambda m: m.assign(path=[None, *m["path"][1:]]), "row 0 of the manifest has the path None"),
         (lambda m: m.assign(path=7), "row 0 of the manifest has the path 7"),
         (lambda m: m.assign(label=2), "row 0 of the manifest has the label 2"),
-        (lambda m: m.assign(label="real"), "row 0 of the manifest has the label 'real'; expected 0"),
+        (lambda m: m.assign(label="real"), "row 0 of the manifest has the label 'real'; give 0 for"),
     ],
 )
 def test_unusable_manifest(tmp_path, change, message):
@@ -396,7 +396,7 @@ def test_texts_as_arrow_keeps_them(tmp_path):
     [{"captions": "none"}, {"missing": "skip"}, {"batch_size": 0}],
 )
 def test_unknown_options(tmp_path, option):
-    with pytest.raises(InputError, match=f"got {next(iter(option))}="):
+    with pytest.raises(InputError, match=f"got .*{next(iter(option))}="):
         extract(make_images(tmp_path / "i", 1), tmp_path / "out", fake_models(), progress=False, **option)
 
 
@@ -406,8 +406,7 @@ def test_what_the_run_was_stands_in_run_json(tmp_path):
     extract(manifest[:5], tmp_path / "out", Counted(), progress=False)
     run = read_run(tmp_path / "out")
     assert run["manifest"] == {"images": 6, "left out": {".txt": 2}} and run["complete"]
-    assert run["counts"] == {"images": 5, "errors": 0, "shards": 1}
-    assert run["last_run"]["computed"] == 5 and run["config"] == {"name": "counted"}
+    assert run["counts"] == {"images": 5, "errors": 0} and run["config"] == {"name": "counted"}
     assert {"itemkit", "torch", "pyarrow", "pillow"} <= set(run["versions"])
     assert str(tmp_path) not in str(run), "a store must not carry a path of this machine"
 
@@ -471,7 +470,7 @@ def test_batch_is_halved_when_memory_runs_out(reference, tmp_path, capsys, error
     manifest, expected = reference
     options = {"batch_size": 16, "progress": False, "decode": DecodeConfig(prefetch=2)}
     report = extract(manifest, tmp_path, with_(encoder=Hungry(5, error)), **options)
-    assert report.batch_size == 4 and report.errors == 0
+    assert report.errors == 0
     assert "out of memory in 'image': batch size 16 -> 4" in capsys.readouterr().err
     same_content(load_features(tmp_path), expected)
 
@@ -501,7 +500,7 @@ def test_image_that_upsets_a_model_costs_one_row(tmp_path, capsys, error, reason
     (tmp_path / "images" / "00002.png").write_bytes(png(2, (31, 9)))
     with pytest.warns(UserWarning, match=r"1 image without features \(step 'caption'\)"):
         report = extract(manifest, out, with_(Moody(error)), batch_size=4, progress=False)
-    assert (report.computed, report.errors, report.batch_size) == (8, 1, 4)
+    assert (report.computed, report.errors) == (8, 1) and "batch size" not in capsys.readouterr().err
     assert errors_of(out)[["path", "stage", "reason"]].values.tolist() == [["00002.png", "caption", reason]]
     # the trouble was the model's, so the next run tries again
     assert extract(manifest, out, fake_models(), progress=False).computed == 1
@@ -519,7 +518,7 @@ def test_nonsense_of_a_model_is_never_stored(tmp_path):
     with pytest.warns(UserWarning, match="no finite embedding"):
         report = extract(manifest, tmp_path / "out", with_(encoder=Nan()), progress=False)
     assert (report.computed, report.errors) == (5, 1)
-    with pytest.raises(ItemkitError, match="not the images' fault. Ask the models with `itemkit doctor"):
+    with pytest.raises(ItemkitError, match="'image' failed on 1 image .*ask `itemkit doctor --deep`"):
         extract(manifest[4:5], tmp_path / "b", with_(encoder=Nan()), progress=False)
 
 
@@ -599,7 +598,7 @@ def test_memory_that_is_short_for_one_image_costs_its_row_now_and_nobody_elses(t
         report = extract(manifest, out, fake_models(), progress=False)
     assert (report.computed, report.errors) == (5, 1)
     reason = errors_of(out)["reason"][0]
-    assert reason.startswith("00003.png: memory ran out for this image of 88 pixels; free some memory")
+    assert reason.startswith("00003.png: memory ran out for this image of 88 pixels; free some and")
     monkeypatch.undo()  # which says nothing about the file
     assert extract(manifest, out, fake_models(), progress=False).computed == 1
 

@@ -155,7 +155,7 @@ def test_json_lines(csv):
     df = read_manifest(csv(text, "t.jsonl"))
     assert df["label"].tolist() == [0, 1] and df["caption"].tolist() == ["x", None]
     for line in ('{"path', "[1]"):
-        with pytest.raises(InputError, match=r"t\.jsonl: line 2 is not JSON .*expected an object per line"):
+        with pytest.raises(InputError, match=r"t\.jsonl: line 2 is not JSON; expected an object"):
             read_manifest(csv('{"path": "a0.png"}\n' + line, "t.jsonl"))
 
 
@@ -163,7 +163,7 @@ def test_what_will_become_of_the_splits_is_said(csv):
     df = read_manifest(csv("path,label,set\na0.png,0,Training\na1.png,1,Training\na2.png,0,holdout\n"))
     assert df["split"].tolist() == ["train", "train", "test"]
     assert "splits then: no image has split val: 'train' is divided" in "\n".join(describe_manifest(df))
-    assert df.attrs["report"]["splits"] == {"train": 2, "test": 1} and df.attrs["report"]["splits_then"]
+    assert df.attrs["report"]["splits"] == {"train": 2, "test": 1} and df.attrs["report"]["splits_planned"]
 
 
 def test_generators_among_the_labels(csv):  # as GRIP's tables have them
@@ -237,7 +237,7 @@ def test_splits_are_named_alike(csv):
          r"lists 1 paths more than once; first: .*a0\.png \(rows 1, 3\)"),
         ("path,label\n,1\na0.png,0\n", r"row 1 has no 'path'"),
         ("path,label\n", r"t\.csv has no rows"),
-        ("", r"t\.csv is empty; expected a header line"),
+        ("", r"t\.csv cannot be read as a table: No columns.*; expected a header line"),
         ("path,label\nno/b.png,1\nno/c.png,0\n",
          r"none of the 2 images of t\.csv exists; first looked for: .*no/b\.png.*root="),
         ("path,label\na0.png,1,a dog, a cat\na1.png,0,x,y\n", r"cannot be read .*line 2.*quote"),
@@ -284,7 +284,7 @@ def test_root_and_dataframes(csv, tmp_path):
     assert df["path"].tolist() == [str(tmp_path / "a0.png")]
 
 
-@pytest.mark.parametrize("name", ["m.csv", "m.tsv", "m.parquet", "sub/m.csv"])
+@pytest.mark.parametrize("name", ["m.csv", "sub/m.csv"])
 def test_written_manifests_read_back(csv, tmp_path, name):
     df = read_manifest(csv('path,label,caption,split\na0.png,0,"x, ""y""",train\na1.png,1,,\na2.png,,z,\n'))
     write_manifest(df, tmp_path / name)

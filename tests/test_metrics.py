@@ -36,7 +36,7 @@ def random_case(seed):
 def metrics_of(y, s, threshold=0.3, probability=None, **options):
     """Every metric of one sample."""
     p = 1 / (1 + np.exp(-s)) if probability is None else probability
-    found = replicate(y, s, np.ones((len(y), 1)), METRICS, threshold, p, **options)
+    found = replicate(y, s, np.ones((len(y), 1)), threshold, p, **options)
     return {name: float(values[0]) for name, values in found.items()}
 
 
@@ -83,7 +83,7 @@ def test_intervals_hold_the_value_they_belong_to():
 def test_resamples_of_many_images_do_not_drift():
     y, s = np.arange(400_000) % 2, np.arange(400_000) % 2 + 0.1 * (np.arange(400_000) % 10)
     once = np.ones((len(y), 1), np.float32)
-    assert replicate(y, s, once, ["auroc"])["auroc"][0] == pytest.approx(sk.roc_auc_score(y, s), abs=1e-9)
+    assert replicate(y, s, once)["auroc"][0] == pytest.approx(sk.roc_auc_score(y, s), abs=1e-9)
 
 
 def test_balanced_calibration_does_not_depend_on_the_mix():
@@ -104,7 +104,7 @@ def test_weights_are_repeated_images():
     p = 1 / (1 + np.exp(-s))
     weights = resample(y, 20, np.random.default_rng(0))
     assert all((weights[y == c].sum(0) == (y == c).sum()).all() for c in (0, 1))
-    fast = replicate(y, s, weights, METRICS, 0.0, p)
+    fast = replicate(y, s, weights, 0.0, p)
     for b in range(20):
         rows = np.repeat(np.arange(len(y)), weights[:, b].astype(int))
         slow = metrics_of(y[rows], s[rows], 0.0, p[rows])
@@ -138,19 +138,24 @@ def test_effect_size_by_hand_and_sign():
 
 
 def test_degenerate_inputs_are_clear_errors():
-    with pytest.raises(InputError, match="only fake images among 3; these metrics need both"):
+    with pytest.raises(InputError, match=r"labels are \[1\]; expected both 0 \(real\) and 1 \(fake\)"):
         average_precision([1, 1, 1], [0.1, 0.2, 0.3])
     with pytest.raises(InputError, match=r"1 of 2 scores are not finite, the first is row 1"):
         average_precision([0, 1], [0.1, np.nan])
-    with pytest.raises(InputError, match=r"labels are \[0, 2\]; expected 0"):
+    with pytest.raises(InputError, match=r"labels are \[0, 2\]; expected both"):
         average_precision([0, 2], [0.1, 0.2])
     with pytest.raises(InputError, match=r"labels have shape \(3,\), scores \(2,\)"):
         average_precision([0, 1, 1], [0.1, 0.2])
     with pytest.raises(InputError, match="probabilities run from 0.1 to 1.5; expected 0 to 1"):
         bootstrap([0, 1], [0.1, 1.5], probability=[0.1, 1.5])
-    with pytest.raises(InputError, match="unknown metric 'f1'; expected one of ap, auroc"):
+    with pytest.raises(InputError, match="no 'f1'; expected one of ap, auroc"):
         bootstrap([0, 1], [0.1, 0.2], metrics=["f1"])
-    with pytest.raises(InputError, match="accuracy needs a threshold, chosen on validation images"):
+    with pytest.raises(InputError, match="'accuracy'; .* accuracies need a threshold, chosen on validation"):
         bootstrap([0, 1], [0.1, 0.2], metrics=["accuracy"])
-    with pytest.raises(InputError, match="1 real and 3 fake values; an effect size needs at least 2"):
-        effect_size([1.0], [1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize("real", [[1.0], [], [2.0, 2.0]])
+def test_an_effect_that_nothing_can_be_said_of_is_nan_and_counted(real):
+    size = effect_size(real, [1.0] * 3)
+    assert (size.pop("n_real"), size.pop("n_fake")) == (len(real), 3)
+    assert np.isnan(list(size.values())).all()

@@ -495,7 +495,7 @@ def test_an_encoder_of_the_hub_is_its_snapshot(snapshot: Path, whole) -> None:
     fill(snapshot, whole["clip"])
     encoder = load_encoder(f"hf-hub:{NAME}", device="cpu", precision="float32")
     assert encoder.fingerprint() == find_encoder(f"hf-hub:{NAME}").fingerprint(precision="float32")
-    assert encoder.fingerprint()["revision"] == COMMIT and encoder.name == f"hf-hub:{NAME}"
+    assert encoder.fingerprint()["revision"] == COMMIT and encoder.fingerprint()["name"] == f"hf-hub:{NAME}"
 
 
 @pytest.mark.parametrize("name", ["owner", "a/b/c", "owner/with space", "nul\0byte/x"])

@@ -275,8 +275,8 @@ def test_a_full_disk_is_called_that(ax: Axes, tmp_path: Path, monkeypatch: pytes
 def test_what_made_the_numbers_stands_below_them(ax: Axes, tmp_path: Path) -> None:
     features = make_features(20, 10)
     features.run |= {"config": {"name": "mini"}, "fingerprint_hash": "0123456789abcdef"}
-    said = plots.small_print(features, "95 % over images")
-    assert said.startswith("95 % over images; features of 40 images, preset mini, models 0123456789abcdef, i")
+    said = plots.small_print(features)
+    assert said.startswith("features of 40 images, preset mini, models 0123456789abcdef, itemkit ")
     assert said.endswith(schema.MINI_WARNING)
     features.table["source"] = schema.LAB_SOURCE
     assert plots.small_print(features).endswith(schema.LAB_NOTE)
@@ -284,7 +284,7 @@ def test_what_made_the_numbers_stands_below_them(ax: Axes, tmp_path: Path) -> No
     table = ESTIMATES.assign(n_real=[9, 9, 9, 1200], n_fake=7)
     plots.save(ax.figure, "shown", table, tmp_path, said)
     shown = ax.figure.texts[-1].get_text().replace("\n", " ")
-    assert shown.startswith("n = 7 fake and 9 to 1,200 real; 95 % over images; features of 40 images")
+    assert shown.startswith("n = 7 fake and 9 to 1,200 real; features of 40 images")
 
 
 def test_the_same_figure_gives_the_same_files(tmp_path: Path) -> None:

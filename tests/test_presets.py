@@ -88,7 +88,6 @@ def test_a_folder_of_models_can_be_named_outside(fetched: Path, offline: None, m
     monkeypatch.setenv("ITEMKIT_MODELS", str(fetched))
     assert get_preset("paper") == get_preset("paper", folder=fetched)
     assert get_preset("mini").encoder == str(mini_folder() / "models" / "clip")
-    assert get_preset("paper", use_variable=False) == PRESETS["paper"]
     monkeypatch.setenv("ITEMKIT_MODELS", "/nowhere")
     with pytest.raises(
         ModelNotFound, match="no folder of models at /nowhere.*itemkit download --preset paper"

@@ -20,7 +20,7 @@ from PIL import Image
 from itemkit.detection import _prompt
 from itemkit.encoder import Encoder, ImageEmbedding, load_encoder
 from itemkit.errors import InputError
-from itemkit.regions import cells_to_pixels, embed_boxes, heatmap, inside, make_localiser, peak_boxes, windows
+from itemkit.regions import embed_boxes, heatmap, inside, make_localiser, peak_boxes, windows
 
 RED, GREEN, BLUE = torch.eye(3)
 
@@ -79,16 +79,16 @@ def test_peak_box_keeps_the_part_with_the_peak() -> None:
     snake = [[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0]]
     flat, masked = np.zeros((3, 4)), np.full((3, 4), -math.inf)
     masked[1:, 2:] = 0.5
-    boxes = peak_boxes(np.stack([two, diagonal, snake, flat, masked]), 0.5).tolist()
+    boxes = peak_boxes(np.stack([two, diagonal, snake, flat, masked]), 0.5, (0, 0, 4, 3), (4, 3)).tolist()
     assert boxes == [[3, 0, 4, 3], [0, 0, 1, 1], [0, 0, 4, 3], [0, 0, 4, 3], [2, 1, 4, 3]]
 
 
-def test_cells_become_pixels_of_the_original() -> None:
-    cell = np.array([[0.0, 1.0, 2.0, 3.0]])
-    assert cells_to_pixels(cell, (4, 4), (0, 0, 80, 40), (80, 40)).tolist() == [[0, 10, 40, 30]]
-    assert cells_to_pixels(cell, (4, 4), (20, 0, 60, 40), (80, 40)).tolist() == [[20, 10, 40, 30]]
-    padded = cells_to_pixels(np.array([[0.0, 0.0, 4.0, 4.0]]), (4, 4), (0, -20, 80, 60), (80, 40))
-    assert padded.tolist() == [[0, 0, 80, 40]]
+def test_boxes_are_in_pixels_of_the_original() -> None:
+    cells = np.zeros((1, 4, 4))
+    cells[0, 1:3, 0:2] = 1
+    assert peak_boxes(cells, 0.5, (0, 0, 80, 40), (80, 40)).tolist() == [[0, 10, 40, 30]]
+    assert peak_boxes(cells, 0.5, (20, 0, 60, 40), (80, 40)).tolist() == [[20, 10, 40, 30]]
+    assert peak_boxes(np.ones((1, 4, 4)), 0.5, (0, -20, 80, 60), (80, 40)).tolist() == [[0, 0, 80, 40]]
     seen = inside((4, 4), (0, -20, 80, 60), (80, 40)).reshape(4, 4)[:, 0]
     assert seen.tolist() == [False, True, True, False]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -82,9 +83,8 @@ def test_what_is_written_comes_back(made):
     assert list(read.table["path"]) == list(manifest["path"][:20])
     field = pq.read_schema(shard_files(out)[0]).field("image_emb")
     assert str(field.type) == f"fixed_size_list<element: halffloat>[{FakeEncoder().dim}]"
-    moved = load_features(out, ["image_emb"], root="/elsewhere")
-    assert moved.table["path"][0] == "/elsewhere/00000.png"
-    assert moved.caption_emb.shape == (20, 0) and len(moved.objects) == len(moved.owner) == 0
+    narrow = load_features(out, ["image_emb"])
+    assert narrow.caption_emb.shape == (20, 0) and len(narrow.objects) == len(narrow.owner) == 0
     with pytest.raises(InputError, match=r"unknown columns \['regions'\]"):
         load_features(out, ["regions"])
 
@@ -113,10 +113,12 @@ def test_what_is_no_store_of_these_models_is_said(made, tmp_path):
     with pytest.raises(StoreError, match="is no feature store: it has no run.json"):
         load_features(tmp_path)
     run = json.loads((out / "run.json").read_text())
-    for version, advice in ((1, "extract again into another folder"), (3, "update itemkit")):
+    for version in (1, 3):
         (tmp_path / "run.json").write_text(json.dumps(run | {"schema_version": version}))
         for use in (load_features, lambda folder: extract(manifest, folder, fake_models(), progress=False)):
-            with pytest.raises(StoreError, match=rf"store schema {version}, this itemkit reads .*: {advice}"):
+            with pytest.raises(
+                StoreError, match=rf"store schema {version}, this itemkit .*: extract again .*, or update"
+            ):
                 use(tmp_path)
     other = Models(FakeEncoder("2"), FakeCaptioner(), FakeParser(), FakeLocaliser())
     with pytest.raises(StoreError, match=r"extracted otherwise \(encoder.version: '1' there, '2' here\)"):
@@ -129,6 +131,17 @@ def test_what_is_no_store_of_these_models_is_said(made, tmp_path):
     (tmp_path / "full" / "thesis.txt").write_text("")
     with pytest.raises(StoreError, match=r"holds other files \(thesis.txt\) and no run.json"):
         extract(manifest, tmp_path / "full", fake_models(), progress=False)
+
+
+def test_tables_of_an_older_form_are_named_and_renewed_without_a_model(made):
+    manifest, out = made
+    path, run = out / "manifest.parquet", store.read_run(out)
+    pq.write_table(pq.read_table(path)[:20].drop_columns(["stage", "reason"]), path)
+    run["checksums"][path.name] = [hashlib.sha256(path.read_bytes()).hexdigest()]
+    store.write_run(out, run)
+    with pytest.raises(StoreError, match="tables of an older form; extract again"):
+        load_features(out)
+    assert again(manifest, out)[1] == 0 and len(load_features(out)) == 20
 
 
 def test_every_flipped_bit_is_noticed_and_mended(made):

@@ -54,6 +54,7 @@ def torch_double(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
         def define(self, schema: str) -> None:
             defined.append(schema.split("(")[0])
+            double.present = True
 
     def load_library(path: str) -> None:
         if double.fails:

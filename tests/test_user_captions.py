@@ -12,7 +12,7 @@ from itemkit.errors import InputError
 from itemkit.extraction import POSTED, extract
 from itemkit.models import Models
 from itemkit.steps import Steps
-from itemkit.store import load_features, read_run
+from itemkit.store import load_features
 
 from fakes import FakeEncoder, FakeLocaliser, FakeParser, fake_models, make_images
 
@@ -131,7 +131,6 @@ def test_an_extraction_tells_what_it_cut_and_notes_it(tmp_path, capsys):
     line = "1 caption longer than the 5 tokens the encoder reads, and cut there for it (longest 6, "
     line += "first: 00001"
     assert line in capsys.readouterr().err and line in str(report)
-    assert line in read_run(tmp_path / "out")["last_run"]["notes"][0]
     again = extract(manifest, tmp_path / "out", readers(ShortSighted()), **options)
     assert again.reused == 4 and line in capsys.readouterr().err  # a second run does not hush it up
     table = load_features(tmp_path / "out").table
@@ -150,7 +149,7 @@ def test_cut_captions_are_counted_for_the_rows_that_were_asked_for(tmp_path):
 
 def test_captions_of_which_nothing_is_left_count_as_missing(tmp_path):
     manifest = make_images(tmp_path / "images", 3).assign(caption=["a red ball", "\U0001f600", POST])
-    with pytest.raises(InputError, match=r"1 of 3 images have no caption; first: .*00001.png.*emoji only"):
+    with pytest.raises(InputError, match=r"1 of 3 images have no caption .*emoji only.* first: .*00001.png"):
         extract(manifest, tmp_path / "a", readers(), captions="user", progress=False)
     report = extract(manifest, tmp_path / "b", readers(), captions="user", missing="error", progress=False)
     assert (report.computed, report.errors) == (2, 1)

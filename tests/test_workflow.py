@@ -189,9 +189,9 @@ def test_a_part_is_read_from_the_shared_store_and_cuts_nothing_off(data: Path, t
     assert len(run(preset, data, tmp_path / "out", splits=("val",))) == 20
     assert len(run(preset, data, tmp_path / "out")) == 60 == preset.encoder.images_encoded
     assert len(stores(tmp_path / "out")) == 1
-    with pytest.raises(InputError, match="no image of tyo. Did you mean 'toy'"):
+    with pytest.raises(InputError, match="no image is of 'tyo'. Did you mean 'toy'"):
         run(preset, data, tmp_path / "out", generators=("tyo",))
-    with pytest.raises(InputError, match=r"no such image has split in \['tset'\].*train \(20\)"):
+    with pytest.raises(InputError, match="no image is of 'tset'. Did you mean 'test'"):
         run(preset, data, tmp_path / "out", splits=("tset",))
 
 
@@ -229,7 +229,7 @@ def test_captions_can_come_from_elsewhere(data: Path, tmp_path: Path) -> None:
     other = run(preset, data, tmp_path / "out", captions=pd.Series("a red dog", index=paths))
     assert set(other.table[schema.CAPTION]) == {"a red dog"}
     np.testing.assert_array_equal(other.image_emb, own.image_emb)
-    with pytest.raises(InputError, match="1 of 60 images have no caption; first: .*00005.png"):
+    with pytest.raises(InputError, match="1 of 60 images have no caption.*00005.png"):
         run(preset, data, tmp_path / "out", captions=pd.Series("a red dog", index=paths).drop(paths[5]))
 
 
