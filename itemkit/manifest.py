@@ -559,10 +559,12 @@ def _must_agree(what: str, said_by: dict[str, tuple[pd.Series, pd.Series]]) -> N
         wrong = np.flatnonzero((label.notna() & values.notna() & (label != values)).fillna(False))
         if len(wrong):
             row = wrong[0]
+            means, but = (schema.LABEL_NAMES[int(labels.iloc[row])] for labels in (label, values))
             raise InputError(
                 f"{what}: {one} and {other} contradict each other in {count(len(wrong), 'row')}; first: row "
-                f"{row + 1} has {words.iloc[row]!r}, {said.iloc[row]!r}. Are the labels the other way round "
-                "(1 is fake)? Rename the column to 'is_real' if 1 means real, or drop the one that is wrong"
+                f"{row + 1} has {words.iloc[row]!r} ({means}) and {said.iloc[row]!r} ({but}). Are the labels "
+                "the other way round (1 is fake)? Rename the column to 'is_real' if 1 means real, or drop "
+                "the one that is wrong"
             )
 
 
