@@ -540,7 +540,8 @@ def _find_labels(
     said_by |= {f"column {c!r}": (readings[c][1], raw[c]) for c in readings if c != name}
     if (column := found.get(schema.GENERATOR)) not in (None, name):
         said_by[f"column {column!r}"] = _said_by_generators(text[schema.GENERATOR], label), raw[column]
-    folders = paths.map(os.path.dirname).map(lambda folder: os.path.relpath(folder, data.base))
+    folders = paths.map(os.path.dirname)
+    folders = folders.map({folder: os.path.relpath(folder, data.base) for folder in folders.unique()})
     names = folders.map(lambda folder: [*map(read_name, Path(folder).parts)])
     said = names.map(lambda parts: {name.label for name in parts if name.sure == 2} - {None})
     values = said.map(lambda labels: labels.pop() if len(labels) == 1 else np.nan).astype(float)
