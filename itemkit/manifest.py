@@ -542,9 +542,12 @@ def _find_labels(
         said_by[f"column {column!r}"] = _said_by_generators(text[schema.GENERATOR], label), raw[column]
     folders = paths.map(os.path.dirname)
     folders = folders.map({folder: os.path.relpath(folder, data.base) for folder in folders.unique()})
-    names = folders.map(lambda folder: [*map(read_name, Path(folder).parts)])
-    said = names.map(lambda parts: {name.label for name in parts if name.sure == 2} - {None})
-    values = said.map(lambda labels: labels.pop() if len(labels) == 1 else np.nan).astype(float)
+    said: dict[str, float] = {}
+    for folder in folders.unique():
+        names = [name for name in map(read_name, Path(folder).parts) if name.sure == 2]
+        labels = {name.label for name in names if name.label is not None}
+        said[folder] = labels.pop() if len(labels) == 1 else np.nan
+    values = folders.map(said).astype(float)
     if values.notna().all() and values.nunique() == 2 and (label != values)[label.notna()].all():
         said_by["the folders of the images"] = values, folders
     _must_agree(data.what, said_by)
