@@ -452,3 +452,7 @@ def download(args: argparse.Namespace) -> None:
     download(_preset(args), args.to, report=_print)
     if args.to:
         _print(f"use it with --models {args.to}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

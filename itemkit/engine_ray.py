@@ -20,6 +20,7 @@ from itemkit.decode import Item, reason_of
 from itemkit.errors import InputError, ItemkitError, MissingExtra, StoreError
 from itemkit.extraction import GPU_BATCH, Worker, WorkerOptions
 from itemkit.models import Models
+from itemkit.text import one_line
 
 if TYPE_CHECKING:
     from itemkit.presets import Preset
@@ -64,6 +65,13 @@ class RayCluster:
         actor = self._ray.remote(_Maker).options(**needs, max_restarts=-1, max_task_retries=RETRIES)
         same = [self._ray.put(value) for value in (models, stored)]
         self._makers = [actor.remote(folder.absolute(), run, *same, options) for _ in range(spread.workers)]
+        try:  # workers that cannot load the models would seem to die on every image
+            for maker in self._makers:
+                self._ray.get(maker.make.remote([]))
+        except self._ray.exceptions.RayError as error:
+            self._close()
+            why = str(error).strip().splitlines()[-1]  # before it stands where in Ray it happened
+            raise ItemkitError(f"a Ray worker failed to start ({one_line(why)})") from error
 
     def run(self, items: Iterable[Item]) -> Generator[list[Item], None, None]:
         """Let the workers make the shards of these items."""
@@ -100,8 +108,11 @@ class RayCluster:
                     yield results
                 yield []
         finally:
-            for maker in self._makers:
-                ray.kill(maker)
+            self._close()
+
+    def _close(self) -> None:
+        for maker in self._makers:
+            self._ray.kill(maker)
 
 
 class _Maker:

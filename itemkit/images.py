@@ -143,9 +143,8 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
     for kind in _formats():
         factory, accept = Image.OPEN[kind]
         accepted = accept is None or accept(data[:16])
-        if (
-            image is None and accepted and not isinstance(accepted, str)
-        ):  # a text: the decoder is not built in
+        usable = accepted and not isinstance(accepted, str)  # a text says that the decoder is not built in
+        if usable and image is None:
             try:
                 image = factory(BytesIO(data), "")
             except MemoryError:  # the machine's trouble, not the file's

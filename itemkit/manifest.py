@@ -540,10 +540,14 @@ def _find_labels(
     said_by |= {f"column {c!r}": (readings[c][1], raw[c]) for c in readings if c != name}
     if (column := found.get(schema.GENERATOR)) not in (None, name):
         said_by[f"column {column!r}"] = _said_by_generators(text[schema.GENERATOR], label), raw[column]
-    folders = paths.map(os.path.dirname).map(lambda folder: os.path.relpath(folder, data.base))
-    names = folders.map(lambda folder: [*map(read_name, Path(folder).parts)])
-    said = names.map(lambda parts: {name.label for name in parts if name.sure == 2} - {None})
-    values = said.map(lambda labels: labels.pop() if len(labels) == 1 else np.nan).astype(float)
+    folders = paths.map(os.path.dirname)
+    folders = folders.map({folder: os.path.relpath(folder, data.base) for folder in folders.unique()})
+    said: dict[str, float] = {}
+    for folder in folders.unique():
+        names = [name for name in map(read_name, Path(folder).parts) if name.sure == 2]
+        labels = {name.label for name in names if name.label is not None}
+        said[folder] = labels.pop() if len(labels) == 1 else np.nan
+    values = folders.map(said).astype(float)
     if values.notna().all() and values.nunique() == 2 and (label != values)[label.notna()].all():
         said_by["the folders of the images"] = values, folders
     _must_agree(data.what, said_by)
@@ -559,10 +563,12 @@ def _must_agree(what: str, said_by: dict[str, tuple[pd.Series, pd.Series]]) -> N
         wrong = np.flatnonzero((label.notna() & values.notna() & (label != values)).fillna(False))
         if len(wrong):
             row = wrong[0]
+            means, but = (schema.LABEL_NAMES[int(labels.iloc[row])] for labels in (label, values))
             raise InputError(
                 f"{what}: {one} and {other} contradict each other in {count(len(wrong), 'row')}; first: row "
-                f"{row + 1} has {words.iloc[row]!r}, {said.iloc[row]!r}. Are the labels the other way round "
-                "(1 is fake)? Rename the column to 'is_real' if 1 means real, or drop the one that is wrong"
+                f"{row + 1} has {words.iloc[row]!r} ({means}) and {said.iloc[row]!r} ({but}). Are the labels "
+                "the other way round (1 is fake)? Rename the column to 'is_real' if 1 means real, or drop "
+                "the one that is wrong"
             )
 
 

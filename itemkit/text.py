@@ -56,7 +56,7 @@ def wide_table(table: pd.DataFrame, rows: str, columns: str) -> pd.DataFrame:
         return f"{value:.2f}" + f" ({low:.2f}-{high:.2f})" * (low == low) if value == value else "-"
 
     cells = [cell(*row) for row in table[["value", "low", "high"]].itertuples(index=False)]
-    wide = table.assign(cell=cells).pivot(index=rows, columns=columns, values="cell")
+    wide = table.assign(value=cells).pivot(index=rows, columns=columns, values="value")
     return wide.loc[list(dict.fromkeys(table[rows])), list(dict.fromkeys(table[columns]))].reset_index()
 
 

@@ -295,7 +295,7 @@ def detect(
     run = {"config": {"name": chosen.name}, "fingerprint": parts, "fingerprint_hash": fingerprint_hash(parts)}
     # a caption given here is another source of text on purpose; the check covers everything else
     ignore = ("captions", "captioner") if caption is not None else ()
-    judge.check(cast("Features", SimpleNamespace(run=run, dim=models.encoder.dim)), ignore)
+    judge.check(cast("Features", SimpleNamespace(run=run)), ignore)
     for path in files:
         try:
             data = read_bytes(path)

@@ -152,8 +152,9 @@ def test_help_is_quick_and_loads_no_library() -> None:
     assert done.stdout.splitlines()[-1] == "[]" and done.stderr == ""
 
 
-def test_it_is_a_module_too(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "itemkit", "--version"]
+@pytest.mark.parametrize("module", ["itemkit", "itemkit.cli"])
+def test_it_is_a_module_too(tmp_path: Path, module: str) -> None:
+    words = [sys.executable, "-m", module, "--version"]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout == f"itemkit {itemkit.__version__}\n"
 

@@ -100,6 +100,8 @@ class OneProcess(Cluster):
             return ref.call()
         except Dies as error:
             raise self.exceptions.RayError("The actor died unexpectedly") from error
+        except self.exceptions.RayError:
+            raise
         except Exception as error:
             failed = self.exceptions.RayTaskError(str(error))
             failed.cause = error
@@ -115,8 +117,14 @@ class OneProcess(Cluster):
             made = []  # when first asked, as Ray does: an actor that fails then fails its calls
 
             def make(*more):
-                if not made:
-                    made.append(target(*args))
+                try:
+                    made or made.append(target(*args))
+                except Exception as error:
+                    cause = f"{type(error).__name__}: {error}"
+                    text = (
+                        f"The actor died because of an error raised in its creation task\n  File ...\n{cause}"
+                    )
+                    raise self.exceptions.RayError(text) from error
                 try:
                     return made[0].make(*more)
                 except Dies:
@@ -157,7 +165,7 @@ def test_what_is_planned_for_workers_is_all_there_in_the_end(monkeypatch, tmp_pa
     local = load_features(tmp_path / "local")
     same_content(load_features(tmp_path / "out"), local.select(np.delete(np.arange(19), 3)))
     assert extract(manifest, tmp_path / "out", fake_models(), progress=False).computed == 1
-    with pytest.raises(ItemkitError, match="a Ray worker failed .*no memory left for a second copy"):
+    with pytest.raises(ItemkitError, match="a Ray worker failed to start .*no memory left for a second copy"):
         extract(manifest, tmp_path / "new", Homeless(), **options)
 
 

@@ -162,7 +162,7 @@ def test_json_lines(csv):
 def test_what_will_become_of_the_splits_is_said(csv):
     df = read_manifest(csv("path,label,set\na0.png,0,Training\na1.png,1,Training\na2.png,0,holdout\n"))
     assert df["split"].tolist() == ["train", "train", "test"]
-    assert "splits then: no image has split val: 'train' is divided" in "\n".join(describe_manifest(df))
+    assert "splits planned: no image has split val: 'train' is divided" in "\n".join(describe_manifest(df))
     assert df.attrs["report"]["splits"] == {"train": 2, "test": 1} and df.attrs["report"]["splits_planned"]
 
 

@@ -80,6 +80,7 @@ def ax() -> Axes:
 
 @pytest.mark.parametrize("name", DRAW)
 def test_draws_onto_the_given_axes_and_returns_them(name: str) -> None:
+    plt.close("all")  # whatever ran before in this process
     fig, (left, right) = plt.subplots(1, 2, figsize=(6, 2))
     plt.sca(left)  # the current axes are others
     assert DRAW[name](right) is right

@@ -39,9 +39,9 @@ def test_hints_and_counts() -> None:
 
 def test_a_wide_table_keeps_the_order_and_says_what_is_undefined() -> None:
     table = pd.DataFrame(
-        {"who": ["b", "b", "a"], "what": ["y", "x", "y"], "value": [0.5, 0.25, float("nan")]}
+        {"who": ["b", "b", "a"], "cell": ["y", "x", "y"], "value": [0.5, 0.25, float("nan")]}
     )
-    wide = text.wide_table(table.assign(low=[0.4, float("nan"), 0], high=0.6), "who", "what")
+    wide = text.wide_table(table.assign(low=[0.4, float("nan"), 0], high=0.6), "who", "cell")
     assert list(wide.columns) == ["who", "y", "x"] and list(wide["y"]) == ["0.50 (0.40-0.60)", "-"]
     assert wide["x"][0] == "0.25" and pd.isna(wide["x"][1])
 
