@@ -80,17 +80,23 @@ class Models:
             from itemkit.regions import BoxLocaliser
 
             object.__setattr__(self, "localiser", BoxLocaliser(self.encoder, self.localiser))
-        for name, methods in METHODS.items():
-            part = getattr(self, name)
-            lacks = [method for method in methods if not callable(getattr(part, method, None))]
-            if part is not None and lacks:
-                kind = getattr(part, "__name__", type(part).__name__)
-                needs = f"a {name} needs {', '.join(methods)}. itemkit.models.Models shows an example"
-                raise InputError(f"the {name} {kind} has no method {lacks[0]}(); {needs}")
+        for name in METHODS:
+            if (part := getattr(self, name)) is not None:
+                check_part(name, part)
 
     def fingerprint(self, captions: str = "generate") -> dict[str, Any]:
         """Everything that changes the numbers, JSON-ready; ``captions`` come from "generate" or "user"."""
         return run_fingerprint(vars(self), captions)
+
+
+def check_part(name: str, part: Any) -> None:
+    """Raise an `InputError` unless a part can do what is asked of it."""
+    methods = ("boxes",) if name == "localiser" and hasattr(part, "boxes") else METHODS[name]
+    lacks = [method for method in methods if not callable(getattr(part, method, None))]
+    if lacks:
+        kind = getattr(part, "__name__", type(part).__name__)
+        needs = f"a {name} needs {', '.join(METHODS[name])}. itemkit.models.Models shows an example"
+        raise InputError(f"the {name} {kind} has no method {lacks[0]}(); {needs}")
 
 
 def run_fingerprint(parts: Mapping[str, Any], captions: str) -> dict[str, Any]:
@@ -161,11 +167,15 @@ def own_part(name: str, text: str) -> Any:
     sys.path.insert(0, os.getcwd())  # not there when the command line's script was started
     try:
         part = pkgutil.resolve_name(text)
+        part = part() if isinstance(part, type) else part
     except (ImportError, AttributeError) as error:
         raise InputError(f"{name} '{text}' is neither in this folder nor installed: {error}") from error
+    except Exception as error:  # whatever a module of the user's own does
+        raise InputError(f"{name} '{text}' cannot be made: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(os.getcwd())
-    return part() if isinstance(part, type) else part
+    check_part(name, part)
+    return part
 
 
 def localiser_settings(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
