@@ -25,7 +25,7 @@ PARTS = {
     "captioner": "a name on the hub, a folder, or MODULE:OBJECT of your own",
     "parser": "a spaCy pipeline, a folder, or MODULE:OBJECT of your own",
     "encoder": "open_clip's NAME:TAG, e.g. ViT-B-16:openai; hf-hub:OWNER/NAME; or a folder",
-    "localiser": "whole, grid, dense, owlv2, grounding_dino (these two also as NAME:FOLDER) or MODULE:OBJECT",
+    "localiser": "whole, grid, dense; owlv2, grounding_dino, object_detector (also as NAME:FOLDER); MODULE:OBJECT",
 }
 STATUS = (
     "Exit status: 0 done; 1 done, but something was left out or failed in part (an image, a notebook); "
@@ -149,6 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     option("--figure", type=Path, metavar="FOLDER", help="also draw it: audit.pdf, .png and .csv")
     option("--equalise", type=Path, metavar="FOLDER", help="write a copy with equal size and codec")
     option("--size", type=_positive, metavar="PX", help="side of the equalised squares; 224 without it")
+    option(
+        "--match", type=Path, metavar="CSV", help="list as many real as fake images, of equal size and codec"
+    )
 
     option = add(extract, images, models)
     option("manifest", help="CSV, Parquet or folder")
@@ -261,8 +264,10 @@ def audit(args: argparse.Namespace) -> int:
     """What besides content tells the classes apart: format, size, quality, captions ..."""
     import pandas as pd
 
-    from itemkit.audit import audit, equalise_folder
+    from itemkit import schema
+    from itemkit.audit import MATCHED, audit, equalise_folder, match_classes
     from itemkit.images import EqualiseConfig
+    from itemkit.manifest import write_manifest
     from itemkit.text import write_csv
 
     if args.size and not args.equalise:
@@ -273,12 +278,22 @@ def audit(args: argparse.Namespace) -> int:
     reports = {"as they are": first}
     if args.csv:
         write_csv(pd.concat([first.table.assign(set="all"), first.parts]), args.csv)
+    mended = {}
     if args.equalise:
         config = EqualiseConfig(size=args.size or EqualiseConfig.size)
-        equalised = equalise_folder(manifest, args.equalise, config, progress=True)
-        reports["equalised"] = audit(equalised, by=args.by, progress=True)
-        _print("", f"After equalising into {args.equalise}:", "")
-        _print(*reports["equalised"].to_text(before=first).split("\n"))
+        mended["equalised"] = equalise_folder(manifest, args.equalise, config, progress=True), args.equalise
+    if args.match:
+        kept, left = match_classes(first.measurements)
+        write_manifest(kept := kept[list(schema.MANIFEST_COLUMNS)], args.match)
+        mended["matched"] = kept, args.match
+        lost = left[left["left_out"] > 0].assign(label=left["label"].map(schema.LABEL_NAMES))
+        each, what = len(kept) // 2, ", ".join(MATCHED)
+        _print("", f"{each:,} real and {each:,} fake images are alike in {what}; left out, most first:", "")
+        _print(*lost.head(12).to_string(index=False, na_rep="-").split("\n"))
+    for name, (images, where) in mended.items():
+        reports[name] = audit(images, by=args.by, progress=True)
+        _print("", f"{name.capitalize()}, in {where}:", "")
+        _print(*reports[name].to_text(before=first).split("\n"))
     if args.figure:
         _draw_audit(reports, args.figure)
     return int(any(len(report.errors) for report in reports.values()))

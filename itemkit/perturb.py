@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class Perturbation:
     family: str  # clean, jpeg, webp, blur, noise, resize, resize_px, crop, chain
     strength: float  # how far from the clean image, ascending within a family, 0 for none
     setting: str  # the same as people write it, for axes: q 50, 2 px
-    apply: Callable[[Image.Image, np.random.Generator], Image.Image]
+    steps: tuple[tuple[Any, ...], ...]  # each a function of image and random generator, and its numbers
 
     def __call__(self, image: Image.Image, image_id: str) -> Image.Image:
         """Apply the transform to an RGB image.
@@ -39,32 +39,35 @@ class Perturbation:
         Its id and the name seed what is random: each image has its own noise, and the same on every run.
         """
         seed = hashlib.sha256(f"{self.name}\0{image_id}".encode()).digest()
-        return self.apply(image, np.random.default_rng(int.from_bytes(seed[:8], "little")))
+        rng = np.random.default_rng(int.from_bytes(seed[:8], "little"))
+        for step, *numbers in self.steps:
+            image = step(image, rng, *numbers)
+        return image
 
     def fingerprint(self) -> dict[str, object]:
         """Everything that changes the pixels, for cache keys."""
         return {"name": self.name, "family": self.family, "strength": self.strength, "version": VERSION}
 
 
-def _jpeg(quality: int, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _jpeg(image: Image.Image, rng: np.random.Generator, quality: int) -> Image.Image:
     return Image.open(BytesIO(jpeg_bytes(image, quality))).convert("RGB")
 
 
-def _jpeg_random(low: int, high: int, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    return _jpeg(int(rng.integers(low, high + 1)), image, rng)
+def _jpeg_random(image: Image.Image, rng: np.random.Generator, low: int, high: int) -> Image.Image:
+    return _jpeg(image, rng, int(rng.integers(low, high + 1)))
 
 
-def _webp(quality: int, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _webp(image: Image.Image, rng: np.random.Generator, quality: int) -> Image.Image:
     buffer = BytesIO()
     image.save(buffer, "WEBP", quality=quality, lossless=False, method=4)
     return Image.open(buffer).convert("RGB")
 
 
-def _blur(sigma_px: float, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _blur(image: Image.Image, rng: np.random.Generator, sigma_px: float) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(sigma_px))
 
 
-def _noise(std_255: float, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _noise(image: Image.Image, rng: np.random.Generator, std_255: float) -> Image.Image:
     pixels = np.asarray(image, dtype=np.float32)
     noisy = pixels + rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(std_255)
     return Image.fromarray(np.clip(np.rint(noisy), 0, 255).astype(np.uint8))
@@ -75,34 +78,30 @@ def _scaled(image: Image.Image, factor: float) -> tuple[int, int]:
     return width, height
 
 
-def _resize(factor: float, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _resize(image: Image.Image, rng: np.random.Generator, factor: float) -> Image.Image:
     return image.resize(_scaled(image, factor), Image.Resampling.BICUBIC)
 
 
-def _resize_px(side_px: int, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _resize_px(image: Image.Image, rng: np.random.Generator, side_px: int) -> Image.Image:
     factor = side_px / min(image.size)
-    return image if factor >= 1 else _resize(factor, image, rng)  # never enlarged: that would be another test
+    return image if factor >= 1 else _resize(image, rng, factor)  # never enlarged: that would be another test
 
 
-def _crop(fraction: float, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _crop(image: Image.Image, rng: np.random.Generator, fraction: float) -> Image.Image:
     width, height = _scaled(image, fraction)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
-def _chain(parts: tuple[Perturbation, ...], image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    return reduce(lambda made, part: part.apply(made, rng), parts, image)
-
-
 def _social(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Crop a little, scale and recompress, by amounts drawn per image, as sharing sites do. Our choice."""
-    image = _crop(rng.uniform(0.85, 1.0), image, rng)
-    image = _resize(rng.uniform(0.6, 1.0), image, rng)
-    return _jpeg_random(65, 90, image, rng)
+    image = _crop(image, rng, rng.uniform(0.85, 1.0))
+    image = _resize(image, rng, rng.uniform(0.6, 1.0))
+    return _jpeg_random(image, rng, 65, 90)
 
 
 class _Family(NamedTuple):
-    step: Callable[..., Image.Image]  # number, image, random generator -> image
+    step: Callable[..., Image.Image]  # image, random generator, number -> image
     name: str
     setting: str
     strength: Callable[[Any], float]
@@ -123,7 +122,7 @@ _FAMILIES = {
 def _make(family: str, number: float) -> Perturbation:
     one = _FAMILIES[family]
     name, setting = one.name.format(number), one.setting.format(number)
-    return Perturbation(name, family, one.strength(number), setting, partial(one.step, number))
+    return Perturbation(name, family, one.strength(number), setting, ((one.step, number),))
 
 
 jpeg = partial(_make, "jpeg")  # quality 1-100, chroma at half resolution as most sites store it
@@ -137,18 +136,18 @@ crop = partial(_make, "crop")  # the centre, a fraction of each side; 1 changes 
 
 def jpeg_random(low: int = 50, high: int = 95) -> Perturbation:
     """JPEG at a quality drawn for each image, the same on every run and for both classes."""
-    step = partial(_jpeg_random, low, high)
-    return Perturbation(f"jpeg_random_{low}_{high}", "jpeg", 100 - high, f"q {low}-{high}", step)
+    step = (_jpeg_random, low, high)
+    return Perturbation(f"jpeg_random_{low}_{high}", "jpeg", 100 - high, f"q {low}-{high}", (step,))
 
 
 def chain(*parts: Perturbation, strength: float = 1.0) -> Perturbation:
     """Apply several perturbations one after the other."""
     name = "+".join(part.name for part in parts)
-    return Perturbation(name, "chain", strength, name, partial(_chain, parts))
+    return Perturbation(name, "chain", strength, name, tuple(step for part in parts for step in part.steps))
 
 
-CLEAN = Perturbation("clean", "clean", 0.0, "clean", partial(_chain, ()))
-SOCIAL = Perturbation("social", "chain", 3.0, "social media", _social)
+CLEAN = Perturbation("clean", "clean", 0.0, "clean", ())
+SOCIAL = Perturbation("social", "chain", 3.0, "social media", ((_social,),))
 
 #: The union of the grids of GenImage, SIDBench, CNNDetection and SPAI.
 GRID: tuple[Perturbation, ...] = (
