@@ -127,9 +127,6 @@ class _Maker:
         """Write the shard of these items; what became of each, and seconds per step."""
         before = dict(self._worker.seconds)
         results = [result for part in self._worker.run(items) for result in part]
-        for result in results:
-            if result.error is not None:  # as it is, it may not survive the way back
-                result.error = ItemkitError(f"step '{result.stage}': {reason_of(result.error)}")
         return results, {step: s - before[step] for step, s in self._worker.seconds.items()}
 
 
