@@ -47,6 +47,7 @@ class Localiser(ABC):
     kind = ""
     needs_patches = False  # whether `embedding` must come with patches
     needs_phrases = False  # whether the phrases themselves are read, not only their embeddings
+    needs_images = True  # whether the pixels of images are looked at, not only their sizes
 
     def __init__(self, encoder: Encoder, **options: Any) -> None:
         self.encoder, self.settings = encoder, localiser_settings(self.kind, options)
@@ -148,6 +149,7 @@ class Whole(Localiser):
     """The whole image for every object: local and global misalignment then differ in the text only."""
 
     kind = "whole"
+    needs_images = False
 
     def locate(self, images, embedding, phrase_emb, owner, phrases=None):  # types: see Localiser
         """See `Localiser.locate`."""
@@ -196,7 +198,7 @@ class Dense(Localiser):
     """
 
     kind = "dense"
-    needs_patches = True
+    needs_patches, needs_images = True, False
 
     def __init__(self, encoder: Encoder, **options: Any) -> None:
         # the temperature as it was given: the encoder's own goes with the encoder's fingerprint
