@@ -452,7 +452,7 @@ def equalise_folder(
         target = out / "images" / f"{content_id(data + os.fsencode(path))[:32]}.{config.codec}"
         image = _decoded(open_image(data, path), path)
         if not target.exists():
-            _files.atomic_write(target, equalised_bytes(image, config))
+            _files.atomic_write(target, equalised_bytes(image, config), sync=False)
         return str(target), min(image.size) < config.size
 
     rows = manifest.reset_index(drop=True)

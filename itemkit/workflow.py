@@ -18,12 +18,12 @@ import numpy as np
 import pandas as pd
 
 from itemkit import schema
-from itemkit._files import atomic_write, folder_lock
+from itemkit._files import folder_lock
 from itemkit.errors import InputError, ItemkitError, StoreError
 from itemkit.extraction import bad_rows, extract
 from itemkit.features import Features
 from itemkit.images import EXTENSIONS, content_id, load_image, read_bytes
-from itemkit.manifest import read_manifest
+from itemkit.manifest import read_manifest, write_manifest
 from itemkit.models import file_hash, tidy
 from itemkit.presets import MINI_REMEDY, PRESETS, Preset, get_preset, mini_folder
 from itemkit.splits import fill_splits
@@ -49,29 +49,18 @@ def lab_manifest(out_dir: str | Path, which: str = "images") -> pd.DataFrame:
         raise InputError(f"the mini laboratory's images are not in {', '.join(missing)}. {MINI_REMEDY}")
     folder = Path(out_dir, "mini", "" if which == "images" else which)
     made_from = hashlib.sha256("".join(map(file_hash, sources)).encode()).hexdigest()
-    manifest = folder / f"manifest-{made_from[:16]}.csv"
-    if not manifest.is_file():
+    listed = folder / f"manifest-{made_from[:16]}.csv"
+    if not listed.is_file():
         with folder_lock(folder):
-            if not manifest.is_file():  # else another process has laid them out meanwhile
+            if not listed.is_file():  # else another process has laid them out meanwhile
                 for old in folder.glob("manifest*.csv"):
                     old.unlink()
-                table = pd.concat([_lay_out(pd.read_parquet(source), folder) for source in sources])
+                table = pd.concat(map(pd.read_parquet, sources), ignore_index=True)
+                label = (table[schema.GENERATOR] != schema.REAL_GENERATOR).astype(int)
+                table = table.assign(label=label, source=schema.LAB_SOURCE)
                 # it comes last, and so says that every image is there
-                atomic_write(manifest, table.to_csv(index=False).encode())
-    return read_manifest(manifest)
-
-
-def _lay_out(pictures: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """Write ``images/<generator>/<split>-<index>.png`` from rows ``generator, split, prompt, png``."""
-    number = pictures.groupby(["generator", "split"], sort=False).cumcount().map("{:04d}".format)
-    path = "images/" + pictures["generator"] + "/" + pictures["split"] + "-" + number + ".png"
-    for name in set(pictures["generator"]):
-        (folder / "images" / name).mkdir(parents=True, exist_ok=True)
-    for at, data in zip(path, pictures["png"], strict=True):
-        (folder / at).write_bytes(data)
-    label = (pictures["generator"] != schema.REAL_GENERATOR).astype(int)
-    table = pictures.assign(path=path, label=label, source=schema.LAB_SOURCE, caption=pictures["prompt"])
-    return table[list(schema.MANIFEST_COLUMNS)]
+                write_manifest(read_manifest(table, images_to=folder / "images"), listed)
+    return read_manifest(listed)
 
 
 def data_manifest(
