@@ -22,7 +22,7 @@ from itemkit._files import folder_lock
 from itemkit.errors import InputError, ItemkitError, StoreError
 from itemkit.extraction import bad_rows, extract
 from itemkit.features import Features
-from itemkit.images import EXTENSIONS, content_id, load_image, read_bytes
+from itemkit.images import content_id, load_image, read_bytes
 from itemkit.manifest import read_manifest, write_manifest
 from itemkit.models import file_hash, tidy
 from itemkit.presets import MINI_REMEDY, PRESETS, Preset, get_preset, mini_folder
@@ -305,12 +305,11 @@ def _image_files(paths: str | Path | Iterable[str | Path]) -> Iterator[str]:
         if not os.path.isdir(path):
             yield os.fspath(path)
             continue
-        below = sorted(file for file in Path(path).rglob("*") if file.is_file())
-        images = [str(file) for file in below if file.suffix.lower() in EXTENSIONS]
-        if left := len(below) - len(images):
-            what = f"{left} of {len(below)} files below {path} have no ending of an image and are left out"
+        found = read_manifest(path, "unlabelled")
+        if left := sum(found.attrs["report"]["files_left_out"].values()):
+            what = f"{left} of {left + len(found)} files below {path} are no images and are left out"
             warnings.warn(f"{what}; name one to have it judged", stacklevel=3)
-        yield from images
+        yield from found[schema.PATH]
 
 
 def _answer(judge: Detector, one: Features, fpr: float, fnr: float, ignore: Sequence[str]) -> dict[str, Any]:
