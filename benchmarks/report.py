@@ -1,15 +1,19 @@
-"""What a benchmark has measured, as a page and as a row of the table in benchmarks/README.md.
+"""What a benchmark has measured, as a page, and as a row of the table in benchmarks/README.md.
 
-python -m benchmarks.report benchmarks/results/*.json
+    python -m benchmarks.report benchmarks/results/*.json
+
+Results of `benchmarks.extract` become the rows of that table; those of `benchmarks.gpu` are printed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- rows: python -m benchmarks.report -->", "<!-- end of rows -->"
@@ -34,6 +38,8 @@ class Result:
     bare_per_s: dict[str, float] = field(default_factory=dict)
     bare_batch: dict[str, int] = field(default_factory=dict)
     per_s: dict[str, float] = field(default_factory=dict)
+    # of each rate, largest less least time of its repetitions, over their median
+    spread: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
     stages_s: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -52,10 +58,7 @@ def table(result: Result) -> str:
         "| images/s | |",
         "|---|---:|",
     ]
-    for name, value in result.bare_per_s.items():
-        batch = f" (batch {result.bare_batch[name]})" if name in result.bare_batch else ""
-        lines.append(f"| bare {name}{batch} | {value:.1f} |")
-    lines += [f"| {name} | {value:.1f} |" for name, value in result.per_s.items()]
+    lines += [f"| {name} | {value:.1f}{_spread(result, name)} |" for name, value in rates(result).items()]
     lines += ["", "| ratio | |", "|---|---:|"]
     lines += [f"| {name} | {value:.3f} |" for name, value in result.ratios.items()]
     names = list(result.stages_s["global"])
@@ -74,6 +77,18 @@ def table(result: Result) -> str:
     return "\n".join(lines)
 
 
+def rates(result: Result) -> dict[str, float]:
+    """Images (or texts) per second by name; those of bare models with the size of their batches."""
+    batches = {name: f" (batch {size})" for name, size in result.bare_batch.items()}
+    bare = {f"bare {name}{batches.get(name, '')}": value for name, value in result.bare_per_s.items()}
+    return bare | result.per_s
+
+
+def _spread(result: Result, name: str) -> str:
+    found = result.spread.get(name.removeprefix("bare ").partition(" (")[0])
+    return "" if found is None else f" ± {found / 2:.0%}"
+
+
 def row(result: Result) -> str:
     """The result as one row of the table."""
     ratios, per_s = result.ratios, result.per_s
@@ -89,10 +104,10 @@ def row(result: Result) -> str:
         f"{per_s['limit']:.1f}",
         f"{per_s['pipeline, global']:.1f}",
         f"{ratios['pipeline (global) / limit']:.3f}",
-        f"{ratios['one at a time / limit']:.2f}",
+        f"{ratios.get('one at a time / limit', math.nan):.2f}",
         f"{ratios['hierarchical / global, time']:.2f}",
         f"{ratios['second run / first, time']:.4f}",
-        f"{ratios['1 % more images / first, time']:.3f}",
+        f"{ratios.get('1 % more images / first, time', math.nan):.3f}",
         memory,
     ]
     return "| " + " | ".join(cells) + " |"
@@ -108,12 +123,42 @@ def write_rows(results: Sequence[Result], page: Path = README) -> None:
     page.write_text(before + "\n".join(lines) + after, encoding="utf-8")
 
 
+# least values on one H100, by step and what was measured
+GPU_GOALS = {
+    ("encoder", "pipeline, global, images/s"): 2100.0,
+    ("captioner base", "pipeline, global, images/s"): 800.0,
+    ("captioner base", "pipeline, hierarchical, images/s"): 500.0,
+}
+HEAD_GOAL = ("head", "members 1, seconds"), 2.0  # at most
+
+
+def gpu_page(record: dict[str, Any]) -> str:
+    """What `benchmarks.gpu` has written, as a Markdown page."""
+    toy = ", TOY SIZE: these numbers say only that it runs" if record["toy"] else ""
+    lines = [f"{record['device']}, {record['versions']}{toy}", ""]
+    lines += ["| step | measured | value | goal |", "|---|---|---:|---:|"]
+    for step, done in record["steps"].items():
+        state = done["status"] + (f", {done['seconds']:.0f} s" if done["seconds"] else "")
+        lines.append(f"| **{step}** | {state}{': ' + done['note'] if done['note'] else ''} | | |")
+        for name, value in done["values"].items():
+            text = value if isinstance(value, str) else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
+            goal = f"≥ {GPU_GOALS[step, name]:g}" if (step, name) in GPU_GOALS else ""
+            goal = f"≤ {HEAD_GOAL[1]:g}" if (step, name) == HEAD_GOAL[0] else goal
+            lines.append(f"| | {name} | {text} | {goal} |".replace("\n", " "))
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line."""
     files = [Path(name) for name in (sys.argv[1:] if argv is None else argv)]
     if not files:
         sys.exit("give the JSON files that `python -m benchmarks.extract --json FILE` wrote")
-    write_rows([Result(**json.loads(file.read_text(encoding="utf-8"))) for file in files])
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    for record in found:
+        if "steps" in record:
+            print(gpu_page(record))
+    if results := [Result(**record) for record in found if "steps" not in record]:
+        write_rows(results)
     return 0
 
 
