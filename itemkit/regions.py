@@ -1,8 +1,8 @@
 """Third step of the method: where in the image each semantic object is, and the embedding of that region.
 
-Rule for an object that is not there: `whole`, `grid` and `dense` always return their best region, and the
-score (its cosine with the phrase) says how good it is. An object detector that finds nothing above its
-threshold falls back to the whole image with score 0. So every phrase has exactly one region; a caption
+Rule for an object that is not there: `whole`, `grid` and `dense` always return their best region; its cosine
+with the phrase says how good it is. An object detector that finds nothing above its threshold returns a
+stand-in, the whole image, and says so (`Regions.found`). So every phrase has exactly one region; a caption
 without objects has none, and what that means is decided where features are pooled (`misalignment`).
 """
 
@@ -37,8 +37,9 @@ class Regions:
     """One region per phrase."""
 
     boxes: Tensor  # float32 (m, 4): x0, y0, x1, y1 in pixels of the original image
-    scores: Tensor  # float32 (m,): cosine with the phrase, or an object detector's confidence
+    scores: Tensor  # float32 (m,): confidence of an object detector; NaN of localisers that have none
     emb: Tensor  # float32 (m, d): L2-normalised, in the joint space
+    found: Tensor  # bool (m,): False where no box was found and the region is a stand-in
 
 
 class Localiser(ABC):
@@ -153,8 +154,11 @@ class Whole(Localiser):
 
     def locate(self, images, embedding, phrase_emb, owner, phrases=None):  # types: see Localiser
         """See `Localiser.locate`."""
-        emb = embedding.pooled[owner]
-        return Regions(_whole(images, owner).to(emb.device), (emb * phrase_emb).sum(dim=1), emb)
+        found = _empty(len(owner), phrase_emb.shape[1], embedding.pooled.device)
+        found.emb[:] = embedding.pooled[owner]
+        sides = torch.tensor([(0, 0, *image.size) for image in images], dtype=torch.float32)
+        found.boxes[:] = sides.reshape(-1, 4)[owner.cpu()].to(found.boxes)
+        return found
 
 
 class Grid(Localiser):
@@ -182,7 +186,7 @@ class Grid(Localiser):
         counts = [len(boxes) for boxes in laid.values()]
         for (i, boxes), of_image in zip(laid.items(), emb.split(counts), strict=True):
             rows = owner == i
-            found.scores[rows], best = (phrase_emb[rows].float() @ of_image.T).max(dim=1)
+            best = (phrase_emb[rows].float() @ of_image.T).argmax(dim=1)
             found.boxes[rows], found.emb[rows] = emb.new_tensor(boxes)[best], of_image[best]
         return found
 
@@ -225,60 +229,78 @@ class Dense(Localiser):
             cosine = cosine.masked_fill(~inside(grid, frame, size).to(device), -math.inf)
             weight = (cosine / self.temperature).softmax(dim=1)
             found.emb[rows] = F.normalize(weight @ patches, dim=1)
-            found.scores[rows] = (found.emb[rows] * phrase_emb[rows]).sum(dim=1)
             boxes = peak_boxes(cosine.reshape(-1, *grid).cpu().numpy(), self.level, frame, size)
             found.boxes[rows] = torch.from_numpy(boxes).to(device)
         return found
 
 
 class BoxLocaliser(Localiser):
-    """Localiser from ``boxes``, see `itemkit.models.Models`: object detectors, and what a user writes."""
+    """Regions from boxes: of object detectors, and of what a user writes, see `itemkit.models.Models`.
+
+    An object without a box gets the region of the localiser ``instead``, at first the whole image.
+    """
 
     needs_phrases = True
 
     def __init__(self, encoder: Encoder, finder: Any) -> None:
         self.encoder, self.finder = encoder, finder
+        self.instead: Localiser = Whole(encoder)
+
+    def find(
+        self, images: Sequence[Image], phrases: Sequence[Sequence[str]], phrase_emb: Sequence[Tensor]
+    ) -> list[list[tuple[Sequence[float] | None, float]]]:
+        """Look for some phrases, with their embeddings, in each image: a box or None, and a confidence."""
+        kind, found = type(self.finder).__name__, []
+        for image, texts in zip(images, phrases, strict=True):
+            answers = list(self.finder.boxes(image, list(texts)))
+            if len(answers) != len(texts):
+                raise InputError(
+                    f"{kind}.boxes() was given {len(texts)} phrases and returned {len(answers)} boxes"
+                )
+            found.append([(None, 0.0) if answer is None else (answer[:4], answer[4]) for answer in answers])
+        return found
 
     def locate(self, images, embedding, phrase_emb, owner, phrases=None):  # types: see Localiser
         """See `Localiser.locate`."""
-        kind = type(self.finder).__name__
         if phrases is None:
+            kind = type(self.finder).__name__
             raise InputError(f"{kind} reads the phrases: expected phrases= with {len(owner)} texts, got none")
-        boxes, scores = _whole(images, owner), torch.zeros(len(owner))
-        emb = embedding.pooled[owner].clone()  # the fallback: the whole image
-        found: list[int] = []
-        for i in owner.unique().tolist():
-            rows, image = (owner == i).nonzero().squeeze(1).tolist(), images[i]
-            if min(image.size) < 2:  # image processors fail on a line of pixels
-                continue
-            answers = list(self.finder.boxes(image, [phrases[row] for row in rows]))
-            if len(answers) != len(rows):
-                raise InputError(
-                    f"{kind}.boxes() was given {len(rows)} phrases and returned {len(answers)} boxes"
-                )
-            for row, answer in zip(rows, answers, strict=True):
-                if answer is not None:
-                    *corners, score = map(float, answer)
-                    x0, y0, x1, y1 = np.clip(corners, 0, [*image.size, *image.size])
+        rows_of: dict[int, list[int]] = {}
+        for row, i in enumerate(owner.tolist()):
+            if min(images[i].size) > 1:  # image processors fail on a line of pixels
+                rows_of.setdefault(i, []).append(row)
+        words = [[phrases[row] for row in rows] for rows in rows_of.values()]
+        answers = self.find([images[i] for i in rows_of], words, [phrase_emb[x] for x in rows_of.values()])
+        boxes, scores = dict[int, Box](), torch.zeros(len(owner))
+        for (i, rows), of_image in zip(rows_of.items(), answers, strict=True):
+            for row, (box, score) in zip(rows, of_image, strict=True):
+                scores[row] = float(score)
+                if box is not None:
+                    x0, y0, x1, y1 = np.clip([*map(float, box)], 0, [*images[i].size] * 2).tolist()
                     if x1 > x0 and y1 > y0:
-                        boxes[row], scores[row] = torch.tensor([x0, y0, x1, y1]), score
-                        found.append(row)
-        crops = [images[i] for i in owner[found].tolist()]
-        emb[found] = embed_boxes(self.encoder, crops, [tuple(box) for box in boxes[found].tolist()])
-        return Regions(boxes.to(emb.device), scores.to(emb.device), emb)
+                        boxes[row] = x0, y0, x1, y1
+        found, there = _empty(len(owner), phrase_emb.shape[1], embedding.pooled.device), list(boxes)
+        found.scores[:], found.found[:] = scores, False
+        found.found[there] = True
+        found.boxes[there] = torch.tensor([*boxes.values()]).reshape(-1, 4).to(found.boxes)
+        crops = [images[i] for i in owner[there].tolist()]
+        found.emb[there] = embed_boxes(self.encoder, crops, list(boxes.values()))
+        if len(boxes) < len(owner):
+            without = ~found.found
+            other = self.instead.locate(images, embedding, phrase_emb[without], owner[without])
+            found.boxes[without], found.emb[without] = other.boxes, other.emb
+        return found
 
     def fingerprint(self) -> dict[str, Any]:
         """See `Localiser.fingerprint`."""
         return part_fingerprint("localiser", self.finder) or {}
 
 
-def _whole(images: Sequence[Image], owner: Tensor) -> Tensor:
-    """The whole image as the box of each phrase."""
-    return torch.tensor([(0, 0, *image.size) for image in images], dtype=torch.float32)[owner.cpu()]
-
-
 def _empty(m: int, d: int, device: torch.device) -> Regions:
-    return Regions(*(torch.zeros(*shape, device=device) for shape in ((m, 4), (m,), (m, d))))
+    """Regions to be filled in: of a localiser that has no confidence and finds everything."""
+    boxes, emb = torch.zeros(m, 4, device=device), torch.zeros(m, d, device=device)
+    scores = torch.full((m,), math.nan, device=device)
+    return Regions(boxes, scores, emb, torch.ones(m, dtype=torch.bool, device=device))
 
 
 def heatmap(patches: Tensor, phrase_emb: Tensor, encoder: Encoder, width: int, height: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import pandas as pd
 from itemkit import schema
 from itemkit.captions import Caption, as_captions, clean_caption
 from itemkit.errors import InputError
-from itemkit.features import BOX_COLUMNS, Features
+from itemkit.features import BOX_COLUMNS, FOUND, Features
 from itemkit.models import Models
 
 if TYPE_CHECKING:
@@ -101,15 +101,15 @@ class Steps:
             embedded = self.texts.embed([*texts, *phrases])
             caption_emb, phrase_emb = embedded[:n], embedded[n:]
             tokens = encoder.count_tokens(texts)
-        # 5. each object is looked for in its image: a box, a score, and the embedding of what lies in it
+        # 5. each object is looked for in its image: a box, a confidence, and the embedding of what lies in it
         with self.clock("regions"):
-            found = np.zeros((0, 4)), np.zeros(0), np.zeros((0, encoder.dim))
+            found = np.zeros((0, 4)), np.zeros(0), np.zeros((0, encoder.dim)), np.zeros(0)
             if phrases:
                 wanted = [torch.from_numpy(x).to(whole.pooled.device) for x in (phrase_emb, owner)]
                 words = [phrases] if getattr(localiser, "needs_phrases", False) else []  # also read
                 regions = localiser.locate(list(images), whole, *wanted, *words)
-                found = regions.boxes, regions.scores, regions.emb
-            boxes, scores, region_emb = map(as_numpy, found)
+                found = regions.boxes, regions.scores, regions.emb, regions.found
+            boxes, scores, region_emb, seen = map(as_numpy, found)
         table = pd.DataFrame(
             {
                 schema.CAPTION: texts,
@@ -121,7 +121,7 @@ class Steps:
                 "height": np.array([image.height for image in images], dtype=np.int32),
             }
         )
-        columns = dict(zip(BOX_COLUMNS, [*boxes.T, scores], strict=True))
+        columns = dict(zip(BOX_COLUMNS, [*boxes.T, scores], strict=True)) | {FOUND: seen.astype(bool)}
         objects = pd.DataFrame({"phrase": np.array(phrases, dtype=object), **columns})
         yield Features(table, as_numpy(whole.pooled), caption_emb, region_emb, phrase_emb, owner, objects)
 
