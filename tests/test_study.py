@@ -1,5 +1,7 @@
 """The matrix: what trains on what, honest thresholds, intervals, reuse, failures, external scores, fusion."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -7,17 +9,22 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from itemkit import head, matrix
+from itemkit import head, matrix, workflow
 from itemkit.calibrate import threshold_at_fpr
-from itemkit.controls import CONTROLS, logistic
+from itemkit.controls import CONTROLS, OURS, VARIANTS, logistic
 from itemkit.errors import InputError
 from itemkit.head import MisalignmentMLP
+from itemkit.images import load_image
 from itemkit.matrix import train_on_test_on
 from itemkit.misalignment import represent
+from itemkit.presets import Preset
 from itemkit.recipes import Recipe, control, external, item, standard_detectors
 from itemkit.results import Study
 from itemkit.splits import split_validation
+from itemkit.steps import Steps
+from itemkit.study import make_variants
 
+import fakes
 from synthetic import make_features
 
 HEAD = MisalignmentMLP(max_epochs=6, patience=3, device="cpu")
@@ -340,15 +347,103 @@ def test_recipes_on_other_features_of_the_same_images(study):
 
 
 def test_standard_detectors():
+    """What can be run is, with the variants that it needs; of the others it is said what they lack."""
     table = FEATURES.table.copy()
     table.loc[3, "caption_logprob"] = np.nan
     recipes, lacking = standard_detectors(replace(FEATURES, table=table), HEAD, skip=["image_nearest"])
-    doubt = {"caption_likelihood", "likelihood_confidence"}
-    assert set(lacking) == {"generic_caption", "spectrum", "noise_residual", "cnn"} | doubt
-    assert "the images themselves" in lacking["cnn"] and "generic_emb" in lacking["generic_caption"]
-    assert list(recipes) == ["item", *(n for n in CONTROLS if n not in {*lacking, "image_nearest"})]
-    both = control("early", "cosines", HEAD).build(0).vectors(FEATURES)
+    known = OURS | CONTROLS
+    expected = {n for n, c in known.items() if c.variant or {"pixels", "caption_logprob"} & {*c.needs}}
+    assert set(lacking) == expected and {"cnn", "few_both", "spectrum_one_class", "concepts"} <= expected
+    assert "the images themselves" in lacking["cnn"] and "bank of phrases" in lacking["concepts"]
+    assert list(recipes) == [n for n in known if n not in {*lacking, "image_nearest"}]
+    variants = {name: FEATURES.select(np.arange(i, len(FEATURES))) for i, name in enumerate(VARIANTS)}
+    recipes, lacking = standard_detectors(FEATURES, HEAD, variants)
+    assert {known[name].needs for name in lacking} == {("pixels",)}
+    for name, recipe in recipes.items():
+        assert recipe.features is variants.get(known[name].variant)
+    with pytest.raises(InputError, match=r"needs variants\['bank'\].*make_variants makes them"):
+        control("concepts")
+    both = control("early", "cosines", HEAD).build(0).fit(FEATURES, FEATURES).vectors(FEATURES)
     np.testing.assert_array_equal(both, np.hstack([represent(FEATURES, "cosines"), FEATURES.image_emb]))
+
+
+def test_a_recipe_says_every_number_that_it_is_made_of():
+    """Its description is the key of its runs: plain data, and another number is another key."""
+    variants = dict.fromkeys(VARIANTS, FEATURES)
+    about = {n: json.dumps(control(n, head=HEAD, variants=variants).config) for n in OURS | CONTROLS}
+    assert not [text for text in about.values() if " at 0x" in text or '"device"' in text]
+    made_of = [json.dumps(json.loads(text)["made_of"]) + str(CONTROLS.get(n)) for n, text in about.items()]
+    assert len(set(made_of)) == len(made_of)
+    assert '"k": 5' in about["novelty_worst_knn"] and '"relative": true' in about["few"]
+    assert '"steps": 600' in about["cnn"] and '"hidden": [256, 64]' in about["item"]
+
+
+def stub(**parts):
+    made = {"captioner": fakes.FakeCaptioner(), "encoder": fakes.FakeEncoder(), "parser": fakes.FakeParser(),
+            "localiser": fakes.FakeLocaliser()}  # fmt: skip
+    return Preset(name="stub", about="For these tests.", **made | parts)
+
+
+def test_other_texts_choose_their_own_regions(tmp_path):
+    """An image with another's caption, one for all or a bank is extracted as if that were its own."""
+    preset, manifest = stub(), fakes.make_images(tmp_path / "images", 40)
+    manifest["split"] = np.where(np.arange(40) % 4, "train", "test")
+    features = workflow.features(preset, manifest, tmp_path / "out", "cpu", progress=False)
+    found = make_variants(features, preset, tmp_path / "out", "cpu")
+    assert list(found) == ["other_caption", "one_caption", "bank"]
+    steps, parser = Steps(preset.build("cpu")), preset.parser
+    own = features.table.set_index("path")["caption"]
+    for name in ("other_caption", "one_caption"):
+        part = found[name]
+        assert set(part.table["path"]) == set(features.table["path"])
+        for row in range(0, len(part), 7):
+            caption, one = part.table["caption"][row], part.select([row])
+            by_hand = steps([load_image(part.table["path"][row])], [caption])
+            assert list(one.objects["phrase"]) == parser.objects([caption])[0]
+            for array in ("image_emb", "caption_emb", "region_emb", "phrase_emb"):
+                np.testing.assert_allclose(getattr(one, array), getattr(by_hand, array), atol=2e-3)
+    swapped = found["other_caption"].table
+    for _, part in swapped.groupby("split"):  # every caption goes once to another image of its split
+        assert sorted(part["caption"]) == sorted(own[part["path"]])
+    assert (swapped["caption"] != swapped["path"].map(own)).mean() > 0.8  # some captions are equal
+    (one,) = found["one_caption"].table["caption"].unique()
+    reals = features.table[(features.table["label"] == 0) & (features.table["split"] == "train")]
+    assert one in set(reals["caption"])
+    # the stand-in localiser has one box, the whole image: one region, with the phrase that fits it best
+    bank = found["bank"]
+    assert (bank.table["n_objects"] == 1).all() and len(set(bank.objects["phrase"])) > 3
+    assert set(bank.objects["phrase"]) <= set(features.objects["phrase"])
+    image = bank.select([5])
+    cosine = fakes.FakeEncoder().encode_texts(sorted(set(features.objects["phrase"]))).numpy()
+    assert image.image_emb @ image.phrase_emb.T == pytest.approx((image.image_emb @ cosine.T).max(), abs=0.15)
+
+
+def test_other_texts_follow_from_content_and_are_made_once(tmp_path):
+    preset, manifest = stub(), fakes.make_images(tmp_path / "here", 24)
+    manifest["split"] = "train"
+
+    def captions(manifest, out):
+        features = workflow.features(preset, manifest, tmp_path / out, "cpu", progress=False)
+        made = make_variants(features, preset, tmp_path / out, "cpu", other_encoder=fakes.FakeEncoder("2"))
+        assert made["other_encoder"].owner.size == 0 and len(made["other_encoder"]) == len(features)
+        return made["other_caption"].table.set_index("image_id")["caption"].sort_index()
+
+    first, seen = captions(manifest, "a"), preset.encoder.images_encoded
+    pd.testing.assert_series_equal(captions(manifest, "a"), first)
+    assert preset.encoder.images_encoded == seen
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    moved = manifest.assign(path=manifest["path"].str.replace("here", "there")).sample(frac=1, random_state=0)
+    pd.testing.assert_series_equal(captions(moved.reset_index(drop=True), "b"), first)
+
+
+def test_what_cannot_be_made_otherwise_is_left_out(tmp_path):
+    preset, manifest = stub(parser=None, localiser=None), fakes.make_images(tmp_path / "images", 24)
+    manifest["split"] = "train"
+    features = workflow.features(preset, manifest, tmp_path / "out", "cpu", progress=False)
+    assert list(make_variants(features, preset, tmp_path / "out", "cpu")) == ["other_caption", "one_caption"]
+    assert make_variants(features, preset, tmp_path / "out", "cpu", wanted=("other_encoder",)) == {}
+    recipes, lacking = standard_detectors(features, HEAD)
+    assert "another frozen encoder" in lacking["other_mlp"] and "doubt" in lacking
 
 
 def test_another_architecture_of_the_same_name_is_run_again(tmp_path, monkeypatch, trained):
