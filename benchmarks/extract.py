@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import Result, table
+from benchmarks.report import Result, page
 from benchmarks.subjects import as_manifest, caption_of, models_at, read_images
 from benchmarks.timing import SECONDS, best_batch, timed
 from itemkit._files import write_json
@@ -34,16 +34,6 @@ from itemkit.features import concat_features
 from itemkit.images import load_image
 from itemkit.models import Models
 from itemkit.steps import Steps
-
-# Dense arithmetic of the data sheets in TFLOP/s, for the share of the peak; by device and precision.
-PEAK_TFLOPS = {
-    ("H100", "bfloat16"): 989.0,
-    ("H100", "float32"): 67.0,
-    ("H200", "bfloat16"): 989.0,
-    ("H200", "float32"): 67.0,
-    ("A100", "bfloat16"): 312.0,
-    ("A100", "float32"): 19.5,
-}
 
 
 def decode_all(paths: Sequence[str], models: Models, config: DecodeConfig) -> None:
@@ -192,11 +182,6 @@ def _memory(result: Result, device: torch.device) -> None:
         pass
     if device.type == "cuda":
         result.gpu_memory_mb = torch.cuda.max_memory_allocated(device) / 2**20
-        peak = next(
-            (p for (n, d), p in PEAK_TFLOPS.items() if n in result.device and d == result.precision), None
-        )
-        if peak is not None:
-            result.share_of_peak = result.bare_per_s["image"] * result.gflop_per_image / 1000 / peak
 
 
 def build(args: argparse.Namespace, scratch: Path) -> Models:
@@ -258,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         scratch = Path(folder)
         paths = read_images(args.images, args.n, scratch)
         save = (lambda result: write_json(args.json, vars(result))) if args.json else (lambda result: None)
-        print(table(run_benchmark(build(args, scratch), paths, args, scratch, save)))
+        print(page(run_benchmark(build(args, scratch), paths, args, scratch, save)))
     return 0
 
 

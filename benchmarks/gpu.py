@@ -36,13 +36,12 @@ import numpy as np
 import torch
 
 from benchmarks import extract, head, subjects
-from benchmarks.report import gpu_page, rates
+from benchmarks.report import Result, gpu_page
 from benchmarks.timing import timed
 from itemkit._files import atomic_write, write_json
 from itemkit.decode import DecodeConfig
 from itemkit.detection import load_detector
 from itemkit.features import Features
-from itemkit.head import MisalignmentMLP
 from itemkit.images import load_image
 from itemkit.metrics import average_precision
 from itemkit.models import Models
@@ -142,15 +141,9 @@ def extraction(b: Bench, encoder: str, captioner: str | None, n: int) -> None:
     words += ["--repeat", "1" if b.toy else "2", "--seconds", "0" if b.toy else "1"]
     args = extract.parser().parse_args(words)
 
-    def save(result: Any) -> None:
-        for name, value in (rates(result) | result.ratios).items():
-            b.note(f"{name}, images/s" if name in result.per_s else name, value)
-        if result.share_of_peak is not None:
-            b.note("bare image, share of the data sheet's arithmetic", result.share_of_peak)
-        for kind, stages in result.stages_s.items():
-            b.note(
-                f"seconds of {kind}", ", ".join(f"{name} {s:.2f}" for name, s in stages.items() if s > 0.01)
-            )
+    def save(result: Result) -> None:
+        for name, value in result.values.items():
+            b.note(name, value)
 
     with tempfile.TemporaryDirectory(dir=b.scratch) as stores:
         extract.run_benchmark(extract.build(args, b.scratch), b.images(n), args, Path(stores), save)
@@ -223,12 +216,10 @@ def agreement(b: Bench) -> None:
 def heads(b: Bench) -> None:
     """MLP heads on 100,000 features, networks of several seeds at once."""
     x, y, x_test, y_test = head.make_data(b.size(100_000, 500), b.size(1536, 16))
-    options = {"hidden_sizes": (512, 256), "dropout": 0.0, "batch_size": 2048, "validation_fraction": 0}
-    options |= {"max_epochs": b.size(20, 2), "device": str(b.device)}
-    MisalignmentMLP(**options | {"max_epochs": 1}).fit(x, y)  # what only a first call does
+    head.make_head(1, str(b.device)).fit(x, y)  # what only a first call does
     for members in (1, 5, 20):
         start = time.perf_counter()
-        model = MisalignmentMLP(members=members, **options).fit(x, y)
+        model = head.make_head(b.size(20, 2), str(b.device), members).fit(x, y)
         b.note(f"members {members}, seconds", time.perf_counter() - start)
         b.note(f"members {members}, AP", average_precision(y_test, model.decision_function(x_test)))
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,7 @@ def caption_of(number: int) -> str:
 def once(folder: Path, write: Callable[[Path], None]) -> Path:
     """Write a folder if it is not there; one that was cut off is never taken for whole."""
     if not folder.exists():
-        part = folder.with_name(f"{folder.name}.{os.getpid()}")
-        part.mkdir(parents=True)
+        part = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
         write(part)
         part.rename(folder)
     return folder
