@@ -260,7 +260,8 @@ def detect(
         Ready for JSON: ``path, image_id, seen`` ("train" or "val" if the detector was made with this image),
         ``verdict`` (real, fake, unsure, or withheld where the detector's images are too few for the promise),
         ``because, p_fake, caption, global_cosine, global_real_below, objects`` (phrase, box in pixels,
-        cosine, real_below), and `Features.provenance`. Or ``path, error`` of an image that cannot be judged.
+        cosine, real_below), ``relative`` beside each cosine if the detector goes by it, and
+        `Features.provenance`. Or ``path, error`` of an image that cannot be judged.
 
     Raises
     ------
@@ -315,7 +316,8 @@ def _image_files(paths: str | Path | Iterable[str | Path]) -> Iterator[str]:
 def _answer(judge: Detector, one: Features, fpr: float, fnr: float, ignore: Sequence[str]) -> dict[str, Any]:
     verdict = judge.verdict(one, fpr, fnr, ignore).iloc[0]
     whole, *local = judge.explain(one, 0, ignore=ignore).to_dict("records")
-    sides, fits = ("x0", "y0", "x1", "y1"), ("cosine", "real_below")
+    sides = ("x0", "y0", "x1", "y1")
+    fits = [name for name in ("cosine", "relative", "real_below") if name in whole]
     return {
         **verdict[["path", "image_id", "verdict", "because"]],
         "seen": str(judge.seen(one)[0]),
