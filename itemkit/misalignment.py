@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
-from sklearn.linear_model import Ridge, RidgeCV
+from sklearn.linear_model import RidgeCV
 
 from itemkit import schema
 from itemkit.errors import InputError
@@ -320,9 +320,7 @@ LEAST_SPREAD = 1e-3  # of a cosine: a text whose reals fit exactly is not infini
 def _expected(text_emb: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Coefficients of what reals have, given the text: of ``pairs`` and of log s; the intercepts last."""
     text = text_emb.astype(np.float64)  # few phrases, so the problem is nearly singular
-    # the strength is chosen by the cosine alone: on all k columns it would take several copies of them
-    strength = RidgeCV(STRENGTHS).fit(text, pairs[:, 0]).alpha_
-    mean = Ridge(strength).fit(text, pairs)
+    mean = RidgeCV(STRENGTHS, alpha_per_target=True).fit(text, pairs)
     off = pairs[:, 0] - text @ mean.coef_[0] - mean.intercept_[0]
     log_off = np.log(np.abs(off) + LEAST_SPREAD)
     # One s for all columns, that of the cosine; one for each of 128 columns was no better. Worst local cosine
