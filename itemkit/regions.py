@@ -19,17 +19,20 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from itemkit.encoder import stack_pixels
 from itemkit.errors import InputError
 from itemkit.models import GRID_MAX_STEPS, LOCALISERS, localiser_settings, part_fingerprint
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
     from PIL.Image import Image
 
     from itemkit.encoder import Encoder, ImageEmbedding
 
 Box = tuple[float, float, float, float]
+DENSE_CELLS = 2**24  # numbers that "dense" holds at once for its maps, and for its embeddings
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def embed_boxes(encoder: Encoder, images: Sequence[Image], boxes: Sequence[Box])
     return torch.cat(emb)
 
 
-def peak_boxes(maps: np.ndarray, level: float, frame: Box, size: tuple[int, int]) -> np.ndarray:
+def peak_boxes(maps: np.ndarray, level: float, frame: ArrayLike, size: ArrayLike) -> np.ndarray:
     """Draw a box around the connected part of each map that holds its peak.
 
     Parameters
@@ -115,7 +118,7 @@ def peak_boxes(maps: np.ndarray, level: float, frame: Box, size: tuple[int, int]
     level : float
         Cut between the least finite (0) and the greatest value (1) of each map.
     frame, size
-        What the maps cover, see `Encoder.frame`, and width and height of the image.
+        What the maps cover, see `Encoder.frame`, and width and height of the image: of each, or of all.
 
     Returns
     -------
@@ -132,9 +135,9 @@ def peak_boxes(maps: np.ndarray, level: float, frame: Box, size: tuple[int, int]
     peaks = parts.reshape(flat.shape)[np.arange(len(maps)), flat.argmax(axis=1)]
     slices = ndimage.find_objects(parts)
     cells = [(x.start, y.start, x.stop, y.stop) for _, y, x in (slices[peak - 1] for peak in peaks)]
-    x0, y0, x1, y1 = frame
-    cell = [(x1 - x0) / maps.shape[2], (y1 - y0) / maps.shape[1]] * 2
-    patch, corner, limit = np.array([cell, [x0, y0] * 2, [*size, *size]], np.float32)
+    start, end = np.split(np.asarray(frame, float), 2, axis=-1)
+    patch = (end - start) / maps.shape[:0:-1]
+    patch, corner, limit = (np.concatenate([x, x], -1).astype(np.float32) for x in (patch, start, size))
     return np.clip(np.array(cells, np.float32).reshape(-1, 4) * patch + corner, 0, limit)
 
 
@@ -220,17 +223,30 @@ class Dense(Localiser):
         """See `Localiser.locate`."""
         if embedding.patches is None:
             raise InputError("dense: the images were embedded without patches; use patches=True")
-        grid, device = self.encoder.patch_grid or (1, 1), embedding.pooled.device
-        found = _empty(len(owner), phrase_emb.shape[1], device)
-        for i in owner.unique().tolist():  # by image: patches repeated for each phrase would be large
-            rows, size, patches = owner == i, images[i].size, embedding.patches[i]
-            frame = self.encoder.frame(*size)
-            cosine = phrase_emb[rows].float() @ patches.T
-            cosine = cosine.masked_fill(~inside(grid, frame, size).to(device), -math.inf)
-            weight = (cosine / self.temperature).softmax(dim=1)
-            found.emb[rows] = F.normalize(weight @ patches, dim=1)
-            boxes = peak_boxes(cosine.reshape(-1, *grid).cpu().numpy(), self.level, frame, size)
-            found.boxes[rows] = torch.from_numpy(boxes).to(device)
+        found = _empty(len(owner), phrase_emb.shape[1], embedding.pooled.device)
+        grid, sizes = self.encoder.patch_grid or (1, 1), [image.size for image in images]
+        frames = {size: self.encoder.frame(*size) for size in set(sizes)}
+        masks = {size: inside(grid, frame, size) for size, frame in frames.items()}
+        seen = torch.stack([masks[size] for size in sizes]).to(found.emb.device)
+        # image by image, as many phrases side by side for each: patches are not repeated for every phrase
+        owner = owner.cpu()
+        order, counts = owner.argsort(stable=True), owner.bincount(minlength=len(images))
+        step = max(1, DENSE_CELLS // (int(counts.max()) * sum(embedding.patches.shape[1:]) or 1))
+        parts = counts.split(step)
+        rows_of = order.split([int(part.sum()) for part in parts])
+        split = zip(rows_of, parts, embedding.patches.split(step), seen.split(step), strict=True)
+        for rows, many, patches, mask in split:
+            if not len(rows):
+                continue
+            asked = pad_sequence(phrase_emb[rows].float().split(many.tolist()), batch_first=True)
+            real = torch.arange(asked.shape[1]) < many[:, None]
+            cosine = (asked @ patches.mT).masked_fill(~mask[:, None], -math.inf)
+            emb = (cosine / self.temperature).softmax(dim=2) @ patches
+            found.emb[rows] = F.normalize(emb[real], dim=1)
+            maps = cosine[real].reshape(-1, *grid).cpu().numpy()
+            size = [sizes[i] for i in owner[rows]]
+            boxes = peak_boxes(maps, self.level, [frames[x] for x in size], size)
+            found.boxes[rows] = torch.from_numpy(boxes).to(found.boxes)
         return found
 
 

@@ -91,6 +91,10 @@ def test_boxes_are_in_pixels_of_the_original() -> None:
     assert peak_boxes(cells, 0.5, (0, 0, 80, 40), (80, 40)).tolist() == [[0, 10, 40, 30]]
     assert peak_boxes(cells, 0.5, (20, 0, 60, 40), (80, 40)).tolist() == [[20, 10, 40, 30]]
     assert peak_boxes(np.ones((1, 4, 4)), 0.5, (0, -20, 80, 60), (80, 40)).tolist() == [[0, 0, 80, 40]]
+    two = peak_boxes(
+        np.concatenate([cells] * 2), 0.5, [(0, 0, 80, 40), (20, 0, 60, 40)], [(80, 40), (50, 20)]
+    )
+    assert two.tolist() == [[0, 10, 40, 30], [20, 10, 40, 20]]
     seen = inside((4, 4), (0, -20, 80, 60), (80, 40)).reshape(4, 4)[:, 0]
     assert seen.tolist() == [False, True, True, False]
 
@@ -142,6 +146,43 @@ def test_dense_finds_the_coloured_squares(mode: str) -> None:
     regions = make_localiser("dense", encoder).locate(IMAGES, embed(encoder, images), PHRASES, OWNER)
     assert regions.boxes.tolist() == [[60, 0, 80, 20], [0, 20, 20, 40], [20, 20, 40, 40]]
     assert (cosines(regions) > 0.99).all() and torch.allclose(regions.emb.norm(dim=1), torch.ones(3))
+
+
+def test_dense_takes_all_images_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Colours()
+    encoder.resize_mode = "longest"
+    images = [*IMAGES, scene((30, 90), ((0, 0, 10, 40), "#ff0000")), IMAGES[0], scene((80, 40))]
+    seen = [Image.new("RGB", (max(image.size),) * 2, "#ffffff") for image in images]
+    for square, image in zip(seen, images, strict=True):
+        square.paste(image, [(side - own) // 2 for side, own in zip(square.size, image.size, strict=True)])
+    embedding = embed(encoder, seen)
+    owner = torch.tensor([2, 0, 3, 0, 2, 1, 0, 2, 2])  # none in the last image, four in another
+    phrases = F.normalize(torch.rand(9, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    calls: list[str] = []
+    for one in (inside, peak_boxes):
+
+        def counted(*args, one=one):
+            calls.append(one.__name__)
+            return one(*args)
+
+        monkeypatch.setattr(f"itemkit.regions.{one.__name__}", counted)
+    dense = make_localiser("dense", encoder)
+    found = dense.locate(images, embedding, phrases, owner)
+    assert calls == ["inside"] * 3 + ["peak_boxes"]  # once for each size, once for all maps
+    for row, i in enumerate(owner.tolist()):
+        whole = ImageEmbedding(embedding.pooled[[i]], embedding.patches[[i]])
+        alone = dense.locate([images[i]], whole, phrases[[row]], torch.tensor([0]))
+        assert torch.equal(alone.boxes[0], found.boxes[row])
+        assert torch.allclose(alone.emb[0], found.emb[row], atol=1e-6)
+        mask = inside((4, 4), encoder.frame(*images[i].size), images[i].size)
+        patches = embedding.patches[i][mask]
+        weight = ((patches @ phrases[row]) * encoder.logit_scale).softmax(dim=0)
+        assert torch.allclose(found.emb[row], F.normalize(weight @ patches, dim=0), atol=1e-6)
+    monkeypatch.setattr(
+        "itemkit.regions.DENSE_CELLS", 2 * 4 * 19
+    )  # two images at a time: 16 patches, 3 numbers
+    parts = dense.locate(images, embedding, phrases, owner)
+    assert torch.equal(parts.boxes, found.boxes) and torch.allclose(parts.emb, found.emb, atol=1e-6)
 
 
 def test_dense_ignores_the_padding() -> None:
