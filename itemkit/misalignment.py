@@ -98,7 +98,8 @@ TEMPERATURE = 0.05  # cosine units; small values approach "worst", large ones "m
 POOLINGS = {
     # one bad object among many is diluted. Ours; what a reader would try first
     "mean": lambda count, rank, excess: [1 / count],
-    # no dilution, but the number of objects shows in it. One reading of the figure's Σ
+    # no dilution, but above all it counts objects: "drawn" with it has an AUROC of 0.82 instead of 0.91 (mini
+    # laboratory, validation, seen families). One reading of the figure's Σ
     "sum": lambda count, rank, excess: [rank >= 0],
     # one bad object is enough, and so is one bad box: the max pooling of multiple-instance learning
     "worst": lambda count, rank, excess: [rank == 0],
@@ -250,10 +251,7 @@ class Representation:
         return self
 
     def __call__(self, features: Features) -> np.ndarray:
-        """Misalignment vector of every image, float32, shape (n, k).
-
-        Hierarchical: the global block first, then the pooled local blocks, or the sum of both.
-        """
+        """Misalignment vector of every image, see `represent`."""
         whole = self._misalign("global", features.image_emb, features.caption_emb)[:, 1:]
         if self.config.level == "global":
             return whole
@@ -342,13 +340,13 @@ def represent(features: Features, config: RepresentationConfig | str = "absolute
 
 
 def cosines(features: Features) -> pd.DataFrame:
-    """Three-number summary of every image, for looking at.
+    """Three-number summary of every image, for looking at: absolute cosines.
 
     Returns
     -------
     DataFrame, one row per image
         ``global_cosine, worst_local_cosine, mean_local_cosine, n_objects``. An image without objects shows
-        its global cosine in the local columns, see `represent`.
+        its global cosine in the local columns, see `Representation`.
     """
     numbers = represent(features, "cosines")[:, [0, 2, 1]]
     table = pd.DataFrame(numbers, columns=["global_cosine", "worst_local_cosine", "mean_local_cosine"])
