@@ -183,7 +183,10 @@ class Preset:
                 found[part] = error
                 if not error.reason:  # it is not here, and this preset's name says how to get it
                     shipped = self.name == "mini" and tidy(mini_folder()) in error.looked
-                    remedy = MINI_REMEDY if shipped else FETCH.format(f" --preset {self.name}")
+                    how = f" --preset {self.name}"
+                    if part == "localiser" and self.localiser != PRESETS.get(self.name, self).localiser:
+                        how += f" --localiser {self.localiser}"
+                    remedy = MINI_REMEDY if shipped else FETCH.format(how)
                     found[part] = ModelNotFound(error.what, looked=error.looked, remedy=remedy)
         return found
 
@@ -276,7 +279,9 @@ def get_preset(name: str | Preset = "mini", folder: str | Path | None = None, **
     own: dict[str, Any] = {name: {"model": str(root / folders["localiser"])} for name in DETECTORS}
     if folder is None:
         own = {IMAGE_ALONE: {"model": str(root / IMAGE_ALONE), "precision": preset.precision}}
-    preset = dataclasses.replace(preset, **places, encoder_pretrained=None, localiser_defaults=own)
+    options = {key: value for key, value in preset.localiser_options.items() if key != "model"}
+    changed: dict[str, Any] = {"localiser_options": options, "localiser_defaults": own}
+    preset = dataclasses.replace(preset, **places, encoder_pretrained=None, **changed)
     return preset.replace(**overrides)
 
 
