@@ -63,7 +63,7 @@ _METADATA = {"exif", "icc_profile", "xmp", "photoshop", "comment"}  # as Pillow 
 # Presence of each word and punctuation mark: how a caption is punctuated is style, too.
 _WORDS = CountVectorizer(binary=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]")
 
-_EQUALISE = "Equalise both classes before training, and report raw and equalised results."
+_EQUALISE = "Equalise both classes before training, or match them; report raw and equalised results."
 _BYTES = "In files of one size and codec, what remains of the file size is content: detail and noise."
 _CAPTIONS = "Caption both classes with the same captioner, and show the text-only control."
 
@@ -125,9 +125,13 @@ class AuditReport:
         lines += ["AUROC of each property alone, on images it was not fitted to (0.5 is chance)", ""]
         lines += [shown.to_string(**_ALIGNED), ""]
         if len(worst := leaks[leaks["set"] != "all"]):
-            shown = worst[["set", *_SHOWN]].head(12).assign(set=lambda t: t["set"].map(printable))
-            lines += [f"Worst of single sets ({len(worst)}), against the real images of their source", ""]
-            lines += [shown.to_string(**_ALIGNED), ""]
+            first, leaking = worst.drop_duplicates("set"), worst["set"].value_counts()
+            shown = first[["set", *_SHOWN]].assign(
+                set=first["set"].map(printable), leaks=first["set"].map(leaking)
+            )
+            title = "Worst of single sets, each by its strongest leak, against the real images of its source"
+            lines += [title, "", shown.head(20).to_string(**_ALIGNED), ""]
+            lines += [f"... and {len(shown) - 20} more sets", ""] * (len(shown) > 20)
         said = self.table.loc[(self.table["verdict"] != "none") & (self.table["sentence"] != ""), "sentence"]
         lines += [f"- {printable(sentence)}" for sentence in [*said, *self.notes]]
         if len(leaks):

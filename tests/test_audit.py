@@ -149,6 +149,7 @@ def test_a_leak_of_one_generator_is_not_lost_in_the_whole(tmp_path):
     assert parts["odd", "jpeg_quality"] == 1 and pooled < 0.75 and parts["plain", "jpeg_quality"] < 0.65
     assert report.parts.iloc[0]["set"] == "odd" and "in 'odd', reaches AUROC 1.000" in report.to_text()
     assert re.search(r"Worst of single sets.*\n\n *set .*\n *odd +\w+ +1\.000 .* decides", report.to_text())
+    assert len(re.findall(r"\n *odd ", report.to_text())) == 1, "one line for each set"
     by_source = df.assign(source=["a" if i % 16 < 8 else "b" for i in range(120)])
     assert set(audit(by_source, by="source").parts["set"]) == {"a", "b"}
 
