@@ -52,10 +52,11 @@ ENOUGH = 0.95  # AUROC on its own generator below which a network on pixels was 
 
 
 class FeatureScorer:
-    """Numbers of each image, and an untrained scikit-learn classifier or outlier detector on them.
+    """Numbers of each image, and an untrained scikit-learn classifier or one-class learner on them.
 
     Each of ``numbers`` turns features into an array of shape (n, ...): a function, or an object that has
-    ``fit(train)`` too, which is called first. Several stand side by side.
+    ``fit(train)`` too, which is called first. Several stand side by side. With the learner None nothing is
+    trained: the one number is the score.
     """
 
     def __init__(self, numbers: Sequence[Callable[[Features], np.ndarray]], learner: Any) -> None:
@@ -67,10 +68,11 @@ class FeatureScorer:
         for number in self.numbers_:
             if hasattr(number, "fit"):
                 number.fit(train)
-        stops = val is not None and has_fit_parameter(self.learner, "X_val")
-        parts = (train, val) if stops else (train,)
-        arrays = [array for part in parts for array in (self.vectors(part), part.labels)]
-        self.learner_ = clone(self.learner).fit(*arrays)
+        if self.learner is not None:
+            stops = val is not None and has_fit_parameter(self.learner, "X_val")
+            parts = (train, val) if stops else (train,)
+            arrays = [array for part in parts for array in (self.vectors(part), part.labels)]
+            self.learner_ = clone(self.learner).fit(*arrays)
         return self
 
     def vectors(self, features: Features) -> np.ndarray:
@@ -80,7 +82,9 @@ class FeatureScorer:
 
     def decision_function(self, features: Features) -> np.ndarray:
         """Log-odds, margin or distance of fake."""
-        return np.asarray(self.learner_.decision_function(self.vectors(features)), np.float64)
+        vectors = self.vectors(features)
+        score = vectors[:, 0] if self.learner is None else self.learner_.decision_function(vectors)
+        return np.asarray(score, np.float64)
 
     def __call__(self, features: Features) -> np.ndarray:
         """The same as a column: one scorer's answer can be another one's number."""
@@ -173,18 +177,6 @@ class RankSum(OneClass):
             beyond = np.maximum(number - real[-1], 0) / max(upper - middle, 1e-9)
             total += norm.ppf((rank + 0.5) / (n + 1)) + beyond
         return total
-
-
-class Untrained(BaseEstimator):
-    """The one number as it is."""
-
-    def fit(self, X: np.ndarray, y: np.ndarray) -> Untrained:
-        """Do nothing."""
-        return self
-
-    def decision_function(self, X: np.ndarray) -> np.ndarray:
-        """The first column."""
-        return X[:, 0]
 
 
 @dataclass(eq=False, repr=False)
@@ -520,7 +512,7 @@ class Control:
 
     title: str
     numbers: tuple[Any, ...]  # as of `FeatureScorer`, or ITEM
-    learner: Any  # untrained, or HEAD
+    learner: Any  # as of `FeatureScorer`, or HEAD
     if_it_won: str  # one sentence, printed below the tables
     needs: tuple[str, ...] = ()  # of `NEEDS`
     variant: str = ""  # of `VARIANTS`: what it is given in place of the study's features
@@ -534,7 +526,7 @@ class Control:
         """Untrained scorer, beside a detector of this representation and untrained head."""
         head = clone(head or MisalignmentMLP()).set_params(seed=seed)
         item = Representation(get_representation(representation))
-        learner = head if self.learner is HEAD else clone(self.learner)
+        learner = head if self.learner is HEAD else copy.deepcopy(self.learner)
         if isinstance(learner, PixelCNN):
             learner.set_params(seed=seed, device=head.device)
         return FeatureScorer([item if number is ITEM else number for number in self.numbers], learner)
@@ -587,7 +579,7 @@ CONTROLS: dict[str, Control] = {
         (Doubt(), caption_likelihood), logistic(),
         "Doubt of any models of real images is enough, and misalignment is one form of it.", SCORE + LOGPROB),
     # other texts
-    "concepts": Control("maximum matching in a bank of phrases, untrained", (Concepts(),), Untrained(),
+    "concepts": Control("maximum matching in a bank of phrases, untrained", (Concepts(),), None,
         "Text is needed as an anchor; the image's own caption is not.", variant="bank"),
     "other_caption": Control("another image's caption", (ITEM,), HEAD,
         "It need not be the image's own caption.", variant="other_caption"),
@@ -609,7 +601,7 @@ CONTROLS: dict[str, Control] = {
         "Generators share traces that a network sees in pixels.", PIXELS),
 }  # fmt: skip
 CONTROLS |= {
-    f"cosine_{name}": Control(f"one cosine, {name.replace('_', ' ')}, untrained", (number,), Untrained(),
+    f"cosine_{name}": Control(f"one cosine, {name.replace('_', ' ')}, untrained", (number,), None,
         "A head learns nothing that one cosine does not say.")
     for name, number in DISTANCES.items()
 }  # fmt: skip
@@ -620,8 +612,8 @@ CONTROLS |= {
         ("mahalanobis", "Mahalanobis", Mahalanobis()), ("knn", "nearest reals", NearestReals())
     )
     for where, words, number, learner in (
-        ("image", "image", IMAGE, far), ("mean", "mean region", Novelty(far, "mean"), Untrained()),
-        ("worst", "worst region", Novelty(far, "max"), Untrained()),
+        ("image", "image", IMAGE, far), ("mean", "mean region", Novelty(far, "mean"), None),
+        ("worst", "worst region", Novelty(far, "max"), None),
     )
 }  # fmt: skip
 CONTROLS |= {

@@ -37,7 +37,10 @@ from itemkit.controls import (
 )
 from itemkit.errors import InputError
 from itemkit.head import MisalignmentMLP
+from itemkit.matrix import train_on_test_on
 from itemkit.misalignment import Representation, represent
+from itemkit.recipes import Recipe
+from itemkit.study import _undertrained
 
 from synthetic import make_features, unit
 
@@ -325,3 +328,29 @@ def test_what_is_missing_is_said():
         InputError, match="unknown control 'spectrm'; expected one of caption_like.*mean 'spectrum'"
     ):
         get_control("spectrm")
+
+
+class Guess:
+    """Knows the label of a share of the images."""
+
+    def __init__(self, share):
+        self.share = share
+
+    def fit(self, train, val):
+        return self
+
+    def decision_function(self, features):
+        known, chance = np.random.default_rng(0).random((2, len(features)))
+        return np.where(known < self.share, features.labels, chance)
+
+
+def test_a_network_that_does_not_know_its_own_generator_is_said_to():
+    features = make_features(300, 120, generators=("gan", "flow", "vae"))
+    options = {"seeds": (0,), "train_generators": ["gan", "vae"], "n_boot": 0}
+    knows, guesses = (
+        _undertrained(train_on_test_on(features, {"cnn": Recipe(lambda seed, s=s: Guess(s))}, **options))
+        for s in (0.99, 0.5)
+    )
+    assert knows == [] and len(guesses) == 1
+    assert "trained too little: AUROC on its own generator below 0.95 for gan (0." in guesses[0]
+    assert "vae (0." in guesses[0] and "flow" not in guesses[0]
