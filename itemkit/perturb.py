@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -100,38 +99,28 @@ def _social(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return _jpeg_random(image, rng, 65, 90)
 
 
-class _Family(NamedTuple):
-    step: Callable[..., Image.Image]  # image, random generator, number -> image
-    name: str
-    setting: str
-    strength: Callable[[Any], float]
+def _family(
+    family: str, step: Callable[..., Image.Image], name: str, setting: str, strength: Callable[[Any], float]
+) -> Callable[[float], Perturbation]:
+    """Make the function from a number to its perturbation."""
+
+    def make(number: float) -> Perturbation:
+        label, axis = name.format(number), setting.format(number)
+        return Perturbation(label, family, strength(number), axis, ((step, number),))
+
+    return make
 
 
-_FAMILIES = {
-    "jpeg": _Family(_jpeg, "jpeg_q{}", "q {}", lambda quality: 100 - quality),
-    "webp": _Family(_webp, "webp_q{}", "q {}", lambda quality: 100 - quality),
-    "blur": _Family(_blur, "blur_{:g}px", "{:g} px", float),
-    "noise": _Family(_noise, "noise_{:g}", "{:g}/255", float),
-    "resize": _Family(_resize, "resize_x{:g}", "× {:g}", lambda factor: 1 - factor),
-    # the strength, a share of 4096 px, is only there to be ascending
-    "resize_px": _Family(_resize_px, "resize_{}px", "to {} px", lambda side_px: 1 - side_px / 4096),
-    "crop": _Family(_crop, "crop_{:g}", "{:g} of side", lambda fraction: 1 - fraction),
-}
-
-
-def _make(family: str, number: float) -> Perturbation:
-    one = _FAMILIES[family]
-    name, setting = one.name.format(number), one.setting.format(number)
-    return Perturbation(name, family, one.strength(number), setting, ((one.step, number),))
-
-
-jpeg = partial(_make, "jpeg")  # quality 1-100, chroma at half resolution as most sites store it
-webp = partial(_make, "webp")  # lossy, quality 1-100
-blur = partial(_make, "blur")  # Gaussian, standard deviation in pixels; 0 changes nothing
-noise = partial(_make, "noise")  # Gaussian per pixel and channel, deviation in 1/255; 0 changes nothing
-resize = partial(_make, "resize")  # both sides by a factor of at most 1, and left so; 1 changes nothing
-resize_px = partial(_make, "resize_px")  # the shorter side to so many pixels; smaller images are left alone
-crop = partial(_make, "crop")  # the centre, a fraction of each side; 1 changes nothing
+# quality 1-100, chroma at half resolution as most sites store it
+jpeg = _family("jpeg", _jpeg, "jpeg_q{}", "q {}", lambda quality: 100 - quality)
+webp = _family("webp", _webp, "webp_q{}", "q {}", lambda quality: 100 - quality)  # lossy, quality 1-100
+blur = _family("blur", _blur, "blur_{:g}px", "{:g} px", float)  # Gaussian, standard deviation in pixels
+noise = _family("noise", _noise, "noise_{:g}", "{:g}/255", float)  # Gaussian per pixel and channel
+# both sides by a factor of at most 1, and left so
+resize = _family("resize", _resize, "resize_x{:g}", "× {:g}", lambda factor: 1 - factor)
+# the shorter side; smaller images are left alone. Its strength, a share of 4096 px, is only to be ascending
+resize_px = _family("resize_px", _resize_px, "resize_{}px", "to {} px", lambda side_px: 1 - side_px / 4096)
+crop = _family("crop", _crop, "crop_{:g}", "{:g} of side", lambda fraction: 1 - fraction)  # the centre
 
 
 def jpeg_random(low: int = 50, high: int = 95) -> Perturbation:
