@@ -123,13 +123,13 @@ def run_benchmark(
         result.spread[f"pipeline, {name}"] = (runs[-1].seconds - runs[0].seconds) / middle.seconds
         result.stages_s[name], result.seconds[name] = middle.stages, middle.seconds
         save(result)
-    store = scratch / f"hierarchical{args.repeat - 1}"
-    result.seconds["second run"] = extract(manifest, store, models, **options).seconds
-    if n >= 100:
-        less = manifest.iloc[: n - n // 100]
+    if not args.first_runs_only:
+        store = scratch / f"hierarchical{args.repeat - 1}"
+        result.seconds["second run"] = extract(manifest, store, models, **options).seconds
+        less = manifest.iloc[: n - max(1, n // 100)]
         extract(less, scratch / "less", models, **options)
         result.seconds["1 % more images"] = extract(manifest, scratch / "less", models, **options).seconds
-    if few := args.naive_images:
+        few = args.naive_images
         captions = manifest["caption"][:few]
         loop = timed(lambda: naive_loop(paths[:few], models, captions), device, 0.0, 1)
         result.per_s["one image at a time"] = few / loop.median
@@ -157,17 +157,18 @@ def _name(models: Any, args: argparse.Namespace) -> str:
 
 
 def _ratios(result: Result, limit: float) -> None:
-    hierarchical, per_s, seconds = result.seconds["hierarchical"], result.per_s, result.seconds
+    first, per_s, seconds = result.seconds["hierarchical"], result.per_s, result.seconds
     result.ratios = {
         "pipeline (global) / limit": per_s["pipeline, global"] * limit,
         "pipeline (global) / models alone": per_s["pipeline, global"] / per_s["models alone"],
-        "hierarchical / global, time": hierarchical / seconds["global"],
-        "second run / first, time": seconds["second run"] / hierarchical,
+        "hierarchical / global, time": first / seconds["global"],
     }
-    if "one image at a time" in per_s:
-        result.ratios["one at a time / limit"] = per_s["one image at a time"] * limit
-    if "1 % more images" in seconds:
-        result.ratios["1 % more images / first, time"] = seconds["1 % more images"] / hierarchical
+    if "second run" in seconds:
+        result.ratios |= {
+            "one at a time / limit": per_s["one image at a time"] * limit,
+            "second run / first, time": seconds["second run"] / first,
+            "1 % more images / first, time": seconds["1 % more images"] / first,
+        }
 
 
 def _memory(result: Result, device: torch.device) -> None:
@@ -225,6 +226,9 @@ def parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=SECONDS, help="least time of each bare measurement (default: 3)"
     )
     parser.add_argument("--repeat", type=int, default=3, help="runs of the pipeline: the median (default: 3)")
+    parser.add_argument(
+        "--first-runs-only", action="store_true", help="no second run, no 1 %% more, no plain loop"
+    )
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     return parser
 
