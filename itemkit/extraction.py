@@ -246,6 +246,7 @@ class Job:
         self, manifest: pd.DataFrame, folder: Path, run: dict, missing: str, retry_errors: bool
     ) -> None:
         self.manifest, self.folder, self.damaged = manifest, folder, list[store.DamagedError]()
+        self.state = state_of(folder)
         found = (folder / RUN_FILE).exists()
         before = (self._unless_damaged(store.read_run, folder) if found else None) or {}
         if wrong := differences(before.get("fingerprint", run["fingerprint"]), run["fingerprint"]):
@@ -282,7 +283,9 @@ class Job:
         self.noted: list[tuple] = []
         self.worked = bool((self.plan["status"] == "reused").any())
         self._failed: list[Item] = []  # in a row
-        self.conclude()
+        self.settled = False
+        if not len(self.todo):
+            self.conclude()
 
     def _unless_damaged(self, read: Callable[..., Any], *given: Any) -> Any:
         try:
@@ -400,6 +403,12 @@ class Job:
         # cut short just before its last write, a store is complete and does not say so
         noted = self.placed and same and self.complete == self.run["complete"]
         self.settled = noted and not len(self.todo) and not self.damaged
+
+
+def state_of(folder: Path) -> list[tuple]:
+    """What every run changes in a store that has work to do."""
+    files = [file for file in (folder / RUN_FILE, *store.shard_files(folder)) if file.exists()]
+    return [(file.name, file.stat().st_ino, file.stat().st_mtime_ns) for file in files]
 
 
 def contradictions(table: pd.DataFrame) -> pd.Series:
@@ -586,20 +595,22 @@ def extract(
         "checksums": {},
     }
     job = Job(manifest, folder, run, missing, retry_errors)
-    if not job.settled:
+    while not job.settled:
         with folder_lock(folder):
-            job = Job(manifest, folder, run, missing, retry_errors)  # another run may have been quicker
-            if not job.settled:
-                job.open()
-                if len(job.todo):
-                    if ray is None:
-                        worker = Worker(folder, job.run, models, job.tokens.index, options)
-                    else:
-                        from itemkit.engine_ray import RayCluster
+            if job.state != state_of(folder):  # another run was quicker
+                job = Job(manifest, folder, run, missing, retry_errors)
+                continue
+            job.open()
+            if len(job.todo):
+                if ray is None:
+                    worker = Worker(folder, job.run, models, job.tokens.index, options)
+                else:
+                    from itemkit.engine_ray import RayCluster
 
-                        worker = RayCluster(folder, job.run, models, job.tokens.index, options, ray)
-                    came = _compute(job, worker, progress)
-                store.write_state(folder, job.run | {"complete": job.complete}, job.table)
+                    worker = RayCluster(folder, job.run, models, job.tokens.index, options, ray)
+                came = _compute(job, worker, progress)
+            store.write_state(folder, job.run | {"complete": job.complete}, job.table)
+            break
     report = _report(job, started, worker)
     if progress:
         print(report, file=sys.stderr, flush=True)

@@ -210,15 +210,24 @@ def test_two_notebooks_at_once_compute_everything_once(tmp_path, capfd):
     assert f"another run is writing to {out}: waiting" in capfd.readouterr().err
 
 
-def test_only_new_and_changed_images_are_computed(tmp_path):
+def test_only_new_and_changed_images_are_computed(tmp_path, monkeypatch):
     manifest, out = make_images(tmp_path / "images", 100), tmp_path / "out"
     extract(manifest, out, fake_models(), progress=False)
     assert extract(manifest, out, fake_models(), progress=False).reused == 100
     (tmp_path / "images" / "00003.png").write_bytes(png(99))
     grown = pd.concat([manifest, make_images(tmp_path / "images", 1, 100)], ignore_index=True)
-    models = fake_models()
+    models, made = fake_models(), []
+    for name in ("_plan", "conclude"):
+        real = getattr(extraction.Job, name)
+
+        def noted(job, *args, name=name, real=real):
+            made.append(name.strip("_"))
+            return real(job, *args)
+
+        monkeypatch.setattr(extraction.Job, name, noted)
     report = extract(grown, out, models, progress=False)
     assert (report.reused, report.computed, models.encoder.images_encoded) == (99, 2, 2)
+    assert made == ["plan", "conclude"], "not planned again under the lock, where nothing has happened since"
     os.utime(manifest["path"][5])  # touched, not changed: read, and known again
     assert extract(grown, out, models, progress=False).reused == 101 and models.encoder.images_encoded == 2
 
