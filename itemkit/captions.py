@@ -192,6 +192,7 @@ class Captioner:
             inputs = self.preprocess(*images)
         options = asdict(self.decoding)
         del options["prompt"]
+        # beams change places within an image, and all of them see the same: only their words must move along
         with patch.object(EncoderDecoderCache, "reorder_cache", _reorder_words):
             out = self.model.generate(
                 **{key: to_device(value, self.device) for key, value in inputs.items()},
@@ -215,14 +216,12 @@ class Captioner:
 
 def _prepare(processor: Any, prompt: str, dtype: torch.dtype, *images: Image) -> dict[str, Tensor]:
     """Inputs of a captioner with this processor for some images; floats are of the model's type."""
-    from transformers import BatchFeature
-
     text = {"text": [prompt] * len(images)} if prompt else {}
     try:
         inputs = processor(images=[image.convert("RGB") for image in images], return_tensors="pt", **text)
     except (ValueError, TypeError) as error:
         raise InputError(f"this captioner takes no images with the prompt '{prompt}': {error}") from error
-    return dict(BatchFeature(dict(inputs)).to(dtype))
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def load_captioner(
@@ -259,7 +258,6 @@ def _attend(attention: Any, hidden_states: Tensor, **_: Any) -> tuple[Tensor, No
 
 
 def _reorder_words(cache: Any, beams: Tensor) -> None:
-    """Let the words of beams change places, not what they see: all beams of an image see the same."""
     cache.self_attention_cache.reorder_cache(beams)
 
 

@@ -102,37 +102,26 @@ def text_tower(model: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor
     from open_clip.hf_model import HFTextEncoder
 
     text, prefix = (model.text, "") if hasattr(model, "text") else (model, "text_")
-    pooling = getattr(text, f"{prefix}pool_type", None)
+    pooling, eos = (getattr(text, prefix + name, None) for name in ("pool_type", "eos_id"))
     causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
-    if not (causal and pooling in ("argmax", "eos")):
-        unread = text.config.pad_token_id if isinstance(text, HFTextEncoder) else -1
+    cuts = causal and pooling in ("argmax", "eos")
+    unread = text.config.pad_token_id if isinstance(text, HFTextEncoder) else -1
 
-        def to_the_padding(tokens: Tensor) -> Tensor:
+    def needed(tokens: Tensor) -> Tensor:
+        if not cuts:
             return tokens.shape[1] - (tokens != unread).int().flip(1).argmax(dim=1)
+        return (tokens if pooling == "argmax" else (tokens == eos).int()).argmax(dim=1) + 1
 
-        return to_the_padding, model.encode_text
+    def embed(tokens: Tensor) -> Tensor:  # open_clip's own `encode_text` takes no fewer positions
+        n, project = tokens.shape[1], text.text_projection
+        x = text.token_embedding(tokens) + text.positional_embedding[:n]
+        x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:n, :n]))
+        ends = x[torch.arange(len(x), device=x.device), needed(tokens) - 1]
+        if project is None:
+            return ends
+        return project(ends) if isinstance(project, torch.nn.Linear) else ends @ project
 
-    def to_the_end(tokens: Tensor) -> Tensor:  # the token at which open_clip reads off
-        marks = tokens if pooling == "argmax" else (tokens == getattr(text, f"{prefix}eos_id")).int()
-        return marks.argmax(dim=1) + 1
-
-    class Tower(torch.nn.Module):  # what torch calls with other parameters is a module
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            return self.model.encode_text(tokens)
-
-    tower, place = Tower(), "model." if text is model else "model.text."
-
-    def embed(tokens: Tensor) -> Tensor:
-        n = tokens.shape[1]
-        cut = {"positional_embedding": text.positional_embedding[:n], "attn_mask": text.attn_mask[:n, :n]}
-        own = {place + name: value for name, value in cut.items()}
-        return torch.func.functional_call(tower, own, (tokens,))
-
-    return to_the_end, embed
+    return needed, embed if cuts else model.encode_text
 
 
 def _size(size: int | Sequence[int]) -> tuple[int, int]:

@@ -110,14 +110,23 @@ def test_results_can_take_part_in_training(encoder: Encoder) -> None:
     assert weight.grad is not None
 
 
+def watch(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Texts and positions of each pass of the text tower from now on."""
+    seen: list[tuple[int, ...]] = []
+    original = encoder.model.transformer.forward
+
+    def forward(x, **mask):
+        seen.append(tuple(x.shape[:2]))
+        return original(x, **mask)
+
+    monkeypatch.setattr(encoder.model.transformer, "forward", forward)
+    return seen
+
+
 def test_equal_texts_are_encoded_once(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    original = encoder.model.encode_text
-    monkeypatch.setattr(
-        encoder.model, "encode_text", lambda tokens: seen.append(len(tokens)) or original(tokens)
-    )
+    seen = watch(encoder, monkeypatch)
     rows = encoder.encode_texts(TEXTS)
-    assert seen == [3] and torch.equal(rows[1], rows[3]) and not torch.allclose(rows[0], rows[1])
+    assert seen == [(3, 8)] and torch.equal(rows[1], rows[3]) and not torch.allclose(rows[0], rows[1])
     assert encoder.encode_texts([]).shape == (0, 128)
 
 
@@ -128,16 +137,11 @@ def test_no_text_costs_more_positions_than_it_has_tokens(
     encoder = load_encoder(folder, device="cpu", precision=precision)
     texts = ["dog " * 40, *TEXTS, "dog " * 11, ""]
     whole = encoder.model.encode_text(encoder.tokenizer(texts))
-    seen: list[tuple[int, ...]] = []
-    original = encoder.model.encode_text
-    monkeypatch.setattr(
-        encoder.model, "encode_text", lambda tokens: seen.append(tuple(tokens.shape)) or original(tokens)
-    )
+    seen = watch(encoder, monkeypatch)
     found = encoder.encode_texts(texts)
     assert seen == [(4, 8), (1, 16), (1, 32)]  # of 32; the longest is cut by the tokenizer
     cosine = (found * F.normalize(whole.float(), dim=1)).sum(dim=1)
     assert cosine.min() > (1 - 1e-6 if precision == "float32" else 0.9999)
-    assert encoder.model.attn_mask.shape == (32, 32) and encoder.model.positional_embedding.shape == (32, 128)
 
 
 def test_the_mini_encoder_gives_the_same_numbers(repo: Path) -> None:
@@ -179,6 +183,8 @@ TOWERS = {  # a model, and whether its texts are cut
     "last": (lambda: text_model("CLIP", pool_type="last"), False),
     "clipa": (lambda: text_model("CLIP", pool_type="last", no_causal_mask=True), False),
     "siglip": (lambda: text_model("CustomTextCLIP", pool_type="last", no_causal_mask=True), False),
+    "a layer on top": (lambda: text_model("CLIP", proj_bias=True), True),
+    "nothing on top": (lambda: text_model("CLIP", proj_type="none"), True),
     "both ways, eos": (lambda: text_model("CLIP", pool_type="eos", eos_id=END, no_causal_mask=True), False),
     "coca": (lambda: text_model("CoCa", embed_cls=True, output_tokens=True), False),
     "bert": (lambda: hf_model("mean_pooler", model_type="bert", pad_token_id=0), True),
@@ -495,20 +501,3 @@ def test_true_size_vit_l_14(tmp_path: Path) -> None:
     both = encoder.encode_images(torch.stack([encoder.preprocess(i) for i in pictures(2)]), patches=True)
     assert both.patches.shape == (2, 256, 768) and encoder.context_length == 77
     assert encoder.encode_texts(["a dog"]).shape == (1, 768)
-
-
-@pytest.mark.gpu
-def test_cuda_agrees_with_cpu(folder: Path, encoder: Encoder) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    pixels = torch.stack([encoder.preprocess(image) for image in pictures()])
-    reference = encoder.encode_images(pixels, patches=True)
-    for precision, least in (("float32", 0.9999), ("bfloat16", 0.999)):
-        there = load_encoder(folder, device="cuda", precision=precision)
-        both = there.encode_images(pixels, patches=True)
-        assert both.pooled.is_cuda and both.pooled.dtype is torch.float32
-        assert (both.pooled.cpu() * reference.pooled).sum(dim=1).min() > least
-        assert (both.patches.cpu() * reference.patches).sum(dim=2).min() > least
-        small = torch.stack([torch.from_numpy(encoder.resize(i)).permute(2, 0, 1) for i in pictures()])
-        assert torch.equal(there.encode_images(small, patches=True).pooled, both.pooled)
-        assert (there.encode_texts(TEXTS).cpu() * encoder.encode_texts(TEXTS)).sum(dim=1).min() > least
