@@ -128,7 +128,8 @@ def tests(b: Bench) -> None:
                     b.note(report.nodeid.partition("::")[2], report.longreprtext.splitlines()[-1][:120])
 
     options = ["-q", "-p", "no:cacheprovider", "-m", "gpu", *(["-k", "toy"] if b.toy else [])]
-    pytest.main([*options, str(REPO / "tests" / "test_gpu.py")], plugins=[Listener()])
+    files = [str(REPO / "tests" / f"test_{name}.py") for name in ("gpu", "devices")]
+    pytest.main([*options, *files], plugins=[Listener()])
     if counts["failed"] or not counts["passed"]:
         raise RuntimeError("not all tests passed; what they said is in log.txt")
 

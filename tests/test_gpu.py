@@ -45,10 +45,12 @@ CAPTIONS = ("a red ball on the grass", "a blue cup and a green dog", "the sky", 
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "clip": folders.write_tiny_clip,
     "blip": folders.write_tiny_blip,
+    "blip2": folders.write_tiny_blip2,
     "git": folders.write_tiny_git,
     "vit_gpt2": folders.write_tiny_vit_gpt2,
     "owlv2": folders.write_tiny_owlv2,
     "grounding_dino": folders.write_tiny_grounding_dino,
+    "object_detector": folders.write_tiny_object_detector,
 }
 
 
@@ -102,6 +104,9 @@ def test_toy_embeddings(model: Callable, manifest: pd.DataFrame, precision: str)
     assert distance(found.pooled, expected.pooled) <= CLOSE[precision]
     assert distance(found.patches, expected.patches) <= CLOSE[precision]
     assert distance(there.encode_texts(CAPTIONS), here.encode_texts(CAPTIONS)) <= CLOSE[precision]
+    # bytes are normalised where they are
+    small = torch.stack([torch.from_numpy(here.resize(i)).permute(2, 0, 1) for i in pictures(manifest)])
+    assert distance(there.encode_images(small).pooled, expected.pooled) <= CLOSE[precision]
 
 
 def features(
@@ -118,12 +123,15 @@ def features(
 
 
 @pytest.mark.parametrize("precision", CLOSE)
-@pytest.mark.parametrize("localiser", ["whole", "grid", "dense", "owlv2", "grounding_dino"])
+@pytest.mark.parametrize(
+    "localiser", ["whole", "grid", "dense", "owlv2", "grounding_dino", "object_detector"]
+)
 def test_extraction(model, manifest, tmp_path, localiser: str, precision: str) -> None:
     expected = features(model, manifest, tmp_path / "a", localiser, "cpu", "float32")
     found = features(model, manifest, tmp_path / "b", localiser, DEVICE, precision)
     assert found.table["caption"].tolist() == expected.table["caption"].tolist()
     assert found.objects["phrase"].tolist() == expected.objects["phrase"].tolist()
+    assert found.objects["found"].tolist() == expected.objects["found"].tolist()
     for name in ("image_emb", "caption_emb", "phrase_emb"):
         assert distance(getattr(found, name), getattr(expected, name)) <= CLOSE[precision]
     corners = ["x0", "y0", "x1", "y1"]
@@ -135,7 +143,7 @@ def test_extraction(model, manifest, tmp_path, localiser: str, precision: str) -
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("name", ["blip", "git", "vit_gpt2"])
+@pytest.mark.parametrize("name", ["blip", "blip2", "git", "vit_gpt2"])
 def test_captions(model: Callable, manifest: pd.DataFrame, name: str, beams: int) -> None:
     options = {"precision": "float32", "max_new_tokens": 8, "num_beams": beams}
     expected, found = (
