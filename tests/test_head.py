@@ -321,13 +321,3 @@ def test_a_saved_head_does_not_change_with_the_numbers_of_its_architecture(tmp_p
 def test_a_folder_without_a_head(tmp_path):
     with pytest.raises(ModelNotFound, match="head.json is missing. Train one with `itemkit train`"):
         MisalignmentMLP.load(tmp_path)
-
-
-@pytest.mark.gpu
-def test_on_the_accelerator_as_on_the_processor():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    scores = [
-        MisalignmentMLP(**QUICK | {"device": d}).fit(X, Y).decision_function(X_TEST) for d in ("cpu", "cuda")
-    ]
-    assert np.corrcoef(*scores)[0, 1] > 0.99
