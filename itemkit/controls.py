@@ -369,7 +369,8 @@ class Concepts:
     which a fixed bank of phrases was asked, not the image's own caption.
     """
 
-    k: int = 2
+    # of 1, 2 and 4 the best on the mini laboratory's validation images: AUROC of flow 0.79, 0.71, 0.61
+    k: int = 1
 
     def __call__(self, features: Features) -> np.ndarray:
         """Shape (n, 1); 1 for an image of which nothing was asked."""
