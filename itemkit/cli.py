@@ -199,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--seeds", type=_positive, default=5, help="each draws other training images")
     option("--scores", action="append", default=[], metavar="NAME=CSV", help="of a detector run elsewhere")
     option("--without", action="append", default=[], metavar="CONTROL", help="leave out, e.g. cnn")
+    option("--other-encoder", default="", metavar="NAME", help="for probes of the image alone; mini has one")
     option("--skip-missing", action="store_true", help="go on without test sets that are not there")
     option("--per-set", type=_positive, metavar="N", help="at most N images of a set, class and split")
     option("--jobs", type=_positive, default=os.cpu_count() or 1, help="processes that train side by side")
@@ -372,7 +373,7 @@ def export(args: argparse.Namespace) -> None:
 def study(args: argparse.Namespace) -> int:
     """Misalignment beside every control, raw and equalised: a protocol, or your images."""
     preset = _preset(args)
-    given = ("captions", "seeds", "scores", "skip_missing", "per_set", "without", "jobs")
+    given = ("captions", "seeds", "scores", "skip_missing", "per_set", "without", "other_encoder", "jobs")
     if args.protocol and args.layout == "auto":
         args.layout = itemkit.protocols.get_protocol(args.protocol).layout
     data = None if args.data is None else _manifest(args, args.data)
