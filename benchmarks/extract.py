@@ -29,7 +29,7 @@ from benchmarks.timing import SECONDS, best_batch, timed
 from itemkit._files import write_json
 from itemkit.decode import DecodeConfig, Item, Reader, batches
 from itemkit.devices import choose_device, dtype_name
-from itemkit.extraction import extract, raise_malloc_thresholds
+from itemkit.extraction import ExtractReport, extract, raise_malloc_thresholds
 from itemkit.features import concat_features
 from itemkit.images import load_image
 from itemkit.models import Models
@@ -115,14 +115,16 @@ def run_benchmark(
     options: dict[str, Any] = {"captions": "user" if user else "generate", "progress": False}
     options |= {"decode": config, "batch_size": args.batch_size or result.bare_batch["image"]}
     kinds = {"global": Models(encoder, models.captioner), "hierarchical": models}
-    for name, parts in kinds.items():
-        runs = [extract(manifest, scratch / f"{name}{i}", parts, **options) for i in range(args.repeat)]
-        runs.sort(key=lambda report: report.seconds)
-        middle = runs[len(runs) // 2]
-        result.per_s[f"pipeline, {name}"] = middle.computed / middle.seconds
-        result.spread[f"pipeline, {name}"] = (runs[-1].seconds - runs[0].seconds) / middle.seconds
-        result.stages_s[name], result.seconds[name] = middle.stages, middle.seconds
-        save(result)
+    runs: dict[str, list[ExtractReport]] = {name: [] for name in kinds}
+    for turn in range(args.repeat):  # in turns: a machine that slows down slows both
+        for name, parts in kinds.items():
+            runs[name].append(extract(manifest, scratch / f"{name}{turn}", parts, **options))
+            by_time = sorted(runs[name], key=lambda report: report.seconds)
+            middle = by_time[turn // 2]  # of two the quicker one: a first run also warms up
+            result.per_s[f"pipeline, {name}"] = middle.computed / middle.seconds
+            result.spread[f"pipeline, {name}"] = (by_time[-1].seconds - by_time[0].seconds) / middle.seconds
+            result.stages_s[name], result.seconds[name] = middle.stages, middle.seconds
+            save(result)
     if not args.first_runs_only:
         store = scratch / f"hierarchical{args.repeat - 1}"
         result.seconds["second run"] = extract(manifest, store, models, **options).seconds
