@@ -36,7 +36,7 @@ from itemkit.perturb import Perturbation, jpeg_random
 from itemkit.presets import Preset, get_preset, mini_folder
 from itemkit.protocols import Protocol, get_protocol
 from itemkit.recipes import DEFAULT, Recipe, control, external, item, standard_detectors
-from itemkit.results import STUDY_METRICS, Study, study_table, to_markdown
+from itemkit.results import ONE, STUDY_METRICS, Study, read_scores, save_scores, study_table, to_markdown
 from itemkit.splits import place
 from itemkit.text import count, markdown_table, one_line, write_csv
 
@@ -82,7 +82,7 @@ def run_study(
     without: Sequence[str] = (),
     other_encoder: str = "",
     jobs: int = 1,
-    n_boot: int = 200,
+    n_boot: int = 2000,
     progress: bool = True,
 ) -> StudyReport:
     """Features, contenders, matrix and one table for every condition; an interrupted study goes on.
@@ -180,7 +180,7 @@ def run_study(
         if taken := sorted(elsewhere[condition].keys() & {*recipes, *LATE}):
             raise InputError(f"--scores {taken[0]}=...: that name is a contender of ours; choose another")
         recipes |= elsewhere[condition]
-        options: dict[str, Any] = {"families": plan.families}
+        options: dict[str, Any] = {"families": plan.families, "leave_family_out": True}
         if plan.train:
             there = set(features.table.loc[features.table[schema.SPLIT] == "test", schema.GENERATOR])
             options = {"train_generators": ["+".join(plan.train)], "threshold": "best",
@@ -202,6 +202,7 @@ def run_study(
         failed = study.options["failures"].items()
         failures += [f"{condition}: {recipes[name].title} failed, {why}" for name, why in failed]
     assert unchanged is not None
+    studies = read_scores(save_scores(studies, folder / "scores.parquet"))  # what it says is what is there
     table = study_table(studies, plan)
     write_csv(table, folder / "table.csv")
     sections = _meanings(studies)
@@ -418,12 +419,12 @@ def _fusions(studies: Mapping[str, Study], folder: Path) -> list[str]:
     """Is a fusion ever worse than the better of its parts? Judged by the AUROC of every unseen cell."""
     tables, lines = [], []
     for condition, study in studies.items():
-        worst, rows = study.summary(["auroc"]).set_index("detector")["worst"], []
+        summary, rows = study.summary(["auroc"]), []
+        worst = summary[summary["training"] == ONE].set_index("detector")["worst"]
         for name, parts in (LATE | {"early": ("item", "image_mlp")}).items():
             if not {name, *parts} <= {*study.detectors}:
                 continue
-            gain = study.fusion_gain(name, parts)
-            gain = gain[~gain["seen"]].assign(fusion=name, condition=condition)
+            gain = study.fusion_gain(name, parts, ONE).assign(fusion=name, condition=condition)
             if gain.empty:
                 continue
             tables.append(gain)
@@ -433,6 +434,7 @@ def _fusions(studies: Mapping[str, Study], folder: Path) -> list[str]:
                 {"fusion": f"{name} ({', '.join(parts)})",
                  "cells below the better part": f"{below.sum()} of {len(gain)}",
                  "beyond the 95% interval": int((gain["high"] < 0).sum()),
+                 "after Holm": int(((gain["difference"] < 0) & (gain["p_holm"] < 0.05)).sum()),
                  "largest loss": loss if below.any() else "", "worst cell": f"{worst[name]:.3f}",
                  "best worst cell of a part": f"{worst[[*parts]].max():.3f}"}
             )  # fmt: skip

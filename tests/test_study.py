@@ -1,5 +1,6 @@
 """The matrix: what trains on what, honest thresholds, intervals, reuse, failures, external scores, fusion."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -19,7 +20,7 @@ from itemkit.matrix import train_on_test_on
 from itemkit.misalignment import represent
 from itemkit.presets import Preset
 from itemkit.recipes import Recipe, control, external, item, standard_detectors
-from itemkit.results import Study
+from itemkit.results import ONE, SEVERAL, SHIFTED, STUDY_METRICS, Study
 from itemkit.splits import split_validation
 from itemkit.steps import Steps
 from itemkit.study import make_variants
@@ -70,17 +71,17 @@ def study():
 
 def test_table_is_complete(study):
     table = study.table
-    # 3 contenders, 3 train generators, 3 test generators and the pooled one, 2 seeds, 9 metrics
-    assert len(table) == 3 * 3 * 4 * 2 * 9
+    # 3 contenders, 3 train generators, 3 test generators, 2 seeds
+    assert len(table) == 3 * 3 * 3 * 2 * len(STUDY_METRICS)
     assert not table.duplicated(["detector", "train_generator", "test_generator", "seed", "metric"]).any()
-    cells = table[table["test_generator"] != "pooled_unseen"]
-    assert (cells["seen"] == (cells["train_generator"] == cells["test_generator"])).all()
-    assert set(cells["n_real"]) == {100} and set(cells["n_fake"]) == {30}
-    pooled = table[table["test_generator"] == "pooled_unseen"]
-    assert set(pooled["n_real"]) == {100} and set(pooled["n_fake"]) == {60}  # the shared reals count once
-    assert (table["low"] <= table["high"]).all() and table["value"].between(0, 1).all()
-    ece = table[table["metric"] == "ece"]
-    assert ((ece["low"] <= ece["value"]) & (ece["value"] <= ece["high"])).all()
+    assert (table["seen"] == (table["train_generator"] == table["test_generator"])).all()
+    assert set(table["n_real"]) == {100} and set(table["n_fake"]) == {30} and set(table["training"]) == {ONE}
+    # with labels of the tested set or without, a threshold is moved for generators not trained on
+    unset = table["value"].isna()
+    assert (unset == (table["seen"] & table["metric"].isin(SHIFTED))).all()
+    assert table.loc[~unset, "value"].between(0, 1).all()
+    wide = table[~table["seen"]].pivot_table(index="detector", columns="metric", values="value")
+    assert (wide["balanced_accuracy_oracle"] > wide[[*SHIFTED, "balanced_accuracy"]].max(axis=1)).all()
 
 
 def test_a_cell_by_hand(study):
@@ -128,12 +129,14 @@ def test_unseen_generators_and_test_images_are_never_looked_at():
 
 def test_summary_by_hand(study):
     summary = study.summary(["auroc", "ece"]).set_index(["detector", "metric"])
-    cells = study.table.query(
-        "detector == 'image' and metric == 'auroc' and test_generator != 'pooled_unseen'"
-    )
+    cells = study.table.query("detector == 'image' and metric == 'auroc'")
     unseen = cells[~cells["seen"]]
+    pd.testing.assert_frame_equal(study.unseen("image", "auroc"), unseen)
     row = summary.loc["image", "auroc"]
-    assert row["unseen_mean"] == pytest.approx(unseen["value"].mean()) and row["n_cells"] == 9
+    assert row["unseen_mean"] == pytest.approx(unseen["value"].mean()) and row["n_cells"] == 6
+    of_family = unseen.groupby("test_generator")["value"].mean()
+    assert row[["family_low", "family_high", "family_sd"]].tolist() == [
+        of_family.min(), of_family.max(), pytest.approx(of_family.std())]  # fmt: skip
     assert row["seed_sd"] == pytest.approx(unseen.groupby("seed")["value"].mean().std())
     by_cell = unseen.groupby(["train_generator", "test_generator"])["value"].mean()
     assert row["worst"] == pytest.approx(by_cell.min())
@@ -143,7 +146,7 @@ def test_summary_by_hand(study):
     )
     # a mean over cells is known better than its weakest cell
     assert row["high"] - row["low"] < row["worst_high"] - row["worst_low"]
-    ece = study.table.query("detector == 'image' and metric == 'ece' and test_generator != 'pooled_unseen'")
+    ece = study.table.query("detector == 'image' and metric == 'ece'")
     ece = ece[~ece["seen"]].groupby(["train_generator", "test_generator"])["value"].mean()
     assert summary.loc["image", "ece"]["worst"] == pytest.approx(ece.max())  # the largest error is the worst
     matrix = study.matrix("image")
@@ -173,10 +176,10 @@ def test_families_and_pooled_train_generators():
         families={"vae": "flow"},
         n_boot=0,
     )
-    assert study.table["seen"].all() and "pooled_unseen" not in set(study.table["test_generator"])
+    assert study.table["seen"].all() and set(study.table["training"]) == {SEVERAL}
     assert np.isnan(study.summary(["auroc"])["unseen_mean"][0])
     study = train_on_test_on(FEATURES, {"r": RECORDER}, seeds=(0,), train_generators=["gan+flow"], n_boot=0)
-    assert set(study.table.loc[~study.table["seen"], "test_generator"]) == {"vae", "pooled_unseen"}
+    assert set(study.table.loc[~study.table["seen"], "test_generator"]) == {"vae"}
 
 
 def test_kept_runs_are_reused_and_others_are_not(tmp_path, trained):
@@ -201,7 +204,7 @@ def test_kept_runs_are_reused_and_others_are_not(tmp_path, trained):
     train_on_test_on(replace(FEATURES, **flipped), recipes, **options)
     assert trained[5:] == [("image", "gan", 0)]
     stored = pd.read_csv(tmp_path / "table.csv")
-    assert stored["value"].notna().all() and {"preset", "models", "note"} <= set(stored)
+    assert len(stored) == len(again.table) and {"preset", "models", "note"} <= set(stored)
 
 
 def test_external_scores_join_by_id_or_path(tmp_path):
@@ -262,7 +265,7 @@ def test_reals_judged_apart_are_drawn_apart():
     few |= (FEATURES.table["generator"] == "gan").to_numpy()
     here = replace(FEATURES, table=FEATURES.table.assign(source=np.where(few, "small", "large")))
     study = train_on_test_on(here, {"a": RECORDER}, seeds=(0,), n_boot=200, pair_by="source")
-    assert study.table[["low", "high"]].notna().all(axis=None)
+    assert np.isfinite(study.mean(study.unseen("a", "auroc"))["low"])
     assert study.table.query("test_generator == 'gan'")["n_real"].eq(3).all()
     assert study.table.query("test_generator == 'flow'")["n_real"].eq(97).all()
 
@@ -307,7 +310,7 @@ def test_external_scores_errors(tmp_path, table, message):
 
 def test_late_fusion_from_kept_scores(study):
     parts = ("image", "text")
-    new = Study(study.test, list(study.runs), study.options).fuse("both", parts)
+    new = Study(study.images, list(study.runs), dict(study.options)).fuse("both", parts)
     runs = {r.detector: r for r in new.runs if (r.train_generator, r.seed) == ("gan", 0)}
     y = np.array(runs["text"].val_labels)
     odds = []
@@ -317,12 +320,22 @@ def test_late_fusion_from_kept_scores(study):
     np.testing.assert_allclose(runs["both"].test_scores, np.mean(odds, axis=0), rtol=1e-5)
     assert runs["both"].val_labels == y.tolist()
     gain = new.fusion_gain("both", parts)
+    assert len(gain) == 6 and gain["difference"].is_monotonic_increasing
     cell = gain.iloc[0]
-    values = {name: new.matrix(name).loc[cell["train_generator"], cell["test_generator"]]
-              for name in (*parts, "both")}  # fmt: skip
-    assert cell["best"] == max(values[part] for part in parts) == values[cell["best_part"]]
-    assert cell["difference"] == pytest.approx(values["both"] - cell["best"])
-    assert gain["difference"].is_monotonic_increasing
+    train, test = cell["train_generator"], cell["test_generator"]
+    half = np.array([hashlib.sha256(name.encode()).digest()[0] % 2 for name in new.test["image_id"]])
+    cell_y, values = new.test["label"].to_numpy(), {}
+    for name in (*parts, "both"):
+        mine = [np.array(r.test_scores) for r in new.runs if (r.detector, r.train_generator) == (name, train)]
+        for h in (0, 1):
+            rows = (half == h) & new.test["generator"].isin(["real", test]).to_numpy()
+            values[name, h] = np.mean([roc_auc_score(cell_y[rows], s[rows]) for s in mine])
+    # chosen on one half, judged on the other
+    best = {h: max(parts, key=lambda part: values[part, 1 - h]) for h in (0, 1)}
+    assert cell["best_part"] == " / ".join(dict.fromkeys([best[0], best[1]]))
+    assert cell["best"] == pytest.approx((values[best[0], 0] + values[best[1], 1]) / 2)
+    assert cell["fused"] == pytest.approx((values["both", 0] + values["both", 1]) / 2)
+    assert cell["difference"] == pytest.approx(cell["fused"] - cell["best"])
     with pytest.raises(InputError, match="the study has a contender 'image' already"):
         new.fuse("image", parts)
 
@@ -501,7 +514,7 @@ def test_few_images_withhold_the_threshold_and_nothing_else():
     study = train_on_test_on(few, {"r": RECORDER}, seeds=(0, 1), n_boot=20)
     value = study.table.groupby("metric")["value"]
     assert value.count()[["accuracy_real", "accuracy_fake", "balanced_accuracy"]].eq(0).all()
-    assert value.count()[["auroc", "ap", "ece", "tpr_at_fpr05"]].eq(12).all()
+    assert value.count()[["auroc", "ap", "ece", "tpr_at_fpr05"]].eq(8).all()
     assert (
         len(study.options["notes"]) == 1
         and "needs at least 19 real validation images" in study.options["notes"][0]
