@@ -69,8 +69,9 @@ class FeatureScorer:
             if hasattr(number, "fit"):
                 number.fit(train)
         if self.learner is not None:
-            stops = val is not None and has_fit_parameter(self.learner, "X_val")
-            parts = (train, val) if stops else (train,)
+            parts = [train]
+            if val is not None and has_fit_parameter(self.learner, "X_val"):
+                parts.append(val)
             arrays = [array for part in parts for array in (self.vectors(part), part.labels)]
             self.learner_ = clone(self.learner).fit(*arrays)
         return self
@@ -299,8 +300,6 @@ class Doubt:
 
 
 IMAGE, CAPTION = attrgetter(schema.IMAGE_EMB), attrgetter(schema.CAPTION_EMB)
-
-
 # one minus a cosine, one number: used untrained, or among a handful
 DISTANCES = {
     name: Representation(RepresentationConfig(level, "distance", pooling, relative=relative))
@@ -397,12 +396,12 @@ MEMORY = 200_000  # vectors of images that each function below remembers
 
 def of_pixels(function: Callable[[np.ndarray], np.ndarray]) -> Callable[[Features], np.ndarray]:
     """Let a function of images take features, and look at each image once: a study comes back to it often."""
-    known: dict[bytes, np.ndarray] = {}
+    known: dict[tuple, np.ndarray] = {}
 
     @functools.wraps(function)
     def remembered(features: Features) -> np.ndarray:
         images = pixels(features)
-        keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
+        keys = [(image.shape, hashlib.blake2b(image.tobytes()).digest()) for image in images]
         if len(known) > MEMORY:
             known.clear()
         if new := {key: row for row, key in enumerate(keys) if key not in known}:
@@ -502,8 +501,6 @@ VARIANTS = {
     "bank": "features of each image for which a fixed bank of phrases was looked for",
     "other_encoder": "features by another frozen encoder: give its name or folder",
 }
-
-
 ITEM, HEAD = "item", "head"  # stand for the representation and the head of the detector beside a control
 
 
@@ -527,10 +524,10 @@ class Control:
         """Untrained scorer, beside a detector of this representation and untrained head."""
         head = clone(head or MisalignmentMLP()).set_params(seed=seed)
         item = Representation(get_representation(representation))
-        learner = head if self.learner is HEAD else copy.deepcopy(self.learner)
+        learner = head if self.learner == HEAD else copy.deepcopy(self.learner)
         if isinstance(learner, PixelCNN):
             learner.set_params(seed=seed, device=head.device)
-        return FeatureScorer([item if number is ITEM else number for number in self.numbers], learner)
+        return FeatureScorer([item if number == ITEM else number for number in self.numbers], learner)
 
     def lacks(self, features: Features, variants: Mapping[str, Features]) -> str:
         """What features and variants lack for it, in words; empty where it can be run."""

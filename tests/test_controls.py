@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from joblib.externals.loky.cloudpickle_wrapper import dumps, loads
 from scipy.stats import norm
 from sklearn.base import clone
 from sklearn.metrics import roc_auc_score as auroc
@@ -39,7 +40,7 @@ from itemkit.errors import InputError
 from itemkit.head import MisalignmentMLP
 from itemkit.matrix import train_on_test_on
 from itemkit.misalignment import Representation, represent
-from itemkit.recipes import Recipe
+from itemkit.recipes import Recipe, control
 from itemkit.study import _undertrained
 
 from synthetic import make_features, unit
@@ -328,6 +329,14 @@ def test_what_is_missing_is_said():
         InputError, match="unknown control 'spectrm'; expected one of caption_like.*mean 'spectrum'"
     ):
         get_control("spectrm")
+
+
+@pytest.mark.parametrize("name", ["item", "early", "few_both", "spectrum_one_class"])
+def test_a_contender_is_the_same_in_another_process(name):
+    train, val, test = parts(FEATURES)
+    build = loads(dumps(control(name, head=QUICK).build))  # as it travels there
+    score = get(name).fit(train, val).decision_function(test)
+    np.testing.assert_array_equal(build(0).fit(train, val).decision_function(test), score)
 
 
 class Guess:
