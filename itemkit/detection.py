@@ -59,9 +59,9 @@ class ObjectDetector(BoxLocaliser):
         size = getattr(processor, "image_processor", processor).size
         self._one_size = bool(size.get("height") and size.get("width"))  # of whatever image
 
-    @abstractmethod
-    def inputs(self, images: Sequence[Image], words: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
-        """Prepare images, and the words to look for in each."""
+    def asked(self, words: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """What the processor is given besides some images: the words to look for in each."""
+        return {}
 
     @abstractmethod
     def confidence(self, logits: Tensor, words: Sequence[Any]) -> Tensor:
@@ -100,7 +100,8 @@ class ObjectDetector(BoxLocaliser):
 
     def run(self, images: Sequence[Image], words: Sequence[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each of some images of one size: boxes x0, y0, x1, y1 as shares of the sides, and logits."""
-        inputs, n = self.inputs(images, words), len(images)
+        pictures, n = [image.convert("RGB") for image in images], len(images)
+        inputs = self.processor(images=pictures, return_tensors="pt", **self.asked(words))
         step = max(1, BATCH_PIXELS // inputs["pixel_values"][0, 0].numel())
         for start in range(0, n, step):
             # Owlv2 has a row of tokens for each phrase, not for each image
@@ -144,11 +145,10 @@ def overlap(boxes: Tensor, box: Tensor) -> Tensor:
 class Owlv2(ObjectDetector):
     """Owlv2: each phrase is a query of its own."""
 
-    def inputs(self, images, words):  # types: see ObjectDetector
-        """See `ObjectDetector.inputs`; where an image has fewer phrases than others, the rest is ignored."""
+    def asked(self, words: Sequence[Sequence[str]]) -> dict[str, Any]:
+        """See `ObjectDetector.asked`; the processor gives images with fewer phrases empty ones."""
         positions = self.model.config.text_config.max_position_embeddings  # 16
-        cut = {"padding": "max_length", "truncation": True, "max_length": positions}
-        return dict(self.processor(images=_rgb(images), text=list(words), return_tensors="pt", **cut))
+        return {"text": list(words), "padding": "max_length", "truncation": True, "max_length": positions}
 
     def confidence(self, logits: Tensor, words: Sequence[str]) -> Tensor:
         """See `ObjectDetector.confidence`."""
@@ -162,10 +162,9 @@ class Owlv2(ObjectDetector):
 class GroundingDino(ObjectDetector):
     """Grounding DINO: one prompt for all phrases, "cat. red ball."; the best token speaks for its phrase."""
 
-    def inputs(self, images, words):  # types: see ObjectDetector
-        """See `ObjectDetector.inputs`; padding of prompts, unlike that of images, changes nothing."""
-        prompts = [_prompt(phrases)[0] for phrases in words]
-        return dict(self.processor(images=_rgb(images), text=prompts, return_tensors="pt", padding=True))
+    def asked(self, words: Sequence[Sequence[str]]) -> dict[str, Any]:
+        """See `ObjectDetector.asked`; padding of prompts, unlike that of images, changes nothing."""
+        return {"text": [_prompt(phrases)[0] for phrases in words], "padding": True}
 
     def confidence(self, logits: Tensor, words: Sequence[str]) -> Tensor:
         """See `ObjectDetector.confidence`."""
@@ -199,10 +198,6 @@ def _prompt(phrases: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
         spans.append((len(prompt), len(prompt) + len(clean)))
         prompt += clean + ". "
     return prompt.strip(), spans
-
-
-def _rgb(images: Sequence[Image]) -> list[Image]:
-    return [image.convert("RGB") for image in images]
 
 
 class ImageAlone(ObjectDetector):
@@ -247,10 +242,6 @@ class ImageAlone(ObjectDetector):
     @functools.cached_property
     def _class_emb(self) -> Tensor:
         return self.encoder.encode_texts([name.lower() for name in self.classes.values()])
-
-    def inputs(self, images, words):  # types: see ObjectDetector
-        """See `ObjectDetector.inputs`."""
-        return dict(self.processor(images=_rgb(images), return_tensors="pt"))
 
     def confidence(self, logits: Tensor, words: Sequence[int]) -> Tensor:
         """See `ObjectDetector.confidence`.
