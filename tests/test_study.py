@@ -388,7 +388,7 @@ def test_a_recipe_says_every_number_that_it_is_made_of():
     made_of = [json.dumps(json.loads(text)["made_of"]) + str(CONTROLS.get(n)) for n, text in about.items()]
     assert len(set(made_of)) == len(made_of)
     assert '"k": 5' in about["novelty_worst_knn"] and '"relative": true' in about["few"]
-    assert '"steps": 600' in about["cnn"] and '"hidden": [256, 64]' in about["item"]
+    assert '"steps": 400' in about["cnn"] and '"hidden": [256, 64]' in about["item"]
 
 
 def stub(**parts):
