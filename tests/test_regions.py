@@ -501,6 +501,16 @@ def test_the_kth_mention_gets_the_kth_best_box_that_lies_apart() -> None:
     ]
 
 
+def test_a_large_batch_goes_in_parts(families, clip, monkeypatch) -> None:
+    passes = sees(families["rt_detr_v2"], clip)
+    texts, owner = ["ball"] * 3, torch.arange(3)
+    together = passes.locate(pictures(), texts, owner)
+    monkeypatch.setattr("itemkit.detection.BATCH_PIXELS", 2 * 64 * 64 + 1)
+    parts = passes.locate(pictures(), texts, owner)
+    assert passes.sizes == [3, 2, 1]
+    assert torch.allclose(parts.boxes, together.boxes, atol=1e-3)
+
+
 def test_union_and_grid_as_stand_in() -> None:
     texts, owner = ["two balls", "the red cup"], torch.zeros(2, dtype=int)
     embedding, emb = embed(Colours(), IMAGES[:1]), torch.stack([RED, RED])
