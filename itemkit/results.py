@@ -48,6 +48,7 @@ STUDY_METRICS: tuple[str, ...] = (
 BOOT_SEED = 0
 FEW = 200  # resamples for the intervals of all but AUROC, whose mean over seeds takes one matrix product
 PAIR = ["train_generator", "test_generator"]
+BY = ["detector", "train_generator", "seed"]  # what tells runs apart
 ONE, SEVERAL = "one generator", "several generators"
 
 
@@ -417,18 +418,17 @@ def save_scores(studies: Mapping[str, Study], path: Path) -> Path:
         rows = [np.r_[run.val_rows, tests] for run in kept]
         y = study.images[schema.LABEL].to_numpy(float)
         scores = [_short(y[at], np.r_[r.val_scores, r.test_scores]) for r, at in zip(kept, rows, strict=True)]
-        length = [len(at) for at in rows]
-        columns: dict[str, Any] = {"condition": np.repeat(condition, sum(length))}
-        for name in ("detector", "train_generator", "seed"):
-            columns[name] = np.repeat([getattr(run, name) for run in kept], length)
+        names = [(condition, run.detector, run.train_generator, run.seed) for run in kept]
+        of_runs = pd.DataFrame(names, columns=["condition", *BY])
         top = os.path.commonpath([os.path.dirname(name) for name in study.images[schema.PATH]])
-        images = study.images.assign(
-            path=[os.path.relpath(p, top or None) for p in study.images[schema.PATH]]
-        )
-        columns |= {name: images[name].to_numpy()[np.concatenate(rows)] for name in images}
-        table = pd.DataFrame(columns)
-        table = table.astype(dict.fromkeys(table.select_dtypes(exclude="number"), "category"))
-        tables.append(pa.Table.from_pandas(table.assign(score=np.concatenate(scores)), preserve_index=False))
+        named = [os.path.relpath(name, top or None) for name in study.images[schema.PATH]]
+        which = (np.repeat(np.arange(len(kept)), [len(at) for at in rows]), np.concatenate(rows))
+        parts = []
+        for part, at in zip((of_runs, study.images.assign(path=named)), which, strict=True):
+            texts = part.select_dtypes(exclude="number").columns
+            parts.append(part.astype(dict.fromkeys(texts, "category")).iloc[at].reset_index(drop=True))
+        table = pd.concat(parts, axis=1).assign(score=np.concatenate(scores))
+        tables.append(pa.Table.from_pandas(table, preserve_index=False))
     about = json.dumps({condition: study.options for condition, study in studies.items()})
     table = pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
     buffer = pa.BufferOutputStream()
@@ -474,8 +474,7 @@ def _study(table: pd.DataFrame, options: dict) -> Study:
     images = table[names].drop_duplicates(schema.PATH).reset_index(drop=True)
     images = images.astype({name: object for name in names if name != schema.LABEL})
     position, fused, runs = pd.Index(images[schema.PATH]), options.pop("fused", {}), []
-    by: list[str] = ["detector", "train_generator", "seed"]
-    for key, part in table.groupby(by, sort=False, observed=True):
+    for key, part in table.groupby(BY, sort=False, observed=True):
         val = (part[schema.SPLIT] == "val").to_numpy()
         rows, scores = position.get_indexer(part[schema.PATH].astype(object)), part["score"].to_numpy(float)
         labels = part[schema.LABEL].to_numpy(int)[val].tolist()
@@ -650,10 +649,11 @@ def _by_cell(table: pd.DataFrame, protocol: Protocol) -> list[str]:
     """A line for each cell, a column for each contender, with the values of all conditions."""
     part = table[(table["metric"] == protocol.metric) & (table["kind"] == OURS)]
     conditions, summed = list(dict.fromkeys(part["condition"])), part["row"].isin([MEAN, WORST])
+    which = ", " + part["training"] if part["training"].nunique() > 1 else ""
     # unseen cells first, then mean and worst, then what the training sets' own families give
     seen = part["seen"].eq(True) & ~summed & (not protocol.train)
     part = part.assign(
-        cell=part["row"] + np.where(seen, " (seen)", "") + np.where(summed, ", " + part["training"], ""),
+        cell=part["row"] + np.where(seen, " (seen)", "") + np.where(summed, which, ""),
         rank=np.select([seen, part["row"] == MEAN, part["row"] == WORST], [3, 1, 2], 0),
         text=[_percent(row, False) for row in part.to_dict("records")],
     )
