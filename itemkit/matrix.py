@@ -22,7 +22,7 @@ import itemkit
 from itemkit import schema
 from itemkit._files import write_json
 from itemkit.errors import InputError, StoreError
-from itemkit.features import Features
+from itemkit.features import FOUND, Features
 from itemkit.metrics import METRICS
 from itemkit.recipes import Recipe, array_hash
 from itemkit.results import SHIFTED, STUDY_METRICS, Run, Study, run_path
@@ -244,4 +244,6 @@ def _hash(features: Features) -> str:
     columns = [schema.IMAGE_ID, schema.LABEL, schema.GENERATOR, schema.SPLIT, schema.CAPTION_LOGPROB]
     table = features.table[columns].to_csv().encode("utf-8", "surrogateescape")
     arrays = [array for array in vars(features).values() if isinstance(array, np.ndarray)]
-    return array_hash(np.frombuffer(table, np.uint8), features.objects["score"].to_numpy(float), *arrays)
+    return array_hash(
+        np.frombuffer(table, np.uint8), features.objects[["score", FOUND]].to_numpy(float), *arrays
+    )
