@@ -541,7 +541,7 @@ def test_the_captioners_preprocessing_is_done_where_images_are_decoded(reference
 )
 def test_an_image_that_crashes_or_hangs_a_decoder_costs_one_row(tmp_path, monkeypatch, end, why):
     manifest, out = make_images(tmp_path / "images", 12), tmp_path / "out"
-    real = decode.load_image
+    real, there = decode.load_image, multiprocessing.active_children()
 
     def load(data, name, **options):
         if name in ("00002.png", "00007.png"):
@@ -555,7 +555,7 @@ def test_an_image_that_crashes_or_hangs_a_decoder_costs_one_row(tmp_path, monkey
         report = extract(manifest, out, fake_models(), decode=config, batch_size=4, progress=False)
     assert (report.computed, report.errors) == (10, 2)
     assert errors_of(out)["reason"].str.contains(f"the process that decodes images died on it .*{why}").all()
-    assert not multiprocessing.active_children()
+    assert {*multiprocessing.active_children()} <= {*there}
     monkeypatch.undo()  # it may have been short of memory: the next run tries again
     assert extract(manifest, out, fake_models(), progress=False).computed == 2
 
