@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test notebooks lab lab-check lint check-notebooks check-readme clean
+.PHONY: help run test notebooks lab lab-check lint check-notebooks check-readme bench-gpu wheels clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
@@ -52,6 +52,12 @@ check-notebooks: $(READY)  ## execute every notebook into a temporary folder and
 
 check-readme: $(READY)  ## run every command and every line of Python that README.md shows
 	$(BIN)/python -m pytest -q -ra -m readme $(ARGS)
+
+bench-gpu: $(READY)  ## prove and time the GPU path in eight minutes, into build/gpu
+	$(BIN)/python -m benchmarks.gpu --out build/gpu
+
+wheels: $(READY)  ## what a machine with a GPU and no network lacks, as stripped wheels in build/wheels
+	$(BIN)/python -m tools.wheels
 
 # build/ stays: it holds the checkpoints of a laboratory in training
 clean:  ## remove results and caches; keeps the environment, data/, build/ and the committed notebooks

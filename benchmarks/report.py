@@ -1,15 +1,18 @@
-"""What a benchmark has measured, as a page and as a row of the table in benchmarks/README.md.
+"""What a benchmark has measured, as a page, and as a row of the table in benchmarks/README.md.
 
-python -m benchmarks.report benchmarks/results/*.json
+    python -m benchmarks.report benchmarks/results/*.json
+
+Results of `benchmarks.extract` become the rows of that table; those of `benchmarks.gpu` are printed.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- rows: python -m benchmarks.report -->", "<!-- end of rows -->"
@@ -18,11 +21,18 @@ HEAD = (
     "hierarchical, time | second run, time | 1 % more, time | memory |",
     "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
 )
+# what `benchmarks.gpu` should measure on one H100, by step and name
+GPU_GOALS = {
+    ("encoder", "pipeline, global, per s"): "≥ 2,100",
+    ("captioner base", "pipeline, global, per s"): "≥ 800",
+    ("captioner base", "pipeline, hierarchical, per s"): "≥ 500",
+    ("head", "members 1, seconds"): "≤ 2",
+}
 
 
 @dataclass
 class Result:
-    """Everything one run of the benchmark has measured."""
+    """Everything one run of `benchmarks.extract` has measured."""
 
     model: str
     device: str
@@ -34,43 +44,57 @@ class Result:
     bare_per_s: dict[str, float] = field(default_factory=dict)
     bare_batch: dict[str, int] = field(default_factory=dict)
     per_s: dict[str, float] = field(default_factory=dict)
+    # of each rate, largest less least time of its repetitions, over their median
+    spread: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
     stages_s: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     memory_mb: float = 0.0
     gpu_memory_mb: float = 0.0
     gflop_per_image: float = 0.0
-    share_of_peak: float | None = None
+
+    @property
+    def values(self) -> dict[str, float | str]:
+        """Everything measured so far, by name."""
+        found: dict[str, float | str] = {}
+        for name, value in (self.bare_per_s | self.per_s).items():
+            bare, batch = "bare " * (name in self.bare_per_s), self.bare_batch.get(name)
+            found[f"{bare}{name}, per s{f', batch {batch}' if batch else ''}"] = value
+        found |= {f"{name}: spread": value for name, value in self.spread.items()} | self.ratios
+        for kind, stages in self.stages_s.items():
+            busy = [f"{name} {seconds:.2f}" for name, seconds in stages.items() if seconds > 0.01]
+            found[f"seconds of {kind}"] = f"{self.seconds[kind]:.2f}: {', '.join(busy)}"
+        others = {"memory, MB": self.memory_mb, "GPU memory, MB": self.gpu_memory_mb}
+        others["GFLOP per image of the image tower"] = self.gflop_per_image
+        return found | {name: value for name, value in others.items() if value}
 
 
-def table(result: Result) -> str:
-    """The result as a Markdown page."""
-    lines = [
-        f"{result.model}: {result.images} images, {result.device}, {result.precision}, "
-        f"{result.threads} threads, weights: {result.weights}, torch {result.versions['torch']}",
-        "",
-        "| images/s | |",
-        "|---|---:|",
-    ]
-    for name, value in result.bare_per_s.items():
-        batch = f" (batch {result.bare_batch[name]})" if name in result.bare_batch else ""
-        lines.append(f"| bare {name}{batch} | {value:.1f} |")
-    lines += [f"| {name} | {value:.1f} |" for name, value in result.per_s.items()]
-    lines += ["", "| ratio | |", "|---|---:|"]
-    lines += [f"| {name} | {value:.3f} |" for name, value in result.ratios.items()]
-    names = list(result.stages_s["global"])
-    lines += ["", f"| seconds | {' | '.join(names)} | all |", f"|---|{'---:|' * (len(names) + 1)}"]
-    for kind, stages in result.stages_s.items():
-        cells = " | ".join(f"{stages[name]:.2f}" for name in names)
-        lines.append(f"| {kind} | {cells} | {result.seconds[kind]:.2f} |")
-    lines += [
-        "",
-        f"Memory {result.memory_mb:.0f} MB; {result.gflop_per_image:.1f} GFLOP per image (image tower).",
-    ]
-    if result.gpu_memory_mb:
-        lines.append(f"GPU memory {result.gpu_memory_mb:.0f} MB.")
-    if result.share_of_peak is not None:
-        lines.append(f"Bare image tower: {result.share_of_peak:.0%} of the data sheet's dense arithmetic.")
+def rows(values: Mapping[str, float | str], step: str = "") -> list[str]:
+    """Lines of a Markdown table: what was measured, the value, the goal."""
+    found = []
+    for name, value in values.items():
+        text = value if isinstance(value, str) else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+        found.append(f"| {name} | {text} | {GPU_GOALS.get((step, name), '')} |".replace("\n", " "))
+    return found
+
+
+def page(result: Result) -> str:
+    """What `benchmarks.extract` has measured, as a Markdown page."""
+    where = f"{result.device}, {result.precision}, {result.threads} threads"
+    title = f"{result.model}: {result.images} images, {where}, weights: {result.weights}"
+    table = ["| measured | value | |", "|---|---:|---|", *rows(result.values)]
+    return "\n".join([f"{title}, torch {result.versions['torch']}", "", *table])
+
+
+def gpu_page(record: dict[str, Any]) -> str:
+    """What `benchmarks.gpu` has written, as a Markdown page."""
+    toy = ", TOY SIZE: these numbers say only that it runs" if record["toy"] else ""
+    lines = [f"{record['device']}, {record['versions']}{toy}", ""]
+    lines += ["| measured | value | goal |", "|---|---:|---|"]
+    for step, done in record["steps"].items():
+        note = f": {done['note']}" if done["note"] else ""
+        lines += [f"| **{step}** | {done['status']}, {done['seconds']:.0f} s{note} | |".replace("\n", " ")]
+        lines += rows(done["values"], step)
     return "\n".join(lines)
 
 
@@ -113,7 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = [Path(name) for name in (sys.argv[1:] if argv is None else argv)]
     if not files:
         sys.exit("give the JSON files that `python -m benchmarks.extract --json FILE` wrote")
-    write_rows([Result(**json.loads(file.read_text(encoding="utf-8"))) for file in files])
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    for record in found:
+        if "steps" in record:
+            print(gpu_page(record))
+    if results := [Result(**record) for record in found if "steps" not in record]:
+        write_rows(results)
     return 0
 
 

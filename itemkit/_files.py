@@ -16,15 +16,22 @@ LOCK_FILE = ".lock"
 _TMP = ".tmp-"
 
 
-def atomic_write(path: Path, content: bytes | memoryview) -> None:
-    """Write a buffer as a file that is either whole or absent; an old one is replaced only by a whole one."""
+def atomic_write(path: Path, content: bytes | memoryview, sync: bool = True) -> None:
+    """Write a buffer as a file that is either whole or absent; an old one is replaced only by a whole one.
+
+    Without ``sync`` that holds for a killed process, not for a machine that loses its power: for thousands of
+    small files, each of which would wait for the disk.
+    """
     tmp = path.with_name(f".{path.name}{_TMP}{os.getpid()}")
     try:
         with open(tmp, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(tmp, path)
+        if not sync:
+            return
         # the rename itself is only on disk once the folder is; not every system lets a folder be opened
         with contextlib.suppress(OSError):
             descriptor = os.open(path.parent, os.O_RDONLY)

@@ -17,7 +17,7 @@ from itemkit.features import OBJECT_ARRAYS, Features
 from itemkit.matrix import train_on_test_on
 from itemkit.metrics import LEVEL
 from itemkit.recipes import Recipe
-from itemkit.results import PAIR, POOLED
+from itemkit.results import PAIR
 
 
 def ablation(
@@ -70,7 +70,7 @@ def ablation(
     )  # fmt: skip
     for name, why in study.options["failures"].items():
         raise InputError(f"option {name!r} cannot be compared: {why}. Leave it out; what was trained is kept")
-    unseen = ~study.table["seen"] & (study.table["test_generator"] != POOLED)
+    unseen = ~study.table["seen"]
     if not unseen.any():
         raise InputError("every generator is of a family trained on; give images of a second family")
     wide = study.table[unseen].pivot(index="seed", columns=["detector", *PAIR], values="value")

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ import pandas as pd
 from PIL import Image
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
@@ -43,7 +44,8 @@ from itemkit.images import (
     read_bytes,
 )
 from itemkit.manifest import write_manifest
-from itemkit.text import count, printable
+from itemkit.splits import place
+from itemkit.text import count, did_you_mean, printable
 
 FOLDS = 5
 MIN_PER_CLASS = 10  # with fewer images a property is listed as not measurable
@@ -61,7 +63,7 @@ _METADATA = {"exif", "icc_profile", "xmp", "photoshop", "comment"}  # as Pillow 
 # Presence of each word and punctuation mark: how a caption is punctuated is style, too.
 _WORDS = CountVectorizer(binary=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]")
 
-_EQUALISE = "Equalise both classes before training, and report raw and equalised results."
+_EQUALISE = "Equalise both classes before training, or match them; report raw and equalised results."
 _BYTES = "In files of one size and codec, what remains of the file size is content: detail and noise."
 _CAPTIONS = "Caption both classes with the same captioner, and show the text-only control."
 
@@ -89,6 +91,9 @@ PROPERTIES = (
     _Property("caption_words", "number", "the length of the caption", _CAPTIONS, schema.CAPTION),
     _Property("caption_vocabulary", "text", "the words of the caption", _CAPTIONS, schema.CAPTION),
 )
+
+
+MATCHED = ("format", "size", "jpeg_quality", "jpeg_subsampling")  # what `match_classes` makes agree
 
 
 @dataclass(frozen=True)
@@ -120,9 +125,13 @@ class AuditReport:
         lines += ["AUROC of each property alone, on images it was not fitted to (0.5 is chance)", ""]
         lines += [shown.to_string(**_ALIGNED), ""]
         if len(worst := leaks[leaks["set"] != "all"]):
-            shown = worst[["set", *_SHOWN]].head(12).assign(set=lambda t: t["set"].map(printable))
-            lines += [f"Worst of single sets ({len(worst)}), against the real images of their source", ""]
-            lines += [shown.to_string(**_ALIGNED), ""]
+            first, leaking = worst.drop_duplicates("set"), worst["set"].value_counts()
+            shown = first[["set", *_SHOWN]].assign(
+                set=first["set"].map(printable), leaks=first["set"].map(leaking)
+            )
+            title = "Worst of single sets, each by its strongest leak, against the real images of its source"
+            lines += [title, "", shown.head(20).to_string(**_ALIGNED), ""]
+            lines += [f"... and {len(shown) - 20} more sets", ""] * (len(shown) > 20)
         said = self.table.loc[(self.table["verdict"] != "none") & (self.table["sentence"] != ""), "sentence"]
         lines += [f"- {printable(sentence)}" for sentence in [*said, *self.notes]]
         if len(leaks):
@@ -317,20 +326,19 @@ def held_out_auroc(
         x, leaf = x[:, None], max(5, len(y) // 125)
         model = DecisionTreeClassifier(max_leaf_nodes=16, min_samples_leaf=leaf, random_state=0)
     # the groups of each class, shuffled, are dealt out in turn; StratifiedGroupKFold takes minutes at 100,000
-    dealt = pd.DataFrame({"group": groups.to_numpy(), "y": y}).sample(frac=1, random_state=0)
-    dealt = dealt.drop_duplicates("group")
-    fold_of = (dealt.groupby("y").cumcount() % FOLDS).set_axis(dealt["group"])
-    table = pd.DataFrame({"fold": groups.map(fold_of).to_numpy(), "y": y, "score": np.nan})
-    for fold in range(FOLDS):
-        test = (table["fold"] == fold).to_numpy()
-        if len(np.unique(y[test])) == len(np.unique(y[~test])) == 2:
-            table.loc[test, "score"] = model.fit(x[~test], y[~test]).predict_proba(x[test])[:, 1]
+    dealt = pd.DataFrame({"group": groups.to_numpy(), "y": y})
+    dealt["classes"] = dealt.groupby("group")["y"].transform("nunique")
+    dealt = dealt.sample(frac=1, random_state=0).drop_duplicates("group")
+    fold_of = (dealt.groupby(["y", "classes"]).cumcount() % FOLDS).set_axis(dealt["group"])
+    fold = groups.map(fold_of).to_numpy()
+    score = cross_val_predict(model, x, y, cv=PredefinedSplit(fold), method="predict_proba")[:, 1]
+    table = pd.DataFrame({"fold": fold, "y": y, "score": score})
     # of each fake the share of real images below it in its fold, of each real image the share of fakes
-    folds, classes = (table.dropna().groupby(by)["score"] for by in ("fold", ["fold", "y"]))
+    folds, classes = (table.groupby(by)["score"] for by in ("fold", ["fold", "y"]))
     others = folds.transform("size") - classes.transform("size")
     placed = ((folds.rank() - classes.rank()) / others).groupby(table["y"])
     auroc = placed.mean().get(schema.FAKE, np.nan)
-    half = 1.96 * np.sqrt((placed.var(ddof=0) / placed.size()).sum())
+    half = 1.96 * np.sqrt((placed.var(ddof=0) / placed.count()).sum())
     low, high = np.clip([auroc - half, auroc + half], 0, 1)
     return float(auroc), float(low), float(high)
 
@@ -376,6 +384,55 @@ def find_duplicates(df: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
+def match_classes(
+    measured: pd.DataFrame, on: Sequence[str] = MATCHED, by: str = schema.LABEL
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Choose as many real as fake images of every size, codec and quality; no pixel is changed.
+
+    What `equalise_folder` reaches by re-encoding, this reaches by leaving images out: of each split, and each
+    combination of properties, all groups keep as many images as the smallest of them has. The images' content
+    decides which, so the choice is the same on every run.
+
+    Parameters
+    ----------
+    measured : DataFrame
+        ``measurements`` of an `AuditReport`; images without a label are left out.
+    on : sequence of str
+        Names of `PROPERTIES` that shall agree, value by value.
+    by : {"label", "generator"}
+        The groups: real and fake images; or the real ones and those of every single generator.
+
+    Returns
+    -------
+    (DataFrame, DataFrame)
+        Rows of ``measured`` that are kept; and of each combination and group ``images, kept, left_out``, the
+        largest loss first.
+
+    Raises
+    ------
+    InputError
+        A property is unknown, or no combination is found in all groups.
+    """
+    if unknown := [name for name in on if name not in measured]:
+        names = ", ".join(prop.name for prop in PROPERTIES)
+        raise InputError(f"no property {unknown[0]!r};{did_you_mean(unknown[0], measured)} Known: {names}")
+    alike = [schema.SPLIT, *on]
+    known = measured[measured[schema.LABEL].notna()]
+    known = known.assign(stratum=known.groupby(alike, dropna=False).ngroup())
+    smallest = known.groupby(["stratum", by]).size().unstack(fill_value=0).min(axis=1)
+    drawn = known.assign(place=place(known[schema.IMAGE_ID], "match")).sort_values("place", kind="stable")
+    turn = drawn.groupby(["stratum", by]).cumcount()
+    known["kept"] = turn.reindex(known.index) < known["stratum"].map(smallest)
+    left = known.groupby([*alike, by], dropna=False)["kept"].agg(images="size", kept="sum").reset_index()
+    left = left.assign(left_out=left["images"] - left["kept"])
+    left = left.sort_values("left_out", ascending=False, kind="stable", ignore_index=True)
+    if known[by].nunique() < 2 or not known["kept"].any():
+        groups = " and ".join(str(schema.LABEL_NAMES.get(name, name)) for name in known[by].unique())
+        there = f"{' and '.join(on)} of {groups or 'nothing'} are never the same"
+        raise InputError(f"nothing to match: {there}; equalise the images, or match fewer properties")
+    return measured.loc[known.index[known["kept"]]].reset_index(drop=True), left
+
+
 def equalise_folder(
     manifest: pd.DataFrame, out: str | Path, config: EqualiseConfig | None = None, progress: bool = False
 ) -> pd.DataFrame:
@@ -399,7 +456,7 @@ def equalise_folder(
         target = out / "images" / f"{content_id(data + os.fsencode(path))[:32]}.{config.codec}"
         image = _decoded(open_image(data, path), path)
         if not target.exists():
-            _files.atomic_write(target, equalised_bytes(image, config))
+            _files.atomic_write(target, equalised_bytes(image, config), sync=False)
         return str(target), min(image.size) < config.size
 
     rows = manifest.reset_index(drop=True)

@@ -156,6 +156,50 @@ def best_threshold(y: np.ndarray, s: np.ndarray) -> float:
     return middle if middle < above < math.inf else below  # of neighbouring floats the lower one
 
 
+def logit_shift(
+    known: np.ndarray,
+    known_y: np.ndarray,
+    target: np.ndarray,
+    target_y: np.ndarray | None = None,
+    share_fake: float = 0.5,
+) -> float:
+    """One number to add to a detector's log-odds on images of another world than it was calibrated in.
+
+    The assumption is that this world moves all log-odds alike: an order that is lost does not come back.
+
+    Parameters
+    ----------
+    known, known_y : vectors
+        Calibrated log-odds and labels (1 fake) of the validation images.
+    target, target_y : vectors
+        Those of some images of the other world. With both classes: the shift of largest likelihood, each
+        class given half of the weight. With reals alone: the one that brings their median to that of the
+        known reals. Without labels: the same for all images, of which ``share_fake`` are held to be fake; the
+        fakes must then lie where the known ones do.
+
+    References
+    ----------
+    One scalar correction of the logit with few or no labels: arXiv 2602.01973.
+    """
+    known_y, known = check_scores(known_y, known)
+    target = np.asarray(target, np.float64)
+    if not len(target) or not np.isfinite(target).all() or not 0 < share_fake < 1:
+        raise InputError(
+            f"{len(target)} log-odds and share_fake={share_fake}; expected finite ones, and a share in 0..1"
+        )
+    if target_y is None:
+        n = np.bincount(known_y)
+        weights = np.where(known_y == schema.FAKE, share_fake / n[1], (1 - share_fake) / n[0])
+        order = np.argsort(known)
+        middle = order[np.searchsorted(np.cumsum(weights[order]), 0.5 - 1e-9)]
+        return float(known[middle] - np.median(target))
+    if not np.any(target_y):
+        return float(np.median(known[known_y == schema.REAL]) - np.median(target))
+    y, target = check_scores(target_y, target)
+    weights, far = 0.5 / np.bincount(y)[y], np.abs(target).max() + 50
+    return float(optimize.brentq(lambda shift: weights @ (expit(target + shift) - y), -far, far, xtol=1e-4))
+
+
 def conformal_p(calibration: np.ndarray, scores: np.ndarray, label: int) -> np.ndarray:
     """Split-conformal p-value of "this image belongs to that class", one class at a time.
 

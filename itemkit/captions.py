@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
+from itemkit.devices import choose_device, choose_precision, to_device
 from itemkit.errors import InputError
 from itemkit.models import find_folder, load_processor, load_transformer
 
@@ -94,8 +96,9 @@ def _readable(character: str) -> str:
 
 
 # BLIP base, 20 tokens, took 396 ms per image in batches of 4, 154 in 16 and 100 in 32 (bfloat16, 2 shared
-# cores). More gains little, and the keys and values of 577 patches are 42 MB per image in float32.
-CPU_BATCH, GPU_BATCH = 32, 128
+# cores). More gains little, and the keys and values of 577 patches are 42 MB per image in float32. A GPU
+# waits for Python between words, for many images no longer than for few; 21 MB per beam in bfloat16.
+CPU_BATCH, GPU_BATCH = 32, 512
 
 
 @dataclass(frozen=True)
@@ -140,21 +143,32 @@ class Decoding:
 
 
 class Captioner:
-    """An image-to-text model of transformers. Made by `load_captioner`."""
+    """An image-to-text model of transformers. Made by `load_captioner`.
+
+    Attributes
+    ----------
+    preprocess : callable
+        From PIL images to the model's inputs, a dict of CPU tensors with a row for each; `caption` takes that
+        of one image in its place. It needs no model and can be sent to other processes.
+    """
 
     def __init__(
         self, model: Any, processor: Any, tokenizer: Any, decoding: Decoding, record: Mapping[str, Any]
     ) -> None:
-        self.model, self.processor, self.tokenizer = model, processor, tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.device, self.dtype = model.device, model.dtype
+        self.preprocess = functools.partial(_prepare, processor, decoding.prompt, model.dtype)
         self.batch_size = CPU_BATCH if self.device.type == "cpu" else GPU_BATCH
         self._end_ids, room = _text_limits(model)
         least, most = min(decoding.min_new_tokens, room), min(decoding.max_new_tokens, room)
         self.decoding = replace(decoding, min_new_tokens=least, max_new_tokens=most)
         self._record = dict(record)
+        if type(model).__name__ == "BlipForConditionalGeneration":
+            for layer in model.vision_model.encoder.layers:
+                layer.self_attn.forward = functools.partial(_attend, layer.self_attn)
 
-    def caption(self, images: Sequence[Image]) -> list[Caption]:
-        """Caption PIL images, in batches and in their order."""
+    def caption(self, images: Sequence[Image | Mapping[str, Tensor]]) -> list[Caption]:
+        """Caption PIL images, or what `preprocess` made of each, in batches and in their order."""
         captions: list[Caption] = []
         for start in range(0, len(images), self.batch_size):
             tokens, logprobs = self._generate(images[start : start + self.batch_size])
@@ -167,20 +181,27 @@ class Captioner:
         """Everything that changes the captions, as JSON-ready values."""
         return dict(self._record)
 
-    def _generate(self, images: Sequence[Image]) -> tuple[Tensor, Tensor]:
+    def _generate(self, images: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Generate; return the new tokens (n, steps) and the raw log-probability of each (n, steps)."""
         import torch
+        from transformers import EncoderDecoderCache
 
+        if isinstance(images[0], Mapping):
+            inputs = {key: torch.cat([image[key] for image in images]) for key in images[0]}
+        else:
+            inputs = self.preprocess(*images)
         options = asdict(self.decoding)
         del options["prompt"]
-        out = self.model.generate(
-            **self._inputs(images),
-            **options,
-            do_sample=False,
-            max_length=None,  # a folder's generation settings may carry one; max_new_tokens is the limit
-            return_dict_in_generate=True,
-            output_logits=True,  # before length or repetition rules: what the model itself holds likely
-        )
+        # beams change places within an image, and all of them see the same: only their words must move along
+        with patch.object(EncoderDecoderCache, "reorder_cache", _reorder_words):
+            out = self.model.generate(
+                **{key: to_device(value, self.device) for key, value in inputs.items()},
+                **options,
+                do_sample=False,
+                max_length=None,  # a folder's generation settings may carry one; max_new_tokens is the limit
+                return_dict_in_generate=True,
+                output_logits=True,  # before length or repetition rules: what the model itself holds likely
+            )
         beams = out.get("beam_indices")
         if beams is None:  # greedy: row i comes from row i
             beams = torch.arange(len(images), device=self.device)[:, None].expand(-1, len(out.logits))
@@ -192,17 +213,15 @@ class Captioner:
         ]
         return tokens, torch.cat(columns, dim=1)
 
-    def _inputs(self, images: Sequence[Image]) -> Mapping[str, Any]:
-        from transformers import BatchFeature
 
-        rgb, prompt = [image.convert("RGB") for image in images], self.decoding.prompt
-        text = {"text": [prompt] * len(rgb)} if prompt else {}
-        try:
-            inputs = self.processor(images=rgb, return_tensors="pt", **text)
-        except (ValueError, TypeError) as error:
-            name = type(self.model).__name__
-            raise InputError(f"{name} takes no images with the prompt '{prompt}': {error}") from error
-        return BatchFeature(dict(inputs)).to(self.device, self.dtype)
+def _prepare(processor: Any, prompt: str, dtype: torch.dtype, *images: Image) -> dict[str, Tensor]:
+    """Inputs of a captioner with this processor for some images; floats are of the model's type."""
+    text = {"text": [prompt] * len(images)} if prompt else {}
+    try:
+        inputs = processor(images=[image.convert("RGB") for image in images], return_tensors="pt", **text)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"this captioner takes no images with the prompt '{prompt}': {error}") from error
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def load_captioner(
@@ -219,8 +238,6 @@ def load_captioner(
     """
     from transformers import AutoModelForImageTextToText
 
-    from itemkit.devices import choose_device, choose_precision
-
     located, options, chosen = find_folder(model, "captioner"), Decoding(**decoding), choose_device(device)
     dtype = choose_precision(precision, chosen)
     network = load_transformer(AutoModelForImageTextToText, located, dtype=dtype)
@@ -228,6 +245,20 @@ def load_captioner(
     processor, tokenizer = load_processor(located, room)
     record = located.fingerprint(precision=precision, decoding=asdict(options))
     return Captioner(network.to(chosen), processor, tokenizer, options, record)
+
+
+def _attend(attention: Any, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+    """BLIP's attention among patches by torch's fused kernel, which transformers 5.23 does not use there."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    n, count, width = hidden_states.shape
+    parts = attention.qkv(hidden_states).reshape(n, count, 3, attention.num_heads, -1)
+    mixed = scaled_dot_product_attention(*parts.permute(2, 0, 3, 1, 4))
+    return attention.projection(mixed.transpose(1, 2).reshape(n, count, width)), None
+
+
+def _reorder_words(cache: Any, beams: Tensor) -> None:
+    cache.self_attention_cache.reorder_cache(beams)
 
 
 def _mean_until_end(tokens: Tensor, logprobs: Tensor, end_ids: Sequence[int]) -> Tensor:

@@ -1,4 +1,8 @@
-"""The command line: each command is a few lines over a function of the package, imported only then."""
+"""The command line: each command is a few lines over functions of the package.
+
+Everything is used as ``itemkit.module.name``, which the package imports when it is first asked for: help is
+quick, and loads no library.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from itemkit import __version__
+import itemkit
+from itemkit import schema
 from itemkit.errors import InputError, ItemkitError
 
 if TYPE_CHECKING:
@@ -25,7 +30,7 @@ PARTS = {
     "captioner": "a name on the hub, a folder, or MODULE:OBJECT of your own",
     "parser": "a spaCy pipeline, a folder, or MODULE:OBJECT of your own",
     "encoder": "open_clip's NAME:TAG, e.g. ViT-B-16:openai; hf-hub:OWNER/NAME; or a folder",
-    "localiser": "whole, grid, dense, owlv2, grounding_dino (these two also as NAME:FOLDER) or MODULE:OBJECT",
+    "localiser": "whole, grid, dense; owlv2, grounding_dino, object_detector (or NAME:FOLDER); MODULE:OBJECT",
 }
 STATUS = (
     "Exit status: 0 done; 1 done, but something was left out or failed in part (an image, a notebook); "
@@ -43,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *rest, **more: _say(f"itemkit: warning: {message}")
             if getattr(args, "threads", None):
-                from itemkit.devices import set_threads
-
-                set_threads(args.threads)
+                itemkit.devices.set_threads(args.threads)
             return int(args.command(args) or 0)
     except BrokenPipeError:  # e.g. `itemkit evaluate ... | head`
         sys.stderr.close()
@@ -61,10 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _print(*lines: object, file: Any = None) -> None:
     """Print lines of a result; what data wrote into them cannot act on the terminal, nor begin a new one."""
-    from itemkit.text import printable
-
     for line in lines:
-        print(printable(line), file=file, flush=True)
+        print(itemkit.text.printable(line), file=file, flush=True)
 
 
 def _say(*lines: object) -> None:
@@ -78,9 +79,7 @@ def _say(*lines: object) -> None:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """As argparse does, with words that cannot act on a terminal; a shell's ``*`` puts names there."""
-        from itemkit.text import printable
-
-        super().error(printable(message))
+        super().error(itemkit.text.printable(message))
 
 
 class _Help(argparse.HelpFormatter):
@@ -106,7 +105,7 @@ def _share(text: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     about = "Detect generated images by their misalignment with their own captions."
     parser = _Parser(prog="itemkit", description=about, epilog=STATUS)
-    parser.add_argument("--version", action="version", version=f"itemkit {__version__}")
+    parser.add_argument("--version", action="version", version=f"itemkit {itemkit.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     # options that several commands share
@@ -149,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     option("--figure", type=Path, metavar="FOLDER", help="also draw it: audit.pdf, .png and .csv")
     option("--equalise", type=Path, metavar="FOLDER", help="write a copy with equal size and codec")
     option("--size", type=_positive, metavar="PX", help="side of the equalised squares; 224 without it")
+    option(
+        "--match", type=Path, metavar="CSV", help="list as many real as fake images, of equal size and codec"
+    )
 
     option = add(extract, images, models)
     option("manifest", help="CSV, Parquet or folder")
@@ -197,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--seeds", type=_positive, default=5, help="each draws other training images")
     option("--scores", action="append", default=[], metavar="NAME=CSV", help="of a detector run elsewhere")
     option("--without", action="append", default=[], metavar="CONTROL", help="leave out, e.g. cnn")
+    option("--other-encoder", default="", metavar="NAME", help="for probes of the image alone; mini has one")
     option("--skip-missing", action="store_true", help="go on without test sets that are not there")
     option("--per-set", type=_positive, metavar="N", help="at most N images of a set, class and split")
     option("--jobs", type=_positive, default=os.cpu_count() or 1, help="processes that train side by side")
@@ -208,27 +211,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _preset(args: argparse.Namespace) -> Preset:
-    from itemkit.presets import get_preset
-
     parts = {part: getattr(args, part) for part in PARTS if getattr(args, part)}
-    return get_preset(args.preset, getattr(args, "models", None), **parts)
+    return itemkit.get_preset(args.preset, getattr(args, "models", None), **parts)
 
 
 def _manifest(args: argparse.Namespace, data: str) -> pd.DataFrame:
     """Read a manifest, and say what was found and what was left out before anything expensive begins."""
-    from itemkit.manifest import describe_manifest, read_manifest
-
     roots = {name: getattr(args, name) for name in ("root", "real_root", "images_to")}
-    manifest = read_manifest(data, args.layout, **roots)
-    _say(*describe_manifest(manifest))
+    manifest = itemkit.read_manifest(data, args.layout, **roots)
+    _say(*itemkit.manifest.describe_manifest(manifest))
     return manifest
 
 
 def _features(store: Path) -> Features:
     """Read a store, and say where its models know nothing of such images."""
-    from itemkit.store import load_features
-
-    features = load_features(store)
+    features = itemkit.load_features(store)
     if note := features.provenance["note"]:
         _say(f"note: {note}")
     return features
@@ -239,46 +236,50 @@ def _features(store: Path) -> Features:
 
 def doctor(args: argparse.Namespace) -> int:
     """Is this machine ready: packages, devices, models; one line each, with a remedy."""
-    from itemkit.doctor import FAIL, run_doctor, summary
-
     checks = []
-    for check in run_doctor(_preset(args), args.device, args.deep):
+    for check in itemkit.doctor.run_doctor(_preset(args), args.device, args.deep):
         checks.append(check)
         _print(*str(check).splitlines())
-    _print(summary(checks))
-    return int(any(check.status == FAIL for check in checks))
+    _print(itemkit.doctor.summary(checks))
+    return int(any(check.status == itemkit.doctor.FAIL for check in checks))
 
 
 def run(args: argparse.Namespace) -> int:
     """The whole method: features, a detector, all notebooks with their figures, a summary."""
-    from itemkit.run import run_all
-
     manifest = None if args.data is None else _manifest(args, args.data)
-    return int(bool(run_all(_preset(args), manifest, args.out, args.device, fpr=args.fpr, fnr=args.fnr)))
+    rates = {"fpr": args.fpr, "fnr": args.fnr}
+    return int(bool(itemkit.run.run_all(_preset(args), manifest, args.out, args.device, **rates)))
 
 
 def audit(args: argparse.Namespace) -> int:
     """What besides content tells the classes apart: format, size, quality, captions ..."""
     import pandas as pd
 
-    from itemkit.audit import audit, equalise_folder
-    from itemkit.images import EqualiseConfig
-    from itemkit.text import write_csv
-
     if args.size and not args.equalise:
         raise InputError("--size goes with --equalise FOLDER, which says where to write")
     manifest = _manifest(args, args.manifest)
-    first = audit(manifest, by=args.by, progress=True)
+    first = itemkit.audit.audit(manifest, by=args.by, progress=True)
     _print(*first.to_text().split("\n"))
     reports = {"as they are": first}
     if args.csv:
-        write_csv(pd.concat([first.table.assign(set="all"), first.parts]), args.csv)
+        itemkit.text.write_csv(pd.concat([first.table.assign(set="all"), first.parts]), args.csv)
+    mended = {}
     if args.equalise:
-        config = EqualiseConfig(size=args.size or EqualiseConfig.size)
-        equalised = equalise_folder(manifest, args.equalise, config, progress=True)
-        reports["equalised"] = audit(equalised, by=args.by, progress=True)
-        _print("", f"After equalising into {args.equalise}:", "")
-        _print(*reports["equalised"].to_text(before=first).split("\n"))
+        config = itemkit.images.EqualiseConfig(**({"size": args.size} if args.size else {}))
+        copy = itemkit.audit.equalise_folder(manifest, args.equalise, config, progress=True)
+        mended["equalised"] = copy, args.equalise
+    if args.match:
+        kept, left = itemkit.audit.match_classes(first.measurements)
+        mended["matched"] = kept[list(schema.MANIFEST_COLUMNS)], args.match
+        itemkit.manifest.write_manifest(*mended["matched"])
+        lost = left[left["left_out"] > 0].assign(label=left["label"].map(schema.LABEL_NAMES))
+        each, what = len(kept) // 2, ", ".join(itemkit.audit.MATCHED)
+        _print("", f"{each:,} real and {each:,} fake images are alike in {what}; left out, most first:", "")
+        _print(*lost.head(12).to_string(index=False, na_rep="-").split("\n"))
+    for name, (images, where) in mended.items():
+        reports[name] = itemkit.audit.audit(images, by=args.by, progress=True)
+        _print("", f"{name.capitalize()}, in {where}:", "")
+        _print(*reports[name].to_text(before=first).split("\n"))
     if args.figure:
         _draw_audit(reports, args.figure)
     return int(any(len(report.errors) for report in reports.values()))
@@ -288,8 +289,7 @@ def _draw_audit(reports: dict[str, Any], folder: Path) -> None:
     import matplotlib.pyplot as plt
     import pandas as pd
 
-    from itemkit import plots
-
+    plots = itemkit.plots
     plots.style()
     parts = [report.table.assign(data=name, n=len(report.measurements)) for name, report in reports.items()]
     table = pd.concat(parts).rename(columns={"auroc": "value"}).dropna(subset="value")
@@ -304,25 +304,19 @@ def _draw_audit(reports: dict[str, Any], folder: Path) -> None:
 
 def extract(args: argparse.Namespace) -> int:
     """Features of all images of a manifest; run it again to go on where it stopped."""
-    from itemkit import schema
-    from itemkit.decode import DecodeConfig
-    from itemkit.engine_ray import RayOptions
-    from itemkit.extraction import extract
-    from itemkit.perturb import get_perturbation
-
     preset = _preset(args)
     manifest = _manifest(args, args.manifest)
     if preset.name == "mini" and not (manifest[schema.SOURCE] == schema.LAB_SOURCE).all():
         _say(f"note: {schema.MINI_WARNING}")
-    ray = RayOptions(args.address, args.workers, args.cpus_per_worker, args.gpus_per_worker)
+    cluster = (args.address, args.workers, args.cpus_per_worker, args.gpus_per_worker)
     same = ("device", "captions", "missing", "batch_size", "retry_errors")
-    report = extract(
+    report = itemkit.extract(
         manifest.iloc[: args.limit],
         args.out,
         preset,
-        ray=ray if args.engine == "ray" else None,
-        transform=get_perturbation(args.perturb) if args.perturb else None,
-        decode=DecodeConfig(threads=args.threads, least_side=args.scaled_jpeg),
+        ray=itemkit.engine_ray.RayOptions(*cluster) if args.engine == "ray" else None,
+        transform=itemkit.perturb.get_perturbation(args.perturb) if args.perturb else None,
+        decode=itemkit.decode.DecodeConfig(threads=args.threads, least_side=args.scaled_jpeg),
         **{name: getattr(args, name) for name in same},
     )
     return int(bool(report.errors or report.left))
@@ -330,42 +324,35 @@ def extract(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> None:
     """Train a detector on the train split of a feature store, calibrate it on val."""
-    from itemkit.workflow import statements, train_detector
-
     features = _features(args.features)
     _say(f"splits: {features.run['splits']}")
-    detector = train_detector(features, args.representation, args.train_on, args.members, args.device)
+    given = (args.representation, args.train_on, args.members, args.device)
+    detector = itemkit.train_detector(features, *given)
     detector.save(args.out)
-    _print(f"detector written to {args.out}", *statements(detector, args.fpr, args.fnr))
+    _print(f"detector written to {args.out}", *itemkit.workflow.statements(detector, args.fpr, args.fnr))
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Metrics with intervals on the test split, for each generator; and what was promised."""
     import pandas as pd
 
-    from itemkit import schema, workflow
-    from itemkit.calibrate import promise_sentences
-    from itemkit.detector import Detector
-    from itemkit.store import MANIFEST_FILE
-    from itemkit.text import count, write_csv
-
     features = _features(args.features)
-    detector, made = Detector.load(args.detector, args.device), features.provenance
-    given = pd.read_parquet(args.features / MANIFEST_FILE, columns=[schema.SPLIT])[schema.SPLIT].notna().any()
+    detector, made = itemkit.Detector.load(args.detector, args.device), features.provenance
+    given = pd.read_parquet(args.features / itemkit.store.MANIFEST_FILE, columns=[schema.SPLIT])
     labelled = features.table[schema.LABEL].notna()
-    if not (args.split or given) and labelled.any() and not any(detector.seen(features)):
+    if not args.split and given.isna().all(axis=None) and labelled.any() and not any(detector.seen(features)):
         which = "all, since they came without splits and the detector has seen none of them"
         test = features.select(labelled)
     else:
         split = args.split or "test"
         which, test = f"split '{split}' ({features.run['splits']})", features.split(split)
-    table, shown, lines = workflow.evaluate(detector, test, args.fpr, args.fnr)
+    table, shown, lines = itemkit.workflow.evaluate(detector, test, args.fpr, args.fnr)
     try:
-        kept = promise_sentences(detector.promises(test))
+        kept = itemkit.calibrate.promise_sentences(detector.promises(test))
     except InputError as reason:  # the detector knows all of these images; their metrics stand all the same
         kept = [f"not checked: {reason}"]
     _print(
-        f"{count(len(test), 'image')}: {which}",
+        f"{itemkit.text.count(len(test), 'image')}: {which}",
         f"made with itemkit {made['itemkit']}, preset {made['preset']}, models {made['models']}",
         f"95 % intervals over images; threshold and verdicts at --fpr {args.fpr:g} and --fnr {args.fnr:g}",
         *["", *shown.to_string(index=False).split("\n")],
@@ -373,31 +360,25 @@ def evaluate(args: argparse.Namespace) -> None:
         *["", "What was promised, and what happened:", *(f"  {line}" for line in kept)],
     )
     if args.csv:
-        write_csv(table.assign(about=made.pop("note"), **made), args.csv)
+        itemkit.text.write_csv(table.assign(about=made.pop("note"), **made), args.csv)
 
 
 def export(args: argparse.Namespace) -> None:
     """Embeddings of a feature store in the files of other tools."""
-    from itemkit.export import export
-    from itemkit.text import count
-
     features = _features(args.features)
-    export(features, args.to, args.format)
-    _print(f"{count(len(features), 'image')} written to {args.to}")
+    itemkit.export.export(features, args.to, args.format)
+    _print(f"{itemkit.text.count(len(features), 'image')} written to {args.to}")
 
 
 def study(args: argparse.Namespace) -> int:
     """Misalignment beside every control, raw and equalised: a protocol, or your images."""
-    from itemkit.protocols import get_protocol
-    from itemkit.study import run_study
-
     preset = _preset(args)
-    given = ("captions", "seeds", "scores", "skip_missing", "per_set", "without", "jobs")
+    given = ("captions", "seeds", "scores", "skip_missing", "per_set", "without", "other_encoder", "jobs")
     if args.protocol and args.layout == "auto":
-        args.layout = get_protocol(args.protocol).layout
+        args.layout = itemkit.protocols.get_protocol(args.protocol).layout
     data = None if args.data is None else _manifest(args, args.data)
     options = {name: getattr(args, name) for name in given}
-    report = run_study(args.protocol, data, args.out, preset, args.device, **options)
+    report = itemkit.study.run_study(args.protocol, data, args.out, preset, args.device, **options)
     _print(*report.path.read_text(encoding="utf-8").split("\n"))
     _say(*(f"itemkit: warning: {failure}" for failure in report.failures))
     _print(f"written to {report.path} and table.csv beside it")
@@ -406,12 +387,11 @@ def study(args: argparse.Namespace) -> int:
 
 def detect(args: argparse.Namespace) -> int:
     """Answer for single images: p(fake), verdict, caption, and evidence per object."""
-    from itemkit.workflow import detect
-
     if args.caption is not None and (len(args.images) > 1 or os.path.isdir(args.images[0])):
         raise InputError("--caption goes with one image, got several; run detect once for each")
     status, rates = 0, (args.fpr, args.fnr)
-    for answer in detect(args.images, _preset(args), args.detector, args.device, args.caption, *rates):
+    given = (args.images, _preset(args), args.detector, args.device, args.caption)
+    for answer in itemkit.detect(*given, *rates):
         status = int("error" in answer or status)
         _print(*([json.dumps(answer, allow_nan=False)] if args.json else _answer(answer)))
     return status
@@ -446,10 +426,8 @@ def _answer(answer: dict[str, Any]) -> Iterable[str]:
 
 def download(args: argparse.Namespace) -> None:
     """Fetch the models of a preset once, where a model hub can be reached."""
-    from itemkit.download import download
-
     os.environ.pop("ITEMKIT_MODELS", None)  # it may be set for later, to the folder that is to be filled
-    download(_preset(args), args.to, report=_print)
+    itemkit.download.download(_preset(args), args.to, report=_print)
     if args.to:
         _print(f"use it with --models {args.to}")
 

@@ -3,7 +3,7 @@
 Everything that turns embeddings into an answer is chosen on validation images, stored together, and refuses
 features that were made otherwise than those it was trained on::
 
-    features --represent--> vector --head--> log-odds --calibrator--> p(fake)
+    features --representation--> vector --head--> log-odds --calibrator--> p(fake)
                                         log-odds --against the validation images'--> real, fake or unsure
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from sklearn.base import clone
 
 from itemkit import calibrate, schema
 from itemkit.errors import InputError
-from itemkit.features import Features
+from itemkit.features import BOX_COLUMNS, FOUND, Features
 from itemkit.head import FILES as HEAD_FILES
 from itemkit.head import MisalignmentMLP, intact, read_sealed, write_sealed
 from itemkit.metrics import METRICS, bootstrap
-from itemkit.misalignment import RepresentationConfig, get_representation, misalign, represent
+from itemkit.misalignment import Representation, RepresentationConfig
 from itemkit.models import differences
 from itemkit.splits import split_validation
 from itemkit.text import printable
@@ -38,6 +38,7 @@ IGNORED = ("device", "dtype", "precision", "batch_size", "transform", "decode")
 FEW = 20  # calibration images of a class below which p(fake) is said to be rough. Our choice
 # Share of the validation images that stops the training; the rest, unseen by it, calibrates.
 SELECTION_FRACTION = 0.5
+PERCENTS = np.linspace(0, 1, 101)
 ONE_CLASS_METRICS = ("called_fake", "above_half")
 FILES = ("detector.json", "calibration.safetensors")
 
@@ -53,7 +54,7 @@ class Detector:
     def __init__(
         self, representation: RepresentationConfig | str = "absolute", head: MisalignmentMLP | None = None
     ) -> None:
-        self.representation = get_representation(representation)
+        self.representation = Representation(representation)
         self.head = head if head is not None else MisalignmentMLP()
         self.notes: list[str] = []
 
@@ -88,7 +89,7 @@ class Detector:
         n_train = np.bincount(y_train, minlength=2)
         if not n_train.all():
             raise InputError(f"{_numbers(y_train)} training images; a detector needs both kinds")
-        x_train, x_val = represent(train, self.representation), represent(val, self.representation)
+        x_train, x_val = self.representation.fit(train)(train), self.representation(val)
         if np.bincount(y, minlength=2).min() >= 2:
             select, rest = split_validation(y, SELECTION_FRACTION, head.seed)
             self.head_ = head.fit(x_train, y_train, x_val[select], y[select])
@@ -106,7 +107,8 @@ class Detector:
         if fewest < FEW:
             how = "is rough" if fewest else "is the head's own, not calibrated"
             self.notes.append(f"{_numbers(y)} calibration images: p(fake) {how}")
-        self.real_cosines_ = _quantiles(val.select(val.labels == schema.REAL))
+        known = self.representation.pair_cosines(val.select(val.labels == schema.REAL)).items()
+        self.real_cosines_ = {level: np.quantile(x, PERCENTS) if len(x) else x for level, x in known}
         self.image_keys_ = {"train": image_keys(train), "val": image_keys(val)}
         return self
 
@@ -120,7 +122,7 @@ class Detector:
         self._refuse_others(features, ignore)
 
     def _refuse_others(self, features: Features, ignore: Sequence[str]) -> None:
-        unused = ("parser", "localiser") if self.representation.level == "global" else ()
+        unused = ("parser", "localiser") if self.representation.config.level == "global" else ()
         made = self.trained_on_["fingerprint"], features.run.get("fingerprint")
         if different := differences(*made, (*ignore, *IGNORED, *unused)):
             more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
@@ -139,7 +141,7 @@ class Detector:
     def decision_function(self, features: Features, ignore: Sequence[str] = ()) -> np.ndarray:
         """Raw log-odds of fake before calibration, shape (n,); thresholds and conformal ranks use these."""
         self.check(features, ignore)
-        return self.head_.decision_function(represent(features, self.representation)).astype(np.float64)
+        return self.head_.decision_function(self.representation(features)).astype(np.float64)
 
     def score(self, features: Features, ignore: Sequence[str] = ()) -> np.ndarray:
         """Calibrated p(fake), shape (n,), for a real and a fake image being equally likely beforehand."""
@@ -199,20 +201,25 @@ class Detector:
         DataFrame
             First the whole image, then its objects from the worst aligned to the best: ``level`` ("global",
             "local"), ``text``, box ``x0, y0, x1, y1`` in pixels and localiser ``score`` (empty for the whole
-            image), ``cosine``, ``real_below`` (share of validation reals, or of their objects, with a lower
-            cosine: small means unusually misaligned).
+            image), ``found``, ``cosine``, ``real_below`` (share of validation reals, or of their objects,
+            with a lower one: small means unusually misaligned). With a relative representation order and
+            ``real_below`` go by another column, ``relative``: the cosine against what real images with such
+            a text have. A cosine that is usual for "the sand" is alarming for "a red ball"; where it is not
+            relative, the ground looks worst in most images (`itemkit.misalignment` says why).
         """
         one = features.select([row])
         self.check(one, ignore)
-        whole = pd.DataFrame({"level": "global", "text": one.table[schema.CAPTION].to_numpy()})
-        whole["cosine"] = misalign(one.image_emb, one.caption_emb, "cosine")[:, 0]
+        whole = pd.DataFrame({"level": "global", "text": one.table[schema.CAPTION].to_numpy(), FOUND: True})
         local = one.objects.rename(columns={"phrase": "text"}).assign(level="local")
-        local["cosine"] = misalign(one.region_emb, one.phrase_emb, "cosine")[:, 0]
-        for table, grid in ((whole, self.real_cosines_["global"]), (local, self.real_cosines_["local"])):
-            shares = np.linspace(0, 1, len(grid))
-            table["real_below"] = np.interp(table["cosine"], grid, shares) if len(grid) else np.nan
-        both = pd.concat([whole, local.sort_values("cosine", kind="stable")], ignore_index=True)
-        return both[["level", "text", "x0", "y0", "x1", "y1", "score", "cosine", "real_below"]]
+        local[FOUND] = local.get(FOUND, True)
+        absolute, seen = Representation("cosines").pair_cosines(one), self.representation.pair_cosines(one)
+        by = "relative" if self.representation.config.relative else "cosine"
+        for level, table in (("global", whole), ("local", local)):
+            table["cosine"], table[by] = absolute[level], seen[level]
+            grid = self.real_cosines_[level]
+            table["real_below"] = np.interp(table[by], grid, PERCENTS) if len(grid) else np.nan
+        both = pd.concat([whole, local.sort_values(by, kind="stable")], ignore_index=True)
+        return both[["level", "text", *BOX_COLUMNS, FOUND, *dict.fromkeys(("cosine", by)), "real_below"]]
 
     def seen(self, features: Features) -> np.ndarray:
         """For each image "train" or "val" if it helped to make this detector (by its content), or ""."""
@@ -311,7 +318,7 @@ class Detector:
         n_real = len(self.real_scores_)
         contents = {
             "format": FORMAT,
-            "representation": self.representation.to_dict(),
+            "representation": self.representation.config.to_dict(),
             "calibration": self.calibrator_.method,
             "calibrator": asdict(self.calibrator_),
             "selection_fraction": SELECTION_FRACTION,
@@ -325,6 +332,7 @@ class Detector:
         }
         arrays = {"real_scores": self.real_scores_, "fake_scores": self.fake_scores_}
         arrays |= {f"real_cosines_{level}": grid for level, grid in self.real_cosines_.items()}
+        arrays |= {f"relative_to_{level}": weights for level, weights in self.representation.reals.items()}
         arrays |= {f"{part}_keys": keys for part, keys in self.image_keys_.items()}
         path = self.head_.save(folder)
         return write_sealed(path, FILES, contents, arrays, HEAD_FILES)
@@ -335,8 +343,13 @@ class Detector:
         meta, arrays = read_sealed(Path(folder), FILES, FORMAT, HEAD_FILES)
         fitted = MisalignmentMLP.load(folder, device)
         with intact(Path(folder)):
-            fields = {name: meta["representation"][name] for name in ("level", "kind", "pooling")}
-            detector = cls(RepresentationConfig(**fields), clone(fitted))
+            stored = meta["representation"]  # an older one lacks what was not there to choose
+            known = {f.name: stored[f.name] for f in fields(RepresentationConfig) if f.name in stored}
+            detector = cls(RepresentationConfig(**known), clone(fitted))
+            if detector.representation.config.relative:
+                detector.representation.reals = {
+                    level: arrays[f"relative_to_{level}"] for level in ("global", "local")
+                }
             numbers = {name: meta["calibrator"][name] for name in ("method", "scale", "offset")}
             detector.calibrator_ = calibrate.Calibrator(**numbers)
             detector.head_, detector.notes, detector.trained_on_ = fitted, meta["notes"], meta["trained_on"]
@@ -351,13 +364,6 @@ def image_keys(features: Features) -> np.ndarray:
     ids = features.table[schema.IMAGE_ID].astype(str)
     digests = b"".join(hashlib.sha256(one.encode()).digest()[:8] for one in ids)
     return np.frombuffer(digests, ">u8").astype(np.uint64)
-
-
-def _quantiles(real: Features) -> dict[str, np.ndarray]:
-    """Percentiles of the cosines of real images, and of their objects; empty without any."""
-    pairs = {"global": (real.image_emb, real.caption_emb), "local": (real.region_emb, real.phrase_emb)}
-    found = {level: misalign(*pair, "cosine")[:, 0].astype(np.float64) for level, pair in pairs.items()}
-    return {level: np.quantile(x, np.linspace(0, 1, 101)) if len(x) else x for level, x in found.items()}
 
 
 def _numbers(y: np.ndarray) -> str:

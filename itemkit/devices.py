@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING
 
 from itemkit.errors import InputError
@@ -87,6 +88,23 @@ def choose_precision(precision: str = "auto", device: str | torch.device = "cpu"
         questions = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
         fast = kind == "cpu" and any(getattr(torch.cpu, name, bool)() for name in questions)
     return torch.bfloat16 if fast else torch.float32
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Move a tensor; to CUDA from pinned memory, so that the processor goes on meanwhile."""
+    if device.type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a device or in the machine; CUDA's libraries say so in a text alone."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    said = r"(?i)out of memory|can't allocate memory|bad_alloc|\b(CUBLAS|CUDNN)_STATUS_\w*ALLOC"
+    return bool(re.search(said, str(error)))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -276,10 +276,11 @@ def ask_models(models: Models, cases: Sequence[Case]) -> Iterator[Check]:
         asked = [cases[i] for i in owner]
         phrases = [case.phrase for case in asked]
         found = localiser.locate(images, embedding, encoder.encode_texts(phrases), owner, phrases=phrases)
-        for case, (left, top, right, bottom) in zip(asked, found.boxes.tolist(), strict=True):
+        seen = found.found.tolist()
+        for case, there, (left, top, right, bottom) in zip(asked, seen, found.boxes.tolist(), strict=True):
             (x0, y0, x1, y1), x, y = case.box, (left + right) / 2, (top + bottom) / 2
-            missed = f"'{case.phrase}' is placed at ({x:.0f}, {y:.0f})"
-            wrong["localiser"].append("" if x0 <= x <= x1 and y0 <= y <= y1 else missed)
+            missed = f"'{case.phrase}' is {f'placed at ({x:.0f}, {y:.0f})' if there else 'not found'}"
+            wrong["localiser"].append("" if there and x0 <= x <= x1 and y0 <= y <= y1 else missed)
     todo = "compare weights, preprocessing and tokenizer with the model's source; do not extract with it"
     for part, answers in wrong.items():
         question, needed, otherwise = QUESTIONS[part]

@@ -83,7 +83,7 @@ def download(
                 revision = _fetch_parser(what, model, places.get(part))
             else:
                 revision = _fetch_repositories(what, part, model, tag, places.get(part))
-            there = preset if folder is None else get_preset(preset.name, folder)
+            there = preset if folder is None else get_preset(preset.name, folder, localiser=preset.localiser)
             if isinstance(error := there.find().get(part), ModelNotFound):  # the loader's own checks
                 raise error
             revisions[part] = revision

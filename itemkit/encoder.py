@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import numpy as np
+
+from itemkit.devices import choose_device, choose_precision, to_device
 from itemkit.errors import InputError
 from itemkit.models import (
     Located,
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
 
     PatchPass = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-# -- pixels and patches --------------------------------------------------------------------------------------
+# -- the two towers ------------------------------------------------------------------------------------------
 
 
 def stack_pixels(preprocess: Callable[[Image], Tensor], images: Sequence[Image]) -> Tensor:
@@ -86,6 +89,39 @@ def patch_tower(visual: Any) -> tuple[tuple[int, int] | None, PatchPass | None]:
         return pooled, visual.head(trunk.head(trunk.fc_norm(patches)))
 
     return _size(grid), timm_pass
+
+
+def text_tower(model: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Two functions: token ids -> how many of them each text needs; token ids, cut there -> embeddings.
+
+    Captions have some 14 tokens and phrases 3, so a tower of 77 positions works on padding most of the time.
+    That changes nothing where no position reads a later one and the embedding is read off the end token, nor
+    where padding is masked (towers of transformers). SigLIP, CLIPA and CoCa do read it: they get all of it.
+    """
+    import torch
+    from open_clip.hf_model import HFTextEncoder
+
+    text, prefix = (model.text, "") if hasattr(model, "text") else (model, "text_")
+    pooling, eos = (getattr(text, prefix + name, None) for name in ("pool_type", "eos_id"))
+    causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
+    cuts = causal and pooling in ("argmax", "eos")
+    unread = text.config.pad_token_id if isinstance(text, HFTextEncoder) else -1
+
+    def needed(tokens: Tensor) -> Tensor:
+        if not cuts:
+            return tokens.shape[1] - (tokens != unread).int().flip(1).argmax(dim=1)
+        return (tokens if pooling == "argmax" else (tokens == eos).int()).argmax(dim=1) + 1
+
+    def embed(tokens: Tensor) -> Tensor:  # open_clip's own `encode_text` takes no fewer positions
+        n, project = tokens.shape[1], text.text_projection
+        x = text.token_embedding(tokens) + text.positional_embedding[:n]
+        x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:n, :n]))
+        ends = x[torch.arange(len(x), device=x.device), needed(tokens) - 1]
+        if project is None:
+            return ends
+        return project(ends) if isinstance(project, torch.nn.Linear) else ends @ project
+
+    return needed, embed if cuts else model.encode_text
 
 
 def _size(size: int | Sequence[int]) -> tuple[int, int]:
@@ -269,17 +305,21 @@ class Encoder:
         Rows and columns of the tower's input, and of its patches; None without patches in the joint space.
     logit_scale : float
         The factor on cosines that the model was trained with.
+    preprocess, resize : callables
+        From a PIL image to the tower's input, float (3, h, w); and to what it is before it is normalised,
+        uint8 (h, w, 3). Both can be sent to other processes.
     """
 
     def __init__(
         self,
         model: Any,
-        preprocess: Callable[[Image], Tensor],
+        preprocess: Any,
         tokenizer: Any,
         record: dict[str, Any],
         logit_scale: float = 100.0,
     ) -> None:
         import torch
+        from torchvision.transforms import Compose
 
         self.model = model.eval().requires_grad_(False)
         self.preprocess, self.tokenizer = preprocess, tokenizer
@@ -287,21 +327,41 @@ class Encoder:
         self.resize_mode = record.get("preprocess", _PREPROCESS)["resize_mode"]
         parameter = next(model.visual.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        *shape, _, last = preprocess.transforms  # at the end: to a tensor of 0 to 1, and that normalised
+        self.resize = Compose([*shape, np.array])
+        self._scale = torch.tensor([[255.0] * 3, last.mean, last.std], device=self.device)[..., None, None]
         self.image_size = _size(model.visual.image_size)
         # The tokenizer's own limit is what cuts a text; CoCa's model.context_length is of its decoder.
         self.context_length = int(getattr(tokenizer, "context_length", None) or model.context_length)
+        self._needed, self._embed_tokens = text_tower(model)
         self.patch_grid, self._patch_pass = patch_tower(model.visual)
         probe = self.encode_images(torch.zeros(1, 3, *self.image_size), patches=self._patch_pass is not None)
         self.dim = int(probe.pooled.shape[1])
 
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Turn stacked results of `resize` into those of `preprocess`, both (n, 3, h, w), on the device."""
+        import torch
+
+        # the operations of `preprocess`, in their order; CUDA would multiply by the inverse of a plain 255
+        white, mean, deviation = self._scale
+        pixels = to_device(pixels, self.device).to(torch.float32, memory_format=torch.contiguous_format)
+        return pixels.div_(white).sub_(mean).div_(deviation)
+
     def encode_images(self, pixels: Tensor, patches: bool = False) -> ImageEmbedding:
-        """Embed images, stacked results of `preprocess`; also their patches, in the same forward pass."""
+        """Embed images; also their patches, in the same forward pass.
+
+        Parameters
+        ----------
+        pixels : tensor, shape (n, 3, h, w)
+            Stacked results of `preprocess`; or, as uint8, of `resize`, which are normalised on the device.
+        """
         import torch
 
         # no_grad, not inference_mode: moving weights inside the latter breaks them, and its results refuse
         # to take part in training later.
         with torch.no_grad():
-            pixels = pixels.to(device=self.device, dtype=self.dtype)
+            whole = pixels.dtype == torch.uint8
+            pixels = (self.normalise(pixels) if whole else to_device(pixels, self.device)).to(self.dtype)
             if not patches:
                 return ImageEmbedding(_unit(self.model.encode_image(pixels)))
             if self._patch_pass is not None:
@@ -316,14 +376,16 @@ class Encoder:
         """Embed texts, equal ones once: float32 tensor, shape (n, d), rows L2-normalised."""
         import torch
 
-        unique = list(dict.fromkeys(texts))
-        parts = [torch.zeros(0, self.dim, device=self.device)]
-        with torch.no_grad():
-            for start in range(0, len(unique), TEXT_BATCH):
-                tokens = self.tokenizer(unique[start : start + TEXT_BATCH]).to(self.device)
-                parts.append(_unit(self.model.encode_text(tokens)))
-        row = {text: i for i, text in enumerate(unique)}
-        return torch.cat(parts)[[row[text] for text in texts]]
+        row = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        found = torch.zeros(len(row), self.dim, device=self.device)
+        if row:
+            tokens = self.tokenizer(list(row))
+            lengths = (self._needed(tokens) + 7) // 8 * 8  # few sizes, and such as processors like
+            for length in lengths.unique().tolist():
+                for rows in (lengths == length).nonzero().squeeze(1).split(TEXT_BATCH):
+                    with torch.no_grad():
+                        found[rows] = _unit(self._embed_tokens(tokens[rows, :length].to(self.device)))
+        return found[[row[text] for text in texts]]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Count tokens, start and end included; more than `context_length` means that a text is cut."""
@@ -380,8 +442,6 @@ def load_encoder(
     """
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    from itemkit.devices import choose_device, choose_precision
 
     source = find_encoder(model, pretrained)
     chosen = choose_device(device)

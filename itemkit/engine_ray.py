@@ -11,8 +11,9 @@ import math
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,14 +58,17 @@ class RayCluster:
         options: WorkerOptions,
         spread: RayOptions,
     ) -> None:
-        self.seconds: dict[str, float] = {}
-        self._options, self._spread = options, spread
+        self.seconds: Counter[str] = Counter()
+        # threads, if not asked otherwise: each worker has a Python lock of its own, and Ray's threads in it
+        decode = replace(options.decode, processes=bool(options.decode.processes))
+        self._options, self._spread = replace(options, decode=decode), spread
         self._ray = start_ray(spread)
         check_room(self._ray, spread)
         needs = {"num_cpus": spread.cpus_per_worker, "num_gpus": spread.gpus_per_worker}
         actor = self._ray.remote(_Maker).options(**needs, max_restarts=-1, max_task_retries=RETRIES)
         same = [self._ray.put(value) for value in (models, stored)]
-        self._makers = [actor.remote(folder.absolute(), run, *same, options) for _ in range(spread.workers)]
+        given = folder.absolute(), run, *same, self._options
+        self._makers = [actor.remote(*given) for _ in range(spread.workers)]
         try:  # workers that cannot load the models would seem to die on every image
             for maker in self._makers:
                 self._ray.get(maker.make.remote([]))
@@ -103,8 +107,7 @@ class RayCluster:
                         why = f"the worker died on it ({reason_of(error)[:200]})"
                         shard[0].fail("worker", f"{shard[0].name}: {why}")
                         results, seconds = shard, {}
-                    for step, s in seconds.items():
-                        self.seconds[step] = self.seconds.get(step, 0.0) + s
+                    self.seconds.update(seconds)  # adds
                     yield results
                 yield []
         finally:
@@ -127,9 +130,6 @@ class _Maker:
         """Write the shard of these items; what became of each, and seconds per step."""
         before = dict(self._worker.seconds)
         results = [result for part in self._worker.run(items) for result in part]
-        for result in results:
-            if result.error is not None:  # as it is, it may not survive the way back
-                result.error = ItemkitError(f"step '{result.stage}': {reason_of(result.error)}")
         return results, {step: s - before[step] for step, s in self._worker.seconds.items()}
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from itemkit import schema
 from itemkit.errors import InputError
-from itemkit.features import ARRAYS, BOX_COLUMNS, Features, unit_rows
+from itemkit.features import ARRAYS, BOX_COLUMNS, FOUND, Features, unit_rows
 
 IMAGE_PATH = "image_path"  # clip-retrieval's name of the path column
 
@@ -114,5 +114,6 @@ def from_arrays(
     table[schema.N_OBJECTS] = np.zeros(n, np.int32)
     nothing, owner = np.zeros((0, image.shape[1]), np.float32), np.zeros(0, np.int64)
     objects = {"phrase": np.zeros(0, object)} | {name: np.zeros(0, np.float32) for name in BOX_COLUMNS}
+    objects[FOUND] = np.zeros(0, bool)
     embeddings = unit_rows(image), unit_rows(caption), nothing, nothing
     return Features(table, *embeddings, owner, pd.DataFrame(objects))

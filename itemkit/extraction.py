@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -34,6 +35,7 @@ from itemkit import __version__, schema, store
 from itemkit._files import LOCK_FILE, folder_lock, remove_leftovers
 from itemkit.captions import clean_caption
 from itemkit.decode import DecodeConfig, Item, Reader, batches, feature_of, reason_of
+from itemkit.devices import is_out_of_memory
 from itemkit.errors import InputError, ItemkitError, StoreError
 from itemkit.features import ARRAYS, IMAGE_ARRAYS, Features, concat_features
 from itemkit.images import read_bytes
@@ -45,13 +47,11 @@ if TYPE_CHECKING:
     from itemkit.engine_ray import RayCluster, RayOptions
     from itemkit.presets import Preset
 
-CPU_BATCH, GPU_BATCH = 32, 256
+CPU_BATCH, GPU_BATCH = 32, 512
 FLUSH_SECONDS = 120.0  # a shard is written after this time even if it is small
 PACKAGES = ("torch", "open_clip_torch", "transformers", "spacy", "numpy", "pandas", "pyarrow", "pillow")
 POSTED = "caption_posted"  # column of the manifest and of features: the caption as it came
-# errors by which memory ran out, on a GPU or in the machine; and after which every later call fails as well
-NO_MEMORY = "(?i)MemoryError|out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
-NO_DEVICE = "AcceleratorError|CUDA error|cuDNN error"
+NO_DEVICE = "AcceleratorError|CUDA error|cuDNN error"  # after which every later call fails as well
 MANY = 64  # so many images in a row on which a model fails: it is not the images
 # what becomes of a row, see `ExtractReport`
 STATUSES = ("reused", "computed", "copies", "errors", "left")
@@ -82,6 +82,8 @@ class Worker:
     def __init__(
         self, folder: Path, run: dict, models: Models | Preset, stored: Iterable[str], options: WorkerOptions
     ) -> None:
+        import torch
+
         from itemkit.steps import Steps
 
         models = models.build(options.device) if hasattr(models, "build") else models
@@ -92,17 +94,30 @@ class Worker:
         self.folder, self.fingerprint, self.options = folder, run["fingerprint_hash"], options
         self.steps = Steps(models)
         self.seconds = self.steps.clock.seconds
-        on_gpu = not str(getattr(models.encoder, "device", "cpu")).startswith("cpu")
-        self.batch_size = options.batch_size or (GPU_BATCH if on_gpu else CPU_BATCH)
-        self._prefetch = 2 * on_gpu if options.decode.prefetch is None else options.decode.prefetch
+        device = torch.device(getattr(models.encoder, "device", "cpu"))
+        # for what is done with a batch while the next one is in the GPU's usual queue
+        self._queue = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.batch_size = options.batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
         # feature to the status of another image that has the same one
         self._known = dict.fromkeys(stored, "reused")
-        self._reader = Reader(options.decode, models.encoder.preprocess, options.transform, self._known)
+        captioner, localiser = models.captioner, models.localiser
+        look = getattr(captioner, "preprocess", None)
+        read = captioner is not None and look is None
+        self._reader = Reader(
+            options.decode.beside(device.type),
+            self.steps.prepare,
+            options.transform,
+            self._known,
+            look,
+            keep=read or bool(getattr(localiser, "needs_images", localiser is not None)),
+        )
         self._waiting: list[Features] = []
 
     def run(self, items: Iterable[Item]) -> Generator[list[Item], None, None]:
         """Deal with items batch by batch; the shards of what was computed are on disk when it ends."""
-        source = batches(items, self._reader, lambda: self.batch_size, self._prefetch)
+        lag = int(self._queue is not None)  # of finishing a batch behind starting on one
+        source = batches(items, self._reader, lambda: self.batch_size, lag)
+        under_way: deque[tuple[list[Item], Iterator[None]]] = deque()
         last = time.monotonic()
 
         def decoded() -> list[Item] | None:
@@ -118,13 +133,17 @@ class Worker:
                         if item.status == "computed":
                             self._known[item.feature_id] = "copies"
                             fresh.append(item)
-                if fresh:
-                    self._compute(fresh)
-                full = sum(map(len, self._waiting)) >= self.options.shard_size
-                if full or time.monotonic() - last > FLUSH_SECONDS:
-                    self._write()
-                    last = time.monotonic()
-                yield batch
+                under_way.append((batch, self._compute(fresh)))
+                next(under_way[-1][1], None)
+                while len(under_way) > (lag if batch else 0):
+                    done, rest = under_way.popleft()
+                    for _ in rest:
+                        pass
+                    full = sum(map(len, self._waiting)) >= self.options.shard_size
+                    if full or time.monotonic() - last > FLUSH_SECONDS:
+                        self._write()
+                        last = time.monotonic()
+                    yield done
         finally:
             source.close()
             self._write()  # whatever ended the loop: features that were paid for are kept
@@ -136,38 +155,51 @@ class Worker:
             with self.steps.clock("write"):
                 store.write_shard(self.folder, concat_features(parts), self.fingerprint)
 
-    def _compute(self, items: list[Item]) -> None:
-        """Run the models; where they fail, on halves, down to the image to blame."""
+    def _compute(self, items: list[Item]) -> Iterator[None]:
+        """Run the models; where they fail, on halves, down to the image to blame.
+
+        It pauses when a GPU has been set to work on the images, so that it can be given the next ones too.
+        """
+        import torch
+
+        if not items:
+            return
+        images: list[Any] = [item.image for item in items]
+        shown = None if self._reader.look is None else [item.shown for item in items]
+        given = [item.caption for item in items], [item.pixels for item in items], shown
         try:
-            images = [item.image for item in items if item.image is not None]
-            features = self.steps(images, [item.caption for item in items], [item.pixels for item in items])
+            steps = self.steps.in_two(images, *given)
+            next(steps)
+            ready = self._queue and torch.cuda.current_stream(self._queue.device).record_event()
+            yield
+            with torch.cuda.stream(self._queue):
+                if self._queue is not None:
+                    self._queue.wait_event(ready)
+                features = next(steps)
         except Exception as error:
             # without its trace, which would keep the batch's tensors alive
             failed = error.with_traceback(None)
         else:
             self._take(items, features)
             return
-        text = f"{type(failed).__name__}: {failed}"
-        short = re.search(NO_MEMORY, text)
-        if not short and re.search(NO_DEVICE, text):
+        short = is_out_of_memory(failed)
+        if not short and re.search(NO_DEVICE, f"{type(failed).__name__}: {failed}"):
             raise ItemkitError(
                 f"the device is broken ({reason_of(failed)}); what was computed is kept: run the same again"
             ) from failed
         stage = self.steps.clock.current
         if len(items) == 1:
             why = "memory ran out in this step with this image alone" if short else reason_of(failed)
-            items[0].fail(stage, f"{items[0].name}: {why}", failed)
+            items[0].fail(stage, f"{items[0].name}: {why}", model=True)
             return
         if short:
-            import torch
-
             gc.collect()
             torch.cuda.empty_cache()  # nothing happens where there is none
         half = (len(items) + 1) // 2
-        self._compute(items[:half])
-        self._compute(items[half:])
+        yield from self._compute(items[:half])
+        yield from self._compute(items[half:])
         # the others need not go slower for one that no size helps
-        if short and half < self.batch_size and not any(item.error for item in items):
+        if short and half < self.batch_size and not any(item.model for item in items):
             tqdm.write(f"out of memory in '{stage}': batch size {self.batch_size} -> {half}", file=sys.stderr)
             self.batch_size = half
 
@@ -177,7 +209,7 @@ class Worker:
             why = (
                 "no finite embedding came of it; ask `itemkit doctor --deep`, try another device or precision"
             )
-            items[row].fail("image", f"{items[row].name}: {why}", ItemkitError(why))
+            items[row].fail("image", f"{items[row].name}: {why}", model=True)
         done, features = [item for item in items if not item.reason], features.select(~bad)
         for item, tokens in zip(done, features.table[schema.CAPTION_TOKENS], strict=True):
             item.tokens = int(tokens)
@@ -214,6 +246,7 @@ class Job:
         self, manifest: pd.DataFrame, folder: Path, run: dict, missing: str, retry_errors: bool
     ) -> None:
         self.manifest, self.folder, self.damaged = manifest, folder, list[store.DamagedError]()
+        self.state = state_of(folder)
         found = (folder / RUN_FILE).exists()
         before = (self._unless_damaged(store.read_run, folder) if found else None) or {}
         if wrong := differences(before.get("fingerprint", run["fingerprint"]), run["fingerprint"]):
@@ -250,7 +283,9 @@ class Job:
         self.noted: list[tuple] = []
         self.worked = bool((self.plan["status"] == "reused").any())
         self._failed: list[Item] = []  # in a row
-        self.conclude()
+        self.settled = False
+        if not len(self.todo):
+            self.conclude()
 
     def _unless_damaged(self, read: Callable[..., Any], *given: Any) -> Any:
         try:
@@ -321,7 +356,7 @@ class Job:
             self.noted.append((item.row, *(getattr(item, name) for name in FILE)))
             if item.status == "computed":
                 self.worked, self._failed = True, []
-            elif item.error is not None:
+            elif item.model:
                 self._failed.append(item)
         self.give_up_after(MANY if self.worked else 8)
 
@@ -333,7 +368,7 @@ class Job:
         raise ItemkitError(
             f"the step '{item.stage}' failed on {count(len(self._failed), 'image')} in a row (the last: "
             f"{item.reason}). Mend it, then run the same command again: what was computed is kept"
-        ) from item.error
+        )
 
     def conclude(self) -> None:
         """Set ``rows`` (what became of each), ``table`` (the store's manifest), ``complete`` and ``settled``.
@@ -368,6 +403,12 @@ class Job:
         # cut short just before its last write, a store is complete and does not say so
         noted = self.placed and same and self.complete == self.run["complete"]
         self.settled = noted and not len(self.todo) and not self.damaged
+
+
+def state_of(folder: Path) -> list[tuple]:
+    """What every run changes in a store that has work to do."""
+    files = [file for file in (folder / RUN_FILE, *store.shard_files(folder)) if file.exists()]
+    return [(file.name, file.stat().st_ino, file.stat().st_mtime_ns) for file in files]
 
 
 def contradictions(table: pd.DataFrame) -> pd.Series:
@@ -499,7 +540,7 @@ def extract(
     transform : callable with ``fingerprint()``, optional
         ``(image, image_id) -> image`` applied after decoding, e.g. a perturbation; must be deterministic.
     batch_size : int, optional
-        Default 32 on a CPU, 256 on a GPU; halved when memory runs out. Changes the numbers by rounding only.
+        Default 32 on a CPU, 512 on a GPU; halved when memory runs out. Changes the numbers by rounding only.
     shard_size : int
         A shard is written after this many images, or two minutes; a killed run loses no more than that.
     decode, ray : DecodeConfig and RayOptions, optional
@@ -554,20 +595,22 @@ def extract(
         "checksums": {},
     }
     job = Job(manifest, folder, run, missing, retry_errors)
-    if not job.settled:
+    while not job.settled:
         with folder_lock(folder):
-            job = Job(manifest, folder, run, missing, retry_errors)  # another run may have been quicker
-            if not job.settled:
-                job.open()
-                if len(job.todo):
-                    if ray is None:
-                        worker = Worker(folder, job.run, models, job.tokens.index, options)
-                    else:
-                        from itemkit.engine_ray import RayCluster
+            if job.state != state_of(folder):  # another run was quicker
+                job = Job(manifest, folder, run, missing, retry_errors)
+                continue
+            job.open()
+            if len(job.todo):
+                if ray is None:
+                    worker = Worker(folder, job.run, models, job.tokens.index, options)
+                else:
+                    from itemkit.engine_ray import RayCluster
 
-                        worker = RayCluster(folder, job.run, models, job.tokens.index, options, ray)
-                    came = _compute(job, worker, progress)
-                store.write_state(folder, job.run | {"complete": job.complete}, job.table)
+                    worker = RayCluster(folder, job.run, models, job.tokens.index, options, ray)
+                came = _compute(job, worker, progress)
+            store.write_state(folder, job.run | {"complete": job.complete}, job.table)
+            break
     report = _report(job, started, worker)
     if progress:
         print(report, file=sys.stderr, flush=True)

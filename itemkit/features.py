@@ -16,7 +16,8 @@ from itemkit.errors import InputError
 IMAGE_ARRAYS = (schema.IMAGE_EMB, schema.CAPTION_EMB)
 OBJECT_ARRAYS = (schema.REGION_EMB, schema.PHRASE_EMB)
 ARRAYS = (*IMAGE_ARRAYS, *OBJECT_ARRAYS)
-BOX_COLUMNS = ("x0", "y0", "x1", "y1", "score")
+BOX_COLUMNS = ("x0", "y0", "x1", "y1", "score")  # float32
+FOUND = "found"  # bool
 
 
 @dataclass
@@ -32,7 +33,9 @@ class Features:
     region_emb: np.ndarray  # (m, d), of each object's region
     phrase_emb: np.ndarray  # (m, d), of its phrase
     owner: np.ndarray  # (m,), int64: the row of `table` to which each object belongs; ascending
-    objects: pd.DataFrame  # m rows: phrase, x0, y0, x1, y1 (in pixels of the original image), score
+    # m rows: phrase; x0, y0, x1, y1 in pixels of the original image; score, an object detector's confidence,
+    # NaN of other localisers; found, False where there was no box and a stand-in took its place
+    objects: pd.DataFrame
     run: dict = field(default_factory=dict)  # the store's run.json
     pixels: np.ndarray | None = None  # (n, h, w, 3), uint8, for the pixel controls only; never stored
 

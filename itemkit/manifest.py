@@ -104,7 +104,7 @@ def read_manifest(
         raise InputError(f"no layout {layout!r};{did_you_mean(layout, LAYOUTS)} Known: {', '.join(LAYOUTS)}")
     if not isinstance(source, (str, os.PathLike)):
         data = _Data("the table", Path(root or os.curdir), "table", images_to)
-        return _finish([source] if isinstance(source, pd.DataFrame) else _dataset_rows(source, data), data)
+        return _finish([source] if isinstance(source, pd.DataFrame) else _dataset_rows(source), data)
     path, reals = _absolute(source), None if real_root is None else _absolute(real_root)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; give a table, or a folder of images")
@@ -131,7 +131,7 @@ def _read_folder(path: Path, layout: str, reals: Path | None, data: _Data) -> pd
     tables = list(dict.fromkeys([*stored, *tree.tables, *(() if listing else tree.metadata)]))
     if layout == "auto" and reals is None and not tree.labels:
         n = sum(map(len, tree.folders.values()))
-        inside = stored and n and _image_column(next(_batches(stored[0])).schema) is not None
+        inside = stored and n and _image_column(next(_batches(stored[0]))) is not None
         if inside or (not n and (stored or len(tables) == 1)):
             data.notes += [f"{count(n, 'image file')} beside the table {tables[0].name}: not read"] * (n > 0)
             return _read_tables(stored or tables, path, data)
@@ -214,8 +214,7 @@ def _read_tables(files: list[Path], top: Path, data: _Data) -> pd.DataFrame:
                 continue
             places = [file.stem, *file.relative_to(top).parts[:-1]]  # train-00000-of-00002
             split = next((split for name in places if (split := read_name(name).split)), None)
-            for batch in _batches(file):
-                yield _unpack(batch, split, data)
+            yield from _batches(file, split)
 
     return _finish(parts(), data)
 
@@ -235,59 +234,65 @@ def _arrow_files(path: Path, tables: list[Path]) -> list[Path]:
     return next(filter(None, lying), [])
 
 
-def _batches(path: Path) -> Iterator[Any]:
-    """Record batches of a Parquet file, or of an Arrow file (stream as ``datasets`` writes it, or file)."""
+def _batches(path: Path, split: str | None = None) -> Iterator[pd.DataFrame]:
+    """Rows of a Parquet file, or of an Arrow file (stream as ``datasets`` writes it, or file)."""
     try:
         if path.suffix.lower() == ".parquet":
-            yield from pq.ParquetFile(path).iter_batches(batch_size=256)
-            return
-        with path.open("rb") as file:
-            read = pa.ipc.open_file if file.read(6) == b"ARROW1" else pa.ipc.open_stream
-        yield from read(pa.memory_map(str(path))).read_all().to_batches(max_chunksize=256)
+            batches = pq.ParquetFile(path).iter_batches(batch_size=256)
+        else:
+            with path.open("rb") as file:
+                read = pa.ipc.open_file if file.read(6) == b"ARROW1" else pa.ipc.open_stream
+            batches = read(pa.memory_map(str(path))).read_all().to_batches(max_chunksize=256)
+        for batch in batches:
+            yield _to_pandas(batch, split)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}); fetch it again") from None
 
 
-def _dataset_rows(dataset: Any, data: _Data) -> Iterator[pd.DataFrame]:
+def _dataset_rows(dataset: Any) -> Iterator[pd.DataFrame]:
     """Read an object of the ``datasets`` library, without needing it here: images stay the files' bytes."""
     parts = dataset if hasattr(dataset, "items") else {getattr(dataset, "split", None): dataset}
     for split, part in parts.items():
         if not hasattr(part, "with_format"):
             raise InputError(f"cannot read a {type(part).__name__}; give a path, DataFrame or data set")
         for batch in part.with_format("arrow").iter(batch_size=256):
-            yield _unpack(batch, split and str(split), data)
+            yield _to_pandas(batch, split and str(split))
 
 
-def _image_column(columns: Any) -> str | None:
-    """Column of an Arrow schema that holds images as bytes, alone or with their path."""
-    for column in columns:
-        kind = column.type
-        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            kind = pa.binary()
-        if kind in (pa.binary(), pa.large_binary()) and normalise(column.name) in _IMAGE_COLUMNS:
-            return column.name
-    return None
-
-
-def _unpack(batch: Any, split: str | None, data: _Data) -> pd.DataFrame:
-    """Rows of an Arrow table or batch; images that it holds inside are written as files."""
-    table, image = batch.to_pandas(), _image_column(batch.schema)
+def _to_pandas(batch: Any, split: str | None) -> pd.DataFrame:
+    """Rows of an Arrow table or batch, with names of classes for their numbers, and the split of them all."""
+    table = batch.to_pandas()
     stored = json.loads((batch.schema.metadata or {}).get(b"huggingface", b"{}"))
     for column, feature in stored.get("info", {}).get("features", {}).items():
         if column in table and isinstance(feature, dict) and "names" in feature:
             known = dict(enumerate(feature["names"]))  # class 0 may well be called 'fake'
             table[column] = [known.get(value, value) for value in table[column]]
-    if image is not None:
-        rows = [value if isinstance(value, dict) else {"bytes": value} for value in table[image]]
-        if data.images_to is None and any(row["bytes"] for row in rows):
-            advice = "name a folder to write them to, once, byte for byte: images_to='images'"
-            raise InputError(f"{data.what} holds the images inside (column {image!r}); {advice}")
-        paths = [c for c in table if c == image or normalise(c) in ALIASES[schema.PATH]]
-        files = [_write_image(row["bytes"], row.get("path"), data) for row in rows]
-        table = table.drop(columns=paths).assign(**{schema.PATH: files})
     if split is not None and not {normalise(c) for c in table} & set(ALIASES[schema.SPLIT]):
         table[schema.SPLIT] = split
     return table
+
+
+def _image_column(table: pd.DataFrame) -> Any:
+    """Column that holds images as bytes, alone or with their path; None if there is none."""
+    for column in table:
+        if normalise(column) in _IMAGE_COLUMNS and len(values := table[column].dropna()):
+            if all(isinstance(v, bytes) or (isinstance(v, dict) and "bytes" in v) for v in values):
+                return column
+    return None
+
+
+def _unpack(table: pd.DataFrame, data: _Data) -> pd.DataFrame:
+    """Rows with a path each: images that they hold inside are written as files."""
+    if (image := _image_column(table)) is None:
+        return table
+    values = table[image].astype(object).where(table[image].notna(), None)
+    rows = [value if isinstance(value, dict) else {"bytes": value} for value in values]
+    if data.images_to is None and any(row["bytes"] for row in rows):
+        advice = "name a folder to write them to, once, byte for byte: images_to='images'"
+        raise InputError(f"{data.what} holds the images inside (column {image!r}); {advice}")
+    paths = [c for c in table if c == image or normalise(c) in ALIASES[schema.PATH]]
+    files = [_write_image(row["bytes"], row.get("path"), data) for row in rows]
+    return table.drop(columns=paths).assign(**{schema.PATH: files})
 
 
 def _write_image(content: bytes | None, path: str | None, data: _Data) -> str:
@@ -306,7 +311,7 @@ def _write_image(content: bytes | None, path: str | None, data: _Data) -> str:
     target = folder / f"{name}{number}{ending}"
     if content and not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _files.atomic_write(target, content)
+        _files.atomic_write(target, content, sync=False)
     return str(target)
 
 
@@ -353,7 +358,8 @@ def _read_text(path: Path, data: _Data) -> pd.DataFrame:
 
 def _finish(parts: Iterable[pd.DataFrame], data: _Data) -> pd.DataFrame:
     """Columns of any name to the manifest's, checked; the report says already whose labels a folder's are."""
-    raw = pd.concat([*parts] or [pd.DataFrame()], ignore_index=True).rename(columns=str)
+    tables = [_unpack(part, data) for part in parts]
+    raw = pd.concat(tables or [pd.DataFrame()], ignore_index=True).rename(columns=str)
     if not len(raw):
         raise InputError(f"{data.what} has no rows; expected one per image")
     again = pd.Series(raw.columns).groupby(raw.columns).cumcount()  # two columns "label" must agree, too

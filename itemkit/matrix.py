@@ -22,10 +22,10 @@ import itemkit
 from itemkit import schema
 from itemkit._files import write_json
 from itemkit.errors import InputError, StoreError
-from itemkit.features import Features
+from itemkit.features import FOUND, Features
 from itemkit.metrics import METRICS
 from itemkit.recipes import Recipe, array_hash
-from itemkit.results import STUDY_METRICS, Run, Study, run_path
+from itemkit.results import SHIFTED, STUDY_METRICS, Run, Study, run_path
 from itemkit.splits import split_validation
 from itemkit.text import count, did_you_mean, one_line
 
@@ -46,15 +46,16 @@ def train_on_test_on(
     threshold: str = "fpr",
     metrics: Sequence[str] = STUDY_METRICS,
     families: Mapping[str, str] | None = None,
+    leave_family_out: bool = False,
     pair_by: str | None = None,
-    n_boot: int = 200,
+    n_boot: int = 2000,
     out: str | Path | None = None,
     jobs: int = 1,
     progress: bool = False,
 ) -> Study:
     """Train every contender on real images and one generator, test it on every generator.
 
-    For each train generator and seed, 80 % of the training reals and fakes train, one half of the validation
+    For each training set and seed, 80 % of the training reals and fakes train, one half of the validation
     images (reals and fakes of the same generator) stops the training, the other half sets threshold and
     calibration. Nothing is chosen on test images, and no image of an unseen generator is looked at before.
 
@@ -66,16 +67,19 @@ def train_on_test_on(
         Each draws other training images, another division of the validation images and another start.
     train_generators, test_generators : names, optional
         By default those with enough images. "a+b" trains on both.
+    leave_family_out : bool
+        Also train on all train generators but those of one family, for each of three or more families.
     threshold : {"fpr", "best"}
         For accuracies, on validation images: 5 % false positives (NaN where too few can promise that), or the
         best balanced accuracy.
-    metrics : names out of `itemkit.metrics.METRICS`
+    metrics : names out of `itemkit.metrics.METRICS` and `itemkit.results.SHIFTED`
     families : dict, optional
         Generator -> family. A test generator of a family trained on counts as seen.
     pair_by : column, optional
         Judge each generator's fakes against the test reals that share this column ("source") instead of all.
     n_boot, jobs : int
-        Bootstrap resamples of the test images; processes that train side by side.
+        Bootstrap resamples of the test images, for AUROC (of other metrics at most 200); processes that train
+        side by side.
     out : folder, optional
         Keep one JSON per run there, and reuse those that fit.
 
@@ -91,11 +95,18 @@ def train_on_test_on(
     """
     if not detectors or not len(seeds):
         raise InputError(f"{len(detectors)} contenders and {len(seeds)} seeds; expected at least one of each")
-    if unknown := [*({threshold} - {"fpr", "best"}), *(name for name in metrics if name not in METRICS)]:
-        raise InputError(f"unknown {unknown[0]!r}; thresholds: fpr, best; metrics: {', '.join(METRICS)}")
+    known = (*METRICS, *SHIFTED)
+    if unknown := [*({threshold} - {"fpr", "best"}), *(name for name in metrics if name not in known)]:
+        raise InputError(f"unknown {unknown[0]!r}; thresholds: fpr, best; metrics: {', '.join(known)}")
     trains, tests, notes = _generators(features.table, train_generators, test_generators)
+    family = {name: (families or {}).get(name, name) for name in trains}
+    sets = {name: name.split("+") for name in trains}
+    if leave_family_out and len({*family.values()}) > 2:
+        for left in dict.fromkeys(family.values()):
+            sets[f"all but {left}"] = [name for name in trains if family[name] != left]
     options: dict[str, Any] = {
-        "seeds": [int(seed) for seed in seeds], "train_generators": trains, "test_generators": tests,
+        "seeds": [int(seed) for seed in seeds], "train_generators": [*sets], "test_generators": tests,
+        "training_sets": sets,
         "threshold": threshold, "fpr": FPR, "metrics": list(metrics), "families": dict(families or {}),
         "pair_by": pair_by, "n_boot": n_boot, "made_by": features.provenance,
         "titles": {name: recipe.title or name for name, recipe in detectors.items()},
@@ -108,7 +119,7 @@ def train_on_test_on(
         # threshold and metrics are derived from kept scores and no part of the key
         about = [itemkit.__version__, digest, recipe.config, recipe.train_images, tests, TRAIN_SHARE]
         key = json.dumps(about, sort_keys=True)
-        tasks += [delayed(_runs)(name, recipe, own, train, key, folder, options) for train in trains]
+        tasks += [delayed(_runs)(name, recipe, own, train, key, folder, options) for train in sets]
     # one task is a contender on a generator with all its seeds, so that the features travel seldom
     work = Parallel(n_jobs=jobs, return_as="generator")(tasks)
     done = list(tqdm(work, total=len(tasks), disable=not progress, dynamic_ncols=True))
@@ -118,9 +129,9 @@ def train_on_test_on(
     if not kept:
         raise InputError("no contender could be run; {}, {}".format(*next(iter(failures.items()))))
     notes += [f"Accuracies are empty: {why}." for why in dict.fromkeys(run.withheld for run in kept) if why]
-    test = features.table.iloc[_rows(features, "test", tests)][TEST_COLUMNS].reset_index(drop=True)
     options |= {"failures": failures, "notes": notes}
-    study = Study(test.astype({schema.LABEL: int}), kept, options)
+    images = features.table[[*TEST_COLUMNS, schema.SPLIT]].reset_index(drop=True)
+    study = Study(images.astype({schema.LABEL: int}), kept, options)
     if folder:
         study.save(folder)
     return study
@@ -133,7 +144,8 @@ def _runs(
     runs: list[Run] = []
     try:
         for seed in options["seeds"]:
-            digest = hashlib.sha256(f"{key} {name} {train} {seed}".encode()).hexdigest()
+            members = "+".join(options["training_sets"][train])
+            digest = hashlib.sha256(f"{key} {name} {members} {seed}".encode()).hexdigest()
             path = folder and run_path(folder, name, train, seed)
             run = _kept(path, digest, options) if path and recipe.config else None
             if run is None:
@@ -153,7 +165,7 @@ def _runs(
 
 def _run(name: str, recipe: Recipe, features: Features, train: str, seed: int, options: dict) -> Run:
     """Train one contender on one generator with one seed, and score the test images."""
-    y, generators = features.labels, train.split("+")
+    y, generators = features.labels, options["training_sets"][train]
     every, val = (_rows(features, split, generators) for split in ("train", "val"))
     share = min(TRAIN_SHARE, (recipe.train_images or np.inf) / len(every))
     own = [every[y[every] == label] for label in (schema.REAL, schema.FAKE)]
@@ -165,7 +177,8 @@ def _run(name: str, recipe: Recipe, features: Features, train: str, seed: int, o
     scorer.fit(features.select(rows), features.select(stop))
     judged = (rest, _rows(features, "test", options["test_generators"]))
     scores = [scorer.decision_function(features.select(part)).tolist() for part in judged]
-    run = Run(name, train, seed, scores[0], y[rest].tolist(), scores[1], len(rows), config=recipe.config)
+    known = (rest.tolist(), scores[0], y[rest].tolist())
+    run = Run(name, train, seed, *known, scores[1], len(rows), config=recipe.config)
     return run.calibrate(options)
 
 
@@ -231,4 +244,6 @@ def _hash(features: Features) -> str:
     columns = [schema.IMAGE_ID, schema.LABEL, schema.GENERATOR, schema.SPLIT, schema.CAPTION_LOGPROB]
     table = features.table[columns].to_csv().encode("utf-8", "surrogateescape")
     arrays = [array for array in vars(features).values() if isinstance(array, np.ndarray)]
-    return array_hash(np.frombuffer(table, np.uint8), features.objects["score"].to_numpy(float), *arrays)
+    return array_hash(
+        np.frombuffer(table, np.uint8), features.objects[["score", FOUND]].to_numpy(float), *arrays
+    )

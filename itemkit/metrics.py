@@ -1,14 +1,14 @@
 """Metrics with intervals: one vectorised implementation gives the number and all its bootstrap replicates.
 
-Every metric is computed from a *ladder*: the distinct scores in descending order with the weight of fake and
-of real images on each rung. A resample of the images is only another set of weights, so a thousand resamples
-are a thousand columns of one array.
+A resample of the images is only another set of weights, so a thousand resamples are a thousand columns of one
+array; every metric is a sum over the fakes of what lies above each of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -18,8 +18,11 @@ from scipy.special import expit, logit
 from itemkit.errors import InputError
 
 PROBABILITY_METRICS = ("ece", "brier")  # of these the largest is the worst
-METRICS = ("ap", "auroc", "tpr_at_fpr01", "tpr_at_fpr05", "accuracy_oracle", "accuracy", "accuracy_real",
-           "accuracy_fake", "balanced_accuracy", *PROBABILITY_METRICS)  # fmt: skip
+METRICS = (
+    "ap", "auroc", "tpr_at_fpr01", "tpr_at_fpr05", "accuracy", "accuracy_real", "accuracy_fake",
+    "accuracy_oracle", "balanced_accuracy", "balanced_accuracy_oracle", *PROBABILITY_METRICS,
+)  # fmt: skip
+RANKED = {"ap", "auroc", "tpr_at_fpr01", "tpr_at_fpr05", "accuracy_oracle", "balanced_accuracy_oracle"}
 ECE_BINS = 15  # Guo et al. 2017 (arXiv 1706.04599)
 LEVEL = 0.95  # coverage of the intervals
 
@@ -37,26 +40,16 @@ def check_scores(y: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return y.astype(np.int64), s
 
 
-def _ladder(y: np.ndarray, s: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct scores, descending, and the weight of fake and of real images on each rung (rungs, b)."""
-    order = np.argsort(-s, kind="stable")
-    s, weights, fake = s[order], weights[order], y[order] == 1
-    starts = np.flatnonzero(np.r_[True, s[1:] != s[:-1]])
-    n_fake, n_real = (np.add.reduceat(weights * mask[:, None], starts, axis=0) for mask in (fake, ~fake))
-    return s[starts], n_fake, n_real
-
-
-def _calibration(values: np.ndarray, fake: np.ndarray, real: np.ndarray, balanced: bool) -> dict:
-    """Calibration metrics of a ladder of probabilities."""
-    if values[0] > 1 or values[-1] < 0:
-        raise InputError(f"probabilities run from {values[-1]:.4g} to {values[0]:.4g}; expected 0 to 1")
-    n_fake, n_real = (2 * fake.sum(0), 2 * real.sum(0)) if balanced else [fake.sum(0) + real.sum(0)] * 2
-    fake, real, values = fake / n_fake, real / n_real, values[:, None]
-    bins = np.minimum((values[:, 0] * ECE_BINS).astype(int), ECE_BINS - 1)
-    gap = np.zeros((ECE_BINS, fake.shape[1]))
-    np.add.at(gap, bins, fake - (fake + real) * values)
-    brier = np.sum(fake * (1 - values) ** 2 + real * values**2, axis=0)
-    return {"ece": np.abs(gap).sum(0), "brier": brier}
+def _calibration(p: np.ndarray, fake: np.ndarray, weights: np.ndarray, balanced: bool) -> dict:
+    """Calibration metrics of probabilities."""
+    if p.min() < 0 or p.max() > 1:
+        raise InputError(f"probabilities run from {p.min():.4g} to {p.max():.4g}; expected 0 to 1")
+    share = weights / weights.sum(axis=0)
+    if balanced:
+        share = np.where(fake[:, None], weights / weights[fake].sum(0), weights / weights[~fake].sum(0)) / 2
+    bins = np.minimum((p * ECE_BINS).astype(int), ECE_BINS - 1)
+    gap = (bins == np.arange(ECE_BINS)[:, None]) @ (share * (fake - p)[:, None])
+    return {"ece": np.abs(gap).sum(axis=0), "brier": (fake - p) ** 2 @ share}
 
 
 def replicate(
@@ -66,6 +59,7 @@ def replicate(
     threshold: float | None = None,
     probability: np.ndarray | None = None,
     balanced: bool = False,
+    metrics: Sequence[str] = METRICS,
 ) -> dict[str, np.ndarray]:
     """Every metric that the inputs allow under every column of image weights, each an array (b,).
 
@@ -81,33 +75,45 @@ def replicate(
         Calibrated p(fake).
     balanced : bool
         Give both classes half of the weight in "ece" and "brier", as in the prior p(fake) is calibrated to.
+    metrics : names out of `METRICS`
+        Which are wanted.
     """
     y, s = check_scores(y, s)
-    values, fake, real = _ladder(y, s, weights)
-    tp, fp = np.cumsum(fake, axis=0, dtype=np.float64), np.cumsum(real, axis=0, dtype=np.float64)
-    n_fake, n_real = tp[-1], fp[-1]
+    weights = np.asarray(weights, np.float64)
+    order = np.argsort(-s, kind="stable")
+    fake, real = order[y[order] == 1], order[y[order] == 0]
+    w, n_fake, n_real = weights[fake], weights[fake].sum(axis=0), weights[real].sum(axis=0)
 
-    def found(fpr: float) -> np.ndarray:
-        return np.max(tp * (fp <= fpr * n_real + 1e-6), axis=0) / n_fake
+    def called(rows: np.ndarray, side: Literal["left", "right"]) -> np.ndarray:
+        """Weight of these rows at ("right") or above ("left") the score of every fake, shape (fakes, b)."""
+        total = np.cumsum(np.r_[np.zeros((1, weights.shape[1])), weights[rows]], axis=0)
+        return total[np.searchsorted(-s[rows], -s[fake], side)]
 
-    out = {
+    # thresholds between two fakes call more reals fake and no fake, so the fakes' own scores are enough
+    out: dict[str, np.ndarray] = {}
+    if not RANKED.isdisjoint(metrics):
+        fp = called(real, "right")
+    if "auroc" in metrics:  # ties count one half
+        out["auroc"] = 1 - np.sum(w * (fp + called(real, "left")), axis=0) / (2 * n_fake * n_real)
+    for name, rate in (("tpr_at_fpr01", 0.01), ("tpr_at_fpr05", 0.05)):
+        if name in metrics:
+            out[name] = np.sum(w * (fp <= rate * n_real + 1e-6), axis=0) / n_fake
+    if not {"ap", "accuracy_oracle", "balanced_accuracy_oracle"}.isdisjoint(metrics):
+        tp = called(fake, "right")
         # a sum over distinct thresholds, no interpolation: scikit-learn's definition
-        "ap": np.sum(fake * tp / np.maximum(tp + fp, 1e-12), axis=0) / n_fake,
-        "auroc": np.sum(real * (tp - fake / 2), axis=0) / (n_fake * n_real),  # ties count one half
-        "tpr_at_fpr01": found(0.01),
-        "tpr_at_fpr05": found(0.05),
+        out["ap"] = np.sum(w * tp / np.maximum(tp + fp, 1e-12), axis=0) / n_fake
         # calling nothing fake is a threshold, too
-        "accuracy_oracle": (n_real + np.maximum((tp - fp).max(axis=0), 0)) / (n_fake + n_real),
-    }
+        out["accuracy_oracle"] = (n_real + np.maximum((tp - fp).max(axis=0), 0)) / (n_fake + n_real)
+        gain = (tp / n_fake - fp / n_real).max(axis=0)
+        out["balanced_accuracy_oracle"] = (1 + np.maximum(gain, 0)) / 2
     if threshold is not None:
-        called = (values > threshold)[:, None]
-        hit, right = (fake * called).sum(0), (real * ~called).sum(0)
+        hit, right = (s[fake] > threshold) @ w, (s[real] <= threshold) @ weights[real]
         out["accuracy"] = (hit + right) / (n_fake + n_real)
         out["accuracy_real"], out["accuracy_fake"] = right / n_real, hit / n_fake
         out["balanced_accuracy"] = (out["accuracy_real"] + out["accuracy_fake"]) / 2
-    if probability is not None:
-        out |= _calibration(*_ladder(*check_scores(y, np.asarray(probability)), weights), balanced)
-    return {name: np.asarray(values, np.float64) for name, values in out.items()}
+    if probability is not None and not set(PROBABILITY_METRICS).isdisjoint(metrics):
+        out |= _calibration(check_scores(y, np.asarray(probability))[1], y == 1, weights, balanced)
+    return {name: out[name] for name in METRICS if name in out and name in metrics}
 
 
 def average_precision(y: np.ndarray, s: np.ndarray) -> float:
@@ -117,7 +123,7 @@ def average_precision(y: np.ndarray, s: np.ndarray) -> float:
 
 def resample(strata: np.ndarray, n_boot: int, rng: np.random.Generator) -> np.ndarray:
     """Bootstrap weights (n, n_boot): how often each image is drawn, with replacement within its stratum."""
-    weights = np.empty((len(strata), n_boot), np.float32)
+    weights = np.empty((len(strata), n_boot), np.uint8)  # no image is drawn 256 times
     for name in np.unique(strata):
         rows = np.flatnonzero(strata == name)
         for b, drawn in enumerate(rng.integers(len(rows), size=(n_boot, len(rows)))):
@@ -135,6 +141,24 @@ def interval(replicates: np.ndarray, metric: str = "", value: float = math.nan) 
         return math.nan, math.nan
     low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
     return (max(0.0, 2 * value - high), max(value, high)) if metric == "ece" else (low, high)
+
+
+def p_value(drawn: np.ndarray) -> float:
+    """Two-sided p of a difference, from its replicates: never below 2 / (n + 1); nan without any."""
+    if not np.isfinite(drawn).all() or not len(drawn):
+        return math.nan
+    one_side = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    return min(1.0, 2 * (1 + int(one_side)) / (len(drawn) + 1))
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """P-values of all comparisons of one table, corrected for their number (Holm 1979); nan stays nan."""
+    p = np.asarray(p, np.float64)
+    order, known = np.argsort(p), int(np.isfinite(p).sum())  # nan is sorted last
+    out = np.full(len(p), math.nan)
+    steps = p[order[:known]] * np.arange(known, 0, -1)
+    out[order[:known]] = np.maximum.accumulate(steps).clip(max=1)
+    return out
 
 
 def bootstrap(
@@ -163,15 +187,14 @@ def bootstrap(
     """
     y, s = check_scores(y, s)
     rng = np.random.default_rng(seed)
-    size = max(1, int(4e6 // len(y)))  # resamples at a time, to bound memory: 16 MB per float32 array
+    size = max(1, int(4e6 // len(y)))  # resamples at a time, to bound memory: 32 MB per array
     draws = (resample(y, min(size, n_boot - start), rng) for start in range(0, n_boot, size))
-    parts = [
-        replicate(y, s, weights, threshold, probability, balanced)
-        for weights in (np.ones((len(y), 1)), *draws)
-    ]
+    every, about = np.ones((len(y), 1)), (threshold, probability, balanced)
+    parts = [replicate(y, s, weights, *about, metrics or METRICS) for weights in (every, *draws)]
     if unknown := [name for name in metrics or () if name not in parts[0]]:
         what = "accuracies need a threshold, chosen on validation images, ece and brier probabilities"
-        raise InputError(f"no {unknown[0]!r}; expected one of {', '.join(parts[0])}; {what}")
+        known = ", ".join(replicate(y, s, every, *about))
+        raise InputError(f"no {unknown[0]!r}; expected one of {known}; {what}")
     rows = []
     for name in metrics or parts[0]:
         value, *drawn = np.concatenate([part[name] for part in parts]).tolist()

@@ -46,7 +46,12 @@ LOCALISERS: dict[str, dict[str, Any]] = {
     "grounding_dino": {
         "model": "IDEA-Research/grounding-dino-base", "threshold": 0.25, "precision": "float32",
     },
+    "object_detector": {
+        "model": "PekingU/rtdetr_v2_r18vd", "threshold": 0.3, "precision": "auto", "match": 0.9,
+        "boxes": "best", "without_box": "whole",
+    },
 }  # fmt: skip
+IMAGE_ALONE = "object_detector"  # has classes of its own and is given no words
 GRID_MAX_STEPS = 12  # windows per axis and scale of "grid"; bounds the work on panoramas
 
 
@@ -80,17 +85,23 @@ class Models:
             from itemkit.regions import BoxLocaliser
 
             object.__setattr__(self, "localiser", BoxLocaliser(self.encoder, self.localiser))
-        for name, methods in METHODS.items():
-            part = getattr(self, name)
-            lacks = [method for method in methods if not callable(getattr(part, method, None))]
-            if part is not None and lacks:
-                kind = getattr(part, "__name__", type(part).__name__)
-                needs = f"a {name} needs {', '.join(methods)}. itemkit.models.Models shows an example"
-                raise InputError(f"the {name} {kind} has no method {lacks[0]}(); {needs}")
+        for name in METHODS:
+            if (part := getattr(self, name)) is not None:
+                check_part(name, part)
 
     def fingerprint(self, captions: str = "generate") -> dict[str, Any]:
         """Everything that changes the numbers, JSON-ready; ``captions`` come from "generate" or "user"."""
         return run_fingerprint(vars(self), captions)
+
+
+def check_part(name: str, part: Any) -> None:
+    """Raise an `InputError` unless a part can do what is asked of it."""
+    methods = ("boxes",) if name == "localiser" and hasattr(part, "boxes") else METHODS[name]
+    lacks = [method for method in methods if not callable(getattr(part, method, None))]
+    if lacks:
+        kind = getattr(part, "__name__", type(part).__name__)
+        needs = f"a {name} needs {', '.join(METHODS[name])}. itemkit.models.Models shows an example"
+        raise InputError(f"the {name} {kind} has no method {lacks[0]}(); {needs}")
 
 
 def run_fingerprint(parts: Mapping[str, Any], captions: str) -> dict[str, Any]:
@@ -161,11 +172,15 @@ def own_part(name: str, text: str) -> Any:
     sys.path.insert(0, os.getcwd())  # not there when the command line's script was started
     try:
         part = pkgutil.resolve_name(text)
+        part = part() if isinstance(part, type) else part
     except (ImportError, AttributeError) as error:
         raise InputError(f"{name} '{text}' is neither in this folder nor installed: {error}") from error
+    except Exception as error:  # whatever a module of the user's own does
+        raise InputError(f"{name} '{text}' cannot be made: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(os.getcwd())
-    return part() if isinstance(part, type) else part
+    check_part(name, part)
+    return part
 
 
 def localiser_settings(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,8 +268,11 @@ def find_place(model: str | Path, part: str) -> Located:
     return Located(what, folder, folder.name, str(model))
 
 
-def find_folder(model: str | Path, what: str) -> Located:
-    """Find the files of a transformers model (see `find_place`) and check them, or raise `ModelNotFound`."""
+def find_folder(model: str | Path, what: str, texts: bool = True) -> Located:
+    """Find the files of a transformers model (see `find_place`) and check them, or raise `ModelNotFound`.
+
+    ``texts``: whether it reads or writes them, and so must have a tokenizer.
+    """
     located = find_place(model, what)
     folder = located.path
     if not (folder / "config.json").is_file():
@@ -263,7 +281,8 @@ def find_folder(model: str | Path, what: str) -> Located:
     # transformers' own order
     order = [name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
     located = replace(located, weights=choose_weights(located, order))
-    require_tokenizer(located)
+    if texts:
+        require_tokenizer(located)
     images = "image_processor" in read_json(folder / "processor_config.json")
     if not images and not (folder / "preprocessor_config.json").is_file():
         raise located.refuse("preprocessor_config.json is missing, so its image size would be guessed")
@@ -496,12 +515,14 @@ def load_transformer(auto_class: Any, located: Located, **options: Any) -> Any:
     return model.eval()
 
 
-def load_processor(located: Located, room: int | None) -> tuple[Any, Any]:
+def load_processor(located: Located, room: int | None, texts: bool = True) -> tuple[Any, Any]:
     """Load what prepares images, and texts too where a folder has such a processor, and the tokenizer."""
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     options = {"local_files_only": True, "trust_remote_code": False}
     with reading(located), from_disk_only():
+        if not texts:
+            return AutoImageProcessor.from_pretrained(located.path, **options), None
         processor: Any = AutoProcessor.from_pretrained(located.path, **options)
         tokenizer = getattr(processor, "tokenizer", None)
         if tokenizer is None or not hasattr(processor, "image_processor"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,10 +58,23 @@ class ObjectRules:
     drop_generic: bool = True  # what nobody could point at: "photo", "group", "the right side"
     drop_negated: bool = True  # what the caption says is absent: "without a shirt", "no people"
     keep_article: bool = False  # a leading "a", "an", "the": for an encoder that learned phrases with them
+    # "chunk": "red ball"; "noun", as the authors draw it: "ball", with its compounds: "tennis racket"
+    unit: str = "chunk"
+    # keep each mention of equal phrases, which object detectors give boxes of their own; else the first
+    repeats: bool = False
 
     def __post_init__(self) -> None:
         if self.max_objects < 1:
             raise InputError(f"max_objects is {self.max_objects}; it must be at least 1")
+        if self.unit not in ("chunk", "noun"):
+            raise InputError(f"unit is {self.unit!r}; it must be 'chunk' or 'noun'")
+
+    def record(self) -> dict[str, Any]:
+        """Everything that changes the objects, as JSON-ready values."""
+        # the later ones only where they are not the default: fingerprints without them are in use
+        later = ("unit", "repeats")
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: v for k, v in given.items() if k not in later or v != getattr(ObjectRules, k)}
 
 
 class Parser:
@@ -73,7 +86,7 @@ class Parser:
         self.nlp, self.rules, self._record = nlp, rules, dict(record or {})
 
     def objects(self, captions: Sequence[str]) -> list[list[str]]:
-        """Name the semantic objects of each caption, as lower-case phrases in its order, without repeats."""
+        """Name the semantic objects of each caption, as lower-case phrases in its order."""
         unique = list(dict.fromkeys(captions))
         parsed = zip(unique, self.nlp.pipe(" ".join(text.split()) for text in unique), strict=True)
         found = {text: phrases(doc, self.rules) for text, doc in parsed}
@@ -87,8 +100,18 @@ class Parser:
 def phrases(doc: Doc, rules: ObjectRules) -> list[str]:
     """Clean the noun chunks of a parsed caption: see `ObjectRules` and `Parser.objects`."""
     chunks = [chunk for chunk in doc.noun_chunks if _is_object(chunk, rules)]
-    found = [_phrase(list(chunk), rules.keep_article) for chunk in chunks]
-    return list(dict.fromkeys(filter(None, found)))[: rules.max_objects]
+    named = [_noun(chunk) if rules.unit == "noun" else list(chunk) for chunk in chunks]
+    found = [phrase for tokens in named if (phrase := _phrase(tokens, rules.keep_article))]
+    return (found if rules.repeats else list(dict.fromkeys(found)))[: rules.max_objects]
+
+
+def _noun(chunk: Span) -> list[Token]:
+    """The article of a chunk, its head noun, and what it is compounded with: "traffic light"."""
+    start = chunk.root.i
+    while start > chunk.start and chunk.doc[start - 1].dep_ == "compound":
+        start -= 1
+    article = [token for token in chunk[:1] if token.i < start and token.lower_ in _ARTICLES]
+    return [*article, *chunk.doc[start : chunk.root.i + 1]]
 
 
 def _is_object(chunk: Span, rules: ObjectRules) -> bool:
@@ -148,7 +171,7 @@ def load_parser(model: str | Path = "en_core_web_sm", **rules: Any) -> Parser:
             "parts of speech (attribute_ruler or morphologizer)"
         )
     chosen = ObjectRules(**rules)
-    return Parser(nlp, chosen, located.fingerprint(rules=asdict(chosen)))
+    return Parser(nlp, chosen, located.fingerprint(rules=chosen.record()))
 
 
 class Pipeline(Located):

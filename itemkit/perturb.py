@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, reduce
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -31,7 +30,7 @@ class Perturbation:
     family: str  # clean, jpeg, webp, blur, noise, resize, resize_px, crop, chain
     strength: float  # how far from the clean image, ascending within a family, 0 for none
     setting: str  # the same as people write it, for axes: q 50, 2 px
-    apply: Callable[[Image.Image, np.random.Generator], Image.Image]
+    steps: tuple[tuple[Any, ...], ...]  # each a function of image and random generator, and its numbers
 
     def __call__(self, image: Image.Image, image_id: str) -> Image.Image:
         """Apply the transform to an RGB image.
@@ -39,32 +38,35 @@ class Perturbation:
         Its id and the name seed what is random: each image has its own noise, and the same on every run.
         """
         seed = hashlib.sha256(f"{self.name}\0{image_id}".encode()).digest()
-        return self.apply(image, np.random.default_rng(int.from_bytes(seed[:8], "little")))
+        rng = np.random.default_rng(int.from_bytes(seed[:8], "little"))
+        for step, *numbers in self.steps:
+            image = step(image, rng, *numbers)
+        return image
 
     def fingerprint(self) -> dict[str, object]:
         """Everything that changes the pixels, for cache keys."""
         return {"name": self.name, "family": self.family, "strength": self.strength, "version": VERSION}
 
 
-def _jpeg(quality: int, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _jpeg(image: Image.Image, rng: np.random.Generator, quality: int) -> Image.Image:
     return Image.open(BytesIO(jpeg_bytes(image, quality))).convert("RGB")
 
 
-def _jpeg_random(low: int, high: int, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    return _jpeg(int(rng.integers(low, high + 1)), image, rng)
+def _jpeg_random(image: Image.Image, rng: np.random.Generator, low: int, high: int) -> Image.Image:
+    return _jpeg(image, rng, int(rng.integers(low, high + 1)))
 
 
-def _webp(quality: int, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _webp(image: Image.Image, rng: np.random.Generator, quality: int) -> Image.Image:
     buffer = BytesIO()
     image.save(buffer, "WEBP", quality=quality, lossless=False, method=4)
     return Image.open(buffer).convert("RGB")
 
 
-def _blur(sigma_px: float, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _blur(image: Image.Image, rng: np.random.Generator, sigma_px: float) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(sigma_px))
 
 
-def _noise(std_255: float, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _noise(image: Image.Image, rng: np.random.Generator, std_255: float) -> Image.Image:
     pixels = np.asarray(image, dtype=np.float32)
     noisy = pixels + rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(std_255)
     return Image.fromarray(np.clip(np.rint(noisy), 0, 255).astype(np.uint8))
@@ -75,80 +77,66 @@ def _scaled(image: Image.Image, factor: float) -> tuple[int, int]:
     return width, height
 
 
-def _resize(factor: float, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _resize(image: Image.Image, rng: np.random.Generator, factor: float) -> Image.Image:
     return image.resize(_scaled(image, factor), Image.Resampling.BICUBIC)
 
 
-def _resize_px(side_px: int, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _resize_px(image: Image.Image, rng: np.random.Generator, side_px: int) -> Image.Image:
     factor = side_px / min(image.size)
-    return image if factor >= 1 else _resize(factor, image, rng)  # never enlarged: that would be another test
+    return image if factor >= 1 else _resize(image, rng, factor)  # never enlarged: that would be another test
 
 
-def _crop(fraction: float, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _crop(image: Image.Image, rng: np.random.Generator, fraction: float) -> Image.Image:
     width, height = _scaled(image, fraction)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
-def _chain(parts: tuple[Perturbation, ...], image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    return reduce(lambda made, part: part.apply(made, rng), parts, image)
-
-
 def _social(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Crop a little, scale and recompress, by amounts drawn per image, as sharing sites do. Our choice."""
-    image = _crop(rng.uniform(0.85, 1.0), image, rng)
-    image = _resize(rng.uniform(0.6, 1.0), image, rng)
-    return _jpeg_random(65, 90, image, rng)
+    image = _crop(image, rng, rng.uniform(0.85, 1.0))
+    image = _resize(image, rng, rng.uniform(0.6, 1.0))
+    return _jpeg_random(image, rng, 65, 90)
 
 
-class _Family(NamedTuple):
-    step: Callable[..., Image.Image]  # number, image, random generator -> image
-    name: str
-    setting: str
-    strength: Callable[[Any], float]
+def _family(
+    family: str, step: Callable[..., Image.Image], name: str, setting: str, strength: Callable[[Any], float]
+) -> Callable[[float], Perturbation]:
+    """Make the function from a number to its perturbation."""
+
+    def make(number: float) -> Perturbation:
+        label, axis = name.format(number), setting.format(number)
+        return Perturbation(label, family, strength(number), axis, ((step, number),))
+
+    return make
 
 
-_FAMILIES = {
-    "jpeg": _Family(_jpeg, "jpeg_q{}", "q {}", lambda quality: 100 - quality),
-    "webp": _Family(_webp, "webp_q{}", "q {}", lambda quality: 100 - quality),
-    "blur": _Family(_blur, "blur_{:g}px", "{:g} px", float),
-    "noise": _Family(_noise, "noise_{:g}", "{:g}/255", float),
-    "resize": _Family(_resize, "resize_x{:g}", "× {:g}", lambda factor: 1 - factor),
-    # the strength, a share of 4096 px, is only there to be ascending
-    "resize_px": _Family(_resize_px, "resize_{}px", "to {} px", lambda side_px: 1 - side_px / 4096),
-    "crop": _Family(_crop, "crop_{:g}", "{:g} of side", lambda fraction: 1 - fraction),
-}
-
-
-def _make(family: str, number: float) -> Perturbation:
-    one = _FAMILIES[family]
-    name, setting = one.name.format(number), one.setting.format(number)
-    return Perturbation(name, family, one.strength(number), setting, partial(one.step, number))
-
-
-jpeg = partial(_make, "jpeg")  # quality 1-100, chroma at half resolution as most sites store it
-webp = partial(_make, "webp")  # lossy, quality 1-100
-blur = partial(_make, "blur")  # Gaussian, standard deviation in pixels; 0 changes nothing
-noise = partial(_make, "noise")  # Gaussian per pixel and channel, deviation in 1/255; 0 changes nothing
-resize = partial(_make, "resize")  # both sides by a factor of at most 1, and left so; 1 changes nothing
-resize_px = partial(_make, "resize_px")  # the shorter side to so many pixels; smaller images are left alone
-crop = partial(_make, "crop")  # the centre, a fraction of each side; 1 changes nothing
+# quality 1-100, chroma at half resolution as most sites store it
+jpeg = _family("jpeg", _jpeg, "jpeg_q{}", "q {}", lambda quality: 100 - quality)
+webp = _family("webp", _webp, "webp_q{}", "q {}", lambda quality: 100 - quality)  # lossy, quality 1-100
+blur = _family("blur", _blur, "blur_{:g}px", "{:g} px", float)  # Gaussian, standard deviation in pixels
+noise = _family("noise", _noise, "noise_{:g}", "{:g}/255", float)  # Gaussian per pixel and channel
+# both sides by a factor of at most 1, and left so
+resize = _family("resize", _resize, "resize_x{:g}", "× {:g}", lambda factor: 1 - factor)
+# the shorter side; smaller images are left alone. Its strength, a share of 4096 px, is only to be ascending
+resize_px = _family("resize_px", _resize_px, "resize_{}px", "to {} px", lambda side_px: 1 - side_px / 4096)
+crop = _family("crop", _crop, "crop_{:g}", "{:g} of side", lambda fraction: 1 - fraction)  # the centre
 
 
 def jpeg_random(low: int = 50, high: int = 95) -> Perturbation:
     """JPEG at a quality drawn for each image, the same on every run and for both classes."""
-    step = partial(_jpeg_random, low, high)
-    return Perturbation(f"jpeg_random_{low}_{high}", "jpeg", 100 - high, f"q {low}-{high}", step)
+    step = (_jpeg_random, low, high)
+    return Perturbation(f"jpeg_random_{low}_{high}", "jpeg", 100 - high, f"q {low}-{high}", (step,))
 
 
 def chain(*parts: Perturbation, strength: float = 1.0) -> Perturbation:
     """Apply several perturbations one after the other."""
     name = "+".join(part.name for part in parts)
-    return Perturbation(name, "chain", strength, name, partial(_chain, parts))
+    return Perturbation(name, "chain", strength, name, tuple(step for part in parts for step in part.steps))
 
 
-CLEAN = Perturbation("clean", "clean", 0.0, "clean", partial(_chain, ()))
-SOCIAL = Perturbation("social", "chain", 3.0, "social media", _social)
+CLEAN = Perturbation("clean", "clean", 0.0, "clean", ())
+SOCIAL = Perturbation("social", "chain", 3.0, "social media", ((_social,),))
 
 #: The union of the grids of GenImage, SIDBench, CNNDetection and SPAI.
 GRID: tuple[Perturbation, ...] = (

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from itemkit.errors import ModelNotFound
 from itemkit.models import (
     FETCH,
+    IMAGE_ALONE,
     LOCALISERS,
     PARTS,
     Located,
@@ -38,7 +39,7 @@ MINI_REMEDY = "The mini models come with itemkit: " + (
 MINI_REMEDY += " If ITEMKIT_DATA is set, unset it, or let it name a folder that holds mini/models."
 # subfolder of each part in a folder of models, as `itemkit download --to FOLDER` writes it
 FOLDERS = {"captioner": "captioner", "parser": "parser", "encoder": "encoder", "localiser": "detector"}
-# localisers that are models of their own
+# localisers that are models of their own: object detectors
 DETECTORS = tuple(name for name, options in LOCALISERS.items() if "model" in options)
 
 
@@ -60,6 +61,8 @@ class Preset:
     captioner_options: Mapping[str, Any] = field(default_factory=dict)  # of `captions.Decoding`
     parser_options: Mapping[str, Any] = field(default_factory=dict)  # of `objects.ObjectRules`
     localiser_options: Mapping[str, Any] = field(default_factory=dict)  # see `models.LOCALISERS`
+    # other defaults of localisers than there, by name: which object detector belongs to this preset
+    localiser_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     precision: str = "auto"  # of captioner and encoder, see `devices.choose_precision`
 
     def __post_init__(self) -> None:
@@ -72,7 +75,11 @@ class Preset:
                 if key not in names:
                     raise unknown(f"{part} '{getattr(self, part)}' has no option '{key}'", key, names)
         if isinstance(self.localiser, str) and not names_object(self.localiser):
-            localiser_settings(self.localiser, self.localiser_options)
+            localiser_settings(self.localiser, self.located_by())
+
+    def located_by(self) -> dict[str, Any]:
+        """Options of the localiser that has a name."""
+        return {**self.localiser_defaults.get(self.localiser, {}), **self.localiser_options}
 
     def given(self, part: str) -> Any:
         """A part as it was given: a name, an object or None; "module:object" is looked up."""
@@ -83,7 +90,7 @@ class Preset:
         """Name or folder of each part that has files to be found."""
         parts = {part: self.given(part) for part in PARTS}
         if isinstance(parts["localiser"], str):
-            parts["localiser"] = {**LOCALISERS[self.localiser], **self.localiser_options}.get("model")
+            parts["localiser"] = {**LOCALISERS[self.localiser], **self.located_by()}.get("model")
         return {part: model for part, model in parts.items() if isinstance(model, (str, Path))}
 
     def replace(self, **overrides: Any) -> Preset:
@@ -130,7 +137,7 @@ class Preset:
             captioner = load_captioner(captioner, chosen, self.precision, **self.captioner_options)
         if isinstance(localiser, str):
             on = {"device": chosen} if localiser in DETECTORS else {}
-            localiser = make_localiser(localiser, encoder, **on | dict(self.localiser_options))
+            localiser = make_localiser(localiser, encoder, **on | self.located_by())
         return Models(encoder, captioner, parser, localiser)
 
     def fingerprint(self, captions: str = "generate", device: str | torch.device = "auto") -> dict[str, Any]:
@@ -145,12 +152,12 @@ class Preset:
         decoding, rules = Decoding(**self.captioner_options), ObjectRules(**self.parser_options)
         settings: dict[str, Any] = {
             "captioner": {"precision": self.precision, "decoding": dataclasses.asdict(decoding)},
-            "parser": {"rules": dataclasses.asdict(rules)},
+            "parser": {"rules": rules.record()},
             "encoder": {"precision": self.precision},
         }
         parts = {part: self.given(part) for part in PARTS}
         if isinstance(parts["localiser"], str):
-            settings["localiser"] = localiser_settings(self.localiser, self.localiser_options)
+            settings["localiser"] = localiser_settings(self.localiser, self.located_by())
             parts["localiser"] = settings["localiser"]
         parts |= {part: located.fingerprint(**settings[part]) for part, located in self.require().items()}
         return run_fingerprint(parts, captions)
@@ -164,7 +171,9 @@ class Preset:
             "captioner": lambda model: find_folder(model, "captioner"),
             "parser": find_parser,
             "encoder": lambda model: find_encoder(model, self.encoder_pretrained),
-            "localiser": lambda model: find_folder(model, "object detector"),
+            "localiser": lambda model: find_folder(
+                model, "object detector", texts=self.localiser != IMAGE_ALONE
+            ),
         }
         found: dict[str, Located | ModelNotFound] = {}
         for part, model in self.by_name().items():
@@ -174,7 +183,10 @@ class Preset:
                 found[part] = error
                 if not error.reason:  # it is not here, and this preset's name says how to get it
                     shipped = self.name == "mini" and tidy(mini_folder()) in error.looked
-                    remedy = MINI_REMEDY if shipped else FETCH.format(f" --preset {self.name}")
+                    how = f" --preset {self.name}"
+                    if part == "localiser" and self.localiser != PRESETS.get(self.name, self).localiser:
+                        how += f" --localiser {self.localiser}"
+                    remedy = MINI_REMEDY if shipped else FETCH.format(how)
                     found[part] = ModelNotFound(error.what, looked=error.looked, remedy=remedy)
         return found
 
@@ -225,6 +237,7 @@ PRESETS: dict[str, Preset] = {
         encoder_pretrained="openai",
         parser="en_core_web_sm",
         localiser="grounding_dino",
+        localiser_defaults={IMAGE_ALONE: {"model": "PekingU/rtdetr_v2_r101vd"}},
     ),
 }
 
@@ -263,13 +276,13 @@ def get_preset(name: str | Preset = "mini", folder: str | Path | None = None, **
         raise ModelNotFound(f"there is no folder of models at {tidy(root)}", remedy=remedy)
     folders = FOLDERS | ({"encoder": "clip"} if folder is None else {})
     places: dict[str, Any] = {part: str(root / folders[part]) for part in PARTS[:3]}
+    own: dict[str, Any] = {name: {"model": str(root / folders["localiser"])} for name in DETECTORS}
+    if folder is None:
+        own = {IMAGE_ALONE: {"model": str(root / IMAGE_ALONE), "precision": preset.precision}}
     options = {key: value for key, value in preset.localiser_options.items() if key != "model"}
-    preset = dataclasses.replace(preset, **places, encoder_pretrained=None, localiser_options=options)
-    preset = preset.replace(**overrides)
-    if folder is not None and preset.localiser in DETECTORS:
-        options = {"model": str(root / folders["localiser"]), **preset.localiser_options}
-        preset = dataclasses.replace(preset, localiser_options=options)
-    return preset
+    changed: dict[str, Any] = {"localiser_options": options, "localiser_defaults": own}
+    preset = dataclasses.replace(preset, **places, encoder_pretrained=None, **changed)
+    return preset.replace(**overrides)
 
 
 def mini_folder() -> Path:

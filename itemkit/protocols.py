@@ -35,6 +35,7 @@ class Protocol:
     train_is_all: bool = False  # all of the training split is the one training set, whatever its folders
     test: dict[str, str] = field(default_factory=dict)
     """Generator -> title of its row, in the published order; empty where each generator tests."""
+    one_source: bool = False  # every set is judged against all reals, whatever their column source says
     alias: dict[str, list[str]] = field(default_factory=dict)
     """Generator -> other names that people give its folder; case does not matter."""
     conditions: list[str] = field(default_factory=lambda: ["raw", "equalised"])
@@ -70,6 +71,8 @@ class Protocol:
         """
         table = manifest[manifest[schema.LABEL].notna()].copy()
         table[schema.SPLIT] = table[schema.SPLIT].map(self.splits).fillna("test")
+        if self.one_source:
+            table[schema.SOURCE] = self.name
         fake = (table[schema.LABEL] == schema.FAKE).to_numpy(bool)
         training = (table[schema.SPLIT] != "test").to_numpy()
         names = {alias.casefold(): n for n in self.test for alias in (n, *self.alias.get(n, []))}
@@ -85,7 +88,8 @@ class Protocol:
             return np.flatnonzero(mine | (part & ~fake & table[schema.SOURCE].isin(sources).to_numpy()))
 
         train = with_reals(training, self.train)
-        tests = {title: with_reals(~training, [name]) for name, title in self.test.items()}
+        named = self.test or {name: name for name in sorted({*table.loc[~training & fake, schema.GENERATOR]})}
+        tests = {title: with_reals(~training, [name]) for name, title in named.items()}
         missing = [title for title, rows in tests.items() if len(set(fake[rows])) < 2]
         sets = manifest[schema.SPLIT].fillna("no split folder") + ": " + manifest[schema.GENERATOR]
         there = "; ".join(f"{name} ({n:,})" for name, n in sets.value_counts().sort_index().items())

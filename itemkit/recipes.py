@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +14,13 @@ import numpy as np
 import pandas as pd
 
 from itemkit import schema
-from itemkit.controls import CONTROLS, NEEDS, Control, FeatureScorer, get_control
+from itemkit.controls import CONTROLS, OURS, VARIANTS, get_control
 from itemkit.errors import InputError
 from itemkit.features import Features
 from itemkit.head import MisalignmentMLP
-from itemkit.misalignment import RepresentationConfig, get_representation, represent
+from itemkit.misalignment import RepresentationConfig, get_representation
 
 DEFAULT = RepresentationConfig()
-OURS = {
-    "item": Control(
-        "misalignment", "Does the image fit its caption?",
-        lambda item, head, emb: FeatureScorer(lambda f: represent(f, item), head),
-    ),
-    "early": Control(
-        "fusion, early: item + image", "Is the image embedding of use beside the misalignment?",
-        lambda item, head, emb: FeatureScorer(lambda f: np.hstack([represent(f, item), f.image_emb]), head),
-    ),
-}  # fmt: skip
 # what tables of scores call their columns; the first that is there counts
 COLUMNS = {
     schema.IMAGE_ID: ("image_id", "sha256"),
@@ -66,43 +58,47 @@ def control(
     name: str,
     representation: RepresentationConfig | str = DEFAULT,
     head: MisalignmentMLP | None = None,
-    generic_emb: np.ndarray | None = None,
+    variants: Mapping[str, Features] | None = None,
 ) -> Recipe:
-    """One of `itemkit.controls.CONTROLS`, with the representation and head of the detector beside it.
+    """One of `OURS` or of `itemkit.controls.CONTROLS`, beside a detector of this representation and head.
 
-    Or "item", that detector itself, or "early", one head on its vector and the image embedding side by side.
+    ``variants`` are other features of the same images, see `itemkit.controls.VARIANTS`.
     """
     made, config = OURS.get(name) or get_control(name), get_representation(representation)
+    if made.variant and made.variant not in (variants or {}):
+        raise InputError(f"the control {made.title!r} needs variants[{made.variant!r}]: "
+                         f"{VARIANTS[made.variant]}; itemkit.study.make_variants makes them")  # fmt: skip
+    about = {"contender": name, "item": config.to_dict(), "made_of": described(made.build(0, config, head))}
+    own = variants[made.variant] if variants and made.variant else None
+    return Recipe(lambda seed: made.build(seed, config, head), about, made.title, own)
 
-    # built once now, so that what is missing is said before anything is trained
-    estimator = made.build(0, config, head, generic_emb).estimator
-    numbers = {"class": type(estimator).__name__} | estimator.get_params(deep=False)
-    if isinstance(estimator, MisalignmentMLP):  # a name of an architecture alone would hide its numbers
-        numbers["architecture"] = estimator.resolved_architecture()
+
+def described(part: Any) -> Any:
+    """What an untrained scorer is made of, as plain data: every number that can change its scores."""
+    if isinstance(part, (str, int, float, type(None))):
+        return part
+    if isinstance(part, (tuple, list)):
+        return [described(item) for item in part]
+    if inspect.isroutine(part) or isinstance(part, attrgetter):
+        return getattr(part, "__name__", repr(part))
+    numbers = part if isinstance(part, dict) else {"class": type(part).__name__} | vars(part)
+    if isinstance(part, MisalignmentMLP):  # a name of an architecture alone would hide its numbers
+        numbers |= {"architecture": part.resolved_architecture()}
     # the study sets the seed; the device is no part of the method
-    about: dict[str, Any] = {k: repr(v) for k, v in numbers.items() if k not in ("seed", "device")}
-    about |= {"contender": name, "item": config.to_dict()}
-    if made.needs == "generic_emb":
-        about["generic_emb"] = array_hash(np.asarray(generic_emb, np.float32))
-    return Recipe(lambda seed: made.build(seed, config, head, generic_emb), about, made.title)
+    return {key: described(value) for key, value in numbers.items() if key not in ("seed", "device")}
 
 
 def standard_detectors(
     features: Features,
     head: MisalignmentMLP | None = None,
-    generic_emb: np.ndarray | None = None,
+    variants: Mapping[str, Features] | None = None,
     skip: Sequence[str] = (),
 ) -> tuple[dict[str, Recipe], dict[str, str]]:
-    """Recipes of "item" and every control that these features allow, and what each of the others lacks."""
-    lacks = {
-        "pixels": features.pixels is None,
-        "generic_emb": generic_emb is None,
-        "caption_logprob": features.table[schema.CAPTION_LOGPROB].isna().any(),
-    }
-    wanted = {name: made.needs for name, made in CONTROLS.items() if name not in skip}
-    lacking = {name: NEEDS[needs] for name, needs in wanted.items() if lacks.get(needs)}
-    names = ("item", *(name for name in wanted if name not in lacking))
-    return {name: control(name, DEFAULT, head, generic_emb) for name in names}, lacking
+    """Recipes of `OURS` and every control that can be run, and what each of the others lacks, in words."""
+    given = variants or {}
+    wanted = {name: made for name, made in (OURS | CONTROLS).items() if name not in skip}
+    lacking = {name: words for name, made in wanted.items() if (words := made.lacks(features, given))}
+    return {name: control(name, DEFAULT, head, given) for name in wanted if name not in lacking}, lacking
 
 
 class ExternalScores:

@@ -1,8 +1,8 @@
 """Third step of the method: where in the image each semantic object is, and the embedding of that region.
 
-Rule for an object that is not there: `whole`, `grid` and `dense` always return their best region, and the
-score (its cosine with the phrase) says how good it is. An object detector that finds nothing above its
-threshold falls back to the whole image with score 0. So every phrase has exactly one region; a caption
+Rule for an object that is not there: `whole`, `grid` and `dense` always return their best region; its cosine
+with the phrase says how good it is. An object detector that finds nothing above its threshold returns a
+stand-in, the whole image, and says so (`Regions.found`). So every phrase has exactly one region; a caption
 without objects has none, and what that means is decided where features are pooled (`misalignment`).
 """
 
@@ -19,17 +19,20 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from itemkit.encoder import stack_pixels
 from itemkit.errors import InputError
 from itemkit.models import GRID_MAX_STEPS, LOCALISERS, localiser_settings, part_fingerprint
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
     from PIL.Image import Image
 
     from itemkit.encoder import Encoder, ImageEmbedding
 
 Box = tuple[float, float, float, float]
+DENSE_CELLS = 2**24  # numbers that "dense" holds at once for its maps, and for its embeddings
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class Regions:
     """One region per phrase."""
 
     boxes: Tensor  # float32 (m, 4): x0, y0, x1, y1 in pixels of the original image
-    scores: Tensor  # float32 (m,): cosine with the phrase, or an object detector's confidence
+    scores: Tensor  # float32 (m,): confidence of an object detector; NaN of localisers that have none
     emb: Tensor  # float32 (m, d): L2-normalised, in the joint space
+    found: Tensor  # bool (m,): False where no box was found and the region is a stand-in
 
 
 class Localiser(ABC):
@@ -47,6 +51,7 @@ class Localiser(ABC):
     kind = ""
     needs_patches = False  # whether `embedding` must come with patches
     needs_phrases = False  # whether the phrases themselves are read, not only their embeddings
+    needs_images = True  # whether the pixels of images are looked at, not only their sizes
 
     def __init__(self, encoder: Encoder, **options: Any) -> None:
         self.encoder, self.settings = encoder, localiser_settings(self.kind, options)
@@ -103,7 +108,7 @@ def embed_boxes(encoder: Encoder, images: Sequence[Image], boxes: Sequence[Box])
     return torch.cat(emb)
 
 
-def peak_boxes(maps: np.ndarray, level: float, frame: Box, size: tuple[int, int]) -> np.ndarray:
+def peak_boxes(maps: np.ndarray, level: float, frame: ArrayLike, size: ArrayLike) -> np.ndarray:
     """Draw a box around the connected part of each map that holds its peak.
 
     Parameters
@@ -113,7 +118,7 @@ def peak_boxes(maps: np.ndarray, level: float, frame: Box, size: tuple[int, int]
     level : float
         Cut between the least finite (0) and the greatest value (1) of each map.
     frame, size
-        What the maps cover, see `Encoder.frame`, and width and height of the image.
+        What the maps cover, see `Encoder.frame`, and width and height of the image: of each, or of all.
 
     Returns
     -------
@@ -130,9 +135,9 @@ def peak_boxes(maps: np.ndarray, level: float, frame: Box, size: tuple[int, int]
     peaks = parts.reshape(flat.shape)[np.arange(len(maps)), flat.argmax(axis=1)]
     slices = ndimage.find_objects(parts)
     cells = [(x.start, y.start, x.stop, y.stop) for _, y, x in (slices[peak - 1] for peak in peaks)]
-    x0, y0, x1, y1 = frame
-    cell = [(x1 - x0) / maps.shape[2], (y1 - y0) / maps.shape[1]] * 2
-    patch, corner, limit = np.array([cell, [x0, y0] * 2, [*size, *size]], np.float32)
+    start, end = np.split(np.asarray(frame, float), 2, axis=-1)
+    patch = (end - start) / maps.shape[:0:-1]
+    patch, corner, limit = (np.concatenate([x, x], -1).astype(np.float32) for x in (patch, start, size))
     return np.clip(np.array(cells, np.float32).reshape(-1, 4) * patch + corner, 0, limit)
 
 
@@ -148,11 +153,15 @@ class Whole(Localiser):
     """The whole image for every object: local and global misalignment then differ in the text only."""
 
     kind = "whole"
+    needs_images = False
 
     def locate(self, images, embedding, phrase_emb, owner, phrases=None):  # types: see Localiser
         """See `Localiser.locate`."""
-        emb = embedding.pooled[owner]
-        return Regions(_whole(images, owner).to(emb.device), (emb * phrase_emb).sum(dim=1), emb)
+        found = _empty(len(owner), phrase_emb.shape[1], embedding.pooled.device)
+        found.emb[:] = embedding.pooled[owner]
+        sides = torch.tensor([(0, 0, *image.size) for image in images], dtype=torch.float32)
+        found.boxes[:] = sides.reshape(-1, 4)[owner.cpu()].to(found.boxes)
+        return found
 
 
 class Grid(Localiser):
@@ -180,7 +189,7 @@ class Grid(Localiser):
         counts = [len(boxes) for boxes in laid.values()]
         for (i, boxes), of_image in zip(laid.items(), emb.split(counts), strict=True):
             rows = owner == i
-            found.scores[rows], best = (phrase_emb[rows].float() @ of_image.T).max(dim=1)
+            best = (phrase_emb[rows].float() @ of_image.T).argmax(dim=1)
             found.boxes[rows], found.emb[rows] = emb.new_tensor(boxes)[best], of_image[best]
         return found
 
@@ -196,7 +205,7 @@ class Dense(Localiser):
     """
 
     kind = "dense"
-    needs_patches = True
+    needs_patches, needs_images = True, False
 
     def __init__(self, encoder: Encoder, **options: Any) -> None:
         # the temperature as it was given: the encoder's own goes with the encoder's fingerprint
@@ -214,69 +223,100 @@ class Dense(Localiser):
         """See `Localiser.locate`."""
         if embedding.patches is None:
             raise InputError("dense: the images were embedded without patches; use patches=True")
-        grid, device = self.encoder.patch_grid or (1, 1), embedding.pooled.device
-        found = _empty(len(owner), phrase_emb.shape[1], device)
-        for i in owner.unique().tolist():  # by image: patches repeated for each phrase would be large
-            rows, size, patches = owner == i, images[i].size, embedding.patches[i]
-            frame = self.encoder.frame(*size)
-            cosine = phrase_emb[rows].float() @ patches.T
-            cosine = cosine.masked_fill(~inside(grid, frame, size).to(device), -math.inf)
-            weight = (cosine / self.temperature).softmax(dim=1)
-            found.emb[rows] = F.normalize(weight @ patches, dim=1)
-            found.scores[rows] = (found.emb[rows] * phrase_emb[rows]).sum(dim=1)
-            boxes = peak_boxes(cosine.reshape(-1, *grid).cpu().numpy(), self.level, frame, size)
-            found.boxes[rows] = torch.from_numpy(boxes).to(device)
+        found = _empty(len(owner), phrase_emb.shape[1], embedding.pooled.device)
+        grid, sizes = self.encoder.patch_grid or (1, 1), [image.size for image in images]
+        frames = {size: self.encoder.frame(*size) for size in set(sizes)}
+        masks = {size: inside(grid, frame, size) for size, frame in frames.items()}
+        seen = torch.stack([masks[size] for size in sizes]).to(found.emb.device)
+        # image by image, as many phrases side by side for each: patches are not repeated for every phrase
+        owner = owner.cpu()
+        order, counts = owner.argsort(stable=True), owner.bincount(minlength=len(images))
+        step = max(1, DENSE_CELLS // (int(counts.max()) * sum(embedding.patches.shape[1:]) or 1))
+        parts = counts.split(step)
+        rows_of = order.split([int(part.sum()) for part in parts])
+        split = zip(rows_of, parts, embedding.patches.split(step), seen.split(step), strict=True)
+        for rows, many, patches, mask in split:
+            if not len(rows):
+                continue
+            asked = pad_sequence(phrase_emb[rows].float().split(many.tolist()), batch_first=True)
+            real = torch.arange(asked.shape[1]) < many[:, None]
+            cosine = (asked @ patches.mT).masked_fill(~mask[:, None], -math.inf)
+            emb = (cosine / self.temperature).softmax(dim=2) @ patches
+            found.emb[rows] = F.normalize(emb[real], dim=1)
+            maps = cosine[real].reshape(-1, *grid).cpu().numpy()
+            size = [sizes[i] for i in owner[rows]]
+            boxes = peak_boxes(maps, self.level, [frames[x] for x in size], size)
+            found.boxes[rows] = torch.from_numpy(boxes).to(found.boxes)
         return found
 
 
 class BoxLocaliser(Localiser):
-    """Localiser from ``boxes``, see `itemkit.models.Models`: object detectors, and what a user writes."""
+    """Regions from boxes: of object detectors, and of what a user writes, see `itemkit.models.Models`.
+
+    An object without a box gets the region of the localiser ``instead``, at first the whole image.
+    """
 
     needs_phrases = True
 
     def __init__(self, encoder: Encoder, finder: Any) -> None:
         self.encoder, self.finder = encoder, finder
+        self.instead: Localiser = Whole(encoder)
+
+    def find(
+        self, images: Sequence[Image], phrases: Sequence[Sequence[str]], phrase_emb: Sequence[Tensor]
+    ) -> list[list[tuple[Sequence[float] | None, float]]]:
+        """Look for some phrases, with their embeddings, in each image: a box or None, and a confidence."""
+        kind, found = type(self.finder).__name__, []
+        for image, texts in zip(images, phrases, strict=True):
+            answers = list(self.finder.boxes(image, list(texts)))
+            if len(answers) != len(texts):
+                raise InputError(
+                    f"{kind}.boxes() was given {len(texts)} phrases and returned {len(answers)} boxes"
+                )
+            found.append([(None, 0.0) if answer is None else (answer[:4], answer[4]) for answer in answers])
+        return found
 
     def locate(self, images, embedding, phrase_emb, owner, phrases=None):  # types: see Localiser
         """See `Localiser.locate`."""
-        kind = type(self.finder).__name__
         if phrases is None:
+            kind = type(self.finder).__name__
             raise InputError(f"{kind} reads the phrases: expected phrases= with {len(owner)} texts, got none")
-        boxes, scores = _whole(images, owner), torch.zeros(len(owner))
-        emb = embedding.pooled[owner].clone()  # the fallback: the whole image
-        found: list[int] = []
-        for i in owner.unique().tolist():
-            rows, image = (owner == i).nonzero().squeeze(1).tolist(), images[i]
-            if min(image.size) < 2:  # image processors fail on a line of pixels
-                continue
-            answers = list(self.finder.boxes(image, [phrases[row] for row in rows]))
-            if len(answers) != len(rows):
-                raise InputError(
-                    f"{kind}.boxes() was given {len(rows)} phrases and returned {len(answers)} boxes"
-                )
-            for row, answer in zip(rows, answers, strict=True):
-                if answer is not None:
-                    *corners, score = map(float, answer)
-                    x0, y0, x1, y1 = np.clip(corners, 0, [*image.size, *image.size])
+        rows_of: dict[int, list[int]] = {}
+        for row, i in enumerate(owner.tolist()):
+            if min(images[i].size) > 1:  # image processors fail on a line of pixels
+                rows_of.setdefault(i, []).append(row)
+        words = [[phrases[row] for row in rows] for rows in rows_of.values()]
+        answers = self.find([images[i] for i in rows_of], words, [phrase_emb[x] for x in rows_of.values()])
+        boxes, scores = dict[int, Box](), torch.zeros(len(owner))
+        for (i, rows), of_image in zip(rows_of.items(), answers, strict=True):
+            for row, (box, score) in zip(rows, of_image, strict=True):
+                scores[row] = float(score)
+                if box is not None:
+                    x0, y0, x1, y1 = np.clip([*map(float, box)], 0, [*images[i].size] * 2).tolist()
                     if x1 > x0 and y1 > y0:
-                        boxes[row], scores[row] = torch.tensor([x0, y0, x1, y1]), score
-                        found.append(row)
-        crops = [images[i] for i in owner[found].tolist()]
-        emb[found] = embed_boxes(self.encoder, crops, [tuple(box) for box in boxes[found].tolist()])
-        return Regions(boxes.to(emb.device), scores.to(emb.device), emb)
+                        boxes[row] = x0, y0, x1, y1
+        found, there = _empty(len(owner), phrase_emb.shape[1], embedding.pooled.device), list(boxes)
+        found.scores[:], found.found[:] = scores, False
+        found.found[there] = True
+        found.boxes[there] = torch.tensor([*boxes.values()]).reshape(-1, 4).to(found.boxes)
+        crops = [images[i] for i in owner[there].tolist()]
+        found.emb[there] = embed_boxes(self.encoder, crops, list(boxes.values()))
+        if len(boxes) < len(owner):
+            without = ~found.found
+            other = self.instead.locate(images, embedding, phrase_emb[without], owner[without])
+            found.boxes[without], found.emb[without] = other.boxes, other.emb
+        return found
 
     def fingerprint(self) -> dict[str, Any]:
         """See `Localiser.fingerprint`."""
         return part_fingerprint("localiser", self.finder) or {}
 
 
-def _whole(images: Sequence[Image], owner: Tensor) -> Tensor:
-    """The whole image as the box of each phrase."""
-    return torch.tensor([(0, 0, *image.size) for image in images], dtype=torch.float32)[owner.cpu()]
-
-
 def _empty(m: int, d: int, device: torch.device) -> Regions:
-    return Regions(*(torch.zeros(*shape, device=device) for shape in ((m, 4), (m,), (m, d))))
+    """Regions to be filled in: of a localiser that has no confidence and finds everything."""
+    boxes, emb = torch.zeros(m, 4, device=device), torch.zeros(m, d, device=device)
+    scores = torch.full((m,), math.nan, device=device)
+    return Regions(boxes, scores, emb, torch.ones(m, dtype=torch.bool, device=device))
 
 
 def heatmap(patches: Tensor, phrase_emb: Tensor, encoder: Encoder, width: int, height: int) -> np.ndarray:

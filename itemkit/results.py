@@ -1,40 +1,66 @@
-"""What follows from the scores of a study: metrics with intervals, comparisons, late fusions, one table."""
+"""What follows from the scores of a study: metrics with intervals, comparisons, fusions, tables, a file.
+
+One cell is a training set and a test generator. **Unseen cells** are those whose test generator is of a
+family that is not in the training set: `Study.unseen`, in every table, in notebooks and in docs.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy.stats import rankdata
 
 from itemkit import schema
-from itemkit._files import write_json
-from itemkit.calibrate import Calibrator, best_threshold, fit_calibrator, lacking, threshold_at_fpr
+from itemkit._files import atomic_write, write_json
+from itemkit.calibrate import (
+    Calibrator,
+    best_threshold,
+    fit_calibrator,
+    lacking,
+    logit_shift,
+    threshold_at_fpr,
+)
 from itemkit.errors import InputError
-from itemkit.metrics import LEVEL, PROBABILITY_METRICS, interval, replicate, resample
+from itemkit.metrics import LEVEL, PROBABILITY_METRICS, holm, interval, p_value, replicate, resample
 from itemkit.protocols import Protocol
+from itemkit.recipes import Recipe
 from itemkit.text import count, did_you_mean, markdown_table, write_csv
 
-POOLED = "pooled_unseen"
-STUDY_METRICS: tuple[str, ...] = ("ap", "auroc", "balanced_accuracy", "accuracy_real", "accuracy_fake")
-STUDY_METRICS += ("accuracy_oracle", "tpr_at_fpr01", "tpr_at_fpr05", "ece")
+# balanced accuracy where one number, from images of the tested set, shifts the log-odds: `logit_shift`
+SHIFTED = {f"balanced_accuracy_{n or 'no'}_labels": n for n in (0, 10, 20)}
+STUDY_METRICS: tuple[str, ...] = (
+    "ap", "auroc", "tpr_at_fpr01", "tpr_at_fpr05", "accuracy_real", "accuracy_fake", "accuracy_oracle",
+    "balanced_accuracy", *SHIFTED, "balanced_accuracy_oracle", "ece",
+)  # fmt: skip
 BOOT_SEED = 0
+FEW = 200  # resamples for the intervals of all but AUROC, whose mean over seeds takes one matrix product
 PAIR = ["train_generator", "test_generator"]
+BY = ["detector", "train_generator", "seed"]  # what tells runs apart
+ONE, SEVERAL = "one generator", "several generators"
 
 
 @dataclass
 class Run:
-    """Scores of one contender, trained on one generator with one seed."""
+    """Scores of one contender, trained on one training set with one seed."""
 
     detector: str
     train_generator: str
     seed: int
-    val_scores: list[float]  # of the half of the validation images that calibrates
+    val_rows: list[int]  # positions in ``Study.images`` of the half of the validation images that calibrates
+    val_scores: list[float]
     val_labels: list[int]
     test_scores: list[float]  # of every test image, in the order of ``Study.test``
     n_train: int = 0
@@ -60,6 +86,23 @@ class Run:
         self.calibrator = fit_calibrator(y, s, "platt")
         return self
 
+    def shifted(self, y: np.ndarray, s: np.ndarray) -> dict[str, float]:
+        """`SHIFTED` for the images of one cell; labelled ones are drawn by the seed and not judged."""
+        rng, scale = np.random.default_rng(self.seed), self.calibrator.scale
+        reals, fakes = (s[rng.permutation(np.flatnonzero(y == k))] for k in (schema.REAL, schema.FAKE))
+        known, found = self.calibrator.logit(np.array(self.val_scores)), dict.fromkeys(SHIFTED, np.nan)
+        for name, n in SHIFTED.items():
+            k = n // 2
+            if self.threshold is None or min(len(reals), len(fakes)) <= k:
+                continue
+            # without labels all images are taken, and the share of fakes is held to be known
+            target = self.calibrator.logit(np.r_[reals[:k], fakes[:k]] if n else s)
+            told = {"target_y": np.repeat([0, 1], k)} if n else {"share_fake": len(fakes) / len(s)}
+            shift = logit_shift(known, np.array(self.val_labels), target, **told)
+            least = self.threshold - (shift / scale if scale else 0)  # a constant has nothing to shift
+            found[name] = (np.mean(reals[k:] <= least) + np.mean(fakes[k:] > least)) / 2
+        return found
+
 
 def run_path(folder: Path, detector: str, train_generator: str, seed: int) -> Path:
     """File of a run; the hash tells names apart of which a file system cannot take every character."""
@@ -72,95 +115,161 @@ def run_path(folder: Path, detector: str, train_generator: str, seed: int) -> Pa
 class Study:
     """Runs and what follows from them."""
 
-    test: pd.DataFrame  # the test images: image_id, path, label, generator, source
+    images: pd.DataFrame  # image_id, path, label, generator, source, split
     runs: list[Run]
     options: dict  # everything that was asked for, and ``made_by``, `Features.provenance`
+    test: pd.DataFrame = field(init=False)  # the test images among them
     table: pd.DataFrame = field(init=False)
-    """One row per contender, train generator, test generator, seed and metric: ``detector, train_generator,
-    test_generator, seed, seen, metric, value, low, high, n_real, n_fake``. "pooled_unseen" as test generator
-    holds all unseen fakes at once, with every real counted once."""
-    drawn: np.ndarray = field(init=False, repr=False)
-    """Value of each row of ``table`` in every resample of the test images, shape (rows, n_boot)."""
+    """One row per contender, training set, test generator, seed and metric: ``detector, train_generator,
+    training`` (`ONE` or `SEVERAL`), ``test_generator, seed, seen, n_real, n_fake, metric, value``."""
 
     def __post_init__(self) -> None:
-        self.table, self.drawn = self._evaluate(self.runs)
+        label, generator = self.images[schema.LABEL], self.images[schema.GENERATOR]
+        plays = (label == schema.REAL) | generator.isin(self.options["test_generators"])
+        self.test = self.images[(plays & (self.images[schema.SPLIT] == "test")).to_numpy(bool)]
+        self.table = self._evaluate(self.runs)
 
     @property
     def detectors(self) -> list[str]:
         """Names of the contenders, in the order they were run."""
         return list(dict.fromkeys(run.detector for run in self.runs))
 
-    def _seen(self, train: str, test: str) -> bool:
-        family = self.options["families"]
-        return family.get(test, test) in {family.get(name, name) for name in train.split("+")}
+    @property
+    def trainings(self) -> list[str]:
+        """`ONE`, `SEVERAL` or both: what the training sets hold."""
+        return list(dict.fromkeys(self.table["training"]))
 
-    def _groups(self, train: str) -> dict[str, np.ndarray]:
-        """Mask of the test images of every cell: the fakes of one generator with the reals they belong to."""
+    def family(self, generator: str) -> str:
+        """Family of a generator; by itself where none is named."""
+        return self.options["families"].get(generator, generator)
+
+    @cached_property
+    def _cells(self) -> dict[str, np.ndarray]:
+        """Test images of every generator: its fakes and the reals that they are judged against."""
         real, pair_by = (self.test[schema.LABEL] == schema.REAL).to_numpy(bool), self.options["pair_by"]
-        groups, unseen = {}, np.zeros(len(real), bool)
+        cells = {}
         for name in self.options["test_generators"]:
             fake, mine = ~real & (self.test[schema.GENERATOR] == name).to_numpy(bool), real
             if pair_by:
                 mine = real & self.test[pair_by].isin(set(self.test.loc[fake, pair_by])).to_numpy()
                 if not mine.any():
                     raise InputError(f"no real test image shares its {pair_by} with the fakes of {name}")
-            groups[name] = fake | mine
-            unseen |= groups[name] & (not self._seen(train, name))
-        return groups | ({POOLED: unseen} if unseen.any() else {})
+            cells[name] = np.flatnonzero(fake | mine)
+        return cells
 
-    def _evaluate(self, runs: Sequence[Run]) -> tuple[pd.DataFrame, np.ndarray]:
-        """Rows of `table` and `drawn` for some runs."""
-        y, metrics = self.test[schema.LABEL].to_numpy(int), self.options["metrics"]
-        pair_by, rng = self.options["pair_by"], np.random.default_rng(BOOT_SEED)
-        # reals that are judged apart are drawn apart: a resample without a real of some cell has no AUROC
-        real = self.test[pair_by].astype(str).radd("real ") if pair_by else schema.REAL_GENERATOR
-        strata = self.test[schema.GENERATOR].where(y == schema.FAKE, real).to_numpy(str)
-        weights = np.c_[np.ones(len(y)), resample(strata, self.options["n_boot"], rng)]
-        rows, values = [], []
+    def _evaluate(self, runs: Sequence[Run]) -> pd.DataFrame:
+        """Rows of `table` for some runs."""
+        y, metrics, rows = self.test[schema.LABEL].to_numpy(int), self.options["metrics"], []
+        weights = np.stack([np.bincount(mine, minlength=len(y)) for mine in self._cells.values()], axis=1)
         for run in runs:
-            s = np.asarray(run.test_scores)
-            p = run.calibrator(s)
-            for name, mask in self._groups(run.train_generator).items():
-                found = replicate(y[mask], s[mask], weights[mask], run.threshold, p[mask], True)
-                n_fake = int(y[mask].sum())
-                cell = {"detector": run.detector, "train_generator": run.train_generator,
-                        "test_generator": name, "seed": run.seed,
-                        "seen": name != POOLED and self._seen(run.train_generator, name)}  # fmt: skip
-                for metric in metrics:  # without a threshold its metrics stay empty
-                    both = found.get(metric, np.full(weights.shape[1], np.nan))
-                    value, drawn = float(both[0]), both[1:]
-                    low, high = interval(drawn, metric, value)
-                    rows.append(cell | {"metric": metric, "value": value, "low": low, "high": high,
-                                        "n_real": int(mask.sum()) - n_fake, "n_fake": n_fake})  # fmt: skip
-                    values.append(drawn)
-        return pd.DataFrame(rows), np.array(values)
+            s, sets = np.asarray(run.test_scores), self.options["training_sets"][run.train_generator]
+            every = replicate(y, s, weights, run.threshold, run.calibrator(s), True, metrics)
+            families = {self.family(name) for name in sets}
+            for i, (name, mine) in enumerate(self._cells.items()):
+                found = {metric: float(values[i]) for metric, values in every.items()}
+                seen = self.family(name) in families
+                if not seen and not SHIFTED.keys().isdisjoint(metrics):
+                    found |= run.shifted(y[mine], s[mine])
+                n_fake = int(y[mine].sum())
+                rows.append(
+                    {"detector": run.detector, "train_generator": run.train_generator,
+                     "training": SEVERAL if len(sets) > 1 else ONE, "test_generator": name, "seed": run.seed,
+                     "seen": seen, "n_real": len(mine) - n_fake, "n_fake": n_fake}
+                    | {metric: found.get(metric, np.nan) for metric in metrics}  # empty without a threshold
+                )  # fmt: skip
+        return pd.DataFrame(rows).melt([*rows[0]][: -len(metrics)], var_name="metric")
 
-    def cells(self, detector: str, metric: str, pooled: bool = False) -> pd.DataFrame:
-        """Rows of `table` of one contender and metric: pairs of generators, or the pooled ones, and seeds."""
+    @cached_property
+    def _halves(self) -> np.ndarray:
+        """Which of two halves each test image belongs to, by its content."""
+        digests = (hashlib.sha256(name.encode()).digest() for name in self.test[schema.IMAGE_ID].astype(str))
+        return np.array([digest[0] % 2 for digest in digests])
+
+    @cached_property
+    def _weights(self) -> np.ndarray:
+        """How often each test image occurs, as it is and in every resample, shape (images, 1 + n_boot)."""
+        # reals that are judged apart are drawn apart: a resample without a real of some cell has no AUROC
+        pair_by, fake = self.options["pair_by"], self.test[schema.LABEL] == schema.FAKE
+        real = self.test[pair_by].astype(str).radd("real ") if pair_by else schema.REAL_GENERATOR
+        strata = self.test[schema.GENERATOR].where(fake, real).astype(str) + self._halves.astype(str)
+        drawn = resample(strata.to_numpy(str), self.options["n_boot"], np.random.default_rng(BOOT_SEED))
+        return np.c_[np.ones((len(drawn), 1), np.uint8), drawn]
+
+    def _drawn(
+        self, cells: pd.DataFrame, half: int | None = None, resamples: int | None = None
+    ) -> np.ndarray:
+        """Mean over some rows of `table` of one metric, for the test images as they are and every resample.
+
+        Of AUROC, the mean over runs is taken of who is above whom, so that all runs are resampled at once.
+        """
+        if cells.empty or cells["value"].isna().any() or cells["metric"].iloc[0] in SHIFTED:
+            return np.full(1, np.nan)
+        name, metric = cells[["detector", "metric"]].iloc[0]
+        columns = 1 + (resamples or (FEW if metric != "auroc" else self.options["n_boot"]))
+        known = {(run.train_generator, run.seed): run for run in self.runs if run.detector == name}
+        y, total = self.test[schema.LABEL].to_numpy(int), np.zeros(1)
+        by_test: dict[str, list[Run]] = {}
+        for train, test, seed in zip(*(cells[column] for column in (*PAIR, "seed")), strict=True):
+            by_test.setdefault(test, []).append(known[train, seed])
+        for test, runs in by_test.items():
+            mine = self._cells[test]
+            mine = mine if half is None else mine[self._halves[mine] == half]
+            if len(set(y[mine])) < 2:
+                return np.full(1, np.nan)
+            if metric != "auroc":
+                for run in runs:
+                    s, weights = np.asarray(run.test_scores)[mine], self._weights[mine, :columns]
+                    about = (run.threshold, run.calibrator(s), True, (metric,))
+                    total = total + replicate(y[mine], s, weights, *about)[metric]
+                continue
+            fakes, reals = mine[y[mine] == schema.FAKE], mine[y[mine] == schema.REAL]
+            weights, won = self._weights[reals, :columns].astype(np.float32), np.zeros(1)
+            for some in np.array_split(fakes, 1 + len(fakes) * len(reals) // 4_000_000):  # bounds the memory
+                above = np.zeros((len(some), len(reals)), np.float32)
+                for s in (np.asarray(run.test_scores) for run in runs):
+                    above += np.sign(s[some, None] - s[reals])
+                won = won + np.sum((above @ weights) * self._weights[some, :columns], axis=0, dtype=float)
+            total = total + len(runs) / 2 + won / (2 * len(fakes) * len(reals))
+        return total / len(cells)
+
+    def cells(self, detector: str, metric: str, training: str | None = None) -> pd.DataFrame:
+        """Rows of `table` of one contender and metric, and of training sets of one kind if one is named."""
         failed = self.options["failures"]
         for name, known in ((detector, self.detectors), (metric, self.options["metrics"])):
             if name not in known:
                 why = f" It failed, {failed[name]}" if name in failed else did_you_mean(name, known)
                 raise InputError(f"no {name!r} in this study; there are {', '.join(known)}.{why}")
-        rows = (self.table["detector"] == detector) & (self.table["metric"] == metric)
-        return self.table[rows & ((self.table["test_generator"] == POOLED) == pooled)]
+        table = self.table[(self.table["metric"] == metric) & (self.table["detector"] == detector)]
+        return table if training is None else table[table["training"] == training]
 
-    def mean(self, cells: pd.DataFrame) -> dict[str, float]:
-        """Mean over some rows of `table` of one contender and metric, with its ``seed_sd`` over seeds.
+    def unseen(self, detector: str, metric: str, training: str | None = None) -> pd.DataFrame:
+        """Those of `cells` whose test generator is of a family that is not in the training set."""
+        cells = self.cells(detector, metric, training)
+        return cells[~cells["seen"]]
 
-        ``low, high`` are by bootstrap over the test images, all rows resampled together.
+    def mean(self, cells: pd.DataFrame, resamples: int | None = None) -> dict[str, float]:
+        """Mean over some rows of `table` of one contender and metric, and how sure it is.
+
+        ``low, high``: 95 % by bootstrap over the test images, all rows resampled together, by default
+        "n_boot" times for AUROC and `FEW` times else (0: no interval). ``family_low, family_high, family_sd,
+        n_families``: lowest, highest and standard deviation of the means of each tested family, where there
+        are two or more. ``seed_sd, n_seeds``: over seeds. ``n_cells``.
         """
-        value = cells["value"].mean()
-        low, high = interval(self._drawn(cells), next(iter(cells["metric"]), ""), value)
+        value, metric = cells["value"].mean(), next(iter(cells["metric"]), "")
+        drawn = self._drawn(cells, resamples=resamples)[1:] if resamples != 0 else np.zeros(0)
+        low, high = interval(drawn, metric, value)
+        of_family = cells["value"].groupby(cells["test_generator"].map(self.family)).mean()
+        spread = of_family.agg(["min", "max", "std"]) if len(of_family) > 1 else [np.nan] * 3
         by_seed = cells.groupby("seed")["value"].mean()
-        return {"value": value, "low": low, "high": high, "seed_sd": by_seed.std(), "n_seeds": len(by_seed)}
-
-    def _drawn(self, cells: pd.DataFrame) -> np.ndarray:
-        """Mean over some rows of `table` in every resample; empty for no rows."""
-        return self.drawn[cells.index].mean(axis=0) if len(cells) else np.zeros(0)
+        return {
+            "value": value, "low": low, "high": high,
+            **dict(zip(("family_low", "family_high", "family_sd"), spread, strict=True)),
+            "n_families": len(of_family), "seed_sd": by_seed.std(), "n_seeds": len(by_seed),
+            "n_cells": cells.groupby(PAIR).ngroups,
+        }  # fmt: skip
 
     def worst(self, cells: pd.DataFrame) -> pd.DataFrame:
-        """Those of the rows that belong to the weakest pair of generators, by the mean over seeds."""
+        """Those of the rows that belong to the weakest cell, by the mean over seeds."""
         by_cell = cells.groupby(PAIR, sort=False)["value"].mean().dropna()
         if by_cell.empty:
             return cells[:0]
@@ -168,147 +277,278 @@ class Study:
         return cells[(cells[PAIR] == at).all(axis=1)]
 
     def matrix(self, detector: str, metric: str = "auroc") -> pd.DataFrame:
-        """Train generator × test generator, mean over seeds."""
+        """Training set × test generator, mean over seeds."""
         mean = self.cells(detector, metric).groupby(PAIR)["value"].mean().unstack()
         return mean.reindex(index=self.options["train_generators"], columns=self.options["test_generators"])
 
     def summary(self, metrics: Sequence[str] | None = None) -> pd.DataFrame:
-        """One row per contender and metric.
+        """One row per contender, metric and kind of training set.
 
-        Columns: ``detector, metric``; ``unseen_mean`` over all cells of generators not trained on and all
-        seeds, with ``low, high, seed_sd`` as in `mean`; ``worst``, the weakest unseen cell, with ``worst_low,
-        worst_high, worst_train, worst_test``; ``seen_mean``; ``pooled_unseen``; ``n_cells, n_seeds``.
+        Columns: ``detector, metric, training``; what `mean` gives for the `unseen` cells, ``value`` under the
+        name ``unseen_mean``; ``worst``, the weakest unseen cell, with ``worst_low, worst_high, worst_train,
+        worst_test`` (chosen and judged on the same images, so rather too low); ``seen_mean``.
         """
         rows = []
         for detector in self.detectors:
             for metric in metrics or self.options["metrics"]:
-                cells = self.cells(detector, metric)
-                weakest = self.worst(cells[~cells["seen"]])
-                mean, worst = self.mean(cells[~cells["seen"]]), self.mean(weakest)
-                train, test = weakest[PAIR].iloc[0] if len(weakest) else (None, None)
-                rows.append(
-                    {"detector": detector, "metric": metric, "unseen_mean": mean["value"], "low": mean["low"],
-                     "high": mean["high"], "seed_sd": mean["seed_sd"], "worst": worst["value"],
-                     "worst_low": worst["low"], "worst_high": worst["high"], "worst_train": train,
-                     "worst_test": test, "seen_mean": cells.loc[cells["seen"], "value"].mean(),
-                     "pooled_unseen": self.cells(detector, metric, pooled=True)["value"].mean(),
-                     "n_cells": cells.groupby(PAIR).ngroups, "n_seeds": cells["seed"].nunique()}
-                )  # fmt: skip
+                for training in self.trainings:
+                    cells = self.cells(detector, metric, training)
+                    unseen = cells[~cells["seen"]]
+                    weakest = self.worst(unseen)
+                    worst, mean = self.mean(weakest), self.mean(unseen)
+                    train, test = weakest[PAIR].iloc[0] if len(weakest) else (None, None)
+                    rows.append(
+                        {"detector": detector, "metric": metric, "training": training,
+                         "unseen_mean": mean.pop("value"), **mean, "worst": worst["value"],
+                         "worst_low": worst["low"], "worst_high": worst["high"], "worst_train": train,
+                         "worst_test": test, "seen_mean": cells.loc[cells["seen"], "value"].mean()}
+                    )  # fmt: skip
         return pd.DataFrame(rows)
 
-    def compare(self, reference: str, metric: str = "auroc") -> pd.DataFrame:
+    def compare(self, reference: str, metric: str = "auroc", training: str | None = None) -> pd.DataFrame:
         """Paired comparison of one contender with all others: difference of the means over unseen cells.
 
-        Columns: ``reference, other, metric, difference, low, high, p_value, seed_sd``; positive: the
-        reference has the larger value. Interval and p-value by bootstrap over the test images, the same
-        resamples for both (p: twice the smaller share on one side of zero, never below 1 / (n + 1)).
+        Columns: ``reference, other, metric, difference, low, high, p_value, p_holm, seed_sd``; positive: the
+        reference has the larger value. Intervals and p by bootstrap over the test images, the same resamples
+        for both; ``p_holm`` corrects for the number of rows. No p is below 2 / (n_boot + 1).
         """
-        unseen = {name: self.cells(name, metric) for name in (reference, *self.detectors)}
-        unseen = {name: cells[~cells["seen"]] for name, cells in unseen.items()}
-        mine, rows = unseen.pop(reference), []
-        for other, theirs in unseen.items():
-            gap = mine.groupby("seed")["value"].mean() - theirs.groupby("seed")["value"].mean()
-            drawn = self._drawn(mine) - self._drawn(theirs)
+        mine = self.unseen(reference, metric, training)
+        of_seed, ours, rows = mine.groupby("seed")["value"].mean(), self._drawn(mine), []
+        for other in self.detectors:
+            if other == reference:
+                continue
+            theirs = self.unseen(other, metric, training)
+            gap, drawn = of_seed - theirs.groupby("seed")["value"].mean(), (ours - self._drawn(theirs))[1:]
             low, high = interval(drawn)
-            one_side = min((drawn <= 0).sum(), (drawn >= 0).sum())
-            p_value = min(1.0, 2 * (1 + one_side) / (len(drawn) + 1)) if np.isfinite(low) else np.nan
             rows.append(
                 {"reference": reference, "other": other, "metric": metric, "difference": gap.mean(),
-                 "low": low, "high": high, "p_value": p_value, "seed_sd": gap.std()}
+                 "low": low, "high": high, "p_value": p_value(drawn), "seed_sd": gap.std()}
             )  # fmt: skip
-        return pd.DataFrame(rows)
+        table = pd.DataFrame(rows)
+        table.insert(len(table.columns) - 1, "p_holm", holm(table["p_value"].to_numpy()))
+        return table
 
     def fuse(self, name: str, parts: Sequence[str]) -> Study:
         """Add a late fusion: the mean of the log-odds of contenders that were run; returns itself.
 
         Each is calibrated on the validation images so that none speaks louder.
         """
-        if name in self.detectors:
-            raise InputError(f"the study has a contender {name!r} already")
         for part in parts:
             self.cells(part, self.options["metrics"][0])  # complains about an unknown name
         new = []
         runs = ([run for run in self.runs if run.detector == part] for part in parts)
         for mine in zip(*runs, strict=True):
-            fused = replace(mine[0], detector=name, key="", config={"fuse": [run.config for run in mine]})
+            fused = replace(mine[0], key="", config={"fuse": [run.config for run in mine]})
             for which in ("val_scores", "test_scores"):
                 logits = [run.calibrator.logit(getattr(run, which)) for run in mine]
                 setattr(fused, which, np.mean(logits, axis=0).tolist())
-            new.append(fused.calibrate(self.options))
-        self.options["titles"] |= {name: f"fusion, late: {name}"}
-        table, drawn = self._evaluate(new)
-        self.runs += new
-        self.table, self.drawn = pd.concat([self.table, table], ignore_index=True), np.r_[self.drawn, drawn]
+            new.append(fused)
+        self._add(name, f"fusion, late: {name}", new)
+        self.options["fused"] = {**self.options.get("fused", {}), name: list(parts)}
         return self
 
-    def fusion_gain(self, fused: str, parts: Sequence[str]) -> pd.DataFrame:
-        """Is the fusion's AUROC ever below that of the better of its parts? One row per pair of generators.
+    def add(self, name: str, recipe: Recipe) -> Study:
+        """Add a detector that ran elsewhere, see `itemkit.recipes.external`; returns itself.
 
-        Columns: ``train_generator, test_generator, seen, fused, best_part, best, difference, low, high``,
-        means over seeds, the interval by bootstrap over the test images; sorted by difference.
+        Of a study from a file of scores its table must name the images by ``image_id``.
+        """
+        scorer, new = recipe.build(0), []
+        for run in (run for run in self.runs if run.detector == self.detectors[0]):
+            parts = (self.images.iloc[run.val_rows], self.test)
+            scores = [scorer.decision_function(SimpleNamespace(table=part)).tolist() for part in parts]
+            new.append(replace(run, key="", config={}, val_scores=scores[0], test_scores=scores[1]))
+        self._add(name, recipe.title or name, new)
+        return self
+
+    def _add(self, name: str, title: str, runs: list[Run]) -> None:
+        if name in self.detectors:
+            raise InputError(f"the study has a contender {name!r} already")
+        runs = [replace(run, detector=name).calibrate(self.options) for run in runs]
+        self.options["titles"] |= {name: title}
+        self.table = pd.concat([self.table, self._evaluate(runs)], ignore_index=True)
+        self.runs += runs
+
+    def fusion_gain(self, fused: str, parts: Sequence[str], training: str | None = None) -> pd.DataFrame:
+        """Is the fusion's AUROC ever below that of the better of its parts? One row per unseen cell.
+
+        The better part is chosen on one half of the test images and judged on the other, then the other way
+        round; halves follow the images' content. Columns: ``train_generator, test_generator, best_part``
+        (both, where the halves differ), ``fused, best, difference, low, high, p_value, p_holm``, means over
+        halves and seeds; intervals and p as in `compare`; sorted by difference.
         """
         rows = []
-        cells = {n: dict(list(self.cells(n, "auroc").groupby(PAIR, sort=False))) for n in (fused, *parts)}
-        for pair, mine in cells[fused].items():
-            best = max(parts, key=lambda name: cells[name][pair]["value"].mean())
-            theirs = cells[best][pair]
-            low, high = interval(self._drawn(mine) - self._drawn(theirs))
-            value, least = mine["value"].mean(), theirs["value"].mean()
+        cells = {n: dict(list(self.unseen(n, "auroc", training).groupby(PAIR))) for n in (fused, *parts)}
+        for pair in cells[fused]:
+            drawn = {n: [self._drawn(of[pair], half) for half in (0, 1)] for n, of in cells.items()}
+            best = [max(parts, key=lambda name: drawn[name][half][0]) for half in (1, 0)]
+            value, least = sum(drawn[fused]) / 2, (drawn[best[0]][0] + drawn[best[1]][1]) / 2
+            gap = np.asarray(value - least)
+            low, high = interval(gap[1:])
             rows.append(
                 dict(zip(PAIR, pair, strict=True))
-                | {"seen": mine["seen"].iloc[0], "fused": value, "best_part": best, "best": least,
-                   "difference": value - least, "low": low, "high": high}
+                | {"best_part": " / ".join(dict.fromkeys(best)), "fused": least[0] + gap[0],
+                   "best": least[0], "difference": gap[0], "low": low, "high": high,
+                   "p_value": p_value(gap[1:])}
             )  # fmt: skip
-        return pd.DataFrame(rows).sort_values("difference", ignore_index=True)
+        names = [*PAIR, "best_part", "fused", "best", "difference", "low", "high", "p_value"]
+        table = pd.DataFrame(rows, columns=names).sort_values("difference", ignore_index=True)
+        return table.assign(p_holm=holm(table["p_value"].to_numpy()))
 
     def save(self, folder: Path) -> None:
-        """Write ``study.json``, one JSON per run under ``runs/``, ``table.csv`` and ``summary.csv``."""
+        """Write ``study.json``, one JSON per run under ``runs/``, and ``table.csv``."""
         (folder / "runs").mkdir(parents=True, exist_ok=True)
         for run in self.runs:
             write_json(run_path(folder, run.detector, run.train_generator, run.seed), asdict(run))
-        about = {"options": self.options, "test": self.test.to_dict(orient="list")}
-        write_json(folder / "study.json", about)
-        for name, table in (("table", self.table), ("summary", self.summary())):
-            write_csv(table.assign(**self.options["made_by"]), folder / f"{name}.csv")
+        write_json(folder / "study.json", self.options)
+        write_csv(self.table.assign(**self.options["made_by"]), folder / "table.csv")
+
+
+def save_scores(studies: Mapping[str, Study], path: Path) -> Path:
+    """Write every score of the studies of several conditions as one Parquet file; `read_scores` reads it.
+
+    One row per condition, contender, training set, seed and image: ``condition, detector, train_generator,
+    seed, score``, and ``image_id, path, label, generator, source, split`` of the image (paths without the
+    folder that all share). Scores have as few binary digits as leave the AUROC as it is to 0.0001. Late
+    fusions are made again on reading. What a study was asked for lies in the file's metadata.
+    """
+    tables = []
+    for condition, study in studies.items():
+        tests = np.flatnonzero(study.images[schema.PATH].isin(study.test[schema.PATH]))
+        kept = [run for run in study.runs if run.detector not in study.options.get("fused", {})]
+        rows = [np.r_[run.val_rows, tests] for run in kept]
+        y = study.images[schema.LABEL].to_numpy(float)
+        scores = [_short(y[at], np.r_[r.val_scores, r.test_scores]) for r, at in zip(kept, rows, strict=True)]
+        names = [(condition, run.detector, run.train_generator, run.seed) for run in kept]
+        of_runs = pd.DataFrame(names, columns=["condition", *BY])
+        top = os.path.commonpath([os.path.dirname(name) for name in study.images[schema.PATH]])
+        named = [os.path.relpath(name, top or None) for name in study.images[schema.PATH]]
+        which = (np.repeat(np.arange(len(kept)), [len(at) for at in rows]), np.concatenate(rows))
+        parts = []
+        for part, at in zip((of_runs, study.images.assign(path=named)), which, strict=True):
+            texts = part.select_dtypes(exclude="number").columns
+            parts.append(part.astype(dict.fromkeys(texts, "category")).iloc[at].reset_index(drop=True))
+        table = pd.concat(parts, axis=1).assign(score=np.concatenate(scores))
+        tables.append(pa.Table.from_pandas(table, preserve_index=False))
+    about = json.dumps({condition: study.options for condition, study in studies.items()})
+    table = pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
+    buffer = pa.BufferOutputStream()
+    dictionary = [name for name in table.column_names if name != "score"]
+    pq.write_table(
+        table.replace_schema_metadata({"itemkit": about}), buffer, compression="zstd", compression_level=19,
+        use_dictionary=dictionary, column_encoding={"score": "BYTE_STREAM_SPLIT"},
+    )  # fmt: skip
+    atomic_write(path, memoryview(buffer.getvalue()))
+    return path
+
+
+def _short(y: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """Scores with few binary digits, which compress to a third; with more where ties would change AUROC."""
+
+    def auroc(s: np.ndarray) -> float:
+        ranks, n_fake = rankdata(s), np.sum(y == schema.FAKE)
+        return (ranks[y == schema.FAKE].mean() - (n_fake + 1) / 2) / max(len(s) - n_fake, 1)
+
+    for digits in range(7, 24):
+        step = 2.0 ** (np.floor(np.log2(s.std() or 1)) - digits)
+        short = (np.round(s / step) * step).astype(np.float32)
+        if abs(auroc(short) - auroc(s)) < 1e-4:
+            return short
+    return s.astype(np.float32)
+
+
+def read_scores(path: Path) -> dict[str, Study]:
+    """Studies of several conditions from a file of `save_scores`: every table again, without any model."""
+    try:
+        file = pq.read_table(path)
+        options, table = json.loads(file.schema.metadata[b"itemkit"]), file.to_pandas()
+        return {
+            condition: _study(table[table["condition"] == condition], about)
+            for condition, about in options.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read the scores of a study from {path}: {error}") from error
+
+
+def _study(table: pd.DataFrame, options: dict) -> Study:
+    names = [schema.IMAGE_ID, schema.PATH, schema.LABEL, schema.GENERATOR, schema.SOURCE, schema.SPLIT]
+    images = table[names].drop_duplicates(schema.PATH).reset_index(drop=True)
+    images = images.astype({name: object for name in names if name != schema.LABEL})
+    position, fused, runs = pd.Index(images[schema.PATH]), options.pop("fused", {}), []
+    for key, part in table.groupby(BY, sort=False, observed=True):
+        val = (part[schema.SPLIT] == "val").to_numpy()
+        rows, scores = position.get_indexer(part[schema.PATH].astype(object)), part["score"].to_numpy(float)
+        labels = part[schema.LABEL].to_numpy(int)[val].tolist()
+        known = (rows[val].tolist(), scores[val].tolist(), labels)
+        run = Run(str(key[0]), str(key[1]), int(key[2]), *known, scores[~val].tolist())
+        runs.append(run.calibrate(options))
+    study = Study(images, runs, options)
+    for name, parts in fused.items():
+        study.fuse(name, parts)
+    return study
 
 
 MEAN, WORST = "mean of cells", "worst cell"
 OURS, THEIRS = "ours", "published, not ours"
+OVER = f"{LEVEL:.0%} over images"
 COLUMNS = [
-    "kind", "condition", "detector", "title", "metric", "row", "seen", "value", "low", "high", "interval",
-    "seed_sd", "where", "n_seeds", "n_real", "n_fake", "preset", "models", "itemkit", "note",
+    "kind", "condition", "detector", "title", "metric", "training", "row", "seen", "value", "low", "high",
+    "interval", "family_low", "family_high", "family_sd", "n_families", "seed_sd", "n_seeds", "n_cells",
+    "where", "n_real", "n_fake", "preset", "models", "itemkit", "note",
 ]  # fmt: skip
 SHOWN = {
+    "auroc": "AUROC",
     "accuracy": "Accuracy",
-    "auroc": "Area under the ROC curve",
-    "ap": "Average precision",
-    "balanced_accuracy": "Balanced accuracy",
-    "accuracy_oracle": "Accuracy at the oracle threshold (chosen on the test images: a bound, not a result)",
+    "ap": "AP",
+    "tpr_at_fpr05": "TPR at 5 % FPR",
+    "tpr_at_fpr01": "TPR at 1 % FPR",
 }
+AT_THRESHOLDS = {
+    "accuracy_real": "of real",
+    "accuracy_fake": "of fake",
+    "accuracy": "all",
+    "accuracy_oracle": "all, oracle",
+    "balanced_accuracy": "balanced",
+    "balanced_accuracy_no_labels": "shifted, no labels",
+    "balanced_accuracy_10_labels": "shifted, 10 labels",
+    "balanced_accuracy_20_labels": "shifted, 20 labels",
+    "balanced_accuracy_oracle": "balanced, oracle",
+}
+ABOUT = f"""\
+A cell is a training set and a test generator; **unseen**: of a family that is not in the training set. In \
+brackets {OVER}: the same images drawn anew, not other families. Families: lowest and highest mean of a \
+tested family, and standard deviation. ±: standard deviation over seeds. The worst cell is chosen on the \
+images that it is judged on. TPR at a FPR: at the threshold that these test reals would have asked for."""
+THRESHOLDS = """\
+Accuracies. Without a remark: at the threshold from validation images. Shifted: one number is added to all \
+log-odds, chosen on images of the tested set: so that their median is that of the validation images mixed in \
+the same shares (no labels, shares known), or by likelihood on a few labelled ones, which are not judged. \
+Oracle: at the best threshold for the test images, a bound and not a result."""
 
 
 def study_table(studies: Mapping[str, Study], protocol: Protocol) -> pd.DataFrame:
     """Join the studies of several conditions and the published numbers into one long table.
 
-    Where the protocol names its training set, a cell is a test set and all of them count, as in the published
-    means. Where every generator trains in turn, a cell is a pair of generators; mean and worst are over pairs
-    of different families, or over all where there are none.
+    Where the protocol names its training set, all cells count, as in the published means. Where every
+    generator trains in turn, the unseen cells do, or all where there are none.
 
     Returns
     -------
     DataFrame
         `COLUMNS`: ``row`` is a cell, "mean of cells" or "worst cell", ``where`` which cell is the worst,
         ``seen`` whether one of the tested family was trained on, ``value`` a share, the mean over seeds,
-        ``low, high`` its ``interval``.
+        ``low, high`` its ``interval``, the others as in `Study.mean`.
     """
     rows: list[dict] = []
     for condition, study in studies.items():
-        made = {"kind": OURS, "condition": condition, "interval": f"{LEVEL:.0%}, test images"}
-        made |= study.options["made_by"]
-        for detector in study.detectors:
-            for metric in study.options["metrics"]:
-                made |= {"detector": detector, "title": study.options["titles"][detector], "metric": metric}
-                rows += [made | row for row in _lines(study, study.cells(detector, metric), protocol)]
+        made = {"kind": OURS, "condition": condition, "interval": OVER} | study.options["made_by"]
+        by = ["metric", "detector", "training"]
+        kept = {name: (name, "first") for name in ("seen", "n_real", "n_fake")}
+        kept |= {"value": ("value", "mean"), "seed_sd": ("value", "std"), "n_seeds": ("value", "size")}
+        by_cell = study.table.groupby([*by, *PAIR], sort=False).agg(**kept).reset_index()
+        runs = study.table.groupby(by, sort=False)
+        for key, table in by_cell.groupby(by, sort=False):
+            made |= dict(zip(by, key, strict=True)) | {"title": study.options["titles"][key[1]]}
+            rows += [made | row for row in _lines(study, runs.get_group(key), table, protocol)]
     for given in protocol.published:
         about = {"kind": THEIRS, "condition": given["condition"], "metric": given["metric"], "row": MEAN}
         for name, value in given["values"]:
@@ -317,28 +557,32 @@ def study_table(studies: Mapping[str, Study], protocol: Protocol) -> pd.DataFram
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _lines(study: Study, cells: pd.DataFrame, protocol: Protocol) -> list[dict]:
-    """Every cell, their mean and the worst of them."""
-
-    def about(part: pd.DataFrame) -> dict:
-        first = part.iloc[0]
-        name = protocol.test.get(first["test_generator"], first["test_generator"])
-        row = name if protocol.train else f"{first['train_generator']} → {name}"
-        return {"row": row, "where": ""} | first[["seen", "n_real", "n_fake"]].to_dict() | study.mean(part)
-
-    counted = cells if protocol.train or cells["seen"].all() else cells[~cells["seen"]]
-    lines = [about(part) for _, part in cells.groupby(PAIR, sort=False)]
-    lines.append({"row": MEAN, "where": ""} | study.mean(counted))
-    if len(worst := study.worst(counted)):
-        line = about(worst)
-        lines.append(line | {"row": WORST, "where": line["row"]})
+def _lines(study: Study, cells: pd.DataFrame, table: pd.DataFrame, protocol: Protocol) -> list[dict]:
+    """Every cell of ``table``, their mean and the worst of them, from the ``cells`` of each seed."""
+    metric, table = cells["metric"].iloc[0], table.assign(where="", n_cells=1)
+    table["row"] = table["test_generator"].map(lambda name: protocol.test.get(name, name))
+    if not protocol.train:
+        table["row"] = table["train_generator"] + " → " + table["row"]
+    if metric == protocol.metric:  # of the others without intervals: there are thousands
+        drawn = [study._drawn(part, resamples=FEW)[1:] for _, part in cells.groupby(PAIR, sort=False)]
+        ends = [interval(*about) for about in zip(drawn, [metric] * len(drawn), table["value"], strict=True)]
+        table[["low", "high"]] = ends
+    every = bool(protocol.train) or cells["seen"].all()
+    resamples = None if metric in (protocol.metric, "auroc", "tpr_at_fpr05", "tpr_at_fpr01") else 0
+    mean = {"row": MEAN, "where": ""} | study.mean(cells if every else cells[~cells["seen"]], resamples)
+    lines, values = [*table.to_dict("records"), mean], table.loc[every | ~table["seen"], "value"].dropna()
+    if len(values):
+        line = table.loc[values.idxmax() if metric in PROBABILITY_METRICS else values.idxmin()]
+        worst = cells[(cells[PAIR] == line[PAIR]).all(axis=1)]
+        about = {"row": WORST, "where": line["row"]} | study.mean(worst, resamples)
+        lines.append(line.to_dict() | about)
     return lines
 
 
 def to_markdown(
     table: pd.DataFrame, studies: Mapping[str, Study], protocol: Protocol, notes: Sequence[str] = ()
 ) -> str:
-    """Print a `study_table`: means and worst cells of every contender, then cell by cell; ``notes`` first."""
+    """Print a `study_table`: every condition's means and worst cells, then cell by cell; ``notes`` first."""
     study = next(iter(studies.values()))
     made, seeds, y = study.options["made_by"], study.options["seeds"], study.test[schema.LABEL]
     paragraphs = [
@@ -347,17 +591,25 @@ def to_markdown(
         f"**Note: {made['note']}**" if made["note"] else "",
         f"Made by itemkit {made['itemkit']} with preset {made['preset'] or 'none'}, models "
         f"{made['models'] or 'unknown'}; {(y == schema.REAL).sum():,} real and {(y == schema.FAKE).sum():,} "
-        f"fake test images; seeds {', '.join(map(str, seeds))}.",
-        f"Values in per cent: mean over {count(len(seeds), 'seed')} ({100 * LEVEL:.0f} % interval over test "
-        f"images, {study.options['n_boot']} resamples; ± standard deviation over seeds).",
+        f"fake test images; values in per cent, means over {count(len(seeds), 'seed')}; "
+        f"{study.options['n_boot']} resamples for AUROC, at most {FEW} for the rest and for single cells.",
+        ABOUT,
     ]
-    shown = [protocol.metric, *(given["metric"] for given in protocol.published)]
-    # beside an accuracy, what the best threshold for the test images would have given: never a result
-    shown += ["accuracy_oracle"] if protocol.train else ["auroc", "ap", "balanced_accuracy"]
-    for metric in dict.fromkeys(shown):
-        paragraphs += [f"## {SHOWN[metric]}", "\n".join(_means(table[table["metric"] == metric]))]
-    title = SHOWN[protocol.metric]
-    paragraphs += [f"## Cell by cell: {title[0].lower()}{title[1:]}", *_by_cell(table, protocol)]
+    first = [protocol.metric, *(metric for metric in SHOWN if metric != protocol.metric)]
+    for (condition, training), part in table[table["kind"] == OURS].groupby(
+        ["condition", "training"], sort=False
+    ):
+        n = part.loc[part["row"] == MEAN, ["n_cells", "n_families"]].iloc[0]
+        unseen = "" if protocol.train else "unseen "
+        cells = f"{unseen}cells: {n['n_cells']:.0f}, families: {n['n_families']:.0f}"
+        theirs = table[(table["kind"] == THEIRS) & (table["condition"] == condition)]
+        paragraphs += [f"## {condition}, trained on {training}: {cells}", _table(part, first, theirs)]
+        paragraphs += [THRESHOLDS, _table(part, list(AT_THRESHOLDS))]
+    left = table[(table["kind"] == THEIRS) & ~table["condition"].isin(list(studies))]
+    for (condition, what), part in left.groupby(["condition", "where"], sort=False):
+        values = ", ".join(f"{row.title} {100 * row.value:.1f}" for row in part.itertuples())
+        paragraphs += [f"PUBLISHED, NOT OURS, {condition} ({what}): {values}."]
+    paragraphs += [f"## Cell by cell: {SHOWN[protocol.metric]}", *_by_cell(table, protocol)]
     return "\n\n".join(p for p in paragraphs if p) + "\n"
 
 
@@ -367,31 +619,41 @@ def _percent(row: Mapping, interval: bool = True) -> str:
     text = f"{100 * row['value']:.1f}"
     if interval and pd.notna(row["low"]):
         text += f" ({100 * row['low']:.1f}-{100 * row['high']:.1f})"
-    return text + (f" ± {100 * row['seed_sd']:.1f}" if interval and pd.notna(row["seed_sd"]) else "")
+    return text
 
 
-def _means(part: pd.DataFrame) -> list[str]:
-    """A line for each contender, columns for mean and worst cell in each condition."""
-    lines: dict[tuple, dict[str, str]] = {}
+def _table(part: pd.DataFrame, metrics: Sequence[str], published: pd.DataFrame | None = None) -> str:
+    """A line for each contender; of a first metric that is shown alone also families and the worst cell."""
+    titles, lines = SHOWN | AT_THRESHOLDS, dict[Any, dict[str, str]]()
     for row in part[part["row"].isin([MEAN, WORST])].to_dict("records"):
-        line = lines.setdefault((row["kind"], row["title"]), {"detector": row["title"]})
-        if row["kind"] == THEIRS:
-            line[f"PUBLISHED, NOT OURS: mean, {row['condition']}"] = _percent(row, False)
-        elif row["row"] == MEAN:
-            line[f"{row['condition']}: mean"] = _percent(row)
-        else:
-            line[f"{row['condition']}: worst cell"] = f"{_percent(row, False)} ({row['where']})"
-    return markdown_table(pd.DataFrame(list(lines.values())))
+        line = lines.setdefault(row["title"], {"detector": row["title"]})
+        leads = row["metric"] == metrics[0] and published is not None
+        if row["row"] == WORST and leads:
+            line["worst cell"] = f"{_percent(row)} {row['where']}"
+        elif row["row"] == MEAN and row["metric"] in metrics:
+            line[titles[row["metric"]]] = _percent(row, published is not None)
+            if leads and pd.notna(row["seed_sd"]):
+                line[titles[row["metric"]]] += f" ± {100 * row['seed_sd']:.1f}"
+            if leads and pd.notna(row["family_low"]):
+                spread = (100 * row[f"family_{end}"] for end in ("low", "high", "sd"))
+                line["families"] = "{:.1f}-{:.1f} (sd {:.1f})".format(*spread)
+    for row in [] if published is None else published.to_dict("records"):
+        line = {"detector": f"PUBLISHED, NOT OURS: {row['title']}", titles[row["metric"]]: _percent(row)}
+        lines[row["title"], row["where"]] = line | {"worst cell": row["where"]}
+    order = ["detector", titles[metrics[0]], "families", "worst cell", *map(titles.get, metrics[1:])]
+    shown = pd.DataFrame(list(lines.values()))
+    return "\n".join(markdown_table(shown[[name for name in order if name in shown]]))
 
 
 def _by_cell(table: pd.DataFrame, protocol: Protocol) -> list[str]:
     """A line for each cell, a column for each contender, with the values of all conditions."""
     part = table[(table["metric"] == protocol.metric) & (table["kind"] == OURS)]
-    conditions = list(dict.fromkeys(part["condition"]))
-    # unseen cells first, then mean and worst, then what the training generators' own families give
-    seen = part["seen"].eq(True) & ~part["row"].isin([MEAN, WORST]) & (not protocol.train)
+    conditions, summed = list(dict.fromkeys(part["condition"])), part["row"].isin([MEAN, WORST])
+    which = ", " + part["training"] if part["training"].nunique() > 1 else ""
+    # unseen cells first, then mean and worst, then what the training sets' own families give
+    seen = part["seen"].eq(True) & ~summed & (not protocol.train)
     part = part.assign(
-        cell=part["row"] + np.where(seen, " (seen)", ""),
+        cell=part["row"] + np.where(seen, " (seen)", "") + np.where(summed, which, ""),
         rank=np.select([seen, part["row"] == MEAN, part["row"] == WORST], [3, 1, 2], 0),
         text=[_percent(row, False) for row in part.to_dict("records")],
     )

@@ -22,6 +22,7 @@ from itemkit.errors import InputError
 from itemkit.features import Features
 from itemkit.manifest import write_manifest
 from itemkit.misalignment import cosines
+from itemkit.models import names_object
 from itemkit.presets import PRESETS, Preset, get_preset
 from itemkit.text import count, markdown_table, one_line, printable, wide_table
 
@@ -216,6 +217,9 @@ def execute(
     with tempfile.TemporaryDirectory() as scratch:
         # without the second, the kernel's debugger warns on each start
         settings = {"IPYTHONDIR": scratch, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+        if any(map(names_object, (values.get("MODELS") or {}).values())):  # a part of one's own lies here
+            there = filter(None, (os.getcwd(), os.environ.get("PYTHONPATH")))
+            settings["PYTHONPATH"] = os.pathsep.join(there)
         options = {"kernel_name": "python3", "cwd": str(source.parent), "progress_bar": progress}
         with patch.dict(os.environ, settings):
             papermill.execute_notebook(notebook, str(target), values, **options)

@@ -17,7 +17,7 @@ import pandas as pd
 from itemkit import schema
 from itemkit.captions import Caption, as_captions, clean_caption
 from itemkit.errors import InputError
-from itemkit.features import BOX_COLUMNS, Features
+from itemkit.features import BOX_COLUMNS, FOUND, Features
 from itemkit.models import Models
 
 if TYPE_CHECKING:
@@ -32,12 +32,14 @@ class Steps:
 
     def __init__(self, models: Models) -> None:
         self.models, self.clock, self.texts = models, Clock(), TextCache(models.encoder)
+        # an image as the encoder takes it: normalised, or before that if it has `resize`
+        self.prepare = getattr(models.encoder, "resize", None) or models.encoder.preprocess
 
     def __call__(
         self,
         images: Sequence[Image.Image],
         captions: Sequence[str | None] | None = None,
-        pixels: Sequence[torch.Tensor] | None = None,
+        pixels: Sequence[Any] | None = None,
     ) -> Features:
         """Features of one batch.
 
@@ -46,8 +48,8 @@ class Steps:
         images : sequence of n PIL images, RGB
         captions : sequence of str or None, optional
             The user's, cleaned by `captions.clean_caption`; where None, one is generated.
-        pixels : sequence of n tensors, optional
-            The images as preprocessed by the encoder; made here if not given.
+        pixels : sequence of n tensors or arrays, optional
+            The images as `prepare` makes them; made here if not given.
 
         Returns
         -------
@@ -60,41 +62,54 @@ class Steps:
         InputError
             Nothing is left of a user's caption, or one is missing and there is no captioner.
         """
+        *_, features = self.in_two(images, captions, pixels)
+        return features
+
+    def in_two(
+        self,
+        images: Sequence[Image.Image],
+        captions: Sequence[str | None] | None = None,
+        pixels: Sequence[Any] | None = None,
+        shown: Sequence[Any] | None = None,
+    ) -> Iterator[Any]:
+        """Pause once the image tower is set to work: a GPU can be given the next batch before the rest of it.
+
+        Yields None, then the features. ``shown`` are the images as the captioner's ``preprocess`` makes them.
+        """
         import torch
 
         encoder, localiser, n = self.models.encoder, self.models.localiser, len(images)
         captions = captions or [None] * n
         # 1. every image has a caption: its own, or one that the captioner reads off it
         with self.clock("caption"):
-            sentences = self._captions(images, captions)
+            sentences = self._captions(shown or images, captions)
             texts = [caption.text for caption in sentences]
-        # 2. the caption names semantic objects; object k belongs to image owner[k]
+        # 2. the image goes to the joint space
+        with self.clock("image"):
+            pixels = [self.prepare(image) for image in images] if pixels is None else pixels
+            patches = bool(getattr(localiser, "needs_patches", False))
+            whole = encoder.encode_images(stack(pixels), patches=patches)
+        yield None
+        # 3. the caption names semantic objects; object k belongs to image owner[k]
         with self.clock("objects"):
             parser = None if localiser is None else self.models.parser  # for global features no objects
             named = [()] * n if parser is None else parser.objects(texts)
             phrases = [phrase for of_image in named for phrase in of_image]
             owner = np.repeat(np.arange(n), [len(of_image) for of_image in named])
-        # 3. captions and objects go to the joint space ...
+        # 4. ... and so do the caption and the objects
         with self.clock("texts"):
             embedded = self.texts.embed([*texts, *phrases])
             caption_emb, phrase_emb = embedded[:n], embedded[n:]
             tokens = encoder.count_tokens(texts)
-        # 4. ... and so does the image
-        with self.clock("image"):
-            if pixels is None:
-                pixels = [encoder.preprocess(image) for image in images]
-            patches = bool(phrases) and bool(getattr(localiser, "needs_patches", False))
-            whole = encoder.encode_images(torch.stack(list(pixels)), patches=patches)
-            image_emb = as_numpy(whole.pooled)
-        # 5. each object is looked for in its image: a box, a score, and the embedding of what lies in it
+        # 5. each object is looked for in its image: a box, a confidence, and the embedding of what lies in it
         with self.clock("regions"):
-            found = np.zeros((0, 4)), np.zeros(0), np.zeros((0, encoder.dim))
+            found = np.zeros((0, 4)), np.zeros(0), np.zeros((0, encoder.dim)), np.zeros(0)
             if phrases:
                 wanted = [torch.from_numpy(x).to(whole.pooled.device) for x in (phrase_emb, owner)]
                 words = [phrases] if getattr(localiser, "needs_phrases", False) else []  # also read
                 regions = localiser.locate(list(images), whole, *wanted, *words)
-                found = regions.boxes, regions.scores, regions.emb
-            boxes, scores, region_emb = map(as_numpy, found)
+                found = regions.boxes, regions.scores, regions.emb, regions.found
+            boxes, scores, region_emb, seen = map(as_numpy, found)
         table = pd.DataFrame(
             {
                 schema.CAPTION: texts,
@@ -106,9 +121,9 @@ class Steps:
                 "height": np.array([image.height for image in images], dtype=np.int32),
             }
         )
-        columns = dict(zip(BOX_COLUMNS, [*boxes.T, scores], strict=True))
+        columns = dict(zip(BOX_COLUMNS, [*boxes.T, scores], strict=True)) | {FOUND: seen.astype(bool)}
         objects = pd.DataFrame({"phrase": np.array(phrases, dtype=object), **columns})
-        return Features(table, image_emb, caption_emb, region_emb, phrase_emb, owner, objects)
+        yield Features(table, as_numpy(whole.pooled), caption_emb, region_emb, phrase_emb, owner, objects)
 
     def _captions(self, images: Sequence[Image.Image], given: Sequence[str | None]) -> list[Caption]:
         missing = [image for image, text in zip(images, given, strict=True) if text is None]
@@ -161,6 +176,15 @@ class Clock:
             yield
         finally:
             self.seconds[step] += time.perf_counter() - start
+
+
+def stack(pixels: Sequence[Any]) -> torch.Tensor:
+    """One batch (n, 3, h, w) of what `Steps.prepare` made: float (3, h, w) or, as uint8, (h, w, 3)."""
+    import torch
+
+    if isinstance(pixels[0], np.ndarray):
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    return torch.stack(list(pixels))
 
 
 def as_numpy(x: Any) -> np.ndarray:

@@ -30,10 +30,10 @@ import pyarrow.parquet as pq
 from itemkit import schema, splits
 from itemkit._files import atomic_write, write_json
 from itemkit.errors import InputError, StoreError
-from itemkit.features import ARRAYS, BOX_COLUMNS, OBJECT_ARRAYS, Features, unit_rows
+from itemkit.features import ARRAYS, BOX_COLUMNS, FOUND, OBJECT_ARRAYS, Features, unit_rows
 from itemkit.text import count, one_line, printable
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 RUN_FILE, SHARD_FOLDER = "run.json", "shards"
 MANIFEST_FILE, ERRORS_FILE = "manifest.parquet", "errors.parquet"
 KIND = "itemkit feature store"
@@ -89,7 +89,7 @@ def read_run(folder: str | Path) -> dict:
     if found != SCHEMA_VERSION:
         raise StoreError(
             f"{folder} was written with store schema {found}, this itemkit reads schema {SCHEMA_VERSION}: "
-            "extract again into another folder, or update itemkit if that is older"
+            "extract again into another folder, or delete this one; or update itemkit if that is older"
         )
     if run.pop("checksum", None) != _checksum(run):
         raise DamagedError(path, "its checksum does not fit")
@@ -139,7 +139,7 @@ def write_shard(folder: Path, features: Features, fingerprint: str) -> None:
     columns = {name: as_column(features.table[name], kind) for name, kind in SHARD_COLUMNS.items()}
     counts = np.bincount(features.owner, minlength=len(features))
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
-    kinds = {"phrase": pa.string()} | dict.fromkeys(BOX_COLUMNS, pa.float32())
+    kinds = {"phrase": pa.string(), **dict.fromkeys(BOX_COLUMNS, pa.float32()), FOUND: pa.bool_()}
     fields = [as_column(features.objects[name], kind) for name, kind in kinds.items()]
     columns[schema.OBJECTS] = pa.ListArray.from_arrays(
         offsets, pa.StructArray.from_arrays(fields, list(kinds))
@@ -297,6 +297,7 @@ def _read_embeddings(
     }
     objects = {"phrase": np.empty(len(owner), dtype=object)}
     objects |= {name: np.zeros(len(owner), np.float32) for name in BOX_COLUMNS}
+    objects[FOUND] = np.ones(len(owner), dtype=bool)
     for number, rows in found.groupby("shard").indices.items() if wanted else ():
         shard = read_shard(shards[number], wanted, run["fingerprint_hash"]).take(place[rows])
         those = np.isin(owner, rows)

@@ -6,8 +6,10 @@ follows from their scores in `itemkit.results`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -15,38 +17,44 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from itemkit import schema, workflow
 from itemkit._files import atomic_write
 from itemkit.calibrate import check_promises, promise_sentences
-from itemkit.controls import CONTROLS, get_control
+from itemkit.captions import clean_caption
+from itemkit.controls import CONTROLS, ENOUGH, OURS, VARIANTS, best_regions, get_control, select_objects
 from itemkit.detector import Detector
 from itemkit.errors import InputError
 from itemkit.features import Features
 from itemkit.head import MisalignmentMLP
-from itemkit.images import equalise
+from itemkit.images import EqualiseConfig, equalise
 from itemkit.manifest import require_two_classes
 from itemkit.matrix import TEST_COLUMNS, train_on_test_on
-from itemkit.misalignment import KINDS, LEVELS, RepresentationConfig
+from itemkit.misalignment import FORMS, LEVELS, RepresentationConfig
 from itemkit.perturb import Perturbation, jpeg_random
-from itemkit.presets import Preset, get_preset
+from itemkit.presets import Preset, get_preset, mini_folder
 from itemkit.protocols import Protocol, get_protocol
 from itemkit.recipes import DEFAULT, Recipe, control, external, item, standard_detectors
-from itemkit.results import STUDY_METRICS, Study, study_table, to_markdown
+from itemkit.results import ONE, STUDY_METRICS, Study, read_scores, save_scores, study_table, to_markdown
+from itemkit.splits import place
 from itemkit.text import count, markdown_table, one_line, write_csv
 
-__all__ = ["control", "item", "run_study", "standard_detectors", "train_on_test_on"]
+__all__ = ["control", "item", "make_variants", "run_study", "standard_detectors", "train_on_test_on"]
 
 PIXELS_MINI, PIXELS = 48, 128
 MAX_PIXEL_IMAGES = 40_000  # with more the controls on pixels are left out: all are held in memory (2 GB)
-GENERIC_CAPTION = "a photo"
+KINDS = tuple(kind for kind in FORMS if kind != "distance")  # which is the cosine again to a head
+BANK = 96  # phrases that are looked for in every image, whatever its caption ...
+MAX_BANK_ROWS = 500_000  # ... and fewer of many images: phrases times images (2 GB at 512 numbers a region)
+BANK_REGIONS = 4  # kept of each image
 
 LATE = {
     "item + caption likelihood": ("item", "caption_likelihood"),
     "item + image": ("item", "image_mlp"),
     "item + CNN": ("item", "cnn"),
-    "item + noise residual": ("item", "noise_residual"),
-    "item + spectrum": ("item", "spectrum"),
+    "item + noise residual": ("item", "noise_residual_one_class"),
+    "item + doubt": ("item", "doubt"),
     "item + image + CNN": ("item", "image_mlp", "cnn"),
 }
 
@@ -72,8 +80,9 @@ def run_study(
     skip_missing: bool = False,
     per_set: int | None = None,
     without: Sequence[str] = (),
+    other_encoder: str = "",
     jobs: int = 1,
-    n_boot: int = 200,
+    n_boot: int = 2000,
     progress: bool = True,
 ) -> StudyReport:
     """Features, contenders, matrix and one table for every condition; an interrupted study goes on.
@@ -98,6 +107,8 @@ def run_study(
         See `itemkit.protocols.Protocol.select`.
     without : names
         Controls to leave out, e.g. "cnn", the one that takes longest.
+    other_encoder : str, optional
+        See `make_variants`.
 
     Raises
     ------
@@ -129,8 +140,7 @@ def run_study(
     if without:
         notes.append(f"Left out on request: {', '.join(left_out)}.")
     head = MisalignmentMLP(device=device)
-    joint = replace(chosen, captioner=None, parser=None, localiser=None)
-    generic = np.asarray(joint.build(device).encoder.encode_texts([GENERIC_CAPTION])[0].cpu(), np.float32)
+    wanted = {made.variant for name, made in CONTROLS.items() if name not in without}
     failures: list[str] = []
     studies: dict[str, Study] = {}
     unchanged: Features | None = None
@@ -155,12 +165,22 @@ def run_study(
         else:
             side = PIXELS_MINI if plan.lab else min(PIXELS, plan.equalise.size)
             features = workflow.add_pixels(features, side, transform, crop=not plan.lab)
-        recipes, lacking = _contenders(features, head, generic, without, plan.lab)
-        remarks += [f"without {CONTROLS[name].title}, for want of {what}." for name, what in lacking.items()]
+        try:
+            variants = make_variants(
+                features, chosen, out, device, name=plan.name if plan.train else "", transform=transform,
+                wanted=wanted, other_encoder=other_encoder, progress=progress,
+            )  # fmt: skip
+        except InputError as error:  # e.g. of an empty caption, which cannot be given to another image
+            variants = {}
+            remarks.append(f"the images could not be extracted in other ways: {one_line(error)}")
+        recipes, lacking = _contenders(features, head, variants, without, plan.lab)
+        for what in dict.fromkeys(lacking.values()):
+            titles = ", ".join((OURS | CONTROLS)[name].title for name in lacking if lacking[name] == what)
+            remarks.append(f"for want of {what}, without: {titles}.")
         if taken := sorted(elsewhere[condition].keys() & {*recipes, *LATE}):
             raise InputError(f"--scores {taken[0]}=...: that name is a contender of ours; choose another")
         recipes |= elsewhere[condition]
-        options: dict[str, Any] = {"families": plan.families}
+        options: dict[str, Any] = {"families": plan.families, "leave_family_out": True}
         if plan.train:
             there = set(features.table.loc[features.table[schema.SPLIT] == "test", schema.GENERATOR])
             options = {"train_generators": ["+".join(plan.train)], "threshold": "best",
@@ -178,15 +198,17 @@ def run_study(
             study.save(runs)  # with the fusions
         studies[condition] = study
         notes += [f"{condition}: {remark}" for remark in (*remarks, *study.options["notes"])]
+        notes += [f"{condition}: {remark}" for remark in _undertrained(study)]
         failed = study.options["failures"].items()
         failures += [f"{condition}: {recipes[name].title} failed, {why}" for name, why in failed]
     assert unchanged is not None
+    studies = read_scores(save_scores(studies, folder / "scores.parquet"))  # what it says is what is there
     table = study_table(studies, plan)
     write_csv(table, folder / "table.csv")
-    sections = []
+    sections = _meanings(studies)
     if not plan.train:
         try:
-            sections = _fusions(studies, folder)
+            sections += _fusions(studies, folder)
             sections += _promises(unchanged, chosen, out, folder, device, data is None)
         except InputError as error:
             failures.append(f"fusions and promises: {one_line(error)}")
@@ -227,7 +249,11 @@ def _transform(
     scaled = f"every image cropped and scaled to {config.size} px"
     remarks.append(f"{scaled}, then {config.codec} {config.quality}.")
     # its name, a part of the features' key, tells everything that changes the pixels
-    return Perturbation(str(config), "equalised", 0.0, "", lambda image, rng: equalise(image, config))
+    return Perturbation(str(config), "equalised", 0.0, "", ((_equalised, config),))
+
+
+def _equalised(image: Image.Image, rng: np.random.Generator, config: EqualiseConfig) -> Image.Image:
+    return equalise(image, config)  # a name of its own: processes that decode must be able to load it
 
 
 def _playing(features: Features, plan: Protocol, remarks: list[str]) -> Features:
@@ -255,31 +281,150 @@ def _playing(features: Features, plan: Protocol, remarks: list[str]) -> Features
     return features
 
 
+@dataclass(frozen=True)
+class KnownObjects:
+    """A parser that has been told the phrases of every caption."""
+
+    phrases: Mapping[str, Sequence[str]]
+
+    def objects(self, captions: Sequence[str]) -> list[list[str]]:
+        """Look the phrases of each caption up."""
+        return [list(self.phrases[caption]) for caption in captions]
+
+    def fingerprint(self) -> dict[str, str]:
+        """A hash of all that it knows."""
+        known = json.dumps(dict(self.phrases), sort_keys=True).encode()
+        return {"kind": "known objects", "sha256": hashlib.sha256(known).hexdigest()}
+
+
+def make_variants(
+    features: Features,
+    preset: str | Preset = "mini",
+    out_dir: str | Path = "results",
+    device: str = "auto",
+    *,
+    name: str = "",
+    transform: Callable[..., Any] | None = None,
+    wanted: Collection[str] = tuple(VARIANTS),
+    other_encoder: str = "",
+    progress: bool = False,
+) -> dict[str, Features]:
+    """The same images extracted in other ways, for the controls that need it: `itemkit.controls.VARIANTS`.
+
+    One extraction looks in every image for the objects of another image's caption (its neighbour of the same
+    split, in an order that follows from content), of one caption for all (the training reals' most typical)
+    and of a bank of phrases (what the training reals' captions name most often). A second one embeds the
+    images by ``other_encoder``, a name or folder as of `itemkit.presets.get_preset`; preset mini has its own.
+
+    Parameters
+    ----------
+    features : Features
+        Of the images, with splits, made with this preset and transform.
+    preset, out_dir, device, name, transform, progress
+        See `itemkit.workflow.features`.
+    wanted : names out of `VARIANTS`; those that cannot be made are left out
+    """
+    chosen, table = get_preset(preset), features.table
+
+    def again(what: str, captions: pd.Series, **models: Any) -> Features:
+        of_path = pd.Series(captions.to_numpy(), table[schema.PATH])
+        return workflow.features(
+            chosen.replace(**models), table[list(schema.MANIFEST_COLUMNS)], out_dir, device,
+            name="-".join(filter(None, (name, what))), transform=transform,
+            captions=of_path[~of_path.index.duplicated()], progress=progress,
+        )  # fmt: skip
+
+    found: dict[str, Features] = {}
+    if {"other_caption", "one_caption", "bank"} & {*wanted}:
+        found |= _other_texts(features, again)
+    if chosen.name == "mini":
+        other_encoder = other_encoder or str(mini_folder() / "models" / "clip_second")
+    if "other_encoder" in wanted and other_encoder:
+        alone = dict.fromkeys(("captioner", "parser", "localiser"))
+        found["other_encoder"] = again("encoder", table[schema.CAPTION], encoder=other_encoder, **alone)
+    return {key: found[key] for key in wanted if key in found}
+
+
+def _other_texts(features: Features, again: Callable[..., Features]) -> dict[str, Features]:
+    """Look for the objects of three sets of texts in one extraction, and take it apart."""
+    table = features.table.assign(caption=features.table[schema.CAPTION].map(clean_caption))
+    objects: dict[str, list[str]] = {caption: [] for caption in table[schema.CAPTION]}
+    for row, phrases in features.objects["phrase"].groupby(features.owner):
+        objects[table[schema.CAPTION][row]] = list(phrases)
+    reals = features.split("train")
+    reals = reals.select(reals.labels == schema.REAL)
+    typical = int(np.argmax(reals.caption_emb @ reals.caption_emb.mean(axis=0)))
+    one = clean_caption(reals.table[schema.CAPTION][typical])
+    often = reals.objects["phrase"].value_counts().sort_index().sort_values(ascending=False, kind="stable")
+    bank = list(often.index[: min(BANK, MAX_BANK_ROWS // len(table))])
+    order = table.iloc[np.argsort(place(table[schema.IMAGE_ID], "another image's caption"), kind="stable")]
+    ring = order.drop_duplicates(schema.IMAGE_ID).set_index(schema.IMAGE_ID).groupby(schema.SPLIT)
+    other = table[schema.IMAGE_ID].map(ring[schema.CAPTION].transform(lambda captions: np.roll(captions, 1)))
+    asked = {text: list(dict.fromkeys([*own, *objects[one], *bank])) for text, own in objects.items()}
+    made = again("texts", other, parser=KnownObjects(asked))
+    phrase, text = made.objects["phrase"], made.table[schema.CAPTION].to_numpy()[made.owner]
+    theirs = np.array([p in objects[t] for p, t in zip(phrase, text, strict=True)], bool)
+    single = select_objects(made, phrase.isin(objects[one]).to_numpy(bool))
+    caption_emb = np.tile(reals.caption_emb[typical], (len(made), 1))
+    found = {
+        "other_caption": select_objects(made, theirs),
+        "one_caption": replace(single, table=single.table.assign(caption=one), caption_emb=caption_emb),
+    }
+    if bank:
+        of_bank = select_objects(made, phrase.isin(bank).to_numpy(bool))
+        found["bank"] = best_regions(of_bank, BANK_REGIONS)
+    return found
+
+
 def _contenders(
-    features: Features, head: MisalignmentMLP, generic: np.ndarray, without: Sequence[str], lab: bool
+    features: Features,
+    head: MisalignmentMLP,
+    variants: Mapping[str, Features],
+    without: Sequence[str],
+    lab: bool,
 ) -> tuple[dict[str, Recipe], dict[str, str]]:
-    """The misalignment in its forms and every control that these features allow; what the others lack."""
-    controls, lacking = standard_detectors(features, head=head, generic_emb=generic, skip=without)
-    chosen = {"item": replace(controls.pop("item"), title=f"ITEM: {DEFAULT.level}, {DEFAULT.kind}")}
+    """The misalignment in its forms and every control that can be run; what the others lack."""
+    standard, lacking = standard_detectors(features, head, variants, without)
+    chosen = {"item": replace(standard.pop("item"), title=f"ITEM: {DEFAULT.level}, {DEFAULT.kind}")}
     levels, kinds = (LEVELS, KINDS) if lab else ((DEFAULT.level,), ("cosine",))
     for level, kind in product(levels, kinds):
         config = RepresentationConfig(level=level, kind=kind)
         if config != DEFAULT:
             chosen[f"{level}_{kind}"] = item(config, head, f"misalignment: {level}, {kind}")
-    chosen |= {name: replace(recipe, title=f"control: {recipe.title}") for name, recipe in controls.items()}
-    return chosen | {"early": control("early", head=head)}, lacking
+    for name, recipe in standard.items():
+        chosen[name] = replace(recipe, title=f"control: {recipe.title}") if name in CONTROLS else recipe
+    return chosen, lacking
+
+
+def _undertrained(study: Study) -> list[str]:
+    """Say where the network on pixels does not even know the generator that it was trained on."""
+    if "cnn" not in study.detectors:
+        return []
+    cells = study.cells("cnn", "auroc")
+    own = cells[cells["train_generator"] == cells["test_generator"]].groupby("test_generator")["value"].mean()
+    less = [f"{name} ({value:.2f})" for name, value in own[own < ENOUGH].items()]
+    about = "the CNN on pixels is too small or trained too little: AUROC on its own generator below"
+    return [f"{about} {ENOUGH:g} for {', '.join(less)}."] if less else []
+
+
+def _meanings(studies: Mapping[str, Study]) -> list[str]:
+    """What would follow if a contender won."""
+    names = dict.fromkeys(name for study in studies.values() for name in study.detectors)
+    known = {name: (OURS | CONTROLS)[name] for name in names if name in OURS | CONTROLS}
+    rows = [{"if this row were the best": made.title, "then": made.if_it_won} for made in known.values()]
+    return ["## What each contender would mean", "", *markdown_table(pd.DataFrame(rows)), ""]
 
 
 def _fusions(studies: Mapping[str, Study], folder: Path) -> list[str]:
     """Is a fusion ever worse than the better of its parts? Judged by the AUROC of every unseen cell."""
     tables, lines = [], []
     for condition, study in studies.items():
-        worst, rows = study.summary(["auroc"]).set_index("detector")["worst"], []
+        summary, rows = study.summary(["auroc"]), []
+        worst = summary[summary["training"] == ONE].set_index("detector")["worst"]
         for name, parts in (LATE | {"early": ("item", "image_mlp")}).items():
             if not {name, *parts} <= {*study.detectors}:
                 continue
-            gain = study.fusion_gain(name, parts)
-            gain = gain[~gain["seen"]].assign(fusion=name, condition=condition)
+            gain = study.fusion_gain(name, parts, ONE).assign(fusion=name, condition=condition)
             if gain.empty:
                 continue
             tables.append(gain)
@@ -289,6 +434,7 @@ def _fusions(studies: Mapping[str, Study], folder: Path) -> list[str]:
                 {"fusion": f"{name} ({', '.join(parts)})",
                  "cells below the better part": f"{below.sum()} of {len(gain)}",
                  "beyond the 95% interval": int((gain["high"] < 0).sum()),
+                 "after Holm": int(((gain["difference"] < 0) & (gain["p_holm"] < 0.05)).sum()),
                  "largest loss": loss if below.any() else "", "worst cell": f"{worst[name]:.3f}",
                  "best worst cell of a part": f"{worst[[*parts]].max():.3f}"}
             )  # fmt: skip

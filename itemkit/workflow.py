@@ -18,12 +18,12 @@ import numpy as np
 import pandas as pd
 
 from itemkit import schema
-from itemkit._files import atomic_write, folder_lock
+from itemkit._files import folder_lock
 from itemkit.errors import InputError, ItemkitError, StoreError
 from itemkit.extraction import bad_rows, extract
 from itemkit.features import Features
-from itemkit.images import EXTENSIONS, content_id, load_image, read_bytes
-from itemkit.manifest import read_manifest
+from itemkit.images import content_id, load_image, read_bytes
+from itemkit.manifest import read_manifest, write_manifest
 from itemkit.models import file_hash, tidy
 from itemkit.presets import MINI_REMEDY, PRESETS, Preset, get_preset, mini_folder
 from itemkit.splits import fill_splits
@@ -49,29 +49,18 @@ def lab_manifest(out_dir: str | Path, which: str = "images") -> pd.DataFrame:
         raise InputError(f"the mini laboratory's images are not in {', '.join(missing)}. {MINI_REMEDY}")
     folder = Path(out_dir, "mini", "" if which == "images" else which)
     made_from = hashlib.sha256("".join(map(file_hash, sources)).encode()).hexdigest()
-    manifest = folder / f"manifest-{made_from[:16]}.csv"
-    if not manifest.is_file():
+    listed = folder / f"manifest-{made_from[:16]}.csv"
+    if not listed.is_file():
         with folder_lock(folder):
-            if not manifest.is_file():  # else another process has laid them out meanwhile
+            if not listed.is_file():  # else another process has laid them out meanwhile
                 for old in folder.glob("manifest*.csv"):
                     old.unlink()
-                table = pd.concat([_lay_out(pd.read_parquet(source), folder) for source in sources])
+                table = pd.concat(map(pd.read_parquet, sources), ignore_index=True)
+                label = (table[schema.GENERATOR] != schema.REAL_GENERATOR).astype(int)
+                table = table.assign(label=label, source=schema.LAB_SOURCE)
                 # it comes last, and so says that every image is there
-                atomic_write(manifest, table.to_csv(index=False).encode())
-    return read_manifest(manifest)
-
-
-def _lay_out(pictures: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """Write ``images/<generator>/<split>-<index>.png`` from rows ``generator, split, prompt, png``."""
-    number = pictures.groupby(["generator", "split"], sort=False).cumcount().map("{:04d}".format)
-    path = "images/" + pictures["generator"] + "/" + pictures["split"] + "-" + number + ".png"
-    for name in set(pictures["generator"]):
-        (folder / "images" / name).mkdir(parents=True, exist_ok=True)
-    for at, data in zip(path, pictures["png"], strict=True):
-        (folder / at).write_bytes(data)
-    label = (pictures["generator"] != schema.REAL_GENERATOR).astype(int)
-    table = pictures.assign(path=path, label=label, source=schema.LAB_SOURCE, caption=pictures["prompt"])
-    return table[list(schema.MANIFEST_COLUMNS)]
+                write_manifest(read_manifest(table, images_to=folder / "images"), listed)
+    return read_manifest(listed)
 
 
 def data_manifest(
@@ -271,7 +260,8 @@ def detect(
         Ready for JSON: ``path, image_id, seen`` ("train" or "val" if the detector was made with this image),
         ``verdict`` (real, fake, unsure, or withheld where the detector's images are too few for the promise),
         ``because, p_fake, caption, global_cosine, global_real_below, objects`` (phrase, box in pixels,
-        cosine, real_below), and `Features.provenance`. Or ``path, error`` of an image that cannot be judged.
+        cosine, real_below), ``relative`` beside each cosine if the detector goes by it, and
+        `Features.provenance`. Or ``path, error`` of an image that cannot be judged.
 
     Raises
     ------
@@ -316,18 +306,18 @@ def _image_files(paths: str | Path | Iterable[str | Path]) -> Iterator[str]:
         if not os.path.isdir(path):
             yield os.fspath(path)
             continue
-        below = sorted(file for file in Path(path).rglob("*") if file.is_file())
-        images = [str(file) for file in below if file.suffix.lower() in EXTENSIONS]
-        if left := len(below) - len(images):
-            what = f"{left} of {len(below)} files below {path} have no ending of an image and are left out"
+        found = read_manifest(path, "unlabelled")
+        if left := sum(found.attrs["report"]["files_left_out"].values()):
+            what = f"{left} of {left + len(found)} files below {path} are no images and are left out"
             warnings.warn(f"{what}; name one to have it judged", stacklevel=3)
-        yield from images
+        yield from found[schema.PATH]
 
 
 def _answer(judge: Detector, one: Features, fpr: float, fnr: float, ignore: Sequence[str]) -> dict[str, Any]:
     verdict = judge.verdict(one, fpr, fnr, ignore).iloc[0]
     whole, *local = judge.explain(one, 0, ignore=ignore).to_dict("records")
-    sides, fits = ("x0", "y0", "x1", "y1"), ("cosine", "real_below")
+    sides = ("x0", "y0", "x1", "y1")
+    fits = [name for name in ("cosine", "relative", "real_below") if name in whole]
     return {
         **verdict[["path", "image_id", "verdict", "because"]],
         "seen": str(judge.seen(one)[0]),

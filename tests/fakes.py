@@ -124,7 +124,8 @@ class FakeLocaliser:
         whole = embedding.patches[:, 0][owner]
         emb = torch.nn.functional.normalize(whole + 0.5 * phrase_emb, dim=1)
         sizes = torch.tensor([(0.0, 0.0, float(i.width), float(i.height)) for i in images])
-        return SimpleNamespace(boxes=sizes[owner], scores=(whole * phrase_emb).sum(1), emb=emb)
+        scores = (whole * phrase_emb).sum(1)
+        return SimpleNamespace(boxes=sizes[owner], scores=scores, emb=emb, found=scores > 0)
 
     def fingerprint(self) -> dict:
         """Constant."""

@@ -233,6 +233,63 @@ def write_tiny_grounding_dino(folder: str | Path, words: Sequence[str] = WORDS) 
     return folder
 
 
+# Object detectors that see the image alone, by kind: the names that transformers gives their classes and
+# their image processors, and their backbones.
+DETECTORS = {
+    "detr": ("Detr", "Detr", "resnet"),
+    "conditional_detr": ("ConditionalDetr", "ConditionalDetr", "resnet"),
+    "deformable_detr": ("DeformableDetr", "DeformableDetr", "resnet"),
+    "yolos": ("Yolos", "Yolos", ""),
+    "rt_detr": ("RTDetr", "RTDetr", "rt_detr_resnet"),
+    "rt_detr_v2": ("RTDetrV2", "RTDetr", "rt_detr_resnet"),
+    "d_fine": ("DFine", "RTDetr", "hgnet_v2"),
+}
+CLASSES = ("ball", "cup", "traffic light", "dog", "person", "N/A")
+
+
+def write_tiny_object_detector(
+    folder: str | Path, kind: str = "rt_detr_v2", classes: Sequence[str] = CLASSES
+) -> Path:
+    """Write a transformers folder of an object detector with classes of its own (`DETECTORS`)."""
+    import transformers
+
+    name, processor, backbone = DETECTORS[kind]
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in
+             (("layers", 2), ("attention_heads", 2), ("ffn_dim", 32))}  # fmt: skip
+    sizes |= {"d_model": 32, "num_queries": 12, "id2label": dict(enumerate(classes))}
+    sizes["label2id"] = {label: k for k, label in enumerate(classes)}
+    hidden = {"embedding_size": 16, "hidden_sizes": [16, 24, 32, 48], "depths": [1] * 4}
+    stages = ["stage4"] if kind in ("detr", "conditional_detr") else ["stage2", "stage3", "stage4"]
+    size = {"shortest_edge": 96, "longest_edge": 144}
+    if kind == "yolos":
+        sizes |= {**SIZES, "image_size": [96, 144], "patch_size": 16, "num_detection_tokens": 12}
+    elif backbone == "resnet":
+        sizes["backbone_config"] = transformers.ResNetConfig(
+            **hidden, layer_type="basic", out_features=stages
+        )
+    else:
+        size = {"height": 64, "width": 64}
+        sizes["backbone_config"] = {"model_type": backbone, "out_features": stages, **hidden}
+        if backbone == "hgnet_v2":
+            blocks = {
+                "stem_channels": [3, 8, 8], "stage_in_channels": [8, 16, 24, 32],
+                "stage_mid_channels": [8] * 4,
+                "stage_out_channels": [16, 24, 32, 48], "stage_num_blocks": [1] * 4,
+                "stage_light_block": [False] * 4, "stage_kernel_size": [3] * 4,
+                "stage_numb_of_layers": [1] * 4, "stage_downsample": [False, True, True, True],
+            }  # fmt: skip
+            sizes["backbone_config"] |= {**blocks, "embedding_size": 8}
+        sizes |= {"encoder_hidden_dim": 32, "encoder_in_channels": [24, 32, 48], "num_denoising": 0}
+        sizes["decoder_in_channels"] = [32] * 3
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = getattr(transformers, f"{name}ForObjectDetection")(config)
+    images = getattr(transformers, f"{processor}ImageProcessor")(size=size)
+    for part in (model, images):
+        part.save_pretrained(folder)
+    return Path(folder)
+
+
 def write_tiny_parser(folder: str | Path, epochs: int = 3) -> Path:
     """Train and write a spaCy pipeline that parses "a red ball and a blue cup on the grass"; takes seconds.
 

@@ -61,6 +61,7 @@ def make_features(
             **{side: 0.0 for side in ("x0", "y0")},
             **{side: 10.0 for side in ("x1", "y1")},
             "score": np.einsum("ij,ij->i", region, phrase),
+            "found": np.ones(len(owner), bool),
         }
     )
     run = {"fingerprint": fingerprint or {"encoder": {"name": "made-up", "dim": dim}, "captioner": "none"}}

@@ -13,7 +13,16 @@ import pytest
 from PIL import Image, PngImagePlugin
 from sklearn.metrics import roc_auc_score
 
-from itemkit.audit import audit, dhash, equalise_folder, find_duplicates, held_out_auroc, measure
+from itemkit.audit import (
+    MATCHED,
+    audit,
+    dhash,
+    equalise_folder,
+    find_duplicates,
+    held_out_auroc,
+    match_classes,
+    measure,
+)
 from itemkit.errors import InputError
 from itemkit.images import EqualiseConfig, ImageError, jpeg_bytes
 from itemkit.manifest import read_manifest
@@ -140,6 +149,7 @@ def test_a_leak_of_one_generator_is_not_lost_in_the_whole(tmp_path):
     assert parts["odd", "jpeg_quality"] == 1 and pooled < 0.75 and parts["plain", "jpeg_quality"] < 0.65
     assert report.parts.iloc[0]["set"] == "odd" and "in 'odd', reaches AUROC 1.000" in report.to_text()
     assert re.search(r"Worst of single sets.*\n\n *set .*\n *odd +\w+ +1\.000 .* decides", report.to_text())
+    assert len(re.findall(r"\n *odd ", report.to_text())) == 1, "one line for each set"
     by_source = df.assign(source=["a" if i % 16 < 8 else "b" for i in range(120)])
     assert set(audit(by_source, by="source").parts["set"]) == {"a", "b"}
 
@@ -223,6 +233,14 @@ def test_groups_are_not_split_over_folds():
     assert alone > 0.95 and grouped < 0.75
 
 
+def test_captions_that_both_classes_share_are_dealt_by_themselves():
+    # each class has five captions, all in one fold if they were dealt out among those of one class alone
+    captions = [f"w{i} b" for i in range(200)]
+    y = np.array([1] * 200 + [0] * 5)
+    shared = [*captions, *captions[:5]]
+    assert auroc(shared, y, shared, "text")[0] == pytest.approx(0.5, abs=0.3)
+
+
 # ---- duplicates
 
 
@@ -261,6 +279,57 @@ def test_duplicates_are_in_the_report(tmp_path):
     Path(df["path"][1]).write_bytes(Path(df["path"][0]).read_bytes())
     report = audit(df)
     assert "Pairs of exact copies: 1, 0 across splits, 1 across classes" in report.to_text()
+
+
+# ---- match the classes
+
+
+def overlapping(number, label):
+    """Reals mostly large, fakes mostly small; qualities alike; every fifth fake a PNG."""
+    size = ((60, 40), (32, 32))[number // 2 % 4 == 0 if not label else number // 2 % 4 != 0]
+    if label and number // 2 % 5 == 0:
+        return picture(number, size), ".png", {}
+    return picture(number, size), ".jpg", {"quality": (75, 90)[number // 2 % 2]}
+
+
+def test_matched_classes_agree_and_what_is_left_out_is_counted(tmp_path):
+    df = manifest(tmp_path, 120, overlapping)
+    report = audit(df)
+    before = auroc_of(report)
+    assert before["size"] > 0.7 and before["format"] > 0.55
+    kept, left = match_classes(report.measurements)
+    reals, fakes = (kept[kept["label"] == label] for label in (0, 1))
+    assert 20 < len(reals) == len(fakes) < 120
+    alike = reals.groupby([*MATCHED], dropna=False).size()
+    assert alike.equals(fakes.groupby([*MATCHED], dropna=False).size())
+    after = auroc_of(audit(kept))
+    for name in ("format", "size", "width", "height", "jpeg_quality", "jpeg_subsampling"):
+        assert after[name] < 0.55, name
+    assert left[["images", "kept", "left_out"]].sum().tolist() == [240, len(kept), 240 - len(kept)]
+    assert left["left_out"].is_monotonic_decreasing
+    png = left[left["format"] == "PNG"]
+    assert set(png["label"]) == {1} and (png["kept"] == 0).all() and png["left_out"].sum() == 24
+    again, _ = match_classes(report.measurements.sample(frac=1, random_state=1))
+    assert set(again["path"]) == set(kept["path"]), "the order of the rows does not matter"
+
+
+def test_each_generator_is_matched_and_splits_are_kept_apart(tmp_path):
+    df = manifest(tmp_path, 80, overlapping)
+    df["generator"] = [("real", "a" if i % 8 < 4 else "b")[i % 2] for i in range(160)]
+    df["split"] = ["train" if i % 5 else "test" for i in range(160)]
+    kept, _ = match_classes(audit(df).measurements, ("size",), by="generator")
+    counts = kept.groupby(["split", "size", "generator"]).size().unstack()
+    assert set(counts) == {"real", "a", "b"} and (counts.nunique(axis=1) == 1).all() and len(counts) == 2
+
+
+def test_what_cannot_be_matched_is_an_error(tmp_path):
+    measured = audit(manifest(tmp_path, 12, different)).measurements
+    with pytest.raises(InputError, match="format and size of real and fake are never the same; equalise"):
+        match_classes(measured, ("format", "size"))
+    with pytest.raises(InputError, match="no property 'widht'; Did you mean 'width'"):
+        match_classes(measured, ("widht",))
+    with pytest.raises(InputError, match="nothing to match"):
+        match_classes(measured[measured["label"] == 1])
 
 
 # ---- equalise a folder

@@ -10,6 +10,7 @@ from itemkit.calibrate import (
     conformal_p,
     fit_calibrator,
     lacking,
+    logit_shift,
     promise_sentences,
     proportion_interval,
     three_way,
@@ -203,3 +204,44 @@ def test_promises_are_judged_kept_as_often_as_they_say_by_simulation():
     assert np.mean(likely) >= 0.86
     shifted = check_promises(real, fake, rng.normal(size=400) + 1, fake)
     assert not shifted["kept"][1]
+
+
+def test_a_shift_of_all_log_odds_is_found_again():
+    y, known = overconfident(4000, 5, factor=1.0)
+    other_y, other = overconfident(4000, 6, factor=1.0)
+    moved = other - 3.0
+    reals = moved[other_y == 0]
+    assert logit_shift(known, y, moved) == pytest.approx(3, abs=0.15)
+    assert logit_shift(known, y, moved, other_y) == pytest.approx(3, abs=0.15)
+    assert logit_shift(known, y, reals, np.zeros(len(reals), int)) == pytest.approx(3, abs=0.15)
+    # other shares than half are told, not guessed
+    few = np.r_[reals, moved[other_y == 1][:500]]
+    assert logit_shift(known, y, few, share_fake=500 / len(few)) == pytest.approx(3, abs=0.15)
+    assert logit_shift(known, y, few) > 3.5
+
+
+def test_a_few_labels_repair_a_threshold():
+    y, known = overconfident(400, 7, factor=1.0)
+    gained = []
+    for draw in range(40):
+        new_y, new = overconfident(400, 100 + draw, factor=1.0)
+        new = new - 4.0
+        few = np.r_[np.flatnonzero(new_y == 0)[:10], np.flatnonzero(new_y == 1)[:10]]
+        shift = logit_shift(known, y, new[few], new_y[few])
+        gained.append(balanced_accuracy(new_y, new + shift, 0.0) - balanced_accuracy(new_y, new, 0.0))
+    assert np.mean(gained) > 0.15  # of the 0.76 that can be had, 0.5 is left without
+
+
+def test_shift_errors():
+    with pytest.raises(InputError, match="0 log-odds and share_fake=0.5; expected finite ones"):
+        logit_shift([0.0, 1.0], [0, 1], [])
+    with pytest.raises(InputError, match="share_fake=1"):
+        logit_shift([0.0, 1.0], [0, 1], [0.5], share_fake=1)
+    with pytest.raises(InputError, match="expected both 0"):
+        logit_shift([0.0, 1.0], [0, 1], [0.5, 0.6], [1, 1])
+
+
+@pytest.mark.parametrize("score", [0.0, 1e300, -1e-300])
+def test_best_threshold_of_one_score_for_all(score):
+    y = [0, 1, 0, 1]
+    assert balanced_accuracy(np.array(y), np.full(4, score), best_threshold(y, [score] * 4)) == 0.5

@@ -221,6 +221,34 @@ def test_options_that_need_another(data: Path, tmp_path: Path, run: Run) -> None
     assert "nothing to download" in run("download", "--preset", "mini", status=2)
 
 
+OWN = "class Mine:\n    version = '1'\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (f"{OWN}    def caption(self, images):\n        return ['a dog'] * len(images)\n", ""),
+        (OWN, "has no method caption"),
+        ("class Mine:\n    def caption(self, images): ...\n", "add `version = '1'`"),
+        ("class Mine:\n    def __init__(self, key): ...\n", "'CODE:Mine' cannot be made: TypeError: "),
+        ("class Mine(:\n", "'CODE:Mine' cannot be made: SyntaxError: "),
+        ("", "'CODE:Mine' is neither in this folder nor installed"),
+    ],
+)  # fmt: skip
+def test_a_captioner_of_ones_own_from_this_folder(
+    code: str, said: str, data: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"own_{abs(hash(code))}"  # imported once in a process
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    words = ["extract", data, "--out", "store", *STUB, "--captioner", f"{name}:Mine", "--localiser", "whole"]
+    if said:
+        assert said.replace("CODE", name) in run(*words, status=2) and not Path("store").exists()
+    else:
+        run(*words)
+        assert set(load_features("store").table["caption"]) == {"a dog"}
+
+
 def test_a_folder_that_cannot_be_written(data: Path, tmp_path: Path, run: Run) -> None:
     (tmp_path / "file").write_text("in the way")
     assert "file" in run("extract", data, "--out", tmp_path / "file" / "store", *STUB, status=2)
@@ -466,7 +494,7 @@ def test_audit_and_equalise(uneven: Path, tmp_path: Path, run: Run) -> None:
     to, figure = tmp_path / "equal", tmp_path / "figure"
     words = ["audit", uneven, "--csv", tmp_path / "audit.csv", "--equalise", to, "--size", "24"]
     words += ["--figure", figure]
-    before, after = run(*words).split(f"After equalising into {to}:")
+    before, after = run(*words).split(f"Equalised, in {to}:")
     assert "Audit of 48 images: 24 real, 24 fake" in before and "What to do" in before
     assert pd.read_csv(tmp_path / "audit.csv").iloc[0]["auroc"] > 0.99
     assert "'JPEG'" in before and "before" in after
@@ -477,6 +505,19 @@ def test_audit_and_equalise(uneven: Path, tmp_path: Path, run: Run) -> None:
     assert "was equalised with" in run(*words, status=2)
     (uneven / "real" / "00.jpg").write_bytes(b"")
     assert "audit of 47 of 48 images" in run("audit", uneven, status=1)
+
+
+def test_audit_and_match(uneven: Path, tmp_path: Path, run: Run) -> None:
+    line = run("audit", uneven, "--by", "generator", "--match", tmp_path / "m.csv", status=2)
+    assert line.startswith("nothing to match: format and size and") and not (tmp_path / "m.csv").exists()
+    for i in range(6):  # real images that look like the fakes on disk
+        (uneven / "fake" / f"{i:02}.png").rename(uneven / "real" / f"{i:02}.png")
+    out = run("audit", uneven, "--match", tmp_path / "m.csv", "--figure", tmp_path / "figure")
+    assert "6 real and 6 fake images are alike in format, size, jpeg_quality" in out
+    assert re.search(r"\n +\S+ +JPEG +48 x 40 .* real +24 +0 +24\n", out)
+    assert re.search(r"\n +\S+ +PNG +32 x 32 .* fake +18 +6 +12\n", out)
+    assert f"Matched, in {tmp_path / 'm.csv'}:" in out and "Audit of 12 images: 6 real, 6 fake" in out
+    assert len(pd.read_csv(tmp_path / "m.csv")) == 12
 
 
 def test_run_and_study_hand_their_options_on(

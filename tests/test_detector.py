@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score as auroc
 
-from itemkit.detector import Detector
+from itemkit.detector import FILES, FORMAT, Detector
 from itemkit.errors import InputError, ModelNotFound
-from itemkit.head import MisalignmentMLP
-from itemkit.misalignment import RepresentationConfig
+from itemkit.head import FILES as HEAD_FILES
+from itemkit.head import MisalignmentMLP, read_sealed, write_sealed
+from itemkit.misalignment import Representation, RepresentationConfig
 
 from synthetic import make_features
 
@@ -169,6 +170,58 @@ def test_explain(features, detector):
     assert table.loc[0, "real_below"] == pytest.approx((whole < table.loc[0, "cosine"]).mean(), abs=0.01)
     bare = int(np.flatnonzero(test.table["n_objects"] == 0)[0])
     assert list(detector.explain(test, bare)["level"]) == ["global"]
+
+
+@pytest.fixture(scope="module")
+def relative(features):
+    train, val, _ = parts(features)
+    return Detector("cosines_relative", MisalignmentMLP(max_epochs=15, device="cpu")).fit(train, val)
+
+
+def test_relative_evidence(features, relative):
+    train, val, test = parts(features)
+    assert auroc(test.labels, relative.score(test)) > 0.8
+    row = int(np.flatnonzero(test.table["n_objects"] == 3)[0])
+    table = relative.explain(test, row)
+    assert list(table.columns[-4:]) == ["found", "cosine", "relative", "real_below"]
+    assert table["relative"][1:].is_monotonic_increasing and table["found"].all()
+    # what reals have is learnt from training reals, and what is usual comes from validation reals
+    known = Representation("cosines_relative").fit(train)
+    mine = known.pair_cosines(test.select([row]))
+    assert table["relative"][0] == pytest.approx(mine["global"][0], abs=1e-6)
+    np.testing.assert_allclose(table["relative"][1:], np.sort(mine["local"]), atol=1e-6)
+    usual = known.pair_cosines(val.select(val.labels == 0))["local"]
+    expected = [(usual < number).mean() for number in table["relative"][1:]]
+    np.testing.assert_allclose(table["real_below"][1:], expected, atol=0.01)
+    plain = np.sum(test.image_emb[row] * test.caption_emb[row])
+    assert table["cosine"][0] == pytest.approx(plain, abs=1e-6)
+
+
+def test_a_relative_detector_is_stored_whole(features, relative, tmp_path):
+    test = parts(features)[2]
+    again = Detector.load(relative.save(tmp_path), device="cpu")
+    assert again.representation.config == RepresentationConfig(kind="cosine", relative=True)
+    pd.testing.assert_frame_equal(again.verdict(test), relative.verdict(test))
+    pd.testing.assert_frame_equal(again.explain(test, 3), relative.explain(test, 3))
+    meta, arrays = read_sealed(tmp_path, FILES, FORMAT, HEAD_FILES)
+    del arrays["relative_to_local"]
+    meta.pop("files")
+    write_sealed(tmp_path, FILES, meta, arrays, HEAD_FILES)
+    with pytest.raises(ModelNotFound, match=r"is damaged \(.*relative_to_local.*\); train again$"):
+        Detector.load(tmp_path)
+
+
+def test_an_older_detector_stays_readable(features, detector, tmp_path):
+    test = parts(features)[2]
+    meta, arrays = read_sealed(detector.save(tmp_path), FILES, FORMAT, HEAD_FILES)
+    for name in ("fuse", "relative", "found_only"):
+        del meta["representation"][name]
+    meta["representation"] |= {"top_k": 3, "temperature": 0.05}  # as the shipped one says
+    meta.pop("files")
+    write_sealed(tmp_path, FILES, meta, arrays, HEAD_FILES)
+    again = Detector.load(tmp_path, device="cpu")
+    assert again.representation.config == detector.representation.config
+    np.testing.assert_array_equal(again.score(test), detector.score(test))
 
 
 def test_it_knows_the_images_it_was_made_with(features, detector, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,3 +90,48 @@ def test_bad_precision() -> None:
 
 def test_dtype_name() -> None:
     assert devices.dtype_name(torch.bfloat16) == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        RuntimeError("std::bad_alloc"),
+        OSError("out of memory error when reading image file"),
+        np._core._exceptions._ArrayMemoryError((9, 9), np.dtype(float)),
+        MemoryError(),
+    ],
+    ids=lambda error: str(error)[:30],
+)
+def test_out_of_memory_in_all_its_words(error: Exception) -> None:
+    assert devices.is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["CUDA error: device-side assert triggered", "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+     "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED", "could not allocate a name"],
+)  # fmt: skip
+def test_other_troubles_are_not_of_memory(text: str) -> None:
+    assert not devices.is_out_of_memory(RuntimeError(text))
+
+
+def test_tensors_that_lie_there_are_not_copied() -> None:
+    x = torch.zeros(3)
+    assert devices.to_device(x, torch.device("cpu")) is x
+
+
+@pytest.mark.gpu
+def test_pinned_copies() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    x = torch.arange(12.0).reshape(3, 4).T
+    there = devices.to_device(x, torch.device("cuda"))
+    assert there.is_cuda and torch.equal(there.cpu(), x)
+    assert devices.to_device(there, torch.device("cuda")) is there

@@ -190,12 +190,12 @@ class Pointer:
 
     needs_patches = False
 
-    def __init__(self, boxes: list[list[float]]) -> None:
-        self.boxes = boxes
+    def __init__(self, boxes: list[list[float]], found: list[bool] | None = None) -> None:
+        self.boxes, self.found = boxes, found or [True] * len(boxes)
 
     def locate(self, images: Any, embedding: Any, phrase_emb: Any, owner: Any, phrases: Any = None) -> Any:
         assert len(phrase_emb) == len(owner) == len(phrases) == len(self.boxes)
-        return SimpleNamespace(boxes=torch.tensor(self.boxes))
+        return SimpleNamespace(boxes=torch.tensor(self.boxes), found=torch.tensor(self.found))
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +251,10 @@ def test_the_centre_of_a_box_has_to_lie_on_the_object() -> None:
     below = pointed([0, 60, 98, 90], [0, 0, 98, 50])
     # not measured on photographs: told, not condemned
     assert below.status == WARN and "'right' is placed at (49, 25)" in below.detail
+    # the region of an object without a box may lie anywhere
+    blind = Pointer([[0, 0, 40, 40], [60, 0, 100, 50]], found=[False, True])
+    check = ask(Oracle(cases), cases, localiser=blind)["deep localiser"]
+    assert " in 1 of 2" in check.detail and "'left' is not found" in check.detail
 
 
 def only_models(monkeypatch: pytest.MonkeyPatch, preset: Preset) -> list[Check]:

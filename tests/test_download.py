@@ -46,7 +46,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models.write_tiny_clip(root / "clip", **sizes)
     models.write_tiny_blip(root / "blip", width=32, layers=1, text_layers=1, heads=2)
     models.write_tiny_grounding_dino(root / "dino")
-    for repo in ("clip", "blip", "dino"):
+    models.write_tiny_object_detector(root / "yolos", "yolos")
+    for repo in ("clip", "blip", "dino", "yolos"):
         (root / repo / "README.md").write_text("a card")
         (root / repo / "modeling_own.py").write_text("raise SystemExit('code was run')")
         (root / repo / "onnx").mkdir()
@@ -174,6 +175,18 @@ def test_a_folder_holds_everything_and_works_without_a_network(
     assert torch.equal(by_name.encode_texts(texts), by_folder.encode_texts(texts))
     pixels = torch.linspace(-1, 1, 3 * 48 * 48).view(1, 3, 48, 48)
     assert torch.equal(by_name.encode_images(pixels).pooled, by_folder.encode_images(pixels).pooled)
+
+
+def test_an_object_detector_that_reads_no_words_is_fetched_too(
+    hub: Hub, tiny: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = {"captioner": None, "parser": None}
+    preset = get_preset("tiny", localiser="object_detector:tiny/yolos", **others)
+    assert download.download(preset, tmp_path / "models")["localiser"] == COMMIT
+    names = {path.name for path in (tmp_path / "models" / "detector").iterdir()} - {".cache"}
+    assert names == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    there = get_preset("tiny", tmp_path / "models", localiser="object_detector", **others)
+    assert there.build("cpu").localiser.fingerprint()["kind"] == "object_detector"
 
 
 def test_a_second_run_fetches_only_what_is_damaged(hub: Hub, tiny: Preset, tmp_path: Path) -> None:

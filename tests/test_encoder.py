@@ -7,6 +7,7 @@ import models  # first: it repairs the torchvision import
 # isort: split
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from itemkit.encoder import Encoder, find_encoder, load_encoder, patch_tower, stack_pixels
+from itemkit.encoder import Encoder, find_encoder, load_encoder, patch_tower, stack_pixels, text_tower
 from itemkit.errors import InputError, ModelNotFound
 
 TEXTS = ["a red ball on the grass", "a blue cup", "the dog and the green cube", "a blue cup"]
@@ -56,6 +57,31 @@ def test_equals_open_clip_itself(folder: Path, encoder: Encoder) -> None:
     assert (encoder.dim, encoder.context_length, encoder.image_size) == (128, 32, (48, 48))
 
 
+@pytest.mark.parametrize(
+    ("mode", "size"), [("squash", 48), ("shortest", 48), ("longest", 48), ("shortest", [40, 56])]
+)
+def test_pixels_are_normalised_on_the_device_to_the_same_numbers(
+    folder: Path, tmp_path: Path, mode: str, size: object
+) -> None:
+    copied = shutil.copytree(folder, tmp_path / "clip")
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["preprocess_cfg"] |= {"resize_mode": mode, "fill_color": 9, "mean": [0.4, 0.5, 0.6]}
+    config["model_cfg"]["vision_cfg"] |= {"image_size": size, "patch_size": 8}
+    (copied / "open_clip_config.json").write_text(json.dumps(config))
+    model = open_clip.model.CLIP(**config["model_cfg"])
+    save_file(model.state_dict(), copied / "open_clip_model.safetensors")
+    encoder = load_encoder(copied, device="cpu", precision="float32")
+    images = [*pictures(), Image.new("L", (9, 30), 70), Image.new("RGBA", (50, 50), (9, 90, 200, 99))]
+    there = pickle.loads(pickle.dumps(encoder.resize))  # as a process that decodes has it
+    arrays = np.stack([there(image) for image in images])
+    assert arrays.dtype == np.uint8 and arrays.shape == (7, *encoder.image_size, 3)
+    rows_first = torch.from_numpy(arrays).permute(0, 3, 1, 2)
+    floats = torch.stack([encoder.preprocess(image) for image in images])
+    for small in (rows_first, rows_first.contiguous()):
+        assert torch.equal(encoder.normalise(small), floats)
+        assert torch.equal(encoder.encode_images(small).pooled, encoder.encode_images(floats).pooled)
+
+
 def test_batch_size_changes_nothing(encoder: Encoder) -> None:
     pixels = torch.stack([encoder.preprocess(image) for image in pictures()])
     together = encoder.encode_images(pixels, patches=True)
@@ -84,15 +110,112 @@ def test_results_can_take_part_in_training(encoder: Encoder) -> None:
     assert weight.grad is not None
 
 
+def watch(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Texts and positions of each pass of the text tower from now on."""
+    seen: list[tuple[int, ...]] = []
+    original = encoder.model.transformer.forward
+
+    def forward(x, **mask):
+        seen.append(tuple(x.shape[:2]))
+        return original(x, **mask)
+
+    monkeypatch.setattr(encoder.model.transformer, "forward", forward)
+    return seen
+
+
 def test_equal_texts_are_encoded_once(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    original = encoder.model.encode_text
-    monkeypatch.setattr(
-        encoder.model, "encode_text", lambda tokens: seen.append(len(tokens)) or original(tokens)
-    )
+    seen = watch(encoder, monkeypatch)
     rows = encoder.encode_texts(TEXTS)
-    assert seen == [3] and torch.equal(rows[1], rows[3]) and not torch.allclose(rows[0], rows[1])
+    assert seen == [(3, 8)] and torch.equal(rows[1], rows[3]) and not torch.allclose(rows[0], rows[1])
     assert encoder.encode_texts([]).shape == (0, 128)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_no_text_costs_more_positions_than_it_has_tokens(
+    folder: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load_encoder(folder, device="cpu", precision=precision)
+    texts = ["dog " * 40, *TEXTS, "dog " * 11, ""]
+    whole = encoder.model.encode_text(encoder.tokenizer(texts))
+    seen = watch(encoder, monkeypatch)
+    found = encoder.encode_texts(texts)
+    assert seen == [(4, 8), (1, 16), (1, 32)]  # of 32; the longest is cut by the tokenizer
+    cosine = (found * F.normalize(whole.float(), dim=1)).sum(dim=1)
+    assert cosine.min() > (1 - 1e-6 if precision == "float32" else 0.9999)
+
+
+def test_the_mini_encoder_gives_the_same_numbers(repo: Path) -> None:
+    encoder = load_encoder(repo / "data" / "mini" / "models" / "clip", device="cpu", precision="float32")
+    texts = ["a red ball on the grass", "the dog", "a blue cup, left of a tree, on the beach", ""]
+    with torch.no_grad():
+        whole = encoder.model.encode_text(encoder.tokenizer(texts), normalize=True)
+    assert torch.allclose(encoder.encode_texts(texts), whole, atol=1e-6)
+
+
+TEXT = {"context_length": 20, "vocab_size": 60, "width": 32, "heads": 2, "layers": 3}
+VISION = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
+END = 50
+
+
+def text_model(kind: str, **text: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if kind == "CoCa":
+        return open_clip.CoCa(32, dict(TEXT, layers=1), TEXT | text, VISION | {"output_tokens": True})
+    return getattr(open_clip.model, kind)(32, VISION, TEXT | text)
+
+
+def hf_model(pooler: str, **config: object) -> torch.nn.Module:
+    """An image tower with a text tower of transformers."""
+    from open_clip.hf_model import HFTextEncoder
+    from transformers import AutoConfig
+
+    model = text_model("CustomTextCLIP")
+    settings = AutoConfig.for_model(**config, vocab_size=60, max_position_embeddings=40, **models.SIZES)
+    model.text = HFTextEncoder("", 32, settings, pooler, "linear")
+    return model
+
+
+TOWERS = {  # a model, and whether its texts are cut
+    "argmax": (lambda: text_model("CLIP"), True),
+    "eos": (lambda: text_model("CLIP", pool_type="eos", eos_id=END), True),
+    "own text tower, argmax": (lambda: text_model("CustomTextCLIP"), True),
+    "own text tower, eos": (lambda: text_model("CustomTextCLIP", pool_type="eos", eos_id=END), True),
+    "last": (lambda: text_model("CLIP", pool_type="last"), False),
+    "clipa": (lambda: text_model("CLIP", pool_type="last", no_causal_mask=True), False),
+    "siglip": (lambda: text_model("CustomTextCLIP", pool_type="last", no_causal_mask=True), False),
+    "a layer on top": (lambda: text_model("CLIP", proj_bias=True), True),
+    "nothing on top": (lambda: text_model("CLIP", proj_type="none"), True),
+    "both ways, eos": (lambda: text_model("CLIP", pool_type="eos", eos_id=END, no_causal_mask=True), False),
+    "coca": (lambda: text_model("CoCa", embed_cls=True, output_tokens=True), False),
+    "bert": (lambda: hf_model("mean_pooler", model_type="bert", pad_token_id=0), True),
+    "roberta": (lambda: hf_model("cls_pooler", model_type="roberta", pad_token_id=0), True),
+    "padded with another": (lambda: hf_model("mean_pooler", model_type="bert", pad_token_id=7), False),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_text_towers_are_cut_only_where_that_is_exact(name: str) -> None:
+    make, cuts = TOWERS[name]
+    model = make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)  # at their initial scale, small towers map everything to nearly one point
+        tokens = torch.randint(8, END, (6, 20))
+        lengths = torch.tensor([2, 3, 7, 7, 12, 20])
+        tokens[range(6), lengths - 1] = END  # greatest of all, too
+        tokens[torch.arange(20) >= lengths[:, None]] = 0
+        needed, embed = text_tower(model)
+        assert needed(tokens).tolist() == (lengths.tolist() if cuts else [20] * 6)
+        whole = F.normalize(model.encode_text(tokens), dim=1)
+        for row, length in enumerate(lengths):
+            alone = embed(tokens[row : row + 1, : length if cuts else 20])
+            assert float((F.normalize(alone, dim=1) * whole[row]).sum()) > 1 - 1e-6
+        assert float((whole[0] * whole[1]).sum()) < 0.999  # texts matter
+        no_end = tokens.where(tokens != END, 9)  # nothing to read off: the rule of the model decides
+        longest = int(needed(no_end).max())
+        theirs = F.normalize(model.encode_text(no_end), dim=1)
+        assert torch.allclose(F.normalize(embed(no_end[:, :longest]), dim=1), theirs, atol=1e-6)
 
 
 def test_long_texts_are_counted_before_the_cut(encoder: Encoder) -> None:
@@ -378,18 +501,3 @@ def test_true_size_vit_l_14(tmp_path: Path) -> None:
     both = encoder.encode_images(torch.stack([encoder.preprocess(i) for i in pictures(2)]), patches=True)
     assert both.patches.shape == (2, 256, 768) and encoder.context_length == 77
     assert encoder.encode_texts(["a dog"]).shape == (1, 768)
-
-
-@pytest.mark.gpu
-def test_cuda_agrees_with_cpu(folder: Path, encoder: Encoder) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    pixels = torch.stack([encoder.preprocess(image) for image in pictures()])
-    reference = encoder.encode_images(pixels, patches=True)
-    for precision, least in (("float32", 0.9999), ("bfloat16", 0.999)):
-        there = load_encoder(folder, device="cuda", precision=precision)
-        both = there.encode_images(pixels, patches=True)
-        assert both.pooled.is_cuda and both.pooled.dtype is torch.float32
-        assert (both.pooled.cpu() * reference.pooled).sum(dim=1).min() > least
-        assert (both.patches.cpu() * reference.patches).sum(dim=2).min() > least
-        assert (there.encode_texts(TEXTS).cpu() * encoder.encode_texts(TEXTS)).sum(dim=1).min() > least

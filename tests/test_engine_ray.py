@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from itemkit import engine_ray
+from itemkit.decode import DecodeConfig
 from itemkit.engine_ray import RayOptions, check_room, start_ray
 from itemkit.errors import InputError, ItemkitError, MissingExtra
 from itemkit.extraction import extract
@@ -151,6 +152,13 @@ def test_what_is_planned_for_workers_is_all_there_in_the_end(monkeypatch, tmp_pa
             return super().caption(images)
 
     monkeypatch.setattr(engine_ray, "start_ray", lambda spread: OneProcess())
+    chosen, beside = set(), DecodeConfig.beside
+
+    def noted(config, device):
+        chosen.add(config.processes)
+        return beside(config, device)
+
+    monkeypatch.setattr(DecodeConfig, "beside", noted)
     manifest = make_images(tmp_path / "images", 20)
     (tmp_path / "images" / "00003.png").write_bytes(png(3, (31, 9)))
     (tmp_path / "images" / "00009.png").write_bytes(b"not an image")
@@ -158,6 +166,7 @@ def test_what_is_planned_for_workers_is_all_there_in_the_end(monkeypatch, tmp_pa
     options = {"ray": RayOptions(), "progress": False, "batch_size": 2, "shard_size": 8}
     report = extract(manifest, tmp_path / "out", models, **options)
     assert (report.computed, report.errors, report.left) == (18, 2, 0)
+    assert report.stages["image"] > 0 and chosen == {False}, "workers decode in threads"
     errors = pd.read_parquet(tmp_path / "out" / "errors.parquet")
     assert errors["stage"].tolist() == ["worker", "decode"]
     assert "00003.png: the worker died on it" in errors["reason"][0]

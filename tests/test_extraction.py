@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
+import signal
 import threading
+import time
 import warnings
 import weakref
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +22,7 @@ import torch
 from PIL import Image
 
 from itemkit import _files, decode, extraction
-from itemkit.decode import DecodeConfig
+from itemkit.decode import DecodeConfig, Item, Reader, batches
 from itemkit.errors import InputError, ItemkitError, StoreError
 from itemkit.extraction import extract
 from itemkit.models import Models
@@ -65,6 +71,8 @@ def reference(tmp_path_factory):
         {"batch_size": 4, "decode": DecodeConfig(threads=3, prefetch=2)},
         {"batch_size": 4, "decode": DecodeConfig(threads=3, max_pixels=200)},
         {"batch_size": 4, "decode": DecodeConfig(threads=3, max_pixels=1, prefetch=1)},
+        {"batch_size": 4, "decode": DecodeConfig(threads=2, processes=True)},
+        {"batch_size": 4, "decode": DecodeConfig(threads=2, processes=True, max_pixels=200, prefetch=2)},
     ],
 )
 def test_how_it_is_run_changes_nothing(reference, tmp_path, options):
@@ -202,15 +210,24 @@ def test_two_notebooks_at_once_compute_everything_once(tmp_path, capfd):
     assert f"another run is writing to {out}: waiting" in capfd.readouterr().err
 
 
-def test_only_new_and_changed_images_are_computed(tmp_path):
+def test_only_new_and_changed_images_are_computed(tmp_path, monkeypatch):
     manifest, out = make_images(tmp_path / "images", 100), tmp_path / "out"
     extract(manifest, out, fake_models(), progress=False)
     assert extract(manifest, out, fake_models(), progress=False).reused == 100
     (tmp_path / "images" / "00003.png").write_bytes(png(99))
     grown = pd.concat([manifest, make_images(tmp_path / "images", 1, 100)], ignore_index=True)
-    models = fake_models()
+    models, made = fake_models(), []
+    for name in ("_plan", "conclude"):
+        real = getattr(extraction.Job, name)
+
+        def noted(job, *args, name=name, real=real):
+            made.append(name.strip("_"))
+            return real(job, *args)
+
+        monkeypatch.setattr(extraction.Job, name, noted)
     report = extract(grown, out, models, progress=False)
     assert (report.reused, report.computed, models.encoder.images_encoded) == (99, 2, 2)
+    assert made == ["plan", "conclude"], "not planned again under the lock, where nothing has happened since"
     os.utime(manifest["path"][5])  # touched, not changed: read, and known again
     assert extract(grown, out, models, progress=False).reused == 101 and models.encoder.images_encoded == 2
 
@@ -442,7 +459,7 @@ def test_jpeg_at_a_fraction_is_another_store(tmp_path):
         extract(manifest, tmp_path / "out", fake_models(), progress=False)
 
 
-# ---------------------------------------------------------------------------- when a model has trouble
+# ------------------------------------------------------------------------------------- decoding processes
 
 
 class Hungry(FakeEncoder):
@@ -456,6 +473,154 @@ class Hungry(FakeEncoder):
         if len(pixels) > self.most:
             raise self.error
         return super().encode_images(pixels, patches)
+
+
+class Split(FakeEncoder):
+    """Its preprocessing ends before the pixels are normalised, as that of `itemkit.encoder`."""
+
+    def resize(self, image):
+        return np.array(image.resize((8, 8), Image.Resampling.BOX))
+
+    def encode_images(self, pixels, patches=False):
+        assert pixels.dtype == torch.uint8 and pixels.shape[1] == 3
+        return super().encode_images(pixels.float() / 255 - 0.5, patches)
+
+
+def decoded(paths, config, lag=0, **options):
+    """Items of all batches, with the pixels that they had."""
+    reader = Reader(config, Split().resize, known={"": 0}, **options)
+    items = (Item(row, str(path), Path(path).name) for row, path in enumerate(paths))
+    return [replace(item) for batch in batches(items, reader, lambda: 3, lag) for item in batch]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_processes_decode_what_threads_decode(tmp_path, lag):
+    make_images(tmp_path / "good", 9)
+    odd_files(tmp_path / "odd")
+    paths = [*sorted((tmp_path / "good").iterdir()), *sorted((tmp_path / "odd").iterdir()), tmp_path / "gone"]
+    transform = {"transform": Brightened(7), "look": lambda image: np.asarray(image)[::2]}
+    threads, processes = (
+        decoded(paths, DecodeConfig(threads=2, processes=on, max_pixels=700), lag, **transform)
+        for on in (False, True)
+    )
+    assert [item.row for item in threads] == [item.row for item in processes] == list(range(len(paths)))
+    assert sum(item.pixels is not None for item in threads) >= 10
+    for a, b in zip(threads, processes, strict=True):
+        for name in ("pixels", "shown", "image"):
+            x, y = getattr(a, name), getattr(b, name)
+            np.testing.assert_array_equal(*(None if v is None else np.asarray(v) for v in (x, y)))
+        plain = {name: None for name in ("pixels", "shown", "image")}
+        assert replace(a, **plain) == replace(b, **plain)
+
+
+def test_where_no_model_looks_at_an_image_its_size_stands_for_it(tmp_path):
+    make_images(tmp_path, 2)
+    (item, _) = decoded(sorted(tmp_path.iterdir()), DecodeConfig(threads=1, processes=True), keep=False)
+    assert item.image.size == (item.image.width, item.image.height) == (8, 8) and item.pixels is not None
+
+
+def test_the_captioners_preprocessing_is_done_where_images_are_decoded(reference, tmp_path):
+    manifest, expected = reference
+
+    class Prepared(FakeCaptioner):
+        def preprocess(self, image):
+            return image, os.getpid()
+
+        def caption(self, shown):
+            assert all(pid != os.getpid() for _, pid in shown)
+            return super().caption([image for image, _ in shown])
+
+    models = with_(Prepared(), Split())
+    extract(manifest, tmp_path, models, decode=DecodeConfig(threads=2, processes=True), progress=False)
+    same_content(load_features(tmp_path), expected)
+
+
+@pytest.mark.parametrize(
+    ("end", "why"),
+    [(lambda: os.kill(os.getpid(), signal.SIGKILL), "exit code -9"), (lambda: time.sleep(600), "over 1 s")],
+)
+def test_an_image_that_crashes_or_hangs_a_decoder_costs_one_row(tmp_path, monkeypatch, end, why):
+    manifest, out = make_images(tmp_path / "images", 12), tmp_path / "out"
+    real, there = decode.load_image, multiprocessing.active_children()
+
+    def load(data, name, **options):
+        if name in ("00002.png", "00007.png"):
+            end()
+        return real(data, name=name, **options)
+
+    monkeypatch.setattr(decode, "load_image", load)
+    monkeypatch.setattr(decode, "HANG_SECONDS", 1)
+    config = DecodeConfig(threads=2, processes=True)
+    with pytest.warns(UserWarning, match="2 images without features .step 'worker'"):
+        report = extract(manifest, out, fake_models(), decode=config, batch_size=4, progress=False)
+    assert (report.computed, report.errors) == (10, 2)
+    assert errors_of(out)["reason"].str.contains(f"the process that decodes images died on it .*{why}").all()
+    assert {*multiprocessing.active_children()} <= {*there}
+    monkeypatch.undo()  # it may have been short of memory: the next run tries again
+    assert extract(manifest, out, fake_models(), progress=False).computed == 2
+
+
+def test_what_no_process_can_hand_over_is_the_preprocessings_fault(tmp_path):
+    class Odd(FakeCaptioner):
+        def preprocess(self, image):
+            return lambda: image
+
+    with pytest.raises(ItemkitError, match="step 'preprocess' failed on 9 images in a row .*pickle"):
+        extract(
+            make_images(tmp_path / "i", 9), tmp_path / "out", with_(Odd()), progress=False,
+            decode=DecodeConfig(threads=1, processes=True),
+        )  # fmt: skip
+
+
+def test_processes_are_for_gpus_with_many_cores(monkeypatch):
+    monkeypatch.setattr(decode.sys, "platform", "linux")
+    for device, threads, expected in (("cuda", 5, True), ("cuda", 4, False), ("cpu", 64, False)):
+        assert DecodeConfig(threads=threads).beside(device).processes is expected
+    assert DecodeConfig(processes=True, prefetch=0).beside("cpu") == DecodeConfig(processes=True, prefetch=0)
+    assert DecodeConfig().beside("cpu").prefetch == 0 and DecodeConfig().beside("cuda").prefetch == 2
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Queues of a GPU that is not there; the encoder says it is on it, and notes what is begun when."""
+    begun = []
+    queue = SimpleNamespace(device="cuda", record_event=lambda: "an event", wait_event=begun.append)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: queue)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: queue)
+    monkeypatch.setattr(torch.cuda, "stream", lambda queue: nullcontext())
+
+    class OnGpu(Hungry):
+        device = "cuda"
+
+        def encode_images(self, pixels, patches=False):
+            begun.append(len(pixels))
+            return super().encode_images(pixels, patches)
+
+    return OnGpu, begun
+
+
+def test_a_gpu_is_given_the_next_batch_before_the_rest_of_one(reference, tmp_path, gpu):
+    (manifest, expected), (kind, begun) = reference, gpu
+    options = {"batch_size": 6, "progress": False}
+    for number, pixels in enumerate((10**9, 700, 1)):  # also where there is room for one batch, or one image
+        begun.clear()
+        config = DecodeConfig(threads=2, max_pixels=pixels)
+        extract(manifest, tmp_path / str(number), with_(encoder=kind(99, None)), decode=config, **options)
+        same_content(load_features(tmp_path / str(number)), expected)
+        if number == 0:
+            assert begun == [6, 6, "an event", 6, "an event", 5, "an event", "an event"]
+
+
+def test_batches_of_a_gpu_are_halved_when_memory_runs_out(reference, tmp_path, gpu, capsys, monkeypatch):
+    (manifest, expected), (kind, _) = reference, gpu
+    monkeypatch.setattr(extraction, "GPU_BATCH", 16)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert extract(manifest, tmp_path, with_(encoder=kind(5, error)), progress=False).errors == 0
+    assert "out of memory in 'image': batch size 16 -> 4" in capsys.readouterr().err
+    same_content(load_features(tmp_path), expected)
+
+
+# ---------------------------------------------------------------------------- when a model has trouble
 
 
 @pytest.mark.parametrize(

@@ -520,6 +520,17 @@ def test_equal_images_in_a_table_keep_their_rows(tmp_path):
     assert [Path(p).name for p in df["path"]] == [f"{stem}.png", f"{stem}-2.png"]
 
 
+def test_a_data_frame_may_hold_the_images_too(tmp_path):
+    table = pd.DataFrame({"png": [png(1), float("nan"), png(2)], "generator": ["real", "flow", "flow"]})
+    with pytest.raises(InputError, match=r"the table holds the images inside \(column 'png'\).*images_to="):
+        read_manifest(table)
+    df = read_manifest(table, images_to=tmp_path / "out")
+    assert df["label"].tolist() == [0, 1, 1] and Path(df["path"][2]).read_bytes() == png(2)
+    assert list(map(os.path.exists, df["path"])) == [True, False, True]
+    table = pd.DataFrame({"image": [None, None], "path": df["path"][[0, 2]].tolist()})
+    assert read_manifest(table)["path"].tolist() == table["path"].tolist()
+
+
 def test_class_names_of_a_hub_set_decide_not_their_numbers(tmp_path):
     features = {"label": {"names": ["fake", "real"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}
     path = parquet(tmp_path / "t.parquet", {"image": [png(1), png(2)], "label": [0, 1]}, features)

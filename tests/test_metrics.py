@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import expit
 from sklearn import metrics as sk
 
 from itemkit.errors import InputError
@@ -11,6 +12,8 @@ from itemkit.metrics import (
     average_precision,
     bootstrap,
     effect_size,
+    holm,
+    p_value,
     replicate,
     resample,
 )
@@ -35,7 +38,7 @@ def random_case(seed):
 
 def metrics_of(y, s, threshold=0.3, probability=None, **options):
     """Every metric of one sample."""
-    p = 1 / (1 + np.exp(-s)) if probability is None else probability
+    p = expit(s) if probability is None else probability
     found = replicate(y, s, np.ones((len(y), 1)), threshold, p, **options)
     return {name: float(values[0]) for name, values in found.items()}
 
@@ -56,6 +59,47 @@ def test_equal_to_scikit_learn(seed):
     assert row["brier"] == pytest.approx(sk.brier_score_loss(y, p))
     best = max(sk.accuracy_score(y, s > t) for t in [-np.inf, *s])
     assert row["accuracy_oracle"] == pytest.approx(best) and best >= row["accuracy"] - 1e-12
+    best = max(sk.balanced_accuracy_score(y, s > t) for t in [-np.inf, *s])
+    assert row["balanced_accuracy_oracle"] == pytest.approx(best)
+
+
+@pytest.mark.parametrize(
+    ("y", "s"),
+    [([0, 1], [0.0, 0.0]), ([0, 1], [1.0, 0.0]), ([1, 0], [5e-324, 0.0]), ([0, 1, 1], [1e300, -1e300, 1e300]),
+     ([1] * 50 + [0], [0.5] * 51), ([0] * 50 + [1], [*range(50), -1.0]), ([0, 1] * 20, [3, 3, 2, 2] * 10)],
+)  # fmt: skip
+def test_equal_to_scikit_learn_on_degenerate_inputs(y, s):
+    y, s = np.array(y), np.array(s, float)
+    row = metrics_of(y, s, threshold=0.5)
+    assert row["ap"] == pytest.approx(sk.average_precision_score(y, s), abs=1e-12)
+    assert row["auroc"] == pytest.approx(sk.roc_auc_score(y, s), abs=1e-12)
+    assert row["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(y, s > 0.5))
+    for name in ("accuracy", "balanced_accuracy"):
+        score = getattr(sk, f"{name}_score")
+        assert row[f"{name}_oracle"] == pytest.approx(max(score(y, s > t) for t in [-np.inf, *s]))
+
+
+def test_images_of_no_weight_are_not_there():
+    y, s = random_case(7)
+    p, some = 1 / (1 + np.exp(-s)), np.arange(len(y)) % 3 > 0
+    some[:2] = True
+    whole = replicate(y, s, some[:, None], 0.3, p, True)
+    part = metrics_of(y[some], s[some], 0.3, p[some], balanced=True)
+    assert {name: float(value[0]) for name, value in whole.items()} == pytest.approx(part)
+    for name in METRICS:
+        alone = replicate(y, s, some[:, None], 0.3, p, True, (name,))
+        assert list(alone) == [name] and alone[name][0] == whole[name][0]
+
+
+def test_p_values_by_hand():
+    drawn = np.r_[np.full(5, -1.0), np.full(1994, 1.0)]
+    assert p_value(drawn) == p_value(-drawn) == 2 * 6 / 2000
+    assert p_value(np.ones(1999)) == 2 / 2000 and p_value(np.zeros(9)) == 1.0
+    assert np.isnan(p_value(np.zeros(0))) and np.isnan(p_value(np.array([1.0, np.nan])))
+    # three comparisons: the least times 3, the next times 2, never below the one before
+    np.testing.assert_allclose(holm([0.02, 0.01, 0.9, np.nan, 0.021]), [0.06, 0.04, 0.9, np.nan, 0.06])
+    np.testing.assert_allclose(holm([0.4, 0.5]), [0.8, 0.8])
+    assert len(holm([])) == 0
 
 
 def test_by_hand():

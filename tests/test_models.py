@@ -36,7 +36,7 @@ WRITERS = {
     "blip": written.write_tiny_blip, "vit-gpt2": written.write_tiny_vit_gpt2, "git": written.write_tiny_git,
     "blip2": written.write_tiny_blip2, "owlv2": written.write_tiny_owlv2,
     "grounding_dino": written.write_tiny_grounding_dino, "clip": written.write_tiny_clip,
-    "parser": written.write_tiny_parser,
+    "parser": written.write_tiny_parser, "object_detector": written.write_tiny_object_detector,
 }  # fmt: skip
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"
 # what no message of ours may pass on
@@ -61,7 +61,7 @@ def load(kind: str, folder: Path, whole: dict[str, Path]) -> object:
         return load_encoder(folder, device="cpu", precision="float32")
     if kind == "parser":
         return load_parser(folder)
-    if kind in ("owlv2", "grounding_dino"):
+    if kind in ("owlv2", "grounding_dino", "object_detector"):
         return make_localiser(kind, load_encoder(whole["clip"], device="cpu"), model=folder, device="cpu")
     return load_captioner(folder, "cpu", "float32", max_new_tokens=5)
 
@@ -85,7 +85,7 @@ def edit(file: Path, *path: str, value: object) -> None:
 # -- a folder that lacks something ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [kind for kind in WRITERS if kind != "parser"])
+@pytest.mark.parametrize("kind", [kind for kind in WRITERS if kind not in ("parser", "object_detector")])
 def test_no_tokenizer_is_no_model(kind: str, whole, copy) -> None:
     """transformers invents a tokenizer of five words; every caption is then empty."""
     folder = copy(kind)
@@ -107,7 +107,9 @@ def test_a_byte_pair_vocabulary_needs_its_merges(whole, copy) -> None:
     refused("vit-gpt2", folder, whole, "tokenizer is missing .*vocab.json and merges.txt")
 
 
-@pytest.mark.parametrize("kind", ["blip", "vit-gpt2", "git", "blip2", "owlv2", "grounding_dino"])
+@pytest.mark.parametrize(
+    "kind", ["blip", "vit-gpt2", "git", "blip2", "owlv2", "grounding_dino", "object_detector"]
+)
 def test_an_image_size_is_not_guessed(kind: str, whole, copy) -> None:
     folder = copy(kind)
     for name in ("processor_config.json", "preprocessor_config.json"):
@@ -264,7 +266,7 @@ def page(file: Path) -> None:
         (page, "holds no weights, or only their beginning"),
     ],
 )
-@pytest.mark.parametrize("kind", ["blip", "clip", "owlv2"])
+@pytest.mark.parametrize("kind", ["blip", "clip", "owlv2", "object_detector"])
 def test_weights_that_could_run_code(
     kind: str, write, message: str, whole, copy, tmp_path, monkeypatch
 ) -> None:
@@ -547,7 +549,7 @@ def test_parts_of_ones_own(whole) -> None:
     owner, phrases = torch.tensor([0, 0]), ["red ball", "dog"]
     found = run.localiser.locate([image], embedding, encoder.encode_texts(phrases), owner, phrases)
     assert found.boxes.tolist() == [[0, 0, 20, 20], [0, 0, 40, 20]]
-    assert found.scores.tolist() == pytest.approx([0.7, 0])
+    assert found.scores.tolist() == pytest.approx([0.7, 0]) and found.found.tolist() == [True, False]
     assert torch.allclose(found.emb[1], embedding.pooled[0])
     fingerprint = run.fingerprint("user")
     assert fingerprint["captioner"] == {"kind": "own", "class": f"{__name__}.Says", "version": "2"}

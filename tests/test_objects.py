@@ -8,7 +8,6 @@ import models  # first: it repairs the torchvision import
 
 import csv
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -68,6 +67,45 @@ def test_options() -> None:
         ObjectRules(max_objects=0)
 
 
+@pytest.mark.parametrize(
+    ("sentence", "chunks", "nouns", "with_article"),
+    [
+        (BALL, ["red ball", "grass"], ["ball", "grass"], ["a ball", "the grass"]),
+        (
+            "the/DT/2/det old/JJ/3/amod tennis/NN/3/compound racket/NN/3/ROOT",
+            ["old tennis racket"], ["tennis racket"], ["the tennis racket"],
+        ),
+        (
+            "two/CD/3/nummod red/JJ/3/amod traffic/NN/3/compound lights/NNS/3/ROOT",
+            ["two red traffic lights"], ["traffic lights"], ["traffic lights"],
+        ),
+        ("a/DT/1/det man/NN/3/poss 's/POS/1/case face/NN/3/ROOT", ["man's face"], ["face"], ["a face"]),
+    ],
+)  # fmt: skip
+def test_bare_nouns(sentence: str, chunks: list[str], nouns: list[str], with_article: list[str]) -> None:
+    doc = parsed(sentence)
+    assert phrases(doc, ObjectRules()) == chunks
+    assert phrases(doc, ObjectRules(unit="noun")) == nouns
+    assert phrases(doc, ObjectRules(unit="noun", keep_article=True)) == with_article
+    with pytest.raises(InputError, match="unit is 'word'; it must be 'chunk' or 'noun'"):
+        ObjectRules(unit="word")
+
+
+def test_repeats_are_mentions_of_their_own_where_asked_for() -> None:
+    two = parsed(
+        "a/DT/2/det red/JJ/2/amod ball/NN/2/ROOT and/CC/2/cc a/DT/6/det blue/JJ/6/amod ball/NN/2/conj"
+    )
+    assert phrases(two, ObjectRules(unit="noun")) == ["ball"]
+    assert phrases(two, ObjectRules(unit="noun", repeats=True)) == ["ball", "ball"]
+    assert phrases(two, ObjectRules(repeats=True)) == ["red ball", "blue ball"]
+
+
+def test_fingerprints_of_rules_that_are_in_use_stay() -> None:
+    first = {"max_objects": 8, "drop_generic": True, "drop_negated": True, "keep_article": False}
+    assert ObjectRules().record() == first
+    assert ObjectRules(unit="noun", repeats=True).record() == first | {"unit": "noun", "repeats": True}
+
+
 class Counting:
     """A pipeline that counts what it parses."""
 
@@ -98,7 +136,7 @@ def test_a_true_folder(tmp_path: Path) -> None:
     fingerprint = parser.fingerprint()
     assert json.loads(json.dumps(fingerprint)) == fingerprint
     found = find_parser(tmp_path / "parser")
-    assert fingerprint == found.fingerprint(rules=asdict(ObjectRules(max_objects=3)))
+    assert fingerprint == found.fingerprint(rules=ObjectRules(max_objects=3).record())
     assert fingerprint != load_parser(tmp_path / "parser").fingerprint()
 
 

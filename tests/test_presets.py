@@ -23,6 +23,7 @@ from itemkit.errors import InputError, ModelNotFound
 from itemkit.models import LOCALISERS
 from itemkit.presets import PRESETS, get_preset, mini_folder
 from itemkit.regions import make_localiser
+from itemkit.steps import Steps
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,46 @@ def test_a_detector_put_in_by_name_knows_its_model(fetched: Path, offline: None)
     assert kept.localiser_options == {"threshold": 0.2, "model": "./owl"}
     dino = get_preset("paper", localiser_options={"threshold": 0.3})
     assert dino.by_name()["localiser"] == "IDEA-Research/grounding-dino-base"
+
+
+def test_each_preset_has_an_object_detector_put_in_by_name(
+    tmp_path: Path, offline: None, monkeypatch
+) -> None:
+    fast, paper = (get_preset(name, localiser="object_detector") for name in ("fast", "paper"))
+    assert fast.by_name()["localiser"] == "PekingU/rtdetr_v2_r18vd"
+    assert paper.by_name()["localiser"] == "PekingU/rtdetr_v2_r101vd"
+    assert "itemkit download --preset fast --localiser object_detector`" in str(fast.find()["localiser"])
+    assert get_preset("fast", folder=tmp_path, localiser="object_detector").by_name()["localiser"] == str(
+        tmp_path / "detector"
+    )
+    # mini has one of its own, whether it is named before or after
+    (tmp_path / "mini").mkdir()
+    (tmp_path / "mini" / "models").symlink_to(mini_folder() / "models")
+    monkeypatch.setenv("ITEMKIT_DATA", str(tmp_path))
+    mini = get_preset("mini", localiser="object_detector", captioner=None)
+    assert mini == get_preset(get_preset("mini"), localiser="object_detector", captioner=None)
+    place = tmp_path / "mini" / "models" / "object_detector"
+    assert mini.by_name()["localiser"] == str(place)
+    if not place.is_dir():
+        assert f"{place}: no such folder). The mini models come with itemkit" in str(mini.find()["localiser"])
+
+
+def test_mini_takes_its_object_detector_from_its_folder(tmp_path: Path, offline: None, monkeypatch) -> None:
+    models.write_tiny_object_detector(tmp_path / "mini" / "models" / "object_detector")
+    for part in ("clip", "parser"):
+        (tmp_path / "mini" / "models" / part).symlink_to(mini_folder() / "models" / part)
+    monkeypatch.setenv("ITEMKIT_DATA", str(tmp_path))
+    options = {"threshold": 0.0, "boxes": "union"}
+    preset = get_preset("mini", localiser="object_detector", localiser_options=options, captioner=None)
+    parts = preset.build("cpu")
+    assert parts.fingerprint("user") == preset.fingerprint("user")
+    said = parts.fingerprint("user")["localiser"]
+    assert (said["name"], said["precision"], said["boxes"]) == ("object_detector", "float32", "union")
+    features = Steps(parts)([Image.new("RGB", (48, 48))], ["a red ball on the grass"])
+    found = dict(zip(features.objects["phrase"], features.objects["found"], strict=True))
+    assert found == {"a red ball": True, "the grass": False}
+    with pytest.raises(InputError, match="localiser 'object_detector' has no option 'thresh'"):
+        preset.replace(localiser_options={"thresh": 0.5})
 
 
 def test_a_name_may_say_which_weights(fetched: Path, offline: None) -> None:

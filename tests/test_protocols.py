@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from itemkit import cli, matrix, presets, study, workflow
-from itemkit.controls import CONTROLS, FeatureScorer, NearestNeighbour
+from itemkit.controls import CONTROLS, NearestNeighbour
 from itemkit.errors import InputError
 from itemkit.manifest import read_manifest
 from itemkit.presets import Preset
@@ -23,8 +23,8 @@ from itemkit.results import MEAN, OURS, THEIRS, WORST
 
 import fakes
 
-PIXELS = ("cnn", "spectrum", "noise_residual")
-SLOW = (*PIXELS, "image_mlp", "text_only", "shuffled_captions", "generic_caption", "likelihood_confidence")
+QUICKEST = ("caption_likelihood", "image_linear", "image_nearest")
+SLOW = tuple(name for name in CONTROLS if name not in QUICKEST)
 QUICK = {"device": "cpu", "seeds": 1, "n_boot": 20, "progress": False}
 
 
@@ -106,13 +106,15 @@ def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Preset:
 
 
 def test_every_protocol_can_be_read() -> None:
-    assert protocol_names() == ["forensynths", "genimage", "mini", "own", "ufd19"]
+    every = ["aigibench", "communityforensics", "forensynths", "genimage", "mini", "openfake", "own",
+             "synthbuster", "ufd19"]  # fmt: skip
+    assert protocol_names() == every
     for name in protocol_names():
         plan = get_protocol(name)
         names = [name.casefold() for name in (*plan.test, *sum(plan.alias.values(), []))]
         assert len(names) == len(set(names)) and plan.title and plan.note
-        assert set(plan.train) | set(plan.alias) <= set(plan.test)
-    assert [len(get_protocol(name).test) for name in protocol_names()] == [11, 8, 0, 0, 19]
+        assert not plan.test or set(plan.train) | set(plan.alias) <= set(plan.test)
+    assert [len(get_protocol(name).test) for name in every] == [0, 0, 11, 8, 0, 0, 0, 0, 19]
     with pytest.raises(InputError, match="unknown protocol 'genimag'; expected.* Did you mean 'genimage'"):
         get_protocol("genimag")
 
@@ -154,6 +156,53 @@ def test_ufd_sets_share_reals_and_each_keeps_its_own(grow) -> None:
     assert reals["imagenet"] == 5 and reals["laion"] == 7  # once, however many sets share them
     sources = test[test["label"] == 1].groupby("generator")["source"].unique()
     assert sources["guided"].tolist() == ["imagenet"] and sources["dalle"].tolist() == ["laion"]
+
+
+def test_aigibench_tests_whatever_is_in_its_test_tree(grow) -> None:
+    both = ("0_real", "1_fake")
+    root = grow(*((f"train/{name}/{c}", 6) for name in ("progan", "sd14") for c in both),
+                *((f"test/{name}/{c}", 4) for name in ("progan", "flux", "swap") for c in both))  # fmt: skip
+    plan = get_protocol("aigibench")
+    table, missing = plan.select(read_manifest(root, plan.layout))
+    counts = table[table["label"] == 1].groupby(["split", "generator"]).size()
+    assert missing == [] and counts["train"].to_dict() == {"training set": 12}
+    assert counts["test"].to_dict() == {"flux": 4, "progan": 4, "swap": 4}
+    assert table[table["label"] == 0].groupby("split").size().to_dict() == {"test": 12, "train": 12}
+    with pytest.raises(InputError, match="no real and no fake image of the training set"):
+        plan.select(read_manifest(root / "test"))
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "image", "real_source", "training"),
+    [("openfake", "model", "image", None, "train"),
+     ("communityforensics", "model_name", "image_data", "real_source", "Systematic")],
+)  # fmt: skip
+def test_sets_with_images_inside_train_on_all_models(
+    name: str, model: str, image: str, real_source: str | None, training: str, tmp_path: Path
+) -> None:
+    rows = []
+    for i in range(24):
+        fake, test = i % 2 == 1, i >= 12
+        made = {image: picture(i, fake, 32), "label": "fake" if fake else "real", "prompt": "a dog",
+                "split": "test" if test else training}  # fmt: skip
+        made[model] = ("flux", "sdxl")[i // 2 % 2] if fake else "laion" if not real_source else ""
+        rows.append(made | ({real_source: None if fake else "coco"} if real_source else {}))
+    pd.DataFrame(rows).to_parquet(tmp_path / "t.parquet")
+    plan = get_protocol(name)
+    table, missing = plan.select(read_manifest(tmp_path / "t.parquet", plan.layout, images_to=tmp_path / "i"))
+    assert missing == [] and table["source"].nunique() == 1
+    counts = table.groupby(["split", "generator"]).size()
+    assert counts["train"].to_dict() == {"real": 6, "training set": 6}
+    assert counts["test"].to_dict() == {"flux": 3, "real": 6, "sdxl": 3}
+
+
+def test_synthbuster_takes_its_reals_from_another_folder(grow, tmp_path: Path) -> None:
+    fakes = grow(("glide", 4), ("dalle2", 4), root="synthbuster")
+    reals = grow((".", 6), root="RAISE-1k")
+    plan = get_protocol("synthbuster")
+    table = read_manifest(fakes, plan.layout, real_root=reals)
+    assert table.groupby("generator").size().to_dict() == {"dalle2": 4, "glide": 4, "real": 6}
+    assert not plan.train and plan.conditions == ["raw", "equalised"]
 
 
 def test_names_in_any_case_and_by_alias(grow) -> None:
@@ -217,8 +266,9 @@ def test_genimage_from_one_command(grow, stub: Preset, tmp_path: Path, capsys, m
     assert cli.main([*words, "--skip-missing"]) == 0
     text = capsys.readouterr().out
     assert "Left out, because they are not in the folder: Midjourney, SD v1.5, GLIDE, Wukong, VQDM" in text
-    assert "PUBLISHED, NOT OURS: mean, raw" in text and "| ResNet-50 |" in text
-    assert "Left out on request: CNN on pixels" in text
+    assert "| PUBLISHED, NOT OURS: ResNet-50 | 72.1 |" in text and "mean accuracy of 8 sets" in text
+    assert "PUBLISHED, NOT OURS, fakes at JPEG q96 (mean accuracy, only the fakes encoded anew" in text
+    assert re.search("Left out on request: .*CNN on pixels", text)
     assert "raw: 1 training or validation image left out, because a copy of each is among" in text
     order = [text.index(f"\n| {name} |") for name in ("SD v1.4", "ADM", "BigGAN", MEAN, WORST)]
     assert order == sorted(order)  # the published rows' order, not the alphabet's
@@ -232,7 +282,7 @@ def test_genimage_from_one_command(grow, stub: Preset, tmp_path: Path, capsys, m
     assert set(ours["preset"]) == {"stub"} and ours["itemkit"].notna().all()
     assert ours["models"].str.fullmatch("[0-9a-f]{16}").all() and ours["models"][0] in text
     cell = ours[ours["row"] == "ADM"]
-    assert set(cell["n_real"]) == set(cell["n_fake"]) == {6} and set(cell["interval"]) == {"95%, test images"}
+    assert set(cell["n_real"]) == set(cell["n_fake"]) == {6} and set(cell["interval"]) == {"95% over images"}
     raw = ours[ours["condition"] == "raw"]
     assert {"item", "early", "other", "spectrum"} <= set(raw["detector"])
     assert "other" not in set(ours.loc[ours["condition"] == "equalised", "detector"])
@@ -284,8 +334,7 @@ def test_own_images_without_a_protocol(stub: Preset, tmp_path: Path, monkeypatch
         def fit(self, *parts):
             raise ValueError("singular\nmatrix")
 
-    make = lambda *_: FeatureScorer(lambda f: f.image_emb, Broken())  # noqa: E731
-    monkeypatch.setitem(CONTROLS, "image_linear", replace(broken, make=make))
+    monkeypatch.setitem(CONTROLS, "image_linear", replace(broken, learner=Broken()))
     report = study.run_study(None, read_manifest(data), tmp_path / "out", "stub", without=SLOW, **QUICK)
     assert report.path == tmp_path / "out" / "study-own" / "table.md"
     assert [failure.partition(" failed, ")[::2] for failure in report.failures] == [
@@ -303,8 +352,10 @@ def test_own_images_without_a_protocol(stub: Preset, tmp_path: Path, monkeypatch
     assert set(seen["row"]) == {"gan → gan", "flow → flow"}
     one = table.query("detector == 'item' and metric == 'auroc' and condition == 'raw'").set_index("row")
     assert one.loc[MEAN, "value"] == pytest.approx(one.loc[["gan → flow", "flow → gan"], "value"].mean())
-    for title in ("Area under the ROC curve", "Average precision", "Balanced accuracy"):
-        assert f"## {title}" in text
+    for condition in ("raw", "equalised"):
+        assert f"## {condition}, trained on one generator: unseen cells: 2, families: 2" in text
+    for title in ("AUROC", "families", "worst cell", "AP", "TPR at 1 % FPR", "of real", "balanced, oracle"):
+        assert f"| {title} |" in text
     # too few reals to promise 5 %: said, empty, and nothing else is missing
     accuracy = table[table["metric"] == "balanced_accuracy"]
     assert accuracy["value"].isna().all() and table[table["metric"] == "ap"]["value"].notna().all()
@@ -344,8 +395,7 @@ def test_an_interrupted_study_goes_on(grow, stub: Preset, tmp_path: Path, monkey
             return super().fit(*parts)
 
     control = CONTROLS["image_nearest"]
-    make = lambda *_: FeatureScorer(lambda f: f.image_emb, Stopped())  # noqa: E731
-    monkeypatch.setitem(CONTROLS, "image_nearest", replace(control, make=make))
+    monkeypatch.setitem(CONTROLS, "image_nearest", replace(control, learner=Stopped()))
     options = QUICK | {"without": SLOW}
     with pytest.raises(KeyboardInterrupt):
         study.run_study(
@@ -393,6 +443,7 @@ def test_the_mini_study_with_its_answers(stub: Preset, tmp_path: Path, monkeypat
     counted = found[found["seen"] == False]  # noqa: E712 - means are neither
     # edit and flow are of one family, so neither is unseen to the other
     assert set(counted["row"]) - {WORST} == {"gan → flow", "gan → edit", "flow → gan", "edit → gan"}
+    assert "## What each contender would mean" in text and CONTROLS["image_mlp"].if_it_won in text
     fusion = pd.read_csv(report.path.parent / "fusion.csv")
     assert set(fusion["fusion"]) == {"item + caption likelihood", "item + image", "early"}
     assert len(fusion) == 2 * 3 * 4

@@ -17,10 +17,12 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 
-from itemkit.detection import _prompt
+from itemkit.detection import ImageAlone, ObjectDetector, _prompt, _words, overlap
 from itemkit.encoder import Encoder, ImageEmbedding, load_encoder
-from itemkit.errors import InputError
-from itemkit.regions import embed_boxes, heatmap, inside, make_localiser, peak_boxes, windows
+from itemkit.errors import InputError, ItemkitError
+from itemkit.models import Models, part_fingerprint
+from itemkit.regions import Regions, embed_boxes, heatmap, inside, make_localiser, peak_boxes, windows
+from itemkit.steps import Steps
 
 RED, GREEN, BLUE = torch.eye(3)
 
@@ -89,6 +91,10 @@ def test_boxes_are_in_pixels_of_the_original() -> None:
     assert peak_boxes(cells, 0.5, (0, 0, 80, 40), (80, 40)).tolist() == [[0, 10, 40, 30]]
     assert peak_boxes(cells, 0.5, (20, 0, 60, 40), (80, 40)).tolist() == [[20, 10, 40, 30]]
     assert peak_boxes(np.ones((1, 4, 4)), 0.5, (0, -20, 80, 60), (80, 40)).tolist() == [[0, 0, 80, 40]]
+    two = peak_boxes(
+        np.concatenate([cells] * 2), 0.5, [(0, 0, 80, 40), (20, 0, 60, 40)], [(80, 40), (50, 20)]
+    )
+    assert two.tolist() == [[0, 10, 40, 30], [20, 10, 40, 20]]
     seen = inside((4, 4), (0, -20, 80, 60), (80, 40)).reshape(4, 4)[:, 0]
     assert seen.tolist() == [False, True, True, False]
 
@@ -109,19 +115,23 @@ IMAGES = [
 PHRASES, OWNER = torch.stack([RED, GREEN, GREEN]), torch.tensor([0, 0, 1])
 
 
+def cosines(regions: Regions, phrases: torch.Tensor = PHRASES) -> torch.Tensor:
+    return (regions.emb * phrases).sum(dim=1)
+
+
 def test_whole() -> None:
     embedding = embed(Colours(), IMAGES)
     regions = make_localiser("whole", Colours()).locate(IMAGES, embedding, PHRASES, OWNER)
     assert regions.boxes.tolist() == [[0, 0, 80, 40], [0, 0, 80, 40], [0, 0, 40, 40]]
     assert torch.equal(regions.emb, embedding.pooled[OWNER])
-    assert torch.allclose(regions.scores, (embedding.pooled[OWNER] * PHRASES).sum(dim=1))
+    assert regions.found.all()
 
 
 def test_grid_finds_the_coloured_squares() -> None:
     grid = make_localiser("grid", Colours(), scales=(1.0, 0.5), overlap=0.5)
     regions = grid.locate(IMAGES, embed(Colours(), IMAGES), PHRASES, OWNER)
     assert regions.boxes.tolist() == [[60, 0, 80, 20], [0, 20, 20, 40], [20, 20, 40, 40]]
-    assert (regions.scores > 0.99).all()
+    assert (cosines(regions) > 0.99).all()
     assert torch.allclose(regions.emb.norm(dim=1), torch.ones(3))
 
 
@@ -135,7 +145,44 @@ def test_dense_finds_the_coloured_squares(mode: str) -> None:
         images[0].paste(IMAGES[0], (0, 20))
     regions = make_localiser("dense", encoder).locate(IMAGES, embed(encoder, images), PHRASES, OWNER)
     assert regions.boxes.tolist() == [[60, 0, 80, 20], [0, 20, 20, 40], [20, 20, 40, 40]]
-    assert (regions.scores > 0.99).all() and torch.allclose(regions.emb.norm(dim=1), torch.ones(3))
+    assert (cosines(regions) > 0.99).all() and torch.allclose(regions.emb.norm(dim=1), torch.ones(3))
+
+
+def test_dense_takes_all_images_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Colours()
+    encoder.resize_mode = "longest"
+    images = [*IMAGES, scene((30, 90), ((0, 0, 10, 40), "#ff0000")), IMAGES[0], scene((80, 40))]
+    seen = [Image.new("RGB", (max(image.size),) * 2, "#ffffff") for image in images]
+    for square, image in zip(seen, images, strict=True):
+        square.paste(image, [(side - own) // 2 for side, own in zip(square.size, image.size, strict=True)])
+    embedding = embed(encoder, seen)
+    owner = torch.tensor([2, 0, 3, 0, 2, 1, 0, 2, 2])  # none in the last image, four in another
+    phrases = F.normalize(torch.rand(9, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    calls: list[str] = []
+    for one in (inside, peak_boxes):
+
+        def counted(*args, one=one):
+            calls.append(one.__name__)
+            return one(*args)
+
+        monkeypatch.setattr(f"itemkit.regions.{one.__name__}", counted)
+    dense = make_localiser("dense", encoder)
+    found = dense.locate(images, embedding, phrases, owner)
+    assert calls == ["inside"] * 3 + ["peak_boxes"]  # once for each size, once for all maps
+    for row, i in enumerate(owner.tolist()):
+        whole = ImageEmbedding(embedding.pooled[[i]], embedding.patches[[i]])
+        alone = dense.locate([images[i]], whole, phrases[[row]], torch.tensor([0]))
+        assert torch.equal(alone.boxes[0], found.boxes[row])
+        assert torch.allclose(alone.emb[0], found.emb[row], atol=1e-6)
+        mask = inside((4, 4), encoder.frame(*images[i].size), images[i].size)
+        patches = embedding.patches[i][mask]
+        weight = ((patches @ phrases[row]) * encoder.logit_scale).softmax(dim=0)
+        assert torch.allclose(found.emb[row], F.normalize(weight @ patches, dim=0), atol=1e-6)
+    monkeypatch.setattr(
+        "itemkit.regions.DENSE_CELLS", 2 * 4 * 19
+    )  # two images at a time: 16 patches, 3 numbers
+    parts = dense.locate(images, embedding, phrases, owner)
+    assert torch.equal(parts.boxes, found.boxes) and torch.allclose(parts.emb, found.emb, atol=1e-6)
 
 
 def test_dense_ignores_the_padding() -> None:
@@ -147,7 +194,7 @@ def test_dense_ignores_the_padding() -> None:
     regions = make_localiser("dense", encoder).locate(
         [IMAGES[0]], embed(encoder, [padded]), RED[None], torch.tensor([0])
     )
-    assert regions.scores[0] < 0.1
+    assert cosines(regions, RED[None])[0] < 0.1
 
 
 @pytest.mark.parametrize("name", ["whole", "grid", "dense"])
@@ -156,8 +203,10 @@ def test_order_of_images_and_phrases_changes_nothing(name: str) -> None:
     first = localiser.locate(IMAGES, embed(Colours(), IMAGES), PHRASES, OWNER)
     order = torch.tensor([2, 0, 1])
     back = localiser.locate(IMAGES[::-1], embed(Colours(), IMAGES[::-1]), PHRASES[order], 1 - OWNER[order])
-    for field in ("boxes", "scores", "emb"):
+    for field in ("boxes", "emb"):
         assert torch.allclose(getattr(first, field)[order], getattr(back, field), atol=1e-6)
+    # no confidence of their own: their cosine follows from the embeddings
+    assert first.scores.isnan().all() and first.found.all() and first.found.dtype == torch.bool
     none = localiser.locate(IMAGES, embed(Colours(), IMAGES), PHRASES[:0], OWNER[:0])
     assert none.boxes.shape == (0, 4) and none.scores.shape == (0,) and none.emb.shape == (0, 3)
 
@@ -263,23 +312,46 @@ def test_detector_equals_transformers_own_boxes(folders, clip, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["owlv2", "grounding_dino"])
-def test_detector_does_not_mix_images(folders, clip, name: str) -> None:
-    images = pictures()
-    together = located(folders, clip, name, images, TEXTS, TEXT_OWNER)
-    for row, owner in enumerate(TEXT_OWNER.tolist()):
-        if (TEXT_OWNER == owner).sum() > 1:
-            continue  # phrases of one image share a prompt
-        alone = located(folders, clip, name, [images[owner]], [TEXTS[row]], torch.tensor([0]))
-        assert torch.allclose(alone.boxes[0], together.boxes[row], atol=1e-3)
-        assert torch.allclose(alone.emb[0], together.emb[row], atol=1e-5)
-    assert torch.allclose(together.emb.norm(dim=1), torch.ones(4), atol=1e-5)
+def test_a_batch_gives_the_numbers_of_one_image_at_a_time(folders, clip, name: str) -> None:
+    # images of two sizes, with one to three phrases of several lengths
+    images = [picture for picture in pictures() for _ in range(2)]
+    texts = [["red ball", "the grass", "a blue cup on the sand"][: 1 + i % 3] for i in range(6)]
+    phrases = [text for of_image in texts for text in of_image]
+    owner = torch.tensor([i for i, of_image in enumerate(texts) for _ in of_image])
+    passes = Passes(folders, clip, name)
+    together = passes.locate(images, phrases, owner)
+    assert len(passes.sizes) == {"owlv2": 1, "grounding_dino": 3}[name] and sum(passes.sizes) == 6
+    for i, of_image in enumerate(texts):
+        alone, rows = passes.locate([images[i]], of_image, torch.zeros(len(of_image), dtype=int)), owner == i
+        assert torch.allclose(alone.scores, together.scores[rows], atol=1e-5)
+        assert torch.allclose(alone.boxes, together.boxes[rows], atol=1e-2)
+        assert torch.allclose(alone.emb, together.emb[rows], atol=1e-4)
+    assert torch.allclose(together.emb.norm(dim=1), torch.ones(len(owner)), atol=1e-5)
+
+
+class Passes:
+    """A detector that writes down how many images went through each forward pass."""
+
+    def __init__(self, folders, clip, name: str, **options) -> None:
+        options = {"device": "cpu", "precision": "float32", "threshold": 0.0} | options
+        self.localiser = make_localiser(name, clip, model=folders[name], **options)
+        self.clip, self.sizes = clip, list[int]()
+        assert isinstance(self.localiser, ObjectDetector)
+        model = self.localiser.model
+        model.register_forward_hook(lambda *call: self.sizes.append(len(call[2].pred_boxes)))
+
+    def locate(self, images, texts, owner) -> Regions:
+        text_emb = self.clip.encode_texts(texts)
+        return self.localiser.locate(images, embed(self.clip, images), text_emb, owner, phrases=texts)
 
 
 @pytest.mark.parametrize("name", ["owlv2", "grounding_dino"])
-def test_nothing_found_is_the_whole_image_with_score_0(folders, clip, name: str) -> None:
+def test_nothing_found_is_the_whole_image_and_the_doubt_is_kept(folders, clip, name: str) -> None:
     images = [*pictures()[:2], Image.new("RGB", (1, 40))]
+    sure = located(folders, clip, name, images, TEXTS, TEXT_OWNER)
     regions = located(folders, clip, name, images, TEXTS, TEXT_OWNER, threshold=1.1)
-    assert regions.scores.tolist() == [0, 0, 0, 0]
+    assert torch.equal(regions.scores, sure.scores) and (sure.scores[:3] > 0).all() and sure.scores[3] == 0
+    assert not regions.found.any()
     assert regions.boxes.tolist() == [[0, 0, 90, 50], [0, 0, 90, 50], [0, 0, 90, 70], [0, 0, 1, 40]]
     assert torch.allclose(regions.emb, embed(clip, images).pooled[TEXT_OWNER])
 
@@ -304,12 +376,181 @@ def test_long_prompts_are_split_not_cut(folders, clip) -> None:
         f"red ball and green cup {word}"
         for word in ("on", "in", "left", "right", "the", "a", "of", "and", "sky")
     ]
-    image = pictures()[0]
-    found = dino.boxes(image, texts)  # type: ignore[attr-defined]
-    assert len(found) == 9 and found == dino.boxes(image, texts[:6]) + dino.boxes(image, texts[6:])  # type: ignore[attr-defined]
+    image, emb = pictures()[0], torch.zeros(9, 0)
+    (found,) = dino.find([image], [texts], [emb])  # type: ignore[attr-defined]
+    (one,), (two,) = (dino.find([image], [part], [emb]) for part in (texts[:6], texts[6:]))  # type: ignore[attr-defined]
+    assert len(found) == 9 and np.allclose(*([box for box, _ in x] for x in (found, one + two)))
 
 
 def test_prompt_spans() -> None:
     prompt, spans = _prompt(["Red ball", "St. Peter", " "])
     assert prompt == "red ball. st  peter. object."
     assert [prompt[a:b] for a, b in spans] == ["red ball", "st  peter", "object"]
+
+
+# -- object detectors that see the image alone -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {kind: models.write_tiny_object_detector(root / kind, kind) for kind in models.DETECTORS}
+
+
+def sees(family: Path, clip: Encoder, **options) -> Passes:
+    return Passes({"object_detector": family}, clip, "object_detector", **options)
+
+
+@pytest.mark.parametrize("kind", models.DETECTORS)
+def test_every_family_gives_its_own_best_boxes_in_batches(families, clip, kind: str) -> None:
+    images = [picture for picture in pictures() for _ in range(2)]
+    texts, owner = ["a red ball", "two traffic lights"] * 6, torch.arange(6).repeat_interleave(2)
+    passes = sees(families[kind], clip)
+    found = passes.locate(images, texts, owner)
+    one_size = kind in ("rt_detr", "rt_detr_v2", "d_fine")
+    assert passes.sizes == ([6] if one_size else [2, 2, 2])
+    model = transformers.AutoModelForObjectDetection.from_pretrained(families[kind]).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(families[kind])
+    for i, image in enumerate(images):
+        with torch.no_grad():
+            output = model(**processor(images=image, return_tensors="pt"))
+        sides = [(image.height, image.width)]
+        (own,) = processor.post_process_object_detection(output, threshold=0.0, target_sizes=sides)
+        for row, k in ((2 * i, 0), (2 * i + 1, 2)):  # where its post-processing keeps a box of that class
+            if len(mine := (own["labels"] == k).nonzero().flatten()):
+                top = mine[own["scores"][mine].argmax()]
+                assert float(found.scores[row]) == pytest.approx(float(own["scores"][top]), abs=1e-5)
+                limit = torch.tensor([image.width, image.height] * 2)
+                box = torch.minimum(own["boxes"][top].clamp(min=0), limit)
+                assert torch.allclose(found.boxes[row], box, atol=1e-2) or not found.found[row]
+
+
+def test_half_precision_and_fingerprint(families, clip) -> None:
+    half = sees(families["rt_detr_v2"], clip, precision="bfloat16")
+    regions = half.locate(pictures(), ["ball"] * 3, torch.arange(3))
+    assert half.localiser.dtype == torch.bfloat16 and regions.boxes.dtype == torch.float32
+    said = part_fingerprint("localiser", half.localiser)
+    assert said["kind"] == "object_detector" and said["files_sha256"] and "model" not in said
+    assert {key: said[key] for key in ("precision", "match", "boxes", "without_box", "threshold")} == {
+        "precision": "bfloat16", "match": 0.9, "boxes": "best", "without_box": "whole", "threshold": 0.0
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("phrase", "name"),
+    [
+        ("ball", "ball"), ("a big red Ball", "ball"), ("two traffic lights", "traffic light"),
+        ("a light", None), ("dogs", "dog"), ("a hot-dog stand", None), ("three young women", "person"),
+        ("people", "person"), ("a man's dog", "dog"), ("n/a", None), ("", None),
+    ],
+)  # fmt: skip
+def test_which_class_a_phrase_stands_for(families, clip, phrase: str, name: str | None) -> None:
+    detector = sees(families["detr"], clip, match=None).localiser
+    assert isinstance(detector, ImageAlone)
+    (k,) = detector.classes_of([phrase], torch.zeros(1, clip.dim))
+    assert (None if k is None else models.CLASSES[k]) == name
+
+
+def test_plurals() -> None:
+    pairs = "cherries cherry,glasses glass,benches bench,boxes box,horses horse,buses bus,knives knife"
+    for pair in pairs.split(","):
+        many, one = pair.split()
+        assert _words(many) == _words(one) == (one,)
+    assert _words("Traffic-Lights, grass!") == ("traffic", "light", "grass")
+
+
+def test_other_words_are_matched_by_their_text_embedding(families, clip, monkeypatch) -> None:
+    encoded: list[list[str]] = []
+    encode = clip.encode_texts
+    monkeypatch.setattr(clip, "encode_texts", lambda texts: encoded.append(list(texts)) or encode(texts))
+    detector = sees(families["detr"], clip, match=0.999).localiser
+    assert detector.classes_of(["pup", "stone"], encode(["dog", "sand"])) == [3, None]  # type: ignore[attr-defined]
+    assert detector.classes_of(["pup"], encode(["cup"])) == [1]  # type: ignore[attr-defined]
+    assert encoded == [["ball", "cup", "traffic light", "dog", "person"]]  # once, without N/A
+
+
+class Made(ImageAlone):
+    """An object detector whose boxes are given: q boxes as shares of the sides, and their class and score."""
+
+    def run(self, images, words):
+        boxes = torch.tensor([[0, 0, 0.5, 0.5], [0, 0, 0.5, 0.45], [0.5, 0.5, 1, 1], [0.5, 0, 1, 0.5]])
+        scores = torch.tensor([[0.9, 0.1], [0.8, 0.1], [0.6, 0.1], [0.1, 0.2]])
+        yield from [(boxes, scores.logit())] * len(images)
+
+
+def made(**options) -> ImageAlone:
+    config = type("config", (), {"id2label": {0: "ball", 1: "cup"}})
+    model = torch.nn.Linear(1, 1)
+    model.config = config  # type: ignore[assignment]
+    processor = type("processor", (), {"size": {"height": 8, "width": 8}})
+    options = {"threshold": 0.3, "match": None, "boxes": "best", "without_box": "whole"} | options
+    return Made(Colours(), model, processor, options, {})  # type: ignore[arg-type]
+
+
+def test_the_kth_mention_gets_the_kth_best_box_that_lies_apart() -> None:
+    texts, owner = ["red ball", "cup", "green ball", "a ball", "sky"], torch.zeros(5, dtype=int)
+    emb = torch.stack([RED, RED, GREEN, RED, RED])
+    found = made().locate([IMAGES[0]], embed(Colours(), IMAGES[:1]), emb, owner, texts)
+    whole = [0, 0, 80, 40]
+    # the second box of the ball is the first one again; the third mention has no box above the threshold
+    assert found.boxes.tolist() == [[0, 0, 40, 20], whole, [40, 20, 80, 40], whole, whole]
+    assert found.found.tolist() == [True, False, True, False, False]
+    assert found.scores.tolist() == pytest.approx([0.9, 0.2, 0.6, 0.1, 0.0], abs=1e-6)
+    assert overlap(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([1.0, 0, 3, 2])).tolist() == [
+        pytest.approx(1 / 3)
+    ]
+
+
+def test_a_large_batch_goes_in_parts(families, clip, monkeypatch) -> None:
+    passes = sees(families["rt_detr_v2"], clip)
+    texts, owner = ["ball"] * 3, torch.arange(3)
+    together = passes.locate(pictures(), texts, owner)
+    monkeypatch.setattr("itemkit.detection.BATCH_PIXELS", 2 * 64 * 64 + 1)
+    parts = passes.locate(pictures(), texts, owner)
+    assert passes.sizes == [3, 2, 1]
+    assert torch.allclose(parts.boxes, together.boxes, atol=1e-3)
+
+
+def test_union_and_grid_as_stand_in() -> None:
+    texts, owner = ["two balls", "the red cup"], torch.zeros(2, dtype=int)
+    embedding, emb = embed(Colours(), IMAGES[:1]), torch.stack([RED, RED])
+    found = made(boxes="union", without_box="grid").locate([IMAGES[0]], embedding, emb, owner, texts)
+    grid = make_localiser("grid", Colours()).locate([IMAGES[0]], embedding, emb[1:], owner[1:])
+    assert found.boxes.tolist() == [[0, 0, 80, 40], grid.boxes[0].tolist()]
+    assert found.found.tolist() == [True, False]
+    assert found.scores.tolist() == pytest.approx([0.9, 0.2], abs=1e-6) and torch.equal(
+        found.emb[1], grid.emb[0]
+    )
+
+
+def test_features_say_what_was_found(families, clip) -> None:
+    class Named:
+        version = "1"
+
+        def objects(self, captions):
+            return [["ball", "nothing of that"] for _ in captions]
+
+    localiser = sees(families["rt_detr_v2"], clip, threshold=0.0, match=None).localiser
+    features = Steps(Models(clip, None, Named(), localiser))(pictures(), ["a ball"] * 3)
+    assert features.objects["found"].tolist() == [True, False] * 3
+    assert features.objects["found"].dtype == bool and (features.objects["score"][1::2] == 0).all()
+    grid = Steps(Models(clip, None, Named(), make_localiser("grid", clip)))(pictures()[:1], ["a ball"])
+    assert grid.objects["score"].isna().all() and grid.objects["found"].all()
+
+
+@pytest.mark.parametrize(
+    ("folder", "options", "message"),
+    [
+        ("owlv2", {}, "is of the kind 'owlv2', expected 'conditional_detr', 'd_fine', .*'yolos'"),
+        ("nameless", {}, "does not name its classes"),
+        ("detr", {"boxes": "all"}, "got boxes 'all' and without_box 'whole'; expected 'best' or 'union'"),
+        ("detr", {"without_box": "drop"}, "and without_box 'drop'; expected .* and 'whole' or 'grid'"),
+        ("detr", {"labels": 3}, "has no option 'labels'"),
+    ],
+)
+def test_what_is_no_object_detector(folders, families, clip, tmp_path, folder, options, message) -> None:
+    places = folders | families | {"nameless": tmp_path / "nameless"}
+    if folder == "nameless":
+        models.write_tiny_object_detector(places[folder], "yolos", [f"LABEL_{k}" for k in range(3)])
+    with pytest.raises(ItemkitError, match=message):
+        make_localiser("object_detector", clip, model=places[folder], **options)

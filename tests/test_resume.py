@@ -57,9 +57,10 @@ for line in sys.stdin:
     itemkit.decode.load_image = load
     try:
         images = sorted(Path(task["images"]).glob("*.png"))
+        config = DecodeConfig(threads=2, prefetch=task["prefetch"], processes=task["processes"])
         itemkit.extraction.extract(
             manifest_of(images), task["out"], fake_models(delay_s=task["delay"]), batch_size=2, shard_size=4,
-            progress=False, decode=DecodeConfig(threads=2, prefetch=task["prefetch"]))
+            progress=False, decode=config)
     except SystemExit as error:
         code = error.code
     except BaseException as error:
@@ -69,6 +70,13 @@ for line in sys.stdin:
     Path(task["log"] + ".code").write_text(str(code))
     sys.exit(code)  # as any program ends: what still hangs must not keep it
 """
+
+
+def session_of(process: Path) -> int:
+    """The session of a process: what a run started belongs to that of the run, and ends with it."""
+    with contextlib.suppress(OSError):
+        return int((process / "stat").read_text().rpartition(")")[2].split()[3])
+    return 0
 
 
 @dataclass
@@ -81,9 +89,9 @@ class Run:
     def wait(self) -> tuple[int | None, str]:
         """Its exit status (None if it was killed) and what it said."""
         deadline = time.monotonic() + 300
-        while os.path.exists(f"/proc/{self.pid}"):
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        while self.pid in (sessions := [session_of(path) for path in Path("/proc").glob("[0-9]*")]):
+            assert time.monotonic() < deadline, sessions
+            time.sleep(0.02)
         code = Path(f"{self.log}.code")
         return int(code.read_text()) if code.exists() else None, self.log.read_text()
 
@@ -108,10 +116,11 @@ def start(tmp_path_factory):
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])},
     )
 
-    def begin(images, out, delay=0.01, prefetch=0):
+    def begin(images, out, delay=0.01, prefetch=0, processes=False):
         log = logs / f"{len(list(logs.iterdir()))}.log"
         log.touch()  # a run may be killed before it can
         task = {"images": images, "out": out, "delay": delay, "prefetch": prefetch, "log": log}
+        task["processes"] = processes
         zygote.stdin.write(json.dumps(task, default=str) + "\n")
         zygote.stdin.flush()
         return Run(int(zygote.stdout.readline()), log)
@@ -154,7 +163,7 @@ def check(out, undisturbed):
 def test_killed_at_random_moments(start, undisturbed, tmp_path, seed):
     moment = random.Random(seed)
     for _ in range(2):
-        run = start(undisturbed[1], tmp_path / "out")
+        run = start(undisturbed[1], tmp_path / "out", processes=seed > 1)
         time.sleep(moment.uniform(0, 0.4))
         run.kill()
     extract(undisturbed[0], tmp_path / "out", fake_models(), batch_size=2, shard_size=4, progress=False)
@@ -203,7 +212,7 @@ def test_stopped_at_every_single_write(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM)])
 def test_interrupt_keeps_everything_and_says_how_to_go_on(start, undisturbed, tmp_path, number, code):
     manifest, images, _ = undisturbed
-    run = start(images, tmp_path / "out", delay=0.05)
+    run = start(images, tmp_path / "out", delay=0.05, processes=number == signal.SIGINT)
     wait_for_shards(tmp_path / "out", 1)
     os.kill(run.pid, number)
     status, said = run.wait()
@@ -233,11 +242,11 @@ def test_second_interrupt_stops_at_once(start, undisturbed, tmp_path):
     check(tmp_path / "out", undisturbed)
 
 
-@pytest.mark.parametrize("prefetch", [0, 2])
-def test_second_interrupt_escapes_a_decoder_that_hangs(start, tmp_path, prefetch):
+@pytest.mark.parametrize(("prefetch", "processes"), [(0, False), (2, False), (2, True)])
+def test_second_interrupt_escapes_a_decoder_that_hangs(start, tmp_path, prefetch, processes):
     manifest, images, expected = truth(tmp_path, 12)
     os.rename(images / "00009.png", images / "00009_hang.png")
-    run = start(images, tmp_path / "cut", 0, prefetch)
+    run = start(images, tmp_path / "cut", 0, prefetch, processes)
     wait_for_shards(tmp_path / "cut", 1)
     for _ in range(2):
         time.sleep(0.3)

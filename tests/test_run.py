@@ -118,6 +118,23 @@ def test_models_of_a_run_reach_the_notebooks(
     assert run._as_literals(get_preset("mini", captioner=fakes.FakeCaptioner())) is None
 
 
+def test_a_part_of_ones_own_is_found_by_the_notebooks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_part_of_a_run.py").write_text("class Mine:\n    caption, word = print, 7\n")
+    code = "from itemkit.models import own_part\nprint(own_part('captioner', MODELS['captioner']).word)"
+    parameters = nbformat.v4.new_code_cell("MODELS = {}", metadata={"tags": ["parameters"]})
+    notebook = nbformat.v4.new_notebook(metadata={"language_info": {"name": "python"}})
+    notebook.cells = [parameters, nbformat.v4.new_code_cell(code)]
+    (tmp_path / "elsewhere").mkdir()
+    nbformat.write(notebook, tmp_path / "elsewhere" / "made.ipynb")
+    monkeypatch.chdir(tmp_path)
+    models = {"captioner": "own_part_of_a_run:Mine"}
+    run.execute(tmp_path / "elsewhere" / "made.ipynb", tmp_path / "n.ipynb", {"MODELS": models})
+    made = nbformat.read(tmp_path / "n.ipynb", as_version=4)
+    assert made.cells[-1].outputs[0].text == "7\n"
+
+
 def test_prose_about_the_laboratory_does_not_stand_below_other_figures(tmp_path: Path) -> None:
     notebook = nbformat.v4.new_notebook(metadata={"language_info": {"name": "python"}})
     lab = nbformat.v4.new_markdown_cell("## Recap\n\nNo interval touches 0.5.", metadata={"tags": ["lab"]})

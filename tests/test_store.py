@@ -78,6 +78,7 @@ def test_what_is_written_comes_back(made):
         np.testing.assert_allclose(np.linalg.norm(getattr(read, name), axis=1), 1, atol=1e-6)
     np.testing.assert_array_equal(read.owner, direct.owner)
     pd.testing.assert_frame_equal(read.objects, direct.objects)
+    assert set(read.objects["found"]) == {True, False} and read.objects["found"].dtype == bool
     for column in direct.table:
         assert read.table[column].tolist() == direct.table[column].tolist(), column
     assert list(read.table["path"]) == list(manifest["path"][:20])
@@ -113,11 +114,11 @@ def test_what_is_no_store_of_these_models_is_said(made, tmp_path):
     with pytest.raises(StoreError, match="is no feature store: it has no run.json"):
         load_features(tmp_path)
     run = json.loads((out / "run.json").read_text())
-    for version in (1, 3):
+    for version in (2, 4):
         (tmp_path / "run.json").write_text(json.dumps(run | {"schema_version": version}))
         for use in (load_features, lambda folder: extract(manifest, folder, fake_models(), progress=False)):
             with pytest.raises(
-                StoreError, match=rf"store schema {version}, this itemkit .*: extract again .*, or update"
+                StoreError, match=rf"store schema {version}, this itemkit .*: extract again .*; or update"
             ):
                 use(tmp_path)
     other = Models(FakeEncoder("2"), FakeCaptioner(), FakeParser(), FakeLocaliser())

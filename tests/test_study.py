@@ -1,5 +1,8 @@
 """The matrix: what trains on what, honest thresholds, intervals, reuse, failures, external scores, fusion."""
 
+import hashlib
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -7,17 +10,22 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from itemkit import head, matrix
+from itemkit import head, matrix, workflow
 from itemkit.calibrate import threshold_at_fpr
-from itemkit.controls import CONTROLS, logistic
+from itemkit.controls import CONTROLS, OURS, VARIANTS, logistic
 from itemkit.errors import InputError
 from itemkit.head import MisalignmentMLP
+from itemkit.images import load_image
 from itemkit.matrix import train_on_test_on
 from itemkit.misalignment import represent
+from itemkit.presets import Preset
 from itemkit.recipes import Recipe, control, external, item, standard_detectors
-from itemkit.results import Study
+from itemkit.results import ONE, SEVERAL, SHIFTED, STUDY_METRICS, Study
 from itemkit.splits import split_validation
+from itemkit.steps import Steps
+from itemkit.study import make_variants
 
+import fakes
 from synthetic import make_features
 
 HEAD = MisalignmentMLP(max_epochs=6, patience=3, device="cpu")
@@ -63,17 +71,17 @@ def study():
 
 def test_table_is_complete(study):
     table = study.table
-    # 3 contenders, 3 train generators, 3 test generators and the pooled one, 2 seeds, 9 metrics
-    assert len(table) == 3 * 3 * 4 * 2 * 9
+    # 3 contenders, 3 train generators, 3 test generators, 2 seeds
+    assert len(table) == 3 * 3 * 3 * 2 * len(STUDY_METRICS)
     assert not table.duplicated(["detector", "train_generator", "test_generator", "seed", "metric"]).any()
-    cells = table[table["test_generator"] != "pooled_unseen"]
-    assert (cells["seen"] == (cells["train_generator"] == cells["test_generator"])).all()
-    assert set(cells["n_real"]) == {100} and set(cells["n_fake"]) == {30}
-    pooled = table[table["test_generator"] == "pooled_unseen"]
-    assert set(pooled["n_real"]) == {100} and set(pooled["n_fake"]) == {60}  # the shared reals count once
-    assert (table["low"] <= table["high"]).all() and table["value"].between(0, 1).all()
-    ece = table[table["metric"] == "ece"]
-    assert ((ece["low"] <= ece["value"]) & (ece["value"] <= ece["high"])).all()
+    assert (table["seen"] == (table["train_generator"] == table["test_generator"])).all()
+    assert set(table["n_real"]) == {100} and set(table["n_fake"]) == {30} and set(table["training"]) == {ONE}
+    # with labels of the tested set or without, a threshold is moved for generators not trained on
+    unset = table["value"].isna()
+    assert (unset == (table["seen"] & table["metric"].isin(SHIFTED))).all()
+    assert table.loc[~unset, "value"].between(0, 1).all()
+    wide = table[~table["seen"]].pivot_table(index="detector", columns="metric", values="value")
+    assert (wide["balanced_accuracy_oracle"] > wide[[*SHIFTED, "balanced_accuracy"]].max(axis=1)).all()
 
 
 def test_a_cell_by_hand(study):
@@ -121,12 +129,14 @@ def test_unseen_generators_and_test_images_are_never_looked_at():
 
 def test_summary_by_hand(study):
     summary = study.summary(["auroc", "ece"]).set_index(["detector", "metric"])
-    cells = study.table.query(
-        "detector == 'image' and metric == 'auroc' and test_generator != 'pooled_unseen'"
-    )
+    cells = study.table.query("detector == 'image' and metric == 'auroc'")
     unseen = cells[~cells["seen"]]
+    pd.testing.assert_frame_equal(study.unseen("image", "auroc"), unseen)
     row = summary.loc["image", "auroc"]
-    assert row["unseen_mean"] == pytest.approx(unseen["value"].mean()) and row["n_cells"] == 9
+    assert row["unseen_mean"] == pytest.approx(unseen["value"].mean()) and row["n_cells"] == 6
+    of_family = unseen.groupby("test_generator")["value"].mean()
+    assert row[["family_low", "family_high", "family_sd"]].tolist() == [
+        of_family.min(), of_family.max(), pytest.approx(of_family.std())]  # fmt: skip
     assert row["seed_sd"] == pytest.approx(unseen.groupby("seed")["value"].mean().std())
     by_cell = unseen.groupby(["train_generator", "test_generator"])["value"].mean()
     assert row["worst"] == pytest.approx(by_cell.min())
@@ -136,7 +146,7 @@ def test_summary_by_hand(study):
     )
     # a mean over cells is known better than its weakest cell
     assert row["high"] - row["low"] < row["worst_high"] - row["worst_low"]
-    ece = study.table.query("detector == 'image' and metric == 'ece' and test_generator != 'pooled_unseen'")
+    ece = study.table.query("detector == 'image' and metric == 'ece'")
     ece = ece[~ece["seen"]].groupby(["train_generator", "test_generator"])["value"].mean()
     assert summary.loc["image", "ece"]["worst"] == pytest.approx(ece.max())  # the largest error is the worst
     matrix = study.matrix("image")
@@ -166,10 +176,10 @@ def test_families_and_pooled_train_generators():
         families={"vae": "flow"},
         n_boot=0,
     )
-    assert study.table["seen"].all() and "pooled_unseen" not in set(study.table["test_generator"])
+    assert study.table["seen"].all() and set(study.table["training"]) == {SEVERAL}
     assert np.isnan(study.summary(["auroc"])["unseen_mean"][0])
     study = train_on_test_on(FEATURES, {"r": RECORDER}, seeds=(0,), train_generators=["gan+flow"], n_boot=0)
-    assert set(study.table.loc[~study.table["seen"], "test_generator"]) == {"vae", "pooled_unseen"}
+    assert set(study.table.loc[~study.table["seen"], "test_generator"]) == {"vae"}
 
 
 def test_kept_runs_are_reused_and_others_are_not(tmp_path, trained):
@@ -194,7 +204,7 @@ def test_kept_runs_are_reused_and_others_are_not(tmp_path, trained):
     train_on_test_on(replace(FEATURES, **flipped), recipes, **options)
     assert trained[5:] == [("image", "gan", 0)]
     stored = pd.read_csv(tmp_path / "table.csv")
-    assert stored["value"].notna().all() and {"preset", "models", "note"} <= set(stored)
+    assert len(stored) == len(again.table) and {"preset", "models", "note"} <= set(stored)
 
 
 def test_external_scores_join_by_id_or_path(tmp_path):
@@ -255,7 +265,7 @@ def test_reals_judged_apart_are_drawn_apart():
     few |= (FEATURES.table["generator"] == "gan").to_numpy()
     here = replace(FEATURES, table=FEATURES.table.assign(source=np.where(few, "small", "large")))
     study = train_on_test_on(here, {"a": RECORDER}, seeds=(0,), n_boot=200, pair_by="source")
-    assert study.table[["low", "high"]].notna().all(axis=None)
+    assert np.isfinite(study.mean(study.unseen("a", "auroc"))["low"])
     assert study.table.query("test_generator == 'gan'")["n_real"].eq(3).all()
     assert study.table.query("test_generator == 'flow'")["n_real"].eq(97).all()
 
@@ -300,7 +310,7 @@ def test_external_scores_errors(tmp_path, table, message):
 
 def test_late_fusion_from_kept_scores(study):
     parts = ("image", "text")
-    new = Study(study.test, list(study.runs), study.options).fuse("both", parts)
+    new = Study(study.images, list(study.runs), dict(study.options)).fuse("both", parts)
     runs = {r.detector: r for r in new.runs if (r.train_generator, r.seed) == ("gan", 0)}
     y = np.array(runs["text"].val_labels)
     odds = []
@@ -310,12 +320,22 @@ def test_late_fusion_from_kept_scores(study):
     np.testing.assert_allclose(runs["both"].test_scores, np.mean(odds, axis=0), rtol=1e-5)
     assert runs["both"].val_labels == y.tolist()
     gain = new.fusion_gain("both", parts)
+    assert len(gain) == 6 and gain["difference"].is_monotonic_increasing
     cell = gain.iloc[0]
-    values = {name: new.matrix(name).loc[cell["train_generator"], cell["test_generator"]]
-              for name in (*parts, "both")}  # fmt: skip
-    assert cell["best"] == max(values[part] for part in parts) == values[cell["best_part"]]
-    assert cell["difference"] == pytest.approx(values["both"] - cell["best"])
-    assert gain["difference"].is_monotonic_increasing
+    train, test = cell["train_generator"], cell["test_generator"]
+    half = np.array([hashlib.sha256(name.encode()).digest()[0] % 2 for name in new.test["image_id"]])
+    cell_y, values = new.test["label"].to_numpy(), {}
+    for name in (*parts, "both"):
+        mine = [np.array(r.test_scores) for r in new.runs if (r.detector, r.train_generator) == (name, train)]
+        for h in (0, 1):
+            rows = (half == h) & new.test["generator"].isin(["real", test]).to_numpy()
+            values[name, h] = np.mean([roc_auc_score(cell_y[rows], s[rows]) for s in mine])
+    # chosen on one half, judged on the other
+    best = {h: max(parts, key=lambda part: values[part, 1 - h]) for h in (0, 1)}
+    assert cell["best_part"] == " / ".join(dict.fromkeys([best[0], best[1]]))
+    assert cell["best"] == pytest.approx((values[best[0], 0] + values[best[1], 1]) / 2)
+    assert cell["fused"] == pytest.approx((values["both", 0] + values["both", 1]) / 2)
+    assert cell["difference"] == pytest.approx(cell["fused"] - cell["best"])
     with pytest.raises(InputError, match="the study has a contender 'image' already"):
         new.fuse("image", parts)
 
@@ -340,15 +360,103 @@ def test_recipes_on_other_features_of_the_same_images(study):
 
 
 def test_standard_detectors():
+    """What can be run is, with the variants that it needs; of the others it is said what they lack."""
     table = FEATURES.table.copy()
     table.loc[3, "caption_logprob"] = np.nan
     recipes, lacking = standard_detectors(replace(FEATURES, table=table), HEAD, skip=["image_nearest"])
-    doubt = {"caption_likelihood", "likelihood_confidence"}
-    assert set(lacking) == {"generic_caption", "spectrum", "noise_residual", "cnn"} | doubt
-    assert "the images themselves" in lacking["cnn"] and "generic_emb" in lacking["generic_caption"]
-    assert list(recipes) == ["item", *(n for n in CONTROLS if n not in {*lacking, "image_nearest"})]
-    both = control("early", "cosines", HEAD).build(0).vectors(FEATURES)
+    known = OURS | CONTROLS
+    expected = {n for n, c in known.items() if c.variant or {"pixels", "caption_logprob"} & {*c.needs}}
+    assert set(lacking) == expected and {"cnn", "few_both", "spectrum_one_class", "concepts"} <= expected
+    assert "the images themselves" in lacking["cnn"] and "bank of phrases" in lacking["concepts"]
+    assert list(recipes) == [n for n in known if n not in {*lacking, "image_nearest"}]
+    variants = {name: FEATURES.select(np.arange(i, len(FEATURES))) for i, name in enumerate(VARIANTS)}
+    recipes, lacking = standard_detectors(FEATURES, HEAD, variants)
+    assert {known[name].needs for name in lacking} == {("pixels",)}
+    for name, recipe in recipes.items():
+        assert recipe.features is variants.get(known[name].variant)
+    with pytest.raises(InputError, match=r"needs variants\['bank'\].*make_variants makes them"):
+        control("concepts")
+    both = control("early", "cosines", HEAD).build(0).fit(FEATURES, FEATURES).vectors(FEATURES)
     np.testing.assert_array_equal(both, np.hstack([represent(FEATURES, "cosines"), FEATURES.image_emb]))
+
+
+def test_a_recipe_says_every_number_that_it_is_made_of():
+    """Its description is the key of its runs: plain data, and another number is another key."""
+    variants = dict.fromkeys(VARIANTS, FEATURES)
+    about = {n: json.dumps(control(n, head=HEAD, variants=variants).config) for n in OURS | CONTROLS}
+    assert not [text for text in about.values() if " at 0x" in text or '"device"' in text]
+    made_of = [json.dumps(json.loads(text)["made_of"]) + str(CONTROLS.get(n)) for n, text in about.items()]
+    assert len(set(made_of)) == len(made_of)
+    assert '"k": 5' in about["novelty_worst_knn"] and '"relative": true' in about["few"]
+    assert '"steps": 400' in about["cnn"] and '"hidden": [256, 64]' in about["item"]
+
+
+def stub(**parts):
+    made = {"captioner": fakes.FakeCaptioner(), "encoder": fakes.FakeEncoder(), "parser": fakes.FakeParser(),
+            "localiser": fakes.FakeLocaliser()}  # fmt: skip
+    return Preset(name="stub", about="For these tests.", **made | parts)
+
+
+def test_other_texts_choose_their_own_regions(tmp_path):
+    """An image with another's caption, one for all or a bank is extracted as if that were its own."""
+    preset, manifest = stub(), fakes.make_images(tmp_path / "images", 40)
+    manifest["split"] = np.where(np.arange(40) % 4, "train", "test")
+    features = workflow.features(preset, manifest, tmp_path / "out", "cpu", progress=False)
+    found = make_variants(features, preset, tmp_path / "out", "cpu")
+    assert list(found) == ["other_caption", "one_caption", "bank"]
+    steps, parser = Steps(preset.build("cpu")), preset.parser
+    own = features.table.set_index("path")["caption"]
+    for name in ("other_caption", "one_caption"):
+        part = found[name]
+        assert set(part.table["path"]) == set(features.table["path"])
+        for row in range(0, len(part), 7):
+            caption, one = part.table["caption"][row], part.select([row])
+            by_hand = steps([load_image(part.table["path"][row])], [caption])
+            assert list(one.objects["phrase"]) == parser.objects([caption])[0]
+            for array in ("image_emb", "caption_emb", "region_emb", "phrase_emb"):
+                np.testing.assert_allclose(getattr(one, array), getattr(by_hand, array), atol=2e-3)
+    swapped = found["other_caption"].table
+    for _, part in swapped.groupby("split"):  # every caption goes once to another image of its split
+        assert sorted(part["caption"]) == sorted(own[part["path"]])
+    assert (swapped["caption"] != swapped["path"].map(own)).mean() > 0.8  # some captions are equal
+    (one,) = found["one_caption"].table["caption"].unique()
+    reals = features.table[(features.table["label"] == 0) & (features.table["split"] == "train")]
+    assert one in set(reals["caption"])
+    # the stand-in localiser has one box, the whole image: one region, with the phrase that fits it best
+    bank = found["bank"]
+    assert (bank.table["n_objects"] == 1).all() and len(set(bank.objects["phrase"])) > 3
+    assert set(bank.objects["phrase"]) <= set(features.objects["phrase"])
+    image = bank.select([5])
+    cosine = fakes.FakeEncoder().encode_texts(sorted(set(features.objects["phrase"]))).numpy()
+    assert image.image_emb @ image.phrase_emb.T == pytest.approx((image.image_emb @ cosine.T).max(), abs=0.15)
+
+
+def test_other_texts_follow_from_content_and_are_made_once(tmp_path):
+    preset, manifest = stub(), fakes.make_images(tmp_path / "here", 24)
+    manifest["split"] = "train"
+
+    def captions(manifest, out):
+        features = workflow.features(preset, manifest, tmp_path / out, "cpu", progress=False)
+        made = make_variants(features, preset, tmp_path / out, "cpu", other_encoder=fakes.FakeEncoder("2"))
+        assert made["other_encoder"].owner.size == 0 and len(made["other_encoder"]) == len(features)
+        return made["other_caption"].table.set_index("image_id")["caption"].sort_index()
+
+    first, seen = captions(manifest, "a"), preset.encoder.images_encoded
+    pd.testing.assert_series_equal(captions(manifest, "a"), first)
+    assert preset.encoder.images_encoded == seen
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    moved = manifest.assign(path=manifest["path"].str.replace("here", "there")).sample(frac=1, random_state=0)
+    pd.testing.assert_series_equal(captions(moved.reset_index(drop=True), "b"), first)
+
+
+def test_what_cannot_be_made_otherwise_is_left_out(tmp_path):
+    preset, manifest = stub(parser=None, localiser=None), fakes.make_images(tmp_path / "images", 24)
+    manifest["split"] = "train"
+    features = workflow.features(preset, manifest, tmp_path / "out", "cpu", progress=False)
+    assert list(make_variants(features, preset, tmp_path / "out", "cpu")) == ["other_caption", "one_caption"]
+    assert make_variants(features, preset, tmp_path / "out", "cpu", wanted=("other_encoder",)) == {}
+    recipes, lacking = standard_detectors(features, HEAD)
+    assert "another frozen encoder" in lacking["other_mlp"] and "doubt" in lacking
 
 
 def test_another_architecture_of_the_same_name_is_run_again(tmp_path, monkeypatch, trained):
@@ -406,7 +514,7 @@ def test_few_images_withhold_the_threshold_and_nothing_else():
     study = train_on_test_on(few, {"r": RECORDER}, seeds=(0, 1), n_boot=20)
     value = study.table.groupby("metric")["value"]
     assert value.count()[["accuracy_real", "accuracy_fake", "balanced_accuracy"]].eq(0).all()
-    assert value.count()[["auroc", "ap", "ece", "tpr_at_fpr05"]].eq(12).all()
+    assert value.count()[["auroc", "ap", "ece", "tpr_at_fpr05"]].eq(8).all()
     assert (
         len(study.options["notes"]) == 1
         and "needs at least 19 real validation images" in study.options["notes"][0]

@@ -343,14 +343,17 @@ def test_folders_copies_and_names_that_are_no_text(detector: Path, tmp_path: Pat
     folder = tmp_path / "photos" / "below"
     folder.mkdir(parents=True)
     name = os.fsdecode(b"caf\xe9.PNG")  # not UTF-8
-    for file in (folder / name, folder / "copy.jpeg"):
+    for file in (folder / name, folder / "copy.jpeg", folder / "no-ending"):
         file.write_bytes(fakes.png(3))
     (folder / "notes.txt").write_text("no image")
-    with pytest.warns(UserWarning, match="1 of 3 files below .* left out"):
+    with pytest.warns(UserWarning, match="1 of 4 files below .* left out"):
         answers = judge(tmp_path / "photos", detector)
-    assert [Path(a["path"]).name for a in answers] == [name, "copy.jpeg"]
+    assert sorted(Path(a["path"]).name for a in answers) == sorted([name, "copy.jpeg", "no-ending"])
     assert len({a["image_id"] for a in answers}) == len({a["p_fake"] for a in answers}) == 1
     json.dumps(answers)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no image below"):
+        judge(tmp_path / "empty", detector)
 
 
 def test_an_image_that_the_detector_knows_is_called_seen(
