@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from transformers import AutoModelForObjectDetection
 
 from itemkit.captions import load_captioner
 from itemkit.encoder import Encoder, load_encoder
-from itemkit.regions import make_localiser
+from itemkit.regions import Localiser, make_localiser
 from minilab import object_detector
 from minilab.camera import photographs
 from minilab.clip import PHRASES
 from minilab.grammar import COLOURS, KINDS, Facts, phrase, random_caption, read_caption
-from minilab.renders import RenderSet, make_renders
+from minilab.renders import GROUND, RenderSet, make_renders
 
 VALIDATION = 5
 """First number of the stream from which the photographs on which models are measured draw their settings."""
@@ -135,50 +136,51 @@ def crop_accuracy(encoder: Encoder, renders: RenderSet) -> float:
     return float(hit.mean())
 
 
-def localiser_quality(name: str, encoder: Encoder, renders: RenderSet) -> dict[str, float]:
-    """How well a localiser finds things when told their true phrases.
+def localiser_quality(localiser: Localiser, renders: RenderSet) -> dict[str, float]:
+    """How well and how quickly a localiser finds what it is told the true phrases of: things and grounds.
 
     Parameters
     ----------
-    name : str
-        Of the localiser.
-    encoder : Encoder
+    localiser : Localiser
+        Of `itemkit.regions`.
     renders : RenderSet
 
     Returns
     -------
     dict
-        ``pointing``: share of boxes whose centre lies in the thing's true box; ``iou``: mean intersection
-        over union with it.
+        Of things: ``iou``, mean intersection over union with the true box; ``hit``, share with 0.5 or more;
+        ``pointing``, share of boxes whose centre lies in the true one. ``setting_iou``: of grounds, with their
+        visible extent. ``ms``: milliseconds per picture, its own embedding not counted.
     """
-    localiser = make_localiser(name, encoder)
-    pointing, overlap = [], []
+    rows, seconds, encoder = [], 0.0, localiser.encoder
     for start in range(0, len(renders), 64):
         part = slice(start, start + 64)
         images = [Image.fromarray(x) for x in renders.images[part]]
-        phrases = [[phrase(c, k) for c, k in f.things] for f in renders.facts[part]]
-        owner = torch.tensor([i for i, p in enumerate(phrases) for _ in p])
+        asked = [
+            (i, value, box, phrase(*facts.things[value - 1]) if value < GROUND else f"the {facts.setting}")
+            for i, (what, facts) in enumerate(zip(renders.owner[part], renders.facts[part], strict=True))
+            for value, box in zip(*object_detector.true_boxes(what), strict=True)
+        ]
+        owner, values, true, phrases = zip(*asked, strict=True)
         pixels = torch.stack([encoder.preprocess(i) for i in images])
         embedding = encoder.encode_images(pixels, patches=localiser.needs_patches)
-        text = encoder.encode_texts([p for ps in phrases for p in ps])
-        found = localiser.locate(images, embedding, text, owner)
-        boxes = found.boxes.cpu().numpy()
-        k = 0
-        for what, ps in zip(renders.owner[part], phrases, strict=True):
-            for j in range(len(ps)):
-                ys, xs = np.nonzero(what == j + 1)
-                if len(xs):
-                    true = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], dtype=float)
-                    centre = (boxes[k, :2] + boxes[k, 2:]) / 2
-                    pointing.append(bool((centre >= true[:2]).all() and (centre <= true[2:]).all()))
-                    overlap.append(_iou(boxes[k], true))
-                k += 1
-    return {"pointing": float(np.mean(pointing)), "iou": float(np.mean(overlap))}
-
-
-def _iou(a: np.ndarray, b: np.ndarray) -> float:
-    inner = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None).prod()
-    return float(inner / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - inner))
+        text = encoder.encode_texts(phrases)
+        began = time.perf_counter()
+        found = localiser.locate(images, embedding, text, torch.tensor(owner), phrases)
+        seconds += time.perf_counter() - began
+        for value, box, answer in zip(values, true, found.boxes.cpu().numpy(), strict=True):
+            centre = (answer[:2] + answer[2:]) / 2
+            iou = float(object_detector.overlap(box[None], answer[None])[0, 0])
+            rows.append((value, iou, bool((centre >= box[:2]).all() and (centre <= box[2:]).all())))
+    value, iou, pointing = np.array(rows).T
+    things = value < GROUND
+    return {
+        "iou": float(iou[things].mean()),
+        "hit": float((iou[things] >= 0.5).mean()),
+        "pointing": float(pointing[things].mean()),
+        "setting_iou": float(iou[~things].mean()),
+        "ms": 1000 * seconds / len(renders),
+    }
 
 
 def encode_pictures(encoder: Encoder, images: list[Image.Image]) -> torch.Tensor:
@@ -215,9 +217,12 @@ def measure(models: Path, n: int = 1000, device: str = "cpu") -> dict[str, Any]:
         encoder = load_encoder(models / name, device=device)
         result[f"{name}_r_at_1_of_{n}"] = retrieval(encoder, renders, n)
         result[f"{name}_crop_to_phrase_of_96"] = crop_accuracy(encoder, renders)
-        for localiser in ("whole", "grid", "dense"):
-            found = localiser_quality(localiser, encoder, few)
-            result |= {f"{name}_{localiser}_{k}": v for k, v in found.items()}
+        for kind in ("whole", "grid", "dense"):
+            found = localiser_quality(make_localiser(kind, encoder), few)
+            result |= {f"{name}_{kind}_{k}": v for k, v in found.items()}
+        for kind in _present(models, "object_detector") if name == "clip" else ():
+            finder = make_localiser("object_detector", encoder, model=models / kind, precision="float32")
+            result |= {f"{name}_{kind}_{k}": v for k, v in localiser_quality(finder, few).items()}
     for name in _present(models, "captioner"):
         told = load_captioner(models / name, device=device).caption(images)
         quality = caption_quality([c.text for c in told], renders.facts)
