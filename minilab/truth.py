@@ -149,8 +149,8 @@ def localiser_quality(localiser: Localiser, renders: RenderSet) -> dict[str, flo
     -------
     dict
         Of things: ``iou``, mean intersection over union with the true box; ``hit``, share with 0.5 or more;
-        ``pointing``, share of boxes whose centre lies in the true one. ``setting_iou``: of grounds, with their
-        visible extent. ``ms``: milliseconds per picture, its own embedding not counted.
+        ``pointing``, share of boxes whose centre lies in the true one. ``setting_iou``: of grounds and
+        their visible extent. ``ms``: milliseconds per picture, its own embedding not counted.
     """
     rows, seconds, encoder = [], 0.0, localiser.encoder
     for start in range(0, len(renders), 64):
