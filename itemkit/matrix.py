@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -25,7 +26,7 @@ from itemkit.errors import InputError, StoreError
 from itemkit.features import FOUND, Features
 from itemkit.metrics import METRICS
 from itemkit.recipes import Recipe, array_hash
-from itemkit.results import SHIFTED, STUDY_METRICS, Run, Study, run_path
+from itemkit.results import SHIFTED, STUDY_METRICS, Run, Study
 from itemkit.splits import split_validation
 from itemkit.text import count, did_you_mean, one_line
 
@@ -146,21 +147,26 @@ def _runs(
         for seed in options["seeds"]:
             members = "+".join(options["training_sets"][train])
             digest = hashlib.sha256(f"{key} {name} {members} {seed}".encode()).hexdigest()
-            path = folder and run_path(folder, name, train, seed)
-            run = _kept(path, digest, options) if path and recipe.config else None
-            if run is None:
-                run = _run(name, recipe, features, train, seed, options)
-                run.key = digest
-                if path:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(path, asdict(run))
-            runs.append(run)
+            path = folder and _run_path(folder / "runs", name, train, seed)
+            kept = _kept(path, digest, options) if path and recipe.config else None
+            runs.append(kept or _run(name, recipe, features, train, seed, options))
+            runs[-1].key = digest
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, asdict(runs[-1]))
     except StoreError:
         raise  # a full disk stops all of them
     except Exception as error:  # whatever breaks in one contender must not cost the others
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         return name, runs, f"trained on {train}: {kind}{one_line(error)}"
     return name, runs, ""
+
+
+def _run_path(folder: Path, detector: str, train_generator: str, seed: int) -> Path:
+    """File of a run; the hash tells names apart of which a file system cannot take every character."""
+    name = f"{detector}--{train_generator}--s{seed}"
+    plain = re.sub(r"[^A-Za-z0-9_.+-]+", "_", name)[:120]
+    return folder / f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"
 
 
 def _run(name: str, recipe: Recipe, features: Features, train: str, seed: int, options: dict) -> Run:

@@ -7,20 +7,15 @@ family that is not in the training set: `Study.unseen`, in every table, in noteb
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 from scipy.stats import rankdata
 
 from itemkit import schema
@@ -36,7 +31,6 @@ from itemkit.calibrate import (
 from itemkit.errors import InputError
 from itemkit.metrics import LEVEL, PROBABILITY_METRICS, holm, interval, p_value, replicate, resample
 from itemkit.protocols import Protocol
-from itemkit.recipes import Recipe
 from itemkit.text import count, did_you_mean, markdown_table, write_csv
 
 # balanced accuracy where one number, from images of the tested set, shifts the log-odds: `logit_shift`
@@ -104,13 +98,6 @@ class Run:
         return found
 
 
-def run_path(folder: Path, detector: str, train_generator: str, seed: int) -> Path:
-    """File of a run; the hash tells names apart of which a file system cannot take every character."""
-    name = f"{detector}--{train_generator}--s{seed}"
-    plain = re.sub(r"[^A-Za-z0-9_.+-]+", "_", name)[:120]
-    return folder / "runs" / f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"
-
-
 @dataclass
 class Study:
     """Runs and what follows from them."""
@@ -133,11 +120,6 @@ class Study:
     def detectors(self) -> list[str]:
         """Names of the contenders, in the order they were run."""
         return list(dict.fromkeys(run.detector for run in self.runs))
-
-    @property
-    def trainings(self) -> list[str]:
-        """`ONE`, `SEVERAL` or both: what the training sets hold."""
-        return list(dict.fromkeys(self.table["training"]))
 
     def family(self, generator: str) -> str:
         """Family of a generator; by itself where none is named."""
@@ -255,9 +237,8 @@ class Study:
         n_families``: lowest, highest and standard deviation of the means of each tested family, where there
         are two or more. ``seed_sd, n_seeds``: over seeds. ``n_cells``.
         """
-        value, metric = cells["value"].mean(), next(iter(cells["metric"]), "")
-        drawn = self._drawn(cells, resamples=resamples)[1:] if resamples != 0 else np.zeros(0)
-        low, high = interval(drawn, metric, value)
+        value = cells["value"].mean()
+        low, high = (np.nan, np.nan) if resamples == 0 else self._interval(cells, value, resamples)
         of_family = cells["value"].groupby(cells["test_generator"].map(self.family)).mean()
         spread = of_family.agg(["min", "max", "std"]) if len(of_family) > 1 else [np.nan] * 3
         by_seed = cells.groupby("seed")["value"].mean()
@@ -267,6 +248,10 @@ class Study:
             "n_families": len(of_family), "seed_sd": by_seed.std(), "n_seeds": len(by_seed),
             "n_cells": cells.groupby(PAIR).ngroups,
         }  # fmt: skip
+
+    def _interval(self, cells: pd.DataFrame, value: float, resamples: int | None) -> tuple[float, float]:
+        drawn = self._drawn(cells, resamples=resamples)[1:]
+        return interval(drawn, next(iter(cells["metric"]), ""), value)
 
     def worst(self, cells: pd.DataFrame) -> pd.DataFrame:
         """Those of the rows that belong to the weakest cell, by the mean over seeds."""
@@ -291,7 +276,7 @@ class Study:
         rows = []
         for detector in self.detectors:
             for metric in metrics or self.options["metrics"]:
-                for training in self.trainings:
+                for training in self.table["training"].unique():
                     cells = self.cells(detector, metric, training)
                     unseen = cells[~cells["seen"]]
                     weakest = self.worst(unseen)
@@ -335,38 +320,21 @@ class Study:
         """
         for part in parts:
             self.cells(part, self.options["metrics"][0])  # complains about an unknown name
-        new = []
-        runs = ([run for run in self.runs if run.detector == part] for part in parts)
-        for mine in zip(*runs, strict=True):
-            fused = replace(mine[0], key="", config={"fuse": [run.config for run in mine]})
-            for which in ("val_scores", "test_scores"):
-                logits = [run.calibrator.logit(getattr(run, which)) for run in mine]
-                setattr(fused, which, np.mean(logits, axis=0).tolist())
-            new.append(fused)
-        self._add(name, f"fusion, late: {name}", new)
-        self.options["fused"] = {**self.options.get("fused", {}), name: list(parts)}
-        return self
-
-    def add(self, name: str, recipe: Recipe) -> Study:
-        """Add a detector that ran elsewhere, see `itemkit.recipes.external`; returns itself.
-
-        Of a study from a file of scores its table must name the images by ``image_id``.
-        """
-        scorer, new = recipe.build(0), []
-        for run in (run for run in self.runs if run.detector == self.detectors[0]):
-            parts = (self.images.iloc[run.val_rows], self.test)
-            scores = [scorer.decision_function(SimpleNamespace(table=part)).tolist() for part in parts]
-            new.append(replace(run, key="", config={}, val_scores=scores[0], test_scores=scores[1]))
-        self._add(name, recipe.title or name, new)
-        return self
-
-    def _add(self, name: str, title: str, runs: list[Run]) -> None:
         if name in self.detectors:
             raise InputError(f"the study has a contender {name!r} already")
-        runs = [replace(run, detector=name).calibrate(self.options) for run in runs]
-        self.options["titles"] |= {name: title}
-        self.table = pd.concat([self.table, self._evaluate(runs)], ignore_index=True)
-        self.runs += runs
+        new = []
+        for mine in zip(*([run for run in self.runs if run.detector == part] for part in parts), strict=True):
+            known, found = (
+                np.mean([run.calibrator.logit(getattr(run, which)) for run in mine], axis=0).tolist()
+                for which in ("val_scores", "test_scores")
+            )
+            fused = replace(mine[0], detector=name, key="", config={}, val_scores=known, test_scores=found)
+            new.append(fused.calibrate(self.options))
+        self.table = pd.concat([self.table, self._evaluate(new)], ignore_index=True)
+        self.runs += new
+        self.options["titles"] |= {name: f"fusion, late: {name}"}
+        self.options["fused"] = {**self.options.get("fused", {}), name: list(parts)}
+        return self
 
     def fusion_gain(self, fused: str, parts: Sequence[str], training: str | None = None) -> pd.DataFrame:
         """Is the fusion's AUROC ever below that of the better of its parts? One row per unseen cell.
@@ -395,12 +363,9 @@ class Study:
         return table.assign(p_holm=holm(table["p_value"].to_numpy()))
 
     def save(self, folder: Path) -> None:
-        """Write ``study.json``, one JSON per run under ``runs/``, and ``table.csv``."""
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
-        for run in self.runs:
-            write_json(run_path(folder, run.detector, run.train_generator, run.seed), asdict(run))
-        write_json(folder / "study.json", self.options)
+        """Write ``table.csv``, and what was asked for as ``study.json``."""
         write_csv(self.table.assign(**self.options["made_by"]), folder / "table.csv")
+        write_json(folder / "study.json", self.options)
 
 
 def save_scores(studies: Mapping[str, Study], path: Path) -> Path:
@@ -411,33 +376,35 @@ def save_scores(studies: Mapping[str, Study], path: Path) -> Path:
     folder that all share). Scores have as few binary digits as leave the AUROC as it is to 0.0001. Late
     fusions are made again on reading. What a study was asked for lies in the file's metadata.
     """
-    tables = []
+    names, images, rows, scores = [], [], [], []
     for condition, study in studies.items():
-        tests = np.flatnonzero(study.images[schema.PATH].isin(study.test[schema.PATH]))
-        kept = [run for run in study.runs if run.detector not in study.options.get("fused", {})]
-        rows = [np.r_[run.val_rows, tests] for run in kept]
-        y = study.images[schema.LABEL].to_numpy(float)
-        scores = [_short(y[at], np.r_[r.val_scores, r.test_scores]) for r, at in zip(kept, rows, strict=True)]
-        names = [(condition, run.detector, run.train_generator, run.seed) for run in kept]
-        of_runs = pd.DataFrame(names, columns=["condition", *BY])
+        before = sum(map(len, images))
         top = os.path.commonpath([os.path.dirname(name) for name in study.images[schema.PATH]])
         named = [os.path.relpath(name, top or None) for name in study.images[schema.PATH]]
-        which = (np.repeat(np.arange(len(kept)), [len(at) for at in rows]), np.concatenate(rows))
-        parts = []
-        for part, at in zip((of_runs, study.images.assign(path=named)), which, strict=True):
-            texts = part.select_dtypes(exclude="number").columns
-            parts.append(part.astype(dict.fromkeys(texts, "category")).iloc[at].reset_index(drop=True))
-        table = pd.concat(parts, axis=1).assign(score=np.concatenate(scores))
-        tables.append(pa.Table.from_pandas(table, preserve_index=False))
-    about = json.dumps({condition: study.options for condition, study in studies.items()})
-    table = pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
-    buffer = pa.BufferOutputStream()
-    dictionary = [name for name in table.column_names if name != "score"]
-    pq.write_table(
-        table.replace_schema_metadata({"itemkit": about}), buffer, compression="zstd", compression_level=19,
-        use_dictionary=dictionary, column_encoding={"score": "BYTE_STREAM_SPLIT"},
+        images.append(study.images.assign(path=named))
+        tests = np.flatnonzero(study.images[schema.PATH].isin(study.test[schema.PATH]))
+        y = study.images[schema.LABEL].to_numpy(float)
+        for run in study.runs:
+            if run.detector not in study.options.get("fused", {}):
+                at = np.r_[run.val_rows, tests]
+                names.append((condition, run.detector, run.train_generator, run.seed))
+                rows.append(before + at)
+                scores.append(_short(y[at], np.r_[run.val_scores, run.test_scores]))
+    of_runs = pd.DataFrame(names, columns=["condition", *BY])
+    which = (np.repeat(np.arange(len(rows)), [len(at) for at in rows]), np.concatenate(rows))
+    parts = []
+    for part, at in zip((of_runs, pd.concat(images, ignore_index=True)), which, strict=True):
+        texts = part.select_dtypes(exclude="number").columns
+        parts.append(part.astype(dict.fromkeys(texts, "category")).iloc[at].reset_index(drop=True))
+    table = pd.concat(parts, axis=1)
+    dictionary = list(table.columns)
+    table = table.assign(score=np.concatenate(scores))
+    table.attrs["studies"] = {condition: study.options for condition, study in studies.items()}
+    content = table.to_parquet(
+        index=False, compression="zstd", compression_level=19, use_dictionary=dictionary,
+        column_encoding={"score": "BYTE_STREAM_SPLIT"},
     )  # fmt: skip
-    atomic_write(path, memoryview(buffer.getvalue()))
+    atomic_write(path, content)
     return path
 
 
@@ -459,12 +426,9 @@ def _short(y: np.ndarray, s: np.ndarray) -> np.ndarray:
 def read_scores(path: Path) -> dict[str, Study]:
     """Studies of several conditions from a file of `save_scores`: every table again, without any model."""
     try:
-        file = pq.read_table(path)
-        options, table = json.loads(file.schema.metadata[b"itemkit"]), file.to_pandas()
-        return {
-            condition: _study(table[table["condition"] == condition], about)
-            for condition, about in options.items()
-        }
+        table = pd.read_parquet(path)
+        asked = table.attrs.pop("studies").items()
+        return {name: _study(table[table["condition"] == name], options) for name, options in asked}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"cannot read the scores of a study from {path}: {error}") from error
 
@@ -539,16 +503,18 @@ def study_table(studies: Mapping[str, Study], protocol: Protocol) -> pd.DataFram
         ``low, high`` its ``interval``, the others as in `Study.mean`.
     """
     rows: list[dict] = []
+    by = ["metric", "detector", "training"]
     for condition, study in studies.items():
         made = {"kind": OURS, "condition": condition, "interval": OVER} | study.options["made_by"]
-        by = ["metric", "detector", "training"]
-        kept = {name: (name, "first") for name in ("seen", "n_real", "n_fake")}
-        kept |= {"value": ("value", "mean"), "seed_sd": ("value", "std"), "n_seeds": ("value", "size")}
-        by_cell = study.table.groupby([*by, *PAIR], sort=False).agg(**kept).reset_index()
-        runs = study.table.groupby(by, sort=False)
-        for key, table in by_cell.groupby(by, sort=False):
+        table = study.table.assign(row=study.table["test_generator"].map(lambda n: protocol.test.get(n, n)))
+        if not protocol.train:
+            table["row"] = table["train_generator"] + " → " + table["row"]
+        of_cell = table.groupby([*by, *PAIR, "row", "seen", "n_real", "n_fake"], sort=False)["value"]
+        means = of_cell.agg(value="mean", seed_sd="std", n_seeds="size").reset_index()
+        runs = table.groupby(by, sort=False)
+        for key, cells in means.groupby(by, sort=False):
             made |= dict(zip(by, key, strict=True)) | {"title": study.options["titles"][key[1]]}
-            rows += [made | row for row in _lines(study, runs.get_group(key), table, protocol)]
+            rows += [made | row for row in _lines(study, runs.get_group(key), cells, protocol)]
     for given in protocol.published:
         about = {"kind": THEIRS, "condition": given["condition"], "metric": given["metric"], "row": MEAN}
         for name, value in given["values"]:
@@ -557,25 +523,20 @@ def study_table(studies: Mapping[str, Study], protocol: Protocol) -> pd.DataFram
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _lines(study: Study, cells: pd.DataFrame, table: pd.DataFrame, protocol: Protocol) -> list[dict]:
-    """Every cell of ``table``, their mean and the worst of them, from the ``cells`` of each seed."""
-    metric, table = cells["metric"].iloc[0], table.assign(where="", n_cells=1)
-    table["row"] = table["test_generator"].map(lambda name: protocol.test.get(name, name))
-    if not protocol.train:
-        table["row"] = table["train_generator"] + " → " + table["row"]
+def _lines(study: Study, runs: pd.DataFrame, cells: pd.DataFrame, protocol: Protocol) -> list[dict]:
+    """Every cell, their mean and the worst of them; ``runs`` are the rows of every seed."""
+    metric, cells = runs["metric"].iloc[0], cells.assign(where="", n_cells=1)
     if metric == protocol.metric:  # of the others without intervals: there are thousands
-        drawn = [study._drawn(part, resamples=FEW)[1:] for _, part in cells.groupby(PAIR, sort=False)]
-        ends = [interval(*about) for about in zip(drawn, [metric] * len(drawn), table["value"], strict=True)]
-        table[["low", "high"]] = ends
-    every = bool(protocol.train) or cells["seen"].all()
+        parts = zip(cells["value"], runs.groupby(PAIR, sort=False), strict=True)
+        cells[["low", "high"]] = [study._interval(part, value, FEW) for value, (_, part) in parts]
     resamples = None if metric in (protocol.metric, "auroc", "tpr_at_fpr05", "tpr_at_fpr01") else 0
-    mean = {"row": MEAN, "where": ""} | study.mean(cells if every else cells[~cells["seen"]], resamples)
-    lines, values = [*table.to_dict("records"), mean], table.loc[every | ~table["seen"], "value"].dropna()
-    if len(values):
-        line = table.loc[values.idxmax() if metric in PROBABILITY_METRICS else values.idxmin()]
-        worst = cells[(cells[PAIR] == line[PAIR]).all(axis=1)]
-        about = {"row": WORST, "where": line["row"]} | study.mean(worst, resamples)
-        lines.append(line.to_dict() | about)
+    counted = runs if protocol.train or runs["seen"].all() else runs[~runs["seen"]]
+    mean = {"row": MEAN, "where": ""} | study.mean(counted, resamples)
+    lines, worst = [*cells.to_dict("records"), mean], study.worst(counted)
+    if len(worst):
+        about = worst[["seen", "n_real", "n_fake"]].iloc[0].to_dict()
+        where = {"row": WORST, "where": worst["row"].iloc[0]}
+        lines.append(about | where | study.mean(worst, resamples))
     return lines
 
 
