@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,9 @@ import pandas as pd
 from scipy import stats
 
 from itemkit import schema
+from itemkit.controls import select_objects
 from itemkit.errors import InputError
-from itemkit.features import OBJECT_ARRAYS, Features
+from itemkit.features import Features
 from itemkit.matrix import train_on_test_on
 from itemkit.metrics import LEVEL
 from itemkit.recipes import Recipe
@@ -171,10 +171,5 @@ def degrade_captions(
 
 def first_objects(features: Features, at_most: int) -> Features:
     """Keep the first objects of each image, in the order in which its caption names them; 0: whole images."""
-    first = np.flatnonzero(pd.Series(features.owner).groupby(features.owner).cumcount() < at_most)
-    return replace(
-        features,
-        owner=features.owner[first],
-        objects=features.objects.iloc[first].reset_index(drop=True),
-        **{name: getattr(features, name)[first] for name in OBJECT_ARRAYS},
-    )
+    place = pd.Series(features.owner).groupby(features.owner).cumcount()
+    return select_objects(features, (place < at_most).to_numpy())

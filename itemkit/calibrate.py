@@ -172,10 +172,9 @@ def logit_shift(
     known, known_y : vectors
         Calibrated log-odds and labels (1 fake) of the validation images.
     target, target_y : vectors
-        Those of some images of the other world. With both classes: the shift of largest likelihood, each
-        class given half of the weight. With reals alone: the one that brings their median to that of the
-        known reals. Without labels: the same for all images, of which ``share_fake`` are held to be fake; the
-        fakes must then lie where the known ones do.
+        Those of some images of the other world. With labels: the shift of largest likelihood, each class
+        given half of the weight. Without: the one that brings their median to that of the known images mixed
+        so that ``share_fake`` are fake; the fakes must then lie where the known ones do.
 
     References
     ----------
@@ -193,8 +192,6 @@ def logit_shift(
         order = np.argsort(known)
         middle = order[np.searchsorted(np.cumsum(weights[order]), 0.5 - 1e-9)]
         return float(known[middle] - np.median(target))
-    if not np.any(target_y):
-        return float(np.median(known[known_y == schema.REAL]) - np.median(target))
     y, target = check_scores(target_y, target)
     weights, far = 0.5 / np.bincount(y)[y], np.abs(target).max() + 50
     return float(optimize.brentq(lambda shift: weights @ (expit(target + shift) - y), -far, far, xtol=1e-4))

@@ -113,8 +113,8 @@ class Protocol:
                 raise InputError(f"at most {per_set} images of each set: expected at least 4")
             table = table.sort_values(schema.PATH)
             table = table.iloc[np.argsort(np.random.default_rng(0).permutation(len(table)))]
-            keys = [table[c].astype(str) for c in (schema.SPLIT, schema.GENERATOR, schema.SOURCE)]
-            table = table.groupby(keys).head(per_set).sort_index()
+            each = table.groupby([schema.SPLIT, schema.GENERATOR, schema.SOURCE], dropna=False)
+            table = each.head(per_set).sort_index()
         return table.reset_index(drop=True), missing
 
 

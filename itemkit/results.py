@@ -190,10 +190,8 @@ class Study:
         columns = 1 + (resamples or (FEW if metric != "auroc" else self.options["n_boot"]))
         known = {(run.train_generator, run.seed): run for run in self.runs if run.detector == name}
         y, total = self.test[schema.LABEL].to_numpy(int), np.zeros(1)
-        by_test: dict[str, list[Run]] = {}
-        for train, test, seed in zip(*(cells[column] for column in (*PAIR, "seed")), strict=True):
-            by_test.setdefault(test, []).append(known[train, seed])
-        for test, runs in by_test.items():
+        for test, part in cells.groupby("test_generator", sort=False):
+            runs = [known[key] for key in zip(part["train_generator"], part["seed"], strict=True)]
             mine = self._cells[test]
             mine = mine if half is None else mine[self._halves[mine] == half]
             if len(set(y[mine])) < 2:
@@ -307,11 +305,10 @@ class Study:
             low, high = interval(drawn)
             rows.append(
                 {"reference": reference, "other": other, "metric": metric, "difference": gap.mean(),
-                 "low": low, "high": high, "p_value": p_value(drawn), "seed_sd": gap.std()}
+                 "low": low, "high": high, "p_value": p_value(drawn), "p_holm": np.nan, "seed_sd": gap.std()}
             )  # fmt: skip
         table = pd.DataFrame(rows)
-        table.insert(len(table.columns) - 1, "p_holm", holm(table["p_value"].to_numpy()))
-        return table
+        return table.assign(p_holm=holm(table["p_value"].to_numpy()))
 
     def fuse(self, name: str, parts: Sequence[str]) -> Study:
         """Add a late fusion: the mean of the log-odds of contenders that were run; returns itself.
@@ -349,17 +346,11 @@ class Study:
         for pair in cells[fused]:
             drawn = {n: [self._drawn(of[pair], half) for half in (0, 1)] for n, of in cells.items()}
             best = [max(parts, key=lambda name: drawn[name][half][0]) for half in (1, 0)]
-            value, least = sum(drawn[fused]) / 2, (drawn[best[0]][0] + drawn[best[1]][1]) / 2
-            gap = np.asarray(value - least)
-            low, high = interval(gap[1:])
-            rows.append(
-                dict(zip(PAIR, pair, strict=True))
-                | {"best_part": " / ".join(dict.fromkeys(best)), "fused": least[0] + gap[0],
-                   "best": least[0], "difference": gap[0], "low": low, "high": high,
-                   "p_value": p_value(gap[1:])}
-            )  # fmt: skip
-        names = [*PAIR, "best_part", "fused", "best", "difference", "low", "high", "p_value"]
-        table = pd.DataFrame(rows, columns=names).sort_values("difference", ignore_index=True)
+            value, least = ((drawn[a][0] + drawn[b][1]) / 2 for a, b in ((fused, fused), best))
+            gap, names = value - least, " / ".join(dict.fromkeys(best))
+            rows.append((*pair, names, value[0], least[0], gap[0], *interval(gap[1:]), p_value(gap[1:])))
+        columns = [*PAIR, "best_part", "fused", "best", "difference", "low", "high", "p_value"]
+        table = pd.DataFrame(rows, columns=columns).sort_values("difference", ignore_index=True)
         return table.assign(p_holm=holm(table["p_value"].to_numpy()))
 
     def save(self, folder: Path) -> None:
@@ -410,15 +401,12 @@ def save_scores(studies: Mapping[str, Study], path: Path) -> Path:
 
 def _short(y: np.ndarray, s: np.ndarray) -> np.ndarray:
     """Scores with few binary digits, which compress to a third; with more where ties would change AUROC."""
-
-    def auroc(s: np.ndarray) -> float:
-        ranks, n_fake = rankdata(s), np.sum(y == schema.FAKE)
-        return (ranks[y == schema.FAKE].mean() - (n_fake + 1) / 2) / max(len(s) - n_fake, 1)
-
+    fake = y == schema.FAKE
+    rank, least = rankdata(s)[fake].mean(), 1e-4 * np.sum(~fake)  # AUROC: this mean, by the number of reals
     for digits in range(7, 24):
         step = 2.0 ** (np.floor(np.log2(s.std() or 1)) - digits)
         short = (np.round(s / step) * step).astype(np.float32)
-        if abs(auroc(short) - auroc(s)) < 1e-4:
+        if abs(rankdata(short)[fake].mean() - rank) < least:
             return short
     return s.astype(np.float32)
 

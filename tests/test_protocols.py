@@ -452,8 +452,8 @@ def test_the_mini_study_with_its_answers(stub: Preset, tmp_path: Path, monkeypat
     promises = pd.read_csv(report.path.parent / "promises.csv")
     assert promises["calibration"].nunique() == 2  # on the validation images, and on new renders
     assert "needs at least 99 real validation images" in promises["note"].fillna("").str.cat()
-    runs = report.path.parent / "clean" / "runs"
-    assert list(runs.glob("item_+_image--*"))  # fusions are kept like all others
+    kept = pd.read_csv(report.path.parent / "clean" / "table.csv")
+    assert "item + image" in set(kept["detector"])  # fusions stand there like all others
 
 
 def test_errors_before_anything_is_computed(stub: Preset, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -12,7 +11,7 @@ from itemkit.controls import CONTROLS
 from itemkit.errors import InputError
 from itemkit.matrix import train_on_test_on
 from itemkit.protocols import get_protocol
-from itemkit.recipes import Recipe, external
+from itemkit.recipes import Recipe
 from itemkit.results import (
     ONE,
     SEVERAL,
@@ -63,7 +62,6 @@ def test_a_family_is_left_out_beside_training_on_one(study):
     sets = study.options["training_sets"]
     assert sets["all but f"] == ["gan", "vae"] and sets["all but v"] == ["flow", "flow_early", "gan"]
     assert list(sets) == ["flow", "flow_early", "gan", "vae", "all but f", "all but g", "all but v"]
-    assert study.trainings == [ONE, SEVERAL]
     one, several = (study.unseen("cosine", "auroc", training) for training in (ONE, SEVERAL))
     assert one.groupby(["train_generator", "test_generator"]).ngroups == 16 - 4 - 2
     pairs = set(zip(several["train_generator"], several["test_generator"], strict=True))
@@ -200,30 +198,12 @@ def test_scores_of_any_scale_keep_their_order(scores, tmp_path):
         assert a == pytest.approx(b, abs=2e-3)
 
 
-def test_another_detector_joins_the_scores_without_any_model(study, tmp_path):
-    path = save_scores({"clean": study}, tmp_path / "scores.parquet")
-    back = read_scores(path)["clean"]
-    score = Cosine(0).decision_function(FEATURES)
-    pd.DataFrame({"image_id": FEATURES.table["image_id"], "score": score}).to_csv(
-        tmp_path / "s.csv", index=False
-    )
-    back.add("theirs", external(tmp_path / "s.csv", "somebody's"))
-    for metric in ("auroc", "balanced_accuracy"):
-        values = [back.unseen(name, metric)["value"].to_numpy() for name in ("theirs", "cosine")]
-        np.testing.assert_allclose(*values, atol=0.02)
-    assert study_table({"clean": back}, PLAN)["title"].eq("somebody's").any()
-    with pytest.raises(InputError, match="has a contender 'theirs' already"):
-        back.add("theirs", external(tmp_path / "s.csv"))
-    pd.DataFrame({"image_id": FEATURES.table["image_id"][:9], "score": score[:9]}).to_csv(tmp_path / "s.csv")
-    with pytest.raises(InputError, match="has no score for"):
-        back.add("few", external(tmp_path / "s.csv"))
-
-
 def test_a_file_that_holds_no_scores(tmp_path):
     pd.DataFrame({"score": [1.0]}).to_parquet(tmp_path / "s.parquet")
     (tmp_path / "t.parquet").write_bytes(b"no parquet")
-    table = pq.read_table(tmp_path / "s.parquet")
-    pq.write_table(table.replace_schema_metadata({"itemkit": '{"clean": {}}'}), tmp_path / "u.parquet")
+    table = pd.DataFrame({"score": [1.0], "condition": "clean"})
+    table.attrs["studies"] = {"clean": {}}
+    table.to_parquet(tmp_path / "u.parquet")
     for name in ("s", "t", "u", "missing"):
         with pytest.raises(InputError, match=f"cannot read the scores of a study from .*{name}.parquet"):
             read_scores(tmp_path / f"{name}.parquet")
