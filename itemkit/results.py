@@ -367,32 +367,25 @@ def save_scores(studies: Mapping[str, Study], path: Path) -> Path:
     folder that all share). Scores have as few binary digits as leave the AUROC as it is to 0.0001. Late
     fusions are made again on reading. What a study was asked for lies in the file's metadata.
     """
-    names, images, rows, scores = [], [], [], []
+    tables = []
     for condition, study in studies.items():
-        before = sum(map(len, images))
         top = os.path.commonpath([os.path.dirname(name) for name in study.images[schema.PATH]])
         named = [os.path.relpath(name, top or None) for name in study.images[schema.PATH]]
-        images.append(study.images.assign(path=named))
+        images = study.images.assign(path=named)
+        images = images.astype(dict.fromkeys(images.select_dtypes(exclude="number"), "category"))
         tests = np.flatnonzero(study.images[schema.PATH].isin(study.test[schema.PATH]))
-        y = study.images[schema.LABEL].to_numpy(float)
         for run in study.runs:
             if run.detector not in study.options.get("fused", {}):
-                at = np.r_[run.val_rows, tests]
-                names.append((condition, run.detector, run.train_generator, run.seed))
-                rows.append(before + at)
-                scores.append(_short(y[at], np.r_[run.val_scores, run.test_scores]))
-    of_runs = pd.DataFrame(names, columns=["condition", *BY])
-    which = (np.repeat(np.arange(len(rows)), [len(at) for at in rows]), np.concatenate(rows))
-    parts = []
-    for part, at in zip((of_runs, pd.concat(images, ignore_index=True)), which, strict=True):
-        texts = part.select_dtypes(exclude="number").columns
-        parts.append(part.astype(dict.fromkeys(texts, "category")).iloc[at].reset_index(drop=True))
-    table = pd.concat(parts, axis=1)
-    dictionary = list(table.columns)
-    table = table.assign(score=np.concatenate(scores))
+                part = images.iloc[np.r_[run.val_rows, tests]]
+                score = _short(part[schema.LABEL].to_numpy(), np.r_[run.val_scores, run.test_scores])
+                about = {"condition": condition} | {name: getattr(run, name) for name in BY}
+                tables.append(part.assign(**about, score=score))
+    names = ["condition", *BY, *images.columns]
+    table = pd.concat(tables, ignore_index=True)[[*names, "score"]]
+    table = table.astype(dict.fromkeys(table.select_dtypes(exclude="number"), "category"))
     table.attrs["studies"] = {condition: study.options for condition, study in studies.items()}
     content = table.to_parquet(
-        index=False, compression="zstd", compression_level=19, use_dictionary=dictionary,
+        index=False, compression="zstd", compression_level=19, use_dictionary=names,
         column_encoding={"score": "BYTE_STREAM_SPLIT"},
     )  # fmt: skip
     atomic_write(path, content)
