@@ -283,29 +283,19 @@ def load_detector(
 ) -> ObjectDetector:
     """Load an object detector from this machine.
 
-    Parameters
-    ----------
-    name : str
-        A localiser of `models.LOCALISERS` that has a model; there are the defaults of its options.
-    encoder : Encoder
-    device : str or torch.device
-    model : str or Path
-        A transformers folder or hub name; for "object_detector" any `AutoModelForObjectDetection` whose
-        configuration names its classes.
-    threshold : float
-        Least confidence of a box. That of "owlv2" and "grounding_dino" is the model's own; 0.3 is our choice,
-        below the usual 0.5, since a caption that names a thing is a reason to expect it.
-    precision : str
-        See `devices.choose_precision`; on a CPU bfloat16 gains Grounding DINO nothing.
-    match : float or None
-        Of "object_detector", see `ImageAlone`: least cosine of a phrase with the name of a class that is
-        another word; None: none will do. 0.9 is our choice and was not measured: in stock CLIPs the texts of
-        unlike nouns have cosines of 0.7 to 0.85.
-    boxes : {"best", "union"}
-        Of "object_detector": see `ObjectDetector.best`.
-    without_box : {"whole", "grid"}
-        Of "object_detector": which region stands in for an object without a box: the whole image, which is
-        quick and favours no place, or that of localiser "grid".
+    ``name`` is a localiser of `models.LOCALISERS` that has a model; there are the defaults of its options:
+
+    - ``model``: a transformers folder or hub name; for "object_detector" any `AutoModelForObjectDetection`
+      whose configuration names its classes.
+    - ``threshold``: least confidence of a box. That of "owlv2" and "grounding_dino" is the model's own; 0.3
+      is our choice, below the usual 0.5, since a caption that names a thing is a reason to expect it.
+    - ``precision``: see `devices.choose_precision`; on a CPU bfloat16 gains Grounding DINO nothing.
+    - ``match``, like all that follow of "object_detector", see `ImageAlone`: least cosine of a phrase with
+      the name of a class that is another word; None: none will do. 0.9 is our choice and was not measured: in
+      stock CLIPs the texts of unlike nouns have cosines of 0.7 to 0.85.
+    - ``boxes``: "best" or "union", see `ObjectDetector.best`.
+    - ``without_box``: which region stands in for an object without a box: "whole", the whole image, which is
+      quick and favours no place, or that of localiser "grid".
     """
     from transformers import AutoModelForObjectDetection, AutoModelForZeroShotObjectDetection
     from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
