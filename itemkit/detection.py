@@ -47,6 +47,8 @@ APART = 0.5  # two boxes with a larger intersection over union show one thing
 class ObjectDetector(BoxLocaliser):
     """An object detector; the base of all."""
 
+    square = False  # whether the processor pads images to squares, at the bottom and on the right
+
     def __init__(
         self, encoder: Encoder, model: Any, processor: Any, options: dict[str, Any], record: dict[str, Any]
     ) -> None:
@@ -71,10 +73,6 @@ class ObjectDetector(BoxLocaliser):
         """Divide the words of an image into what goes into one forward pass."""
         return [list(words)]
 
-    def sides(self, image: Image) -> tuple[int, int]:
-        """Width and height in pixels that boxes are shares of."""
-        return image.size
-
     def find(self, images, phrases, phrase_emb):  # types: see BoxLocaliser
         """See `BoxLocaliser.find`. A phrase that is None is not looked for."""
         wanted = [Counter(word for word in words if word is not None) for words in phrases]
@@ -90,7 +88,8 @@ class ObjectDetector(BoxLocaliser):
                 batch = alike[start : start + PREPARED]
                 outputs = self.run([images[i] for i, _ in batch], [part for _, part in batch])
                 for (i, part), (boxes, logits) in zip(batch, outputs, strict=True):
-                    boxes = boxes * boxes.new_tensor(self.sides(images[i]) * 2)
+                    sides = [max(images[i].size)] * 2 if self.square else [*images[i].size]
+                    boxes = boxes * boxes.new_tensor(sides * 2)
                     for word, scores in zip(part, self.confidence(logits, part).T, strict=True):
                         found[i][word] = iter(self.best(boxes, scores, wanted[i][word]))
         return [
@@ -145,6 +144,8 @@ def overlap(boxes: Tensor, box: Tensor) -> Tensor:
 class Owlv2(ObjectDetector):
     """Owlv2: each phrase is a query of its own."""
 
+    square = True
+
     def asked(self, words: Sequence[Sequence[str]]) -> dict[str, Any]:
         """See `ObjectDetector.asked`; the processor gives images with fewer phrases empty ones."""
         positions = self.model.config.text_config.max_position_embeddings  # 16
@@ -153,10 +154,6 @@ class Owlv2(ObjectDetector):
     def confidence(self, logits: Tensor, words: Sequence[str]) -> Tensor:
         """See `ObjectDetector.confidence`."""
         return logits[:, : len(words)].sigmoid()
-
-    def sides(self, image: Image) -> tuple[int, int]:
-        """The processor pads the image to a square at the bottom and on the right."""
-        return max(image.size), max(image.size)
 
 
 class GroundingDino(ObjectDetector):
