@@ -167,12 +167,11 @@ class GroundingDino(ObjectDetector):
         """See `ObjectDetector.confidence`."""
         prompt, spans = _prompt(words)
         offsets = self.processor.tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
+        logits = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)  # for a phrase without a token
         columns = []
         for start, end in spans:
             tokens = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
-            columns.append(
-                logits[:, tokens].sigmoid().amax(dim=1) if tokens else logits.new_zeros(len(logits))
-            )
+            columns.append(logits[:, [*tokens, -1]].sigmoid().amax(dim=1))
         return torch.stack(columns, dim=1)
 
     def parts(self, words: Sequence[str]) -> list[list[str]]:
@@ -214,8 +213,7 @@ class ImageAlone(ObjectDetector):
         for k, name in self.classes.items():
             for word in re.split("/|,| or ", name):
                 self._class_of.setdefault(_words(word), k)
-        if options["without_box"] != "whole":
-            self.instead = make_localiser(options["without_box"], encoder)
+        self.instead = make_localiser(options["without_box"], encoder)
 
     def find(self, images, phrases, phrase_emb):  # types: see BoxLocaliser
         """See `BoxLocaliser.find`."""
