@@ -131,7 +131,7 @@ def test_the_package_is_thin_and_flat() -> None:
     modules = list(PACKAGE.rglob("*.py"))
     lines = sum(len(path.read_text().splitlines()) for path in modules)
     # the aim is 12,000; object detectors, missing controls and the path to a GPU are not paid back yet
-    assert lines <= 13_300
+    assert lines <= 13_150
     assert {path.parent for path in modules} == {PACKAGE}
     nodes = ast.parse((PACKAGE / "__init__.py").read_text()).body
     defined = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
