@@ -37,7 +37,7 @@ NEEDS: dict[str, tuple[int, int, int] | str] = {
     "03_training": (2, 2, 2),
     "04_umap": (1, 0, 8),
     "05_robustness": (1, 2, 2),
-    "06_ablations": "second models: open it, set CLIP_SECOND and CAPTIONER_SECOND",
+    "07_ablations": "second models: open it, set CLIP_SECOND and CAPTIONER_SECOND",
 }
 # a cell with this tag is about the laboratory's images; it does not stand below figures of other ones
 LAB_TAG = "lab"
@@ -141,7 +141,7 @@ def _notebooks(
         values["DATA"] = str(out / "manifest.csv")
         write_manifest(manifest, values["DATA"])
     not_made = []
-    for source in sorted(folder.glob("[0-9]*.ipynb")):
+    for source in sorted(folder.glob("[0-9A]*.ipynb")):
         parameters = set(papermill.inspect_notebook(source))
         why = ""
         if manifest is not None:

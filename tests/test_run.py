@@ -60,8 +60,8 @@ def test_what_does_not_fit_is_left_out_and_what_fails_is_noted(
     assert failed == ["failed: notebook 05_robustness: ValueError: no such thing"]
     page = (tmp_path / "out" / "summary.md").read_text()
     assert f"- {failed[0]}\n" in page
-    assert "- left out: 00_the_mini_lab: it is about the laboratory" in page
-    assert "- left out: 06_ablations: it needs second models: open it, set CLIP_SECOND" in page
+    assert "- left out: A1_the_mini_lab: it is about the laboratory" in page
+    assert "- left out: 07_ablations: it needs second models: open it, set CLIP_SECOND" in page
     assert ("03_training: generators needed: 2, here: 1" in page) == (len(generators) == 1)
     assert (tmp_path / "out" / "detector" / "detector.json").is_file()
 
@@ -152,7 +152,7 @@ def test_notebooks_say_what_they_need_and_which_prose_is_about_the_laboratory(re
     sources = {path.stem: path for path in (repo / "notebooks").glob("*.ipynb")}
     of_data = {name for name, path in sources.items() if "DATA" in papermill.inspect_notebook(path)}
     assert set(run.NEEDS) == of_data
-    for name in of_data - {"06_ablations"}:
+    for name in of_data - {"07_ablations"}:
         assert "MODELS" in papermill.inspect_notebook(sources[name])
         for cell in nbformat.read(sources[name], as_version=4).cells:
             if cell.cell_type == "markdown" and "What to notice" in cell.source:
