@@ -216,6 +216,7 @@ def intervals(
         tick.set_fontweight("bold" if group and name is None else "normal")
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(keys) - 0.5, -0.5)
+    ax.locator_params(axis="x", nbins=5)
     if hue:
         ax.legend(loc="best")
     return ax
