@@ -19,6 +19,7 @@ from tools import notebooks, rules
 REPO = Path(__file__).resolve().parents[1]
 COMMITTED = sorted((REPO / "notebooks").glob("*.ipynb"))
 
+TOLD = {"image/png": {"alt": "one pixel"}}
 # the smallest PNG there is: one transparent pixel
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 
@@ -60,7 +61,7 @@ def test_each_figure_has_its_print_version_and_its_data(results: Path) -> None:
 
 
 def figure() -> nbformat.NotebookNode:
-    return new_output("display_data", data={"image/png": PIXEL, "text/plain": "<Figure>"})
+    return new_output("display_data", data={"image/png": PIXEL, "text/plain": "<Figure>"}, metadata=TOLD)
 
 
 def good_notebook() -> nbformat.NotebookNode:
@@ -70,7 +71,9 @@ def good_notebook() -> nbformat.NotebookNode:
         metadata={"tags": ["parameters"]},
         execution_count=1,
     )
-    work = new_code_cell("import base64\nSEED + 1", execution_count=2, outputs=[figure()])
+    work = new_code_cell(
+        "import base64\nSEED + 1", metadata={"tags": ["exercise"]}, execution_count=2, outputs=[figure()]
+    )
     return new_notebook(
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
         cells=[
@@ -145,8 +148,11 @@ BIG = base64.b64encode(bytes(400_000)).decode()
         (source(2, f'open("{DATA}")'), "the source holds an absolute path"),
         (output("stream", name="stdout", text="C:\\Users\\me\n"), "an output holds an absolute path: 'C:"),
         (output("execute_result", data={"text/plain": "<Axes at 0x7f12ab34cd>"}), "object's address"),
-        (source(2, "\n".join(f"a{i} = {i}" for i in range(26))), "code cell 2 has 26 lines, at most 25"),
-        (output("display_data", data={"image/png": BIG}), " KB, at most 500 KB"),
+        (source(2, "\n".join(f"a{i} = {i}" for i in range(15))), "code cell 2 has 15 lines, at most 14"),
+        (lambda notebook: notebook.cells[2].outputs[0].metadata.clear(), "1 of 1 figures have no words"),
+        (value(2, "metadata", {}), "no code cell is tagged 'exercise'"),
+        (source(3, "+\nIts AUROC is 0.84."), "'0.84' stands in the prose and in no output above it"),
+        (output("display_data", data={"image/png": BIG}, metadata=TOLD), " KB, at most 500 KB"),
         (source(2, "%pip install itemkit"), "installs packages"),
         (value(1, "metadata", {}), "0 cells are tagged 'parameters'"),
         (late_parameters, "first code cell is not tagged"),
@@ -161,6 +167,38 @@ def test_each_broken_rule_is_named(page: Path, edit: Callable, words: str) -> No
     found = rules.problems(save(notebook, page, stamped=not parameters))
     assert [problem for problem in found if words in problem], found
     assert parameters or len(found) == 1, found
+
+
+def test_numbers_in_prose_are_those_of_the_outputs_of_their_section(page: Path) -> None:
+    notebook = good_notebook()
+    notebook.cells[2].outputs.append(
+        new_output("stream", name="stdout", text="auroc 0.8437, share 0.667, n 1,200, 12.5% of -0.031")
+    )
+    said = "0.84 of 1,200 (66.7 %, 67 %, 13 %), −0.03; 9 of them, seed `77`, rates of 0.5; 95 % intervals. "
+    no_result = "At quality 50 and 48 px, in [05](05_x.ipynb), notebook 07, 2511.00427, $x^{12}$, Guo 2017."
+    notebook.cells[3].source = f"**What to notice**: {said}{no_result}"
+    assert rules.problems(save(notebook, page)) == []
+    for wrong in ("0.83", "68 %", "1,201", "0.04", "12"):
+        notebook.cells[3].source = f"**What to notice**: {wrong} of them"
+        assert [wrong in problem for problem in rules.problems(save(notebook, page))] == [True]
+    # another section has its own outputs; the last one sums up
+    notebook.cells += [
+        new_markdown_cell("## More\nIt was 0.84."),
+        new_markdown_cell("## Recap\nIt was 0.84."),
+    ]
+    assert len([problem for problem in rules.problems(save(notebook, page)) if "'0.84'" in problem]) == 1
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_a_wrong_number_planted_in_a_committed_notebook_is_found(path: Path, tmp_path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    told = [
+        cell for cell in notebook.cells if cell.cell_type == "markdown" and "What to notice" in cell.source
+    ]
+    told[-1].source += " In all 98,765 of them, 0.98765 on average."
+    nbformat.write(notebook, tmp_path / path.name)
+    found = [problem for problem in rules.problems(tmp_path / path.name) if "in the prose" in problem]
+    assert len(found) == 2
 
 
 def test_urls_fractions_and_html_are_no_absolute_paths(page: Path) -> None:
@@ -259,7 +297,7 @@ def test_write_executes_in_place_and_passes_the_check(page: Path, monkeypatch, c
     source = (
         "import base64\nfrom pathlib import Path\nfrom IPython.display import Image, display\n"
         f"assert Path.cwd().name == 'notebooks'\nprint(SEED, RATES)\n"
-        f'display(Image(base64.b64decode("{PIXEL}")))'
+        f'display(Image(base64.b64decode("{PIXEL}")), metadata={TOLD})'
     )
     save(runnable(source), page, stamped=False)
     monkeypatch.chdir(page.parent.parent)
