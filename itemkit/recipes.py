@@ -40,6 +40,8 @@ class Recipe:
     features: Features | None = None
     """Of the same images, to be used instead of the study's: another captioner, localiser, encoder."""
     train_images: int | None = None  # at most so many, both classes in proportion
+    reals_only: bool = False  # learns from real images alone, or not at all: one fit serves every training set
+    slow: bool = False  # takes long: fewer seeds, and not trained on all families but one
 
 
 def item(
@@ -70,7 +72,8 @@ def control(
                          f"{VARIANTS[made.variant]}; itemkit.study.make_variants makes them")  # fmt: skip
     about = {"contender": name, "item": config.to_dict(), "made_of": described(made.build(0, config, head))}
     own = variants[made.variant] if variants and made.variant else None
-    return Recipe(lambda seed: made.build(seed, config, head), about, made.title, own)
+    how = {"reals_only": made.reals_only, "slow": made.slow}
+    return Recipe(lambda seed: made.build(seed, config, head), about, made.title, own, **how)
 
 
 def described(part: Any) -> Any:

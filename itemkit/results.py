@@ -34,13 +34,15 @@ from itemkit.protocols import Protocol
 from itemkit.text import count, did_you_mean, markdown_table, write_csv
 
 # balanced accuracy where one number, from images of the tested set, shifts the log-odds: `logit_shift`
-SHIFTED = {f"balanced_accuracy_{n or 'no'}_labels": n for n in (0, 10, 20)}
+SHIFTED = {f"balanced_accuracy_{n or 'no'}_labels": n for n in (0, 20)}
 STUDY_METRICS: tuple[str, ...] = (
     "ap", "auroc", "tpr_at_fpr01", "tpr_at_fpr05", "accuracy_real", "accuracy_fake", "accuracy_oracle",
     "balanced_accuracy", *SHIFTED, "balanced_accuracy_oracle", "ece",
 )  # fmt: skip
 BOOT_SEED = 0
+RATES = ("tpr_at_fpr01", "tpr_at_fpr05")
 FEW = 200  # resamples for the intervals of all but AUROC, whose mean over seeds takes one matrix product
+MOST_RESAMPLES, MOST_ROWS = 20_000, 50_000_000  # that a file of scores may ask for, or hold
 PAIR = ["train_generator", "test_generator"]
 BY = ["detector", "train_generator", "seed"]  # what tells runs apart
 ONE, SEVERAL = "one generator", "several generators"
@@ -66,9 +68,6 @@ class Run:
 
     def calibrate(self, options: Mapping[str, Any]) -> Run:
         """Choose threshold and calibration on the validation scores; ``options`` as in `train_on_test_on`."""
-        # seven digits on disk and in memory alike: a run read back gives the same table to the last bit
-        self.val_scores = [float(f"{v:.7g}") for v in self.val_scores]
-        self.test_scores = [float(f"{v:.7g}") for v in self.test_scores]
         s, y = np.array(self.val_scores), np.array(self.val_labels)
         self.threshold, self.withheld = None, ""
         if options["threshold"] == "best":
@@ -115,6 +114,7 @@ class Study:
         plays = (label == schema.REAL) | generator.isin(self.options["test_generators"])
         self.test = self.images[(plays & (self.images[schema.SPLIT] == "test")).to_numpy(bool)]
         self.table = self._evaluate(self.runs)
+        self._resampled: dict[tuple, np.ndarray] = {}  # what `_drawn` has found
 
     @property
     def detectors(self) -> list[str]:
@@ -188,6 +188,9 @@ class Study:
             return np.full(1, np.nan)
         name, metric = cells[["detector", "metric"]].iloc[0]
         columns = 1 + (resamples or (FEW if metric != "auroc" else self.options["n_boot"]))
+        key = (name, metric, half, columns, *zip(*(cells[by] for by in (*PAIR, "seed")), strict=True))
+        if key in self._resampled:  # comparisons and fusions come back to the same ones
+            return self._resampled[key]
         known = {(run.train_generator, run.seed): run for run in self.runs if run.detector == name}
         y, total = self.test[schema.LABEL].to_numpy(int), np.zeros(1)
         for test, part in cells.groupby("test_generator", sort=False):
@@ -210,7 +213,8 @@ class Study:
                     above += np.sign(s[some, None] - s[reals])
                 won = won + np.sum((above @ weights) * self._weights[some, :columns], axis=0, dtype=float)
             total = total + len(runs) / 2 + won / (2 * len(fakes) * len(reals))
-        return total / len(cells)
+        self._resampled[key] = total / len(cells)
+        return self._resampled[key]
 
     def cells(self, detector: str, metric: str, training: str | None = None) -> pd.DataFrame:
         """Rows of `table` of one contender and metric, and of training sets of one kind if one is named."""
@@ -295,13 +299,19 @@ class Study:
         reference has the larger value. Intervals and p by bootstrap over the test images, the same resamples
         for both; ``p_holm`` corrects for the number of rows. No p is below 2 / (n_boot + 1).
         """
-        mine = self.unseen(reference, metric, training)
-        of_seed, ours, rows = mine.groupby("seed")["value"].mean(), self._drawn(mine), []
+        mine, rows = self.unseen(reference, metric, training), []
+        runs = pd.MultiIndex.from_frame(mine[[*PAIR, "seed"]])
         for other in self.detectors:
             if other == reference:
                 continue
             theirs = self.unseen(other, metric, training)
-            gap, drawn = of_seed - theirs.groupby("seed")["value"].mean(), (ours - self._drawn(theirs))[1:]
+            # a slow contender has fewer seeds and training sets: the same runs of both
+            there = pd.MultiIndex.from_frame(theirs[[*PAIR, "seed"]])
+            if not len(both := runs.intersection(there)):
+                continue
+            ours, theirs = mine[runs.isin(both)], theirs[there.isin(both)]
+            gap = ours.groupby("seed")["value"].mean() - theirs.groupby("seed")["value"].mean()
+            drawn = (self._drawn(ours) - self._drawn(theirs))[1:]
             low, high = interval(drawn)
             rows.append(
                 {"reference": reference, "other": other, "metric": metric, "difference": gap.mean(),
@@ -454,7 +464,6 @@ AT_THRESHOLDS = {
     "accuracy_oracle": "all, oracle",
     "balanced_accuracy": "balanced",
     "balanced_accuracy_no_labels": "shifted, no labels",
-    "balanced_accuracy_10_labels": "shifted, 10 labels",
     "balanced_accuracy_20_labels": "shifted, 20 labels",
     "balanced_accuracy_oracle": "balanced, oracle",
 }
@@ -483,48 +492,127 @@ def study_table(studies: Mapping[str, Study], protocol: Protocol) -> pd.DataFram
         ``seen`` whether one of the tested family was trained on, ``value`` a share, the mean over seeds,
         ``low, high`` its ``interval``, the others as in `Study.mean`.
     """
-    rows: list[dict] = []
-    by = ["metric", "detector", "training"]
+    tables = []
     for condition, study in studies.items():
-        made = {"kind": OURS, "condition": condition, "interval": OVER} | study.options["made_by"]
-        table = study.table.assign(row=study.table["test_generator"].map(lambda n: protocol.test.get(n, n)))
-        if not protocol.train:
-            table["row"] = table["train_generator"] + " → " + table["row"]
-        of_cell = table.groupby([*by, *PAIR, "row", "seen", "n_real", "n_fake"], sort=False)["value"]
-        means = of_cell.agg(value="mean", seed_sd="std", n_seeds="size").reset_index()
-        runs = table.groupby(by, sort=False)
-        for key, cells in means.groupby(by, sort=False):
-            made |= dict(zip(by, key, strict=True)) | {"title": study.options["titles"][key[1]]}
-            rows += [made | row for row in _lines(study, runs.get_group(key), cells, protocol)]
+        lines = _lines(study, protocol)
+        about = {"kind": OURS, "condition": condition, "interval": OVER} | study.options["made_by"]
+        tables.append(lines.assign(title=lines["detector"].map(study.options["titles"]), **about))
     for given in protocol.published:
         about = {"kind": THEIRS, "condition": given["condition"], "metric": given["metric"], "row": MEAN}
-        for name, value in given["values"]:
-            theirs = {"detector": name, "title": name, "value": value / 100, "where": given["what"]}
-            rows.append(about | theirs)
-    return pd.DataFrame(rows, columns=COLUMNS)
+        names, values = zip(*given["values"], strict=True)
+        theirs = pd.DataFrame({"detector": names, "title": names, "value": np.array(values) / 100})
+        tables.append(theirs.assign(where=given["what"], **about))
+    return pd.concat(tables, ignore_index=True).reindex(columns=COLUMNS)
 
 
-def _lines(study: Study, runs: pd.DataFrame, cells: pd.DataFrame, protocol: Protocol) -> list[dict]:
-    """Every cell, their mean and the worst of them; ``runs`` are the rows of every seed."""
-    metric, cells = runs["metric"].iloc[0], cells.assign(where="", n_cells=1)
-    if metric == protocol.metric:  # of the others without intervals: there are thousands
-        parts = zip(cells["value"], runs.groupby(PAIR, sort=False), strict=True)
-        cells[["low", "high"]] = [study._interval(part, value, FEW) for value, (_, part) in parts]
-    resamples = None if metric in (protocol.metric, "auroc", "tpr_at_fpr05", "tpr_at_fpr01") else 0
-    counted = runs if protocol.train or runs["seen"].all() else runs[~runs["seen"]]
-    mean = {"row": MEAN, "where": ""} | study.mean(counted, resamples)
-    lines, worst = [*cells.to_dict("records"), mean], study.worst(counted)
-    if len(worst):
-        about = worst[["seen", "n_real", "n_fake"]].iloc[0].to_dict()
-        where = {"row": WORST, "where": worst["row"].iloc[0]}
-        lines.append(about | where | study.mean(worst, resamples))
-    return lines
+def _lines(study: Study, protocol: Protocol) -> pd.DataFrame:
+    """Every cell; of every contender, metric and kind of training set the mean of cells and the worst."""
+    by, runs = ["metric", "detector", "training"], study.table
+    row = runs["test_generator"].map(lambda name: protocol.test.get(name, name))
+    row = row if protocol.train else runs["train_generator"] + " → " + row
+    all_seen = runs.groupby(by)["seen"].transform("all")
+    counts = ~runs["seen"] | all_seen | bool(protocol.train)
+    runs = runs.assign(row=row, counts=counts, family=runs["test_generator"].map(study.family))
+    of_cell = runs.groupby([*by, *PAIR, "row", "seen", "counts", "n_real", "n_fake"], sort=False)["value"]
+    cells = of_cell.agg(value="mean", seed_sd="std", n_seeds="size").reset_index().assign(where="", n_cells=1)
+
+    counted, means = runs[runs["counts"]], {}
+    for name in ("family", "seed"):
+        means[name] = counted.groupby([*by, name], sort=False)["value"].mean().groupby(by, sort=False)
+    mean = counted.groupby(by, sort=False)["value"].mean().to_frame()
+    spread = means["family"].agg(family_low="min", family_high="max", family_sd="std", n_families="size")
+    spread.loc[spread["n_families"] == 1, ["family_low", "family_high", "family_sd"]] = np.nan
+    mean = mean.join([spread, means["seed"].agg(seed_sd="std", n_seeds="size")])
+    mean["n_cells"] = cells[cells["counts"]].groupby(by, sort=False).size()
+    mean = mean.reset_index().assign(row=MEAN, where="")
+    known = cells[cells["counts"] & cells["value"].notna()]
+    badness = known["value"].where(known["metric"].isin(PROBABILITY_METRICS), -known["value"])
+    worst = known.loc[badness.groupby([known[name] for name in by], sort=False).idxmax()]
+    worst = worst.assign(where=worst["row"], row=WORST, n_families=1)
+
+    summed, groups = pd.concat([mean, worst], ignore_index=True), counted.groupby(by, sort=False)
+    for i, line in enumerate(summed.to_dict("records")):
+        if line["metric"] in (protocol.metric, "auroc"):  # the others' are in `headline`, or asked for
+            part = groups.get_group(tuple(line[name] for name in by))
+            part = part if line["row"] == MEAN else part[(part[PAIR] == [line[n] for n in PAIR]).all(axis=1)]
+            summed.loc[i, ["low", "high"]] = study._interval(part, line["value"], None)
+    return pd.concat([cells, summed], ignore_index=True)
+
+
+def headline(studies: Mapping[str, Study], names: Sequence[str]) -> pd.DataFrame:
+    """Some contenders in a table that fits a page: `ONE`, unseen cells, AUROC unless another metric is named.
+
+    Columns, of every condition: mean with its interval over images, lowest and highest family, worst cell with
+    its interval; TPR at 1 % and 5 % FPR in the first condition.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for condition, study in studies.items():
+        for name in (name for name in names if name in study.detectors):
+            cells = study.unseen(name, "auroc", ONE)
+            cells = cells if len(cells) else study.cells(name, "auroc", ONE)
+            mean, worst = study.mean(cells), study.mean(study.worst(cells))
+            found = {"mean": _share(mean), "families": "{family_low:.2f}-{family_high:.2f}".format(**mean),
+                     "worst cell": _share(worst)}  # fmt: skip
+            for metric in () if rows and condition != next(iter(studies)) else RATES:
+                seen = study.cells(name, metric, ONE).loc[lambda t, at=cells: t["seen"].isin(at["seen"])]
+                found[SHOWN[metric]] = _share(study.mean(seen))
+            row = rows.setdefault(study.options["titles"][name], {})
+            row |= {f"{condition}: {what}": text for what, text in found.items()}
+    return pd.DataFrame.from_dict(rows, "index").rename_axis("detector").reset_index().fillna("")
+
+
+def _share(mean: Mapping[str, float]) -> str:
+    return "{value:.2f} ({low:.2f}-{high:.2f})".format(**mean)
+
+
+def fusion_table(
+    studies: Mapping[str, Study], fusions: Mapping[str, Sequence[str]], training: str = ONE
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Is a fusion ever worse than the better of its parts? Judged by the AUROC of every unseen cell.
+
+    Parameters
+    ----------
+    fusions : dict
+        Contender -> its parts; those that are not in a study are left out.
+
+    Returns
+    -------
+    One row per condition and fusion: ``condition, fusion, title, parts, mean, low, high, worst, worst_low,
+    worst_high, n_cells``, how many are ``below`` the better part, ``beyond`` the interval of the difference,
+    below ``after_holm``, and the ``largest_loss`` in the cell ``where``. And `Study.fusion_gain` of all.
+    """
+    rows, gains = [], []
+    for condition, study in studies.items():
+        for name, parts in fusions.items():
+            if not {name, *parts} <= {*study.detectors}:
+                continue
+            about = {"condition": condition, "fusion": name, "title": study.options["titles"][name]}
+            gain, cells = study.fusion_gain(name, parts, training), study.unseen(name, "auroc", training)
+            if gain.empty:
+                continue
+            mean, worst, least = study.mean(cells), study.mean(study.worst(cells)), gain.iloc[0]
+            gains.append(gain.assign(**about))
+            rows.append(
+                about | {"parts": ", ".join(parts), "mean": mean["value"], "low": mean["low"],
+                         "high": mean["high"], "worst": worst["value"], "worst_low": worst["low"],
+                         "worst_high": worst["high"], "n_cells": len(gain),
+                         "below": int((gain["difference"] < 0).sum()),
+                         "beyond": int((gain["high"] < 0).sum()),
+                         "after_holm": int(((gain["difference"] < 0) & (gain["p_holm"] < 0.05)).sum()),
+                         "largest_loss": max(-least["difference"], 0.0),
+                         "where": f"{least['train_generator']} → {least['test_generator']}"}
+            )  # fmt: skip
+    return pd.DataFrame(rows), pd.concat(gains, ignore_index=True) if gains else pd.DataFrame()
 
 
 def to_markdown(
-    table: pd.DataFrame, studies: Mapping[str, Study], protocol: Protocol, notes: Sequence[str] = ()
-) -> str:
-    """Print a `study_table`: every condition's means and worst cells, then cell by cell; ``notes`` first."""
+    table: pd.DataFrame, studies: Mapping[str, Study], protocol: Protocol, notes: Sequence[str] = (),
+    by_cell: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """Print a `study_table`, ``notes`` first: every condition's means and worst cells, then cell by cell.
+
+    The latter of the contenders ``by_cell`` only, if any is named; `study_table` has all.
+    """
     study = next(iter(studies.values()))
     made, seeds, y = study.options["made_by"], study.options["seeds"], study.test[schema.LABEL]
     paragraphs = [
@@ -534,7 +622,7 @@ def to_markdown(
         f"Made by itemkit {made['itemkit']} with preset {made['preset'] or 'none'}, models "
         f"{made['models'] or 'unknown'}; {(y == schema.REAL).sum():,} real and {(y == schema.FAKE).sum():,} "
         f"fake test images; values in per cent, means over {count(len(seeds), 'seed')}; "
-        f"{study.options['n_boot']} resamples for AUROC, at most {FEW} for the rest and for single cells.",
+        f"{study.options['n_boot']} resamples for AUROC, at most {FEW} for the rest.",
         ABOUT,
     ]
     first = [protocol.metric, *(metric for metric in SHOWN if metric != protocol.metric)]
@@ -551,7 +639,8 @@ def to_markdown(
     for (condition, what), part in left.groupby(["condition", "where"], sort=False):
         values = ", ".join(f"{row.title} {100 * row.value:.1f}" for row in part.itertuples())
         paragraphs += [f"PUBLISHED, NOT OURS, {condition} ({what}): {values}."]
-    paragraphs += [f"## Cell by cell: {SHOWN[protocol.metric]}", *_by_cell(table, protocol)]
+    shown = table[table["detector"].isin(by_cell)] if by_cell else table
+    paragraphs += [f"## Cell by cell: {SHOWN[protocol.metric]}", *_by_cell(shown, protocol)]
     return "\n\n".join(p for p in paragraphs if p) + "\n"
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 
 from itemkit.captions import load_captioner
 from itemkit.encoder import Encoder, load_encoder
+from itemkit.errors import InputError
+from itemkit.images import content_id
+from itemkit.presets import mini_folder
 from itemkit.regions import make_localiser
+from minilab import fakes
 from minilab.clip import PHRASES
-from minilab.grammar import COLOURS, KINDS, Facts, phrase, random_caption, read_caption
-from minilab.renders import RenderSet, make_renders
+from minilab.grammar import COLOURS, KINDS, Facts, caption, phrase, random_caption, read_caption
+from minilab.renders import GROUND, RenderSet, make_renders
 
 
 def compare_facts(told: Facts, true: Facts) -> dict[str, float]:
@@ -54,6 +61,69 @@ def _matches(told: list, true: list) -> int:
             left.remove(item)
             hits += 1
     return hits
+
+
+@dataclass(frozen=True)
+class Original:
+    """The render behind a real image or an edit: what is where, to the pixel."""
+
+    image: np.ndarray  # uint8 (SIZE, SIZE, 3)
+    owner: np.ndarray  # uint8 (SIZE, SIZE), see `RenderSet`
+    facts: Facts
+    redrawn: np.ndarray  # bool (SIZE, SIZE): the pixels that an edit gave to the generator
+
+    def mask(self, phrase: str) -> np.ndarray:
+        """Visible pixels, bool (SIZE, SIZE), of what a phrase names: "a red ball", "ball", "the sand".
+
+        Of several things that it fits, the one that shows most; all False where it fits nothing.
+        """
+        words = set(phrase.lower().split())
+        coloured = bool(words & set(COLOURS))
+        named = [
+            self.owner == j + 1
+            for j, (colour, kind) in enumerate(self.facts.things)
+            if kind in words and (colour in words or not coloured)
+        ]
+        named += [self.owner == GROUND] if self.facts.setting in words else []
+        return max(named, key=np.sum, default=np.zeros(self.owner.shape, bool))
+
+
+def originals(image_ids: Sequence[str]) -> list[Original | None]:
+    """The renders behind images of the mini data set; None where there is none, as of a generator's sample.
+
+    Parameters
+    ----------
+    image_ids : sequence of n str
+        As in a manifest or in features.
+
+    Raises
+    ------
+    InputError
+        The world paints other scenes now than when the images were made.
+    """
+    found: dict[str, Original] = {}
+    table = pd.concat([pd.read_parquet(mini_folder() / f"{name}.parquet") for name in ("reals", "fakes")])
+    table = table[table["generator"].isin(["real", "edit"])]
+    table["world"] = table["split"].where(table["generator"] == "real", "spare")
+    for (name, split), part in table.groupby(["generator", "world"]):
+        ids = [content_id(data) for data in part["png"]]
+        if not set(ids) & set(image_ids):
+            continue
+        at = fakes.GENERATORS.index("edit") if name == "edit" else 0
+        scenes = make_renders(split, len(part), start=at * len(part))
+        squares = np.zeros(scenes.owner.shape, bool)
+        if name == "edit":
+            drawn = fakes._parts(len(part), at + 1)
+            squares = np.concatenate([fakes.edit_masks(scenes.owner[rows], seed) for rows, seed in drawn])
+        for row, (image_id, prompt) in enumerate(zip(ids, part["prompt"], strict=True)):
+            facts = scenes.facts[row]
+            if caption(facts) != prompt:
+                raise InputError(
+                    f"scene {row} of {split} is '{caption(facts)}', the image made of it shows '{prompt}': "
+                    "images and world are of different versions; rebuild data/mini (`make lab`)"
+                )
+            found[image_id] = Original(scenes.images[row], scenes.owner[row], facts, squares[row])
+    return [found.get(image_id) for image_id in image_ids]
 
 
 def caption_quality(captions: list[str], facts: list[Facts]) -> dict[str, float]:

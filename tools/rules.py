@@ -227,18 +227,19 @@ def _number_problems(notebook: Any) -> Iterator[str]:
     A section begins with a heading; the last one, which sums up, may use all outputs. Whole numbers below ten
     are words.
     """
-    shown: list[str] = []  # what the section has shown so far
+    texts: list[str] = []  # of code and outputs
     parameters = [c.source for c in code_cells(notebook) if PARAMETERS_TAG in c.metadata.get("tags", [])]
     last = max((i for i, c in enumerate(notebook.cells) if c.source.startswith("## ")), default=0)
+    begin = 0  # where the section begins among the texts
     for i, cell in enumerate(notebook.cells):
         if cell.cell_type == "code":
-            shown.append(cell.source)
+            texts.append(cell.source)
             for output in cell.outputs:
-                shown += [output.get("text", ""), output.get("data", {}).get("text/plain", "")]
+                texts += [output.get("text", ""), output.get("data", {}).get("text/plain", "")]
             continue
-        if cell.source.startswith("## ") and i != last:
-            shown = list(parameters)
-        known = _NUMBER.findall("\n".join(shown))
+        if cell.source.startswith("## "):
+            begin = 0 if i == last else len(texts)
+        known = _NUMBER.findall("\n".join(parameters + texts[begin:]))
         for text in _NUMBER.findall(_NO_RESULT.sub(" ", cell.source)):
             if not text.isdecimal() or int(text) >= 10:
                 if not any(_says(text, other) for other in known):
