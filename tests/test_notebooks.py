@@ -301,10 +301,12 @@ def test_write_executes_in_place_and_passes_the_check(page: Path, monkeypatch, c
     )
     save(runnable(source), page, stamped=False)
     monkeypatch.chdir(page.parent.parent)
+    Path("docs", "thumbnails").mkdir(parents=True)
     assert notebooks.main(["check"]) == 1  # no outputs, no stamp
     assert notebooks.main(["write"]) == 0, capsys.readouterr().out
     notebook = nbformat.read(page, as_version=4)
     assert notebook.cells[2].outputs[0].text == "0 [-1, 0.5]\n"
+    assert Path("docs", "thumbnails", "page.png").read_bytes().startswith(b"\x89PNG")
     stamp = notebook.metadata[rules.STAMP]
     assert stamp["parameters"]["PRESET"] == "mini"
     assert stamp["device"].startswith("cpu")
