@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from itemkit.doctor import photo_cases
 from itemkit.errors import InputError
+from itemkit.run import execute
 from tools import notebooks, rules
 
 REPO = Path(__file__).resolve().parents[1]
@@ -55,6 +58,31 @@ def test_each_figure_has_its_print_version_and_its_data(results: Path) -> None:
     assert len(figures) >= len(COMMITTED)
     beside = [path.with_suffix(suffix) for path in figures for suffix in (".pdf", ".csv")]
     assert [path.name for path in beside if not path.is_file()] == []
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty cuts of photographs, of many sizes and shapes; half of them reduced to a few colours as "fakes"."""
+    folder = tmp_path_factory.mktemp("photographs")
+    pictures, rng = [case.image for case in photo_cases()], np.random.default_rng(0)
+    for label in ("real", "fake"):
+        (folder / label).mkdir()
+        for number in range(30):
+            whole = pictures[number % len(pictures)]
+            size = [int(side * rng.uniform(0.3, 1)) for side in whole.size]
+            left, top = (int(rng.uniform(0, a - b)) for a, b in zip(whole.size, size, strict=True))
+            cut = whole.crop((left, top, left + size[0], top + size[1]))
+            cut = cut if label == "real" else cut.quantize(12).convert("RGB")
+            cut.save(folder / label / f"{number}.jpg", quality=90)
+    return folder
+
+
+@pytest.mark.notebooks
+@pytest.mark.parametrize("name", ["01_misalignment", "02_hierarchical_features", "05_robustness"])
+def test_a_notebook_runs_on_photographs_of_mixed_sizes(name: str, photographs: Path, tmp_path: Path) -> None:
+    given = {"DATA": str(photographs), "OUT_DIR": str(photographs.parent / "results")}
+    execute(REPO / "notebooks" / f"{name}.ipynb", tmp_path / f"{name}.ipynb", given)
+    assert rules.problems(tmp_path / f"{name}.ipynb", committed=False) == []
 
 
 # ---- the rules ---------------------------------------------------------------------------------------------
