@@ -2,9 +2,9 @@
 
 Both classes get the same transform, and captions, objects and regions are computed anew on the result.
 
-What has a scale is measured by the picture: blur, resizing and cropping go by its sides, so they mean the same
-to the models in a picture of 48 px and in one of 4,000. JPEG, WebP and noise work on the pixels as they are,
-as in a file that travels, so they harm a small picture more; `grid_for` leaves out what would erase it.
+What has a scale is measured by the picture: blur, resizing and cropping go by its sides, so they mean the
+same to the models in a picture of 48 px and in one of 4,000. JPEG, WebP and noise work on the pixels as they
+are, as in a file that travels, so they harm a small picture more; `grid_for` leaves out what would erase it.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def jpeg_random(low: int = 50, high: int = 95) -> Perturbation:
 
 def chain(*parts: Perturbation, strength: float = 1.0) -> Perturbation:
     """Apply several perturbations one after the other."""
-    name = "+".join(part.name for part in parts)
-    return Perturbation(name, "chain", strength, name, tuple(step for part in parts for step in part.steps))
+    name, setting = "+".join(p.name for p in parts), " + ".join(p.setting for p in parts)
+    return Perturbation(name, "chain", strength, setting, tuple(step for p in parts for step in p.steps))
 
 
 CLEAN = Perturbation("clean", "clean", 0.0, "clean", ())
