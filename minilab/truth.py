@@ -106,23 +106,21 @@ def originals(image_ids: Sequence[str]) -> list[Original | None]:
     table = table[table["generator"].isin(["real", "edit"])]
     table["world"] = table["split"].where(table["generator"] == "real", "spare")
     for (name, split), part in table.groupby(["generator", "world"]):
-        ids = [content_id(data) for data in part["png"]]
-        if not set(ids) & set(image_ids):
-            continue
+        ids, prompts = part["png"].map(content_id).to_numpy(), part["prompt"].to_numpy()
         at = fakes.GENERATORS.index("edit") if name == "edit" else 0
-        scenes = make_renders(split, len(part), start=at * len(part))
-        squares = np.zeros(scenes.owner.shape, bool)
-        if name == "edit":
-            drawn = fakes._parts(len(part), at + 1)
-            squares = np.concatenate([fakes.edit_masks(scenes.owner[rows], seed) for rows, seed in drawn])
-        for row, (image_id, prompt) in enumerate(zip(ids, part["prompt"], strict=True)):
-            facts = scenes.facts[row]
-            if caption(facts) != prompt:
-                raise InputError(
-                    f"scene {row} of {split} is '{caption(facts)}', the image made of it shows '{prompt}': "
-                    "images and world are of different versions; rebuild data/mini (`make lab`)"
-                )
-            found[image_id] = Original(scenes.images[row], scenes.owner[row], facts, squares[row])
+        for rows, seed in fakes._parts(len(part), at + 1):  # the batches in which edits were drawn
+            if not np.isin(ids[rows], image_ids).any():
+                continue
+            scenes = make_renders(split, len(ids[rows]), start=at * len(part) + rows.start)
+            redrawn = fakes.edit_masks(scenes.owner, seed) & (name == "edit")
+            for facts, said in zip(scenes.facts, prompts[rows], strict=True):
+                if caption(facts) != said:
+                    raise InputError(
+                        f"a scene of {split} is '{caption(facts)}', the image made of it shows '{said}': they "
+                        "are of different versions of the world; rebuild data/mini (`make lab`)"
+                    )
+            each = zip(scenes.images, scenes.owner, scenes.facts, redrawn, strict=True)
+            found |= dict(zip(ids[rows], (Original(*one) for one in each), strict=True))
     return [found.get(image_id) for image_id in image_ids]
 
 
