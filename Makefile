@@ -69,5 +69,5 @@ $(READY): constraints.txt pyproject.toml
 		"make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || { echo "Making the environment in $(VENV) with $(PYTHON); this happens once."; \
 		$(PYTHON) -m venv $(VENV); }
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,explore]'
 	@touch $@
