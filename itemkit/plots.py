@@ -212,7 +212,7 @@ def intervals(
         ax.axvline(reference, color=GREY, lw=0.8, ls=":", zorder=0)
     names = [plain(title if name is None else name) for title, name in keys]
     ax.set(yticks=range(len(keys)), yticklabels=names, xlabel=plain(xlabel))
-    for (_, name), tick in zip(keys, ax.get_yticklabels(), strict=True):
+    for (_, name), tick in zip(keys, ax.get_yticklabels(), strict=False):
         tick.set_fontweight("bold" if group and name is None else "normal")
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(keys) - 0.5, -0.5)
