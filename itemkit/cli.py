@@ -367,7 +367,7 @@ def evaluate(args: argparse.Namespace) -> None:
         *["", "What was promised, and what happened:", *(f"  {line}" for line in kept)],
     )
     if args.report:
-        kept = [f"promised, and what happened: {line}" for line in kept]
+        kept = [f"promised: {line}" for line in kept]
         judged = {"fpr": args.fpr, "fnr": args.fnr, "evaluated": (table, shown, [*lines, *kept])}
         itemkit.report.write_report(args.report, test, detector, test, **judged)
         _say(f"report: {args.report}")

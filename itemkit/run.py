@@ -1,4 +1,4 @@
-"""``itemkit run``: the whole method on one data set, from images to figures and a page that sums up.
+"""``itemkit run``: the whole method on one data set, from images to figures and a report.
 
 What fails, or cannot be said of these images, is noted on that page; everything else is made all the same.
 """
@@ -11,23 +11,19 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
 
 import pandas as pd
 
 from itemkit import schema, workflow
-from itemkit._files import atomic_write
 from itemkit.errors import InputError
 from itemkit.features import Features
 from itemkit.manifest import write_manifest
-from itemkit.misalignment import cosines
 from itemkit.models import names_object
 from itemkit.presets import PRESETS, Preset, get_preset
-from itemkit.text import count, markdown_table, one_line, printable, wide_table
-
-if TYPE_CHECKING:
-    from itemkit.detector import Detector
+from itemkit.report import Section, write_report
+from itemkit.text import one_line, wide_table
 
 # What a notebook needs of images of one's own: generators, and validation and test images of each class; or
 # what they never have. One without a parameter DATA is about the laboratory.
@@ -53,13 +49,13 @@ def run_all(
     fpr: float = 0.05,
     fnr: float = 0.05,
 ) -> list[str]:
-    """Extract, train, evaluate, execute the notebooks, sum up in ``out/summary.md``; returns what failed.
+    """Extract, train, evaluate, execute the notebooks, write ``out/report.html``; returns what failed.
 
     Parameters
     ----------
     data : DataFrame, optional
         Manifest; the mini laboratory's images by default. Notebooks that ask for more than there is of one's
-        own images are left out, and the summary says so.
+        own images are left out, and the report says so.
     out : path
         Everything goes below it: ``features``, ``detector``, ``notebooks``, ``figures``, ``study``.
     fpr, fnr : float
@@ -68,59 +64,38 @@ def run_all(
     began = time.time()
     out, chosen = Path(out).resolve(), get_preset(preset)
     features = workflow.features(chosen, data, out, device)
-    lines, not_made = _head(features), []
+    detector, test, not_made = None, None, []
     try:
         detector = workflow.train_detector(features, device=device)
         detector.save(out / "detector")
-        lines += _of_detector(detector, features.split("test"), fpr, fnr)
+        test = features.split("test")
     except InputError as reason:
         not_made.append(f"failed: detector: {one_line(reason)}")
     not_made += _notebooks(chosen, data, features, out, device)
-    lines += _of_figures(out / "figures", began)
-    if not_made:
-        lines += ["\n## Not made\n", *(f"- {line}" for line in sorted(not_made))]
-    page = "\n".join([*lines, f"\n{(time.time() - began) / 60:.1f} minutes.\n"])
-    atomic_write(out / "summary.md", page.encode("utf-8", "backslashreplace"))
-    print(page, f"Everything made is in {os.path.relpath(out)}", sep="\n")
+    more = _study(out, began)
+    not_made.sort()
+    judged = {"fpr": fpr, "fnr": fnr, "more": more, "left_out": not_made}
+    sections = write_report(out / "report.html", features, detector, test, **judged)
+    print(*(line for section in sections for line in section.to_text()), sep="\n")
+    took = f"{(time.time() - began) / 60:.1f} minutes"
+    print(f"\nEverything made is in {os.path.relpath(out)}; begin with report.html ({took})")
     return [line for line in not_made if line.startswith("failed")]
 
 
-# ---------------------------------------------------------------------------------------------- the summary
-
-
-def _head(features: Features) -> list[str]:
-    """What made the numbers, what they are about, and what can be said of any images: how well they fit."""
-    made = features.provenance
-    by = f"preset {made['preset']}, models {made['models']}, itemkit {made['itemkit']}"
-    lines = [f"# Summary\n\nMade with {by}; {count(len(features), 'image')}."]
-    lines += [f"\n**{made['note'][:1].upper()}{made['note'][1:]}.**"] if made["note"] else []
-    lines += [f"\nSplits: {printable(features.run['splits'])}."]
-    if errors := features.run["counts"]["errors"]:
-        lines += [f"\n{count(errors, 'image')} could not be used; errors.parquet of the store says why."]
-    fit = cosines(features).groupby(features.table[schema.GENERATOR], sort=False, dropna=False)
-    shown = fit[["global_cosine", "mean_local_cosine"]].median().round(3).astype(str)
-    shown.columns = ["global cosine", "mean local cosine"]
-    shown.insert(0, "images", fit.size())
-    title = "\n## How well images fit their captions\n\nMedians; nothing is trained here.\n"
-    return [*lines, title, *markdown_table(shown.reset_index())]
-
-
-def _of_detector(detector: Detector, test: Features, fpr: float, fnr: float) -> list[str]:
-    _, shown, lines = workflow.evaluate(detector, test, fpr, fnr)
-    title = "\n## Detector trained on all generators\n\nTest split; 95 % intervals over its images.\n"
-    return [title, *markdown_table(shown), "", *(f"- {printable(line)}" for line in lines)]
-
-
-def _of_figures(folder: Path, since: float) -> list[str]:
-    """The figures of this run; older ones in the folder may be of other data."""
-    made = sorted(path for path in folder.glob("*.*") if path.stat().st_mtime >= since - 1)
-    lines = []
-    if (controls := folder / "03_controls.csv") in made:
+def _study(out: Path, since: float) -> list[Section]:
+    """The study and the figures of this run; older ones in the folder may be of other data."""
+    made = sorted(path for path in (out / "figures").glob("*.*") if path.stat().st_mtime >= since - 1)
+    sections = []
+    if (controls := out / "figures" / "03_controls.csv") in made:
         wide = wide_table(pd.read_csv(controls), "detector_title", "cell")
-        lines = ["\n## Trained on one generator, tested on unseen families (AUROC, notebook 03)\n"]
-        lines += markdown_table(wide.rename(columns={"detector_title": "detector"}))
-    figures = [path for path in made if path.suffix == ".png"]
-    return [*lines, "\n## Figures\n", *(f"- [{f.stem}](figures/{f.name})" for f in figures)]
+        lines = ["AUROC on families of generators that a detector was not trained on; from notebook 03."]
+        title = "Does it carry over to generators never seen?"
+        sections.append(Section(title, lines, table=wide.rename(columns={"detector_title": "detector"})))
+    links = [path.relative_to(out).as_posix() for path in made if path.suffix == ".png"]
+    if links:
+        lines = ["Beside this file, as PNG and PDF, with the table behind each as CSV."]
+        sections.append(Section("Figures of the notebooks", lines, links=links))
+    return sections
 
 
 # -------------------------------------------------------------------------------------------- the notebooks

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,13 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     return given
 
 
+def text_of(folder: Path) -> str:
+    """The text of a report, without its tags and pictures."""
+    page = (folder / "report.html").read_text()
+    page = re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
+    return html.unescape(re.sub(r"<[^>]*>", "\n", page))
+
+
 def photos(folder: Path, n: int, generators: tuple[str, ...] = ("toy",)) -> pd.DataFrame:
     table = fakes.make_images(folder, n)
     fake = table["label"] == 1
@@ -58,40 +68,39 @@ def test_what_does_not_fit_is_left_out_and_what_fails_is_noted(
     for values in executed.values():
         assert Path(values["DATA"]).is_file() and values["PRESET"] == "stub" and values["MODELS"] == {}
     assert failed == ["failed: notebook 05_robustness: ValueError: no such thing"]
-    page = (tmp_path / "out" / "summary.md").read_text()
-    assert f"- {failed[0]}\n" in page
-    assert "- left out: A1_the_mini_lab: it is about the laboratory" in page
-    assert "- left out: 07_ablations: it needs second models: open it, set CLIP_SECOND" in page
+    page = text_of(tmp_path / "out")
+    assert failed[0] in page
+    assert "left out: A1_the_mini_lab: it is about the laboratory" in page
+    assert "left out: 07_ablations: it needs second models: open it, set CLIP_SECOND" in page
     assert ("03_training: generators needed: 2, here: 1" in page) == (len(generators) == 1)
     assert (tmp_path / "out" / "detector" / "detector.json").is_file()
 
 
 def test_few_photographs_get_all_that_can_be_said(stub: Preset, executed: dict, tmp_path: Path) -> None:
     run.run_all(stub, photos(tmp_path / "images", 82), tmp_path / "out", "cpu")
-    page = (tmp_path / "out" / "summary.md").read_text()
-    assert "Made with preset stub, models " in page and "82 images" in page
-    assert "Splits: no splits given" in page
-    assert "| generator | images | global cosine | mean local cosine |" in page
-    assert "| all | " in page and "95 % intervals" in page and "auroc" in page
+    page = text_of(tmp_path / "out")
+    assert "82 images: 41 real, 41 fake of 1 generator; preset stub, models " in page
+    assert "splits: no splits given" in page
+    assert "whole image: median cosine" in page and "95 % intervals" in page and "\nall\n" in page
     # a map of a handful of points says nothing, and the promise alone is withheld, with what it takes
-    assert "- left out: 04_umap: test images of each class needed: 8, here: " in page
+    assert "left out: 04_umap: test images of each class needed: 8, here: " in page
     assert "04_umap" not in executed
     assert "withheld" in page and "--fpr" in page and "nan" not in page and "p(fake) is rough" in page
 
 
-def test_one_class_gets_a_summary_too(stub: Preset, executed: dict, tmp_path: Path) -> None:
+def test_one_class_gets_a_report_too(stub: Preset, executed: dict, tmp_path: Path) -> None:
     table = photos(tmp_path / "images", 20)
     failed = run.run_all(stub, table[table["label"] == 0], tmp_path / "out", "cpu")
-    page = (tmp_path / "out" / "summary.md").read_text()
+    page = text_of(tmp_path / "out")
     assert executed == {} and len(failed) == 1 and failed[0].startswith("failed: detector: ")
-    assert failed[0] in page and "| real | 10 |" in page
+    assert failed[0] in page and "\nreal\n\n10\n" in page and "There is nothing to compare" in page
     assert "01_misalignment: generators needed: 1, here: 0" in page
 
 
 def test_names_from_data_do_not_break_the_page(stub: Preset, executed: dict, tmp_path: Path) -> None:
     run.run_all(stub, photos(tmp_path / "images", 60, ("a|b<i>\x1b[2J",)), tmp_path / "out", "cpu")
-    page = (tmp_path / "out" / "summary.md").read_text()
-    assert "| a\\|b&lt;i>\\x1b[2J |" in page and "\x1b" not in page
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert ">a|b&lt;i&gt;\\x1b[2J</td>" in page and "\x1b" not in page and "<i>" not in page
 
 
 def test_an_installed_package_without_notebooks_says_where_they_are(
@@ -99,9 +108,32 @@ def test_an_installed_package_without_notebooks_says_where_they_are(
 ) -> None:
     monkeypatch.setattr(run, "__file__", str(tmp_path / "site-packages" / "itemkit" / "run.py"))
     failed = run.run_all(stub, photos(tmp_path / "images", 60), tmp_path / "out", "cpu")
-    page = (tmp_path / "out" / "summary.md").read_text()
+    page = text_of(tmp_path / "out")
     assert failed == [] and "left out: the notebooks: they come with the repository" in page
-    assert "## Detector" in page
+    assert "What is the detector worth?" in page
+
+
+def test_the_study_of_this_run_stands_in_its_report_and_figures_are_linked(
+    stub: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (out / "figures").mkdir(parents=True)
+    (out / "figures" / "old.png").write_bytes(b"")
+    os.utime(out / "figures" / "old.png", (0, 0))
+
+    def notebooks(*_: Any) -> list[str]:
+        cells = {"detector_title": ["ours", "ours"], "cell": ["a", "b"], "value": [0.9, 0.8]}
+        table = pd.DataFrame(cells | {"low": [0.8, float("nan")], "high": [1.0, float("nan")]})
+        table.to_csv(out / "figures" / "03_controls.csv", index=False)
+        (out / "figures" / "03 controls.png").write_bytes(b"")
+        return []
+
+    monkeypatch.setattr(run, "_notebooks", notebooks)
+    run.run_all(stub, photos(tmp_path / "images", 60), out, "cpu")
+    page = (out / "report.html").read_text()
+    assert "0.90 (0.80-1.00)" in page and 'href="figures/03%20controls.png"' in page and "old.png" not in page
+    said = capsys.readouterr().out
+    assert "What is the detector worth?" in said and "begin with report.html" in said
 
 
 def test_models_of_a_run_reach_the_notebooks(
