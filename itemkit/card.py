@@ -35,6 +35,7 @@ WIDTH = plots.COLUMN * 72  # of the card; this and all lengths below in points, 
 EDGE, GAP = 5, 7
 SIDE = 118  # of the square that holds a picture; one that is wider than WIDE times its height gets a row
 WIDE = 1.7
+LABEL = 78  # room for the names of objects
 SMALL, TEXT = 6, 7  # sizes of type
 ROWS = 8  # objects that are shown, those that add most; the others are counted
 GROUND = {"fake": plots.VERMILION, "real": plots.BLUE}  # of the verdict; any other is black
@@ -60,7 +61,9 @@ def alt(verdict: Verdict) -> str:
     """What is to be seen on a card, in a sentence, for readers who do not see it."""
     things = [f"{thing['phrase']} ({_share(thing['real_below'])})" for thing in verdict.objects]
     named = f"; objects and the share of real ones that fit worse: {', '.join(things)}" if things else ""
-    return plain(f"Verdict {verdict.verdict}, p(fake) {verdict.p_fake:.2f}; caption: {verdict.caption}{named}")
+    return plain(
+        f"Verdict {verdict.verdict}, p(fake) {verdict.p_fake:.2f}; caption: {verdict.caption}{named}"
+    )
 
 
 def draw(verdict: Verdict) -> Figure:
@@ -76,14 +79,14 @@ def draw(verdict: Verdict) -> Figure:
 
     beside = across if wide else across - SIDE - GAP
     head = _wrap(_plainly(verdict.because), beside, most=7)
-    said = [_wrap(_plainly(text), beside, most=3) for text in _remarks(verdict)]
+    said = [_wrap(_plainly(text), beside - 5, most=6) for text in _remarks(verdict)]
     caption = _wrap(_caption(verdict, shown), across, TEXT, most=6)
     made = f"itemkit {verdict.itemkit}, preset {verdict.preset}, models {verdict.models or 'unknown'}"
     small = _wrap(_plainly(made), across)
     rows = 1 + len(shown) + (len(things) > len(shown))
-    text_high = 26 + 7.5 * (len(head) + sum(map(len, said))) + 4 * len(said)
+    text_high = 22 + 7.5 * (len(head) + sum(map(len, said))) + 4 * len(said)
     picture_high = size[1] + GAP + text_high if wide else max(size[1], text_high)
-    parts = [picture_high, 12 * len(caption) + 12, 46 + 22, 9.5 * rows + 26, 7.5 * len(small)]
+    parts = [picture_high, 12 * len(caption) + 10, 56 + 20, 9.5 * rows + 29, 7.5 * len(small)]
     total = sum(parts) + GAP * (len(parts) - 1) + 2 * EDGE
     tops = EDGE + np.cumsum([0, *parts[:-1]]) + GAP * np.arange(len(parts))
 
@@ -98,20 +101,22 @@ def draw(verdict: Verdict) -> Figure:
     _picture(place(EDGE, tops[0], *size), image, verdict, shown)
     left, top = (EDGE, tops[0] + size[1] + GAP) if wide else (EDGE + SIDE + GAP, tops[0])
     ground = {"facecolor": GROUND.get(verdict.verdict, plots.BLACK), "edgecolor": "none", "pad": 2.5}
-    big: dict[str, Any] = {"fontsize": 11, "fontweight": "bold", "color": "white", "bbox": ground}
+    big: dict[str, Any] = {"fontsize": 10, "fontweight": "bold", "color": "white", "bbox": ground}
     page.text(left + 3, top + 3, verdict.verdict, va="top", **big)
-    page.text(left + beside, top + 4.5, f"p(fake) = {verdict.p_fake:.2f}", va="top", ha="right", fontsize=8)
-    top = _write(page, head, left, top + 26)
+    page.text(left + beside, top + 4.5, f"p(fake) {verdict.p_fake:.2f}", va="top", ha="right", fontsize=TEXT)
+    top = _write(page, head, left, top + 21)
     for lines in said:
         high = 7.5 * len(lines)
         page.add_patch(Rectangle((left, top + 3), 1.5, high, color=plots.ORANGE, lw=0))
         top = _write(page, lines, left + 5, top + 4)
     # the caption, with the scale of its colours below
     top = _write(page, caption, EDGE, tops[1], TEXT, 12, across)
-    _scale(page, EDGE, top + 2)
+    if shown:
+        _scale(page, EDGE, top + 2)
     # the score between those of known images; what made it
-    _scores(place(EDGE, tops[2], across, 46), verdict)
-    _adds(place(EDGE + 78, tops[3], across - 78 - 16, 9.5 * rows), verdict, shown, len(things) - len(shown))
+    _scores(place(EDGE, tops[2], across, 56), verdict)
+    axes = place(EDGE + LABEL, tops[3] + 9, across - LABEL - 16, 9.5 * rows)
+    _adds(axes, verdict, shown, len(things) - len(shown))
     _write(page, small, EDGE, tops[4], colour=plots.GREY)
     return fig
 
@@ -136,7 +141,7 @@ def _remarks(verdict: Verdict) -> list[str]:
 
 
 def _caption(verdict: Verdict, shown: list[dict[str, Any]]) -> list[Word]:
-    """The caption's words; where it names an object that is shown, all of its words as one, with its share."""
+    """Words of the caption; all those of an object that is shown as one, with its number and share."""
     text, spans = verdict.caption, list[tuple[int, int, Word]]()
     for i, thing in enumerate(shown, 1):
         words = r"\W+".join(map(re.escape, thing["phrase"].split()))
@@ -209,7 +214,11 @@ def _write(
         for word, ground, wide in line:
             x = left + at if first == "L" or not across else left + across - at - wide
             box = {"facecolor": ground, "edgecolor": "none", "pad": 1.2} if ground else None
-            look: dict[str, Any] = {"fontsize": size, "color": _ink(ground) if ground else colour, "bbox": box}
+            look: dict[str, Any] = {
+                "fontsize": size,
+                "color": _ink(ground) if ground else colour,
+                "bbox": box,
+            }
             page.text(x + (2 if ground else 0), top + (i + 0.75) * step, plain(word), **look)
             at += wide
     return top + len(lines) * step
@@ -239,7 +248,7 @@ def _picture(ax: Axes, image: np.ndarray, verdict: Verdict, shown: list[dict[str
 
 def _scale(page: Axes, left: float, top: float) -> None:
     """What colour and number mean: the share of validation reals' objects that fit worse."""
-    text = "share of objects in real images that fit their words worse:"
+    text = "objects of real images that fit their words worse:"
     page.text(left, top + 5.5, text, fontsize=SMALL, color=plots.GREY)
     left += _wide(text, SMALL) + 6
     for below in (0, 0.25, 0.5, 0.75, 1):
@@ -258,31 +267,37 @@ def _scores(ax: Axes, verdict: Verdict) -> None:
     low, high = every.min(), every.max()
     low, high = low - 0.08 * (high - low) - 0.1, high + 0.08 * (high - low) + 0.1
     x = np.linspace(low, high, 300)
-    for i, (scores, colour) in enumerate(known.values()):
-        if len(scores) > 4 and np.ptp(scores) > 0:
-            y = gaussian_kde(scores)(x)
-            ax.fill_between(x, y / y.max(), color=colour, alpha=0.35, lw=0)
-            ax.plot(x, y / y.max(), color=colour, lw=1)
+    curves = {n: gaussian_kde(y)(x) for n, (y, _) in known.items() if len(y) > 4 and np.ptp(y)}
+    most = max((y.max() for y in curves.values()), default=1)
+    for i, (name, (scores, colour)) in enumerate(known.items()):
+        if name in curves:
+            ax.fill_between(x, curves[name] / most, color=colour, alpha=0.35, lw=0)
+            ax.plot(x, curves[name] / most, color=colour, lw=1)
         else:  # too few for a curve
-            ax.plot(scores, np.full(len(scores), 0.1 + 0.1 * i), "|", color=colour, ms=6)
-    cuts = _cuts(verdict)
+            ax.plot(scores, np.full(len(scores), 0.1 + 0.2 * i), "|", color=colour, ms=6)
+    cuts, top, small = _cuts(verdict), 2.2, {"fontsize": SMALL, "ha": "center"}
     for cut in cuts:
-        ax.axvline(cut, 0, 1 / 1.5, color=plots.BLACK, lw=0.8, ls=":")
+        ax.plot([cut, cut], [0, 1.3], color=plots.BLACK, lw=0.8, ls=":")
     if len(cuts) == 2 and verdict.verdict != "withheld":
-        ax.axvspan(*cuts, 0, 1 / 1.5, color=plots.GREY, alpha=0.3, lw=0)
-        ax.text(np.mean(cuts), 1.08, "unsure", ha="center", fontsize=SMALL)
-    ax.set(xlim=(low, high), ylim=(0, 1.5), yticks=[])
+        ax.axvspan(*cuts, 0, 1.3 / top, color=plots.GREY, alpha=0.3, lw=0)
+        for name, at in (
+            ("real", (low + cuts[0]) / 2),
+            ("unsure", np.mean(cuts)),
+            ("fake", (high + cuts[1]) / 2),
+        ):
+            if name == "unsure" or abs(at - np.mean(cuts)) > 0.1 * (high - low):
+                ax.text(at, 1.08, name, color=GROUND.get(name, plots.BLACK), **small)
+    ax.set(xlim=(low, high), ylim=(0, top), yticks=[])
     ax.spines["left"].set_visible(False)
     ax.tick_params(labelsize=SMALL, pad=1.5)
-    for (name, (scores, colour)), at in zip(known.items(), (0, 1), strict=True):
-        text = f"{len(scores)} {name} validation images"
-        side = ("left", "right")[at]
-        ax.text(at, 1, text, transform=ax.transAxes, ha=side, va="top", fontsize=SMALL, color=colour)
-    ax.plot([score, score], [0, 0.92], color=plots.BLACK, lw=1.8)
-    ax.plot(score, 0.92, "v", color=plots.BLACK, ms=4.5)
+    for (name, (scores, colour)), side in zip(known.items(), ("left", "right"), strict=True):
+        text = f"{len(scores):,} {name} validation images"
+        at = (side == "right", 1)
+        ax.text(*at, text, transform=ax.transAxes, ha=side, va="top", fontsize=SMALL, color=colour)
+    ax.plot([score, score], [0, 1.45], color=plots.BLACK, lw=1.8)
     near = (score - low) / (high - low)
-    where = {"ha": "left" if near < 0.5 else "right", "va": "center", "fontsize": SMALL, "fontweight": "bold"}
-    ax.annotate("this image", (score, 0.92), (4 if near < 0.5 else -4, 0), textcoords="offset points", **where)
+    side = "left" if near < 0.15 else "right" if near > 0.85 else "center"
+    ax.text(score, 1.52, "this image", fontsize=SMALL, fontweight="bold", ha=side)
     ax.set_xlabel(_axis(verdict, cuts), fontsize=SMALL, labelpad=1.5)
 
 
@@ -301,23 +316,27 @@ def _axis(verdict: Verdict, cuts: list[float]) -> str:
     fpr, fnr = verdict.rates
     if len(cuts) < 2 or verdict.verdict == "withheld":
         return "log-odds of fake; too few validation images for a promise"
-    return f"log-odds of fake; dotted: {fpr:.3g} of reals lie above, {fnr:.3g} of fakes below"
+    return f"log-odds of fake; dotted: {100 * fpr:.3g} % of reals above, {100 * fnr:.3g} % of fakes below"
 
 
 def _adds(ax: Axes, verdict: Verdict, shown: list[dict[str, Any]], others: int) -> None:
     """What the whole image says alone, and by how much the log-odds fall without each object."""
-    rows = [("the image without objects", verdict.global_adds or 0.0, plots.BLACK)]
+    rows = [("whole image alone", verdict.global_adds or 0.0, plots.BLACK)]
     for i, thing in enumerate(shown, 1):
         name = thing["phrase"] if thing["found"] else f"{thing['phrase']} (no box)"
         rows.append((f"{i} {name}", thing["adds"] or 0.0, _shade(thing["real_below"])))
-    if not verdict.objects:
-        rows[0] = ("the image (no object is named)", *rows[0][1:])
+    said = "what the whole image says alone, and what is lost when an object is left out"
+    said = said if verdict.objects else "the caption names no object: all is said by the whole image"
+    head: dict[str, Any] = {"textcoords": "offset points", "fontsize": SMALL, "color": plots.GREY}
+    ax.annotate(said, (0, 1), (-LABEL, 2), "axes fraction", **head)
     for y, (name, value, colour) in enumerate(rows):
         ax.barh(y, value, 0.72, color=colour, ec="black", lw=0.4)
         aside: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": SMALL}
         side = "left" if value >= 0 else "right"
-        ax.annotate(f"{value:+.1f}", (value, y), (3 if value >= 0 else -3, 0), ha=side, **aside)
-        while len(name) > 4 and _wide(name, SMALL) > 74:
+        ax.annotate(
+            f"{value:+.1f}".replace("-", "−"), (value, y), (3 if value >= 0 else -3, 0), ha=side, **aside
+        )
+        while len(name) > 4 and _wide(name, SMALL) > LABEL - 4:
             name = f"{name[:-2].rstrip()}…"
         look: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": SMALL}
         ax.annotate(plain(name), (0, y), (-4, 0), ("axes fraction", "data"), "offset points", **look)
@@ -331,5 +350,4 @@ def _adds(ax: Axes, verdict: Verdict, shown: list[dict[str, Any]], others: int) 
     ax.axvline(0, color=plots.BLACK, lw=0.7)
     ax.spines["left"].set_visible(False)
     ax.tick_params(labelsize=SMALL, pad=1.5)
-    label = "log-odds of fake without objects; what each object adds"
-    ax.set_xlabel(label, fontsize=SMALL, labelpad=1.5)
+    ax.set_xlabel("log-odds of fake", fontsize=SMALL, labelpad=1.5)
