@@ -187,19 +187,31 @@ def test_rungs_start_where_they_should(generators: Path, monkeypatch: pytest.Mon
     assert {ladders.ladder_of(r) for r in ladders.RUNGS} == {"flow", "latent_flow", "gan", "keep"}
 
 
-def test_frechet_distance_by_hand() -> None:
+def test_the_frechet_distance_by_hand() -> None:
     rng = np.random.default_rng(0)
     a = rng.normal(size=(500, 5))
-    assert ladders.frechet_distance(a, a, n_boot=0)["value"] == pytest.approx(0, abs=1e-8)
-    moved = ladders.frechet_distance(a, a + [3, 0, 4, 0, 0], n_boot=0)
-    assert moved["value"] == pytest.approx(25)  # equal covariance: the squared distance of the means
-    line = ladders.frechet_distance(np.array([[-1.0], [1.0]]), np.array([[-3.0], [3.0]]), n_boot=0)
-    assert line["value"] == pytest.approx(8.0)  # standard deviations sqrt 2 and 3 sqrt 2
-    wide = ladders.frechet_distance(a, 2 * rng.normal(size=(500, 5)), n_boot=40)
-    assert wide["low"] <= 5.0 <= wide["high"]  # (2 - 1)^2 per dimension
-    assert (wide["n_a"], wide["n_b"]) == (500, 500)
-    with pytest.raises(InputError, match=r"embeddings have shapes \(4, 3\) and \(4, 2\)"):
+    assert ladders._plain_frechet(a, a) == pytest.approx(0, abs=1e-8)
+    # equal covariance: the squared distance of the means
+    assert ladders._plain_frechet(a, a + [3, 0, 4, 0, 0]) == pytest.approx(25)
+    line = ladders._plain_frechet(np.array([[-1.0], [1.0]]), np.array([[-3.0], [3.0]]))
+    assert line == pytest.approx(8.0)  # standard deviations sqrt 2 and 3 sqrt 2
+    with pytest.raises(InputError, match=r"shapes \(4, 3\) and \(4, 2\)"):
         ladders.frechet_distance(np.zeros((4, 3)), np.zeros((4, 2)))
+
+
+def test_the_frechet_distance_has_no_bias_and_its_interval_holds() -> None:
+    rng, truth_ = np.random.default_rng(1), 20 * 0.5**2  # (1.5 - 1)^2 in each of 20 dimensions
+    found, plain = [], []
+    for seed in range(40):
+        a, b = rng.normal(size=(200, 20)), 1.5 * rng.normal(size=(200, 20))
+        found.append(ladders.frechet_distance(a, b, n_draws=20, seed=seed))
+        plain.append(ladders._plain_frechet(a, b))
+        assert found[-1]["low"] < found[-1]["value"] < found[-1]["high"]
+    values = np.array([f["value"] for f in found])
+    error = values.std() / 40**0.5
+    assert abs(values.mean() - truth_) < 4 * error + 0.05 < np.mean(plain) - truth_
+    held = np.mean([f["low"] <= truth_ <= f["high"] for f in found])
+    assert held >= 0.85
 
 
 def test_rungs_and_fakes_share_no_scene() -> None:
@@ -214,9 +226,25 @@ def test_guards_find_what_needs_no_content() -> None:
     noisy = np.clip(images[60:] + noise, 0, 255).astype(np.uint8)
     splits = (["train"] * 30 + ["test"] * 30) * 2
     table = pd.DataFrame({"generator": ["real"] * 60 + ["noisy"] * 60, "split": splits})
-    found = guards.leaks(table, np.concatenate([images[:60], noisy]), seeds=[0]).set_index("guard")["value"]
-    assert found["noise level"] > 0.95 and found["file bytes"] > 0.95
+    found = guards.leaks(table, np.concatenate([images[:60], noisy]), seeds=[0])
+    assert (found["low"] <= found["value"]).all() and (found["value"] <= found["high"]).all()
+    found = found.set_index(["guard", "classes"])["value"]
+    assert found["noise level"].min() > 0.95 and found["file bytes"].min() > 0.95
     same = guards.leaks(table, np.concatenate([images[:60]] * 2), seeds=[0])["value"]
     assert same.between(0.3, 0.7).all(), "equal pictures give nothing away"
     np.testing.assert_allclose(guards.noise_level(np.full((1, 8, 8, 3), 7, np.uint8)), 0)
     assert guards.border(images[:2]).shape == (2, 24)
+
+
+def test_guards_by_hand() -> None:
+    flat = np.full((1, 16, 16, 3), 7, np.uint8)
+    flat[0, 0, 0] = (0, 255, 7)
+    row = guards.histogram(flat)[0].reshape(11, 3).T
+    assert row[0, 0] == 0 and row[0, 2] == 7 and row[0, 9] == 1 / 256  # least value; share of nearly black
+    assert row[1, 8] == 255 and row[1, 10] == 1 / 256
+    wave = np.round(100 + 50 * np.cos(np.pi * np.arange(16))).astype(np.uint8)
+    rings = guards.spectrum(np.broadcast_to(wave[None, None, :, None], (1, 16, 16, 3)))[0]
+    assert rings.argmax() == int(0.5 / 0.5**0.5 * guards.N_RINGS)  # the highest frequency along one axis
+    known = np.random.default_rng(0).normal(size=(400, 2)) * [1, 10]
+    far = guards.strangeness(known, np.array([[0, 0], [3, 0], [0, 30], [-3, 0]]))
+    assert far[0] < 0.1 and far[1:] == pytest.approx([9, 9, 9], rel=0.25)
