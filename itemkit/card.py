@@ -51,6 +51,7 @@ def render(verdict: Verdict, ending: str = "png") -> bytes:
     with mpl.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a script without a font is drawn as boxes
         plots.style()
+        mpl.rcParams["figure.constrained_layout.use"] = False  # everything has its place here
         about = {"CreationDate": None, "Subject": alt(verdict)}
         about = about if ending == "pdf" else {"Description": alt(verdict)}
         draw(verdict).savefig(drawn, format=ending, metadata=about)
@@ -90,7 +91,7 @@ def draw(verdict: Verdict) -> Figure:
     total = sum(parts) + GAP * (len(parts) - 1) + 2 * EDGE
     tops = EDGE + np.cumsum([0, *parts[:-1]]) + GAP * np.arange(len(parts))
 
-    fig = Figure((WIDTH / 72, total / 72), layout="none", facecolor="white")
+    fig = Figure((WIDTH / 72, total / 72), facecolor="white")
     page = fig.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(total, 0))
     page.axis("off")
 
@@ -275,18 +276,16 @@ def _scores(ax: Axes, verdict: Verdict) -> None:
             ax.plot(x, curves[name] / most, color=colour, lw=1)
         else:  # too few for a curve
             ax.plot(scores, np.full(len(scores), 0.1 + 0.2 * i), "|", color=colour, ms=6)
-    cuts, top, small = _cuts(verdict), 2.2, {"fontsize": SMALL, "ha": "center"}
+    cuts, top = _cuts(verdict), 2.2
     for cut in cuts:
         ax.plot([cut, cut], [0, 1.3], color=plots.BLACK, lw=0.8, ls=":")
     if len(cuts) == 2 and verdict.verdict != "withheld":
-        ax.axvspan(*cuts, 0, 1.3 / top, color=plots.GREY, alpha=0.3, lw=0)
-        for name, at in (
-            ("real", (low + cuts[0]) / 2),
-            ("unsure", np.mean(cuts)),
-            ("fake", (high + cuts[1]) / 2),
-        ):
-            if name == "unsure" or abs(at - np.mean(cuts)) > 0.1 * (high - low):
-                ax.text(at, 1.08, name, color=GROUND.get(name, plots.BLACK), **small)
+        ax.axvspan(cuts[0], cuts[1], 0, 1.3 / top, color=plots.GREY, alpha=0.3, lw=0)
+        middle = sum(cuts) / 2
+        for name, at in (("real", (low + cuts[0]) / 2), ("unsure", middle), ("fake", (high + cuts[1]) / 2)):
+            if name == "unsure" or abs(at - middle) > 0.1 * (high - low):
+                look: dict[str, Any] = {"color": GROUND.get(name, plots.BLACK), "fontsize": SMALL}
+                ax.text(at, 1.08, name, ha="center", **look)
     ax.set(xlim=(low, high), ylim=(0, top), yticks=[])
     ax.spines["left"].set_visible(False)
     ax.tick_params(labelsize=SMALL, pad=1.5)

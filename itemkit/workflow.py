@@ -381,8 +381,8 @@ def detect(
 
     Parameters
     ----------
-    images : path, PIL image or uint8 array of shape (h, w), (h, w, 3) or (h, w, 4); a folder, or several
-        One image, or a folder or a sequence of those. Several at once load the models once.
+    images : path, PIL image, uint8 array of shape (h, w), (h, w, 3) or (h, w, 4), or bytes of a file
+        One image; or a folder, or a sequence of all these. Several at once load the models once.
     detector : path, optional
         Folder of a trained detector; the mini preset has its own.
     caption : str, optional
@@ -404,6 +404,7 @@ def detect(
     >>> detect("photo.jpg").card("card.png")  # doctest: +SKIP
     """
     single = isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
+    single = single or isinstance(images, bytes)
     single = single or (isinstance(images, (str, Path)) and not os.path.isdir(images))
     found = verdicts([images] if single else images, preset, detector, device, caption, fpr, fnr, single)
     return next(found) if single else Verdicts(found)
@@ -438,8 +439,8 @@ def verdicts(
     # a caption given here is another source of text on purpose; the check covers everything else
     ignore = ("captions", "captioner") if caption is not None else ()
     judge.check(cast("Features", SimpleNamespace(run=run)), ignore)
-    for each in given:
-        name = each if isinstance(each, str) else "pixels"
+    for number, each in enumerate(given, 1):
+        name = each if isinstance(each, str) else f"image {number}"
         try:
             image_id, pixels, marks = _opened(each)
             name = name if isinstance(each, str) else image_id
@@ -473,11 +474,11 @@ def _images(images: Any) -> Iterator[Any]:
 
 def _opened(given: Any) -> tuple[str, Image.Image, dict[str, str]]:
     """Content id of an image, its pixels as all models take them, and what its file says of its origin."""
-    if isinstance(given, str):
-        data = read_bytes(given)
-        opened = open_image(data, given)
+    if isinstance(given, (str, bytes)):
+        data, name = (read_bytes(given), given) if isinstance(given, str) else (given, "image bytes")
+        opened = open_image(data, name)
         marks = _marks(opened, data)
-        return content_id(data), load_image(opened, given), marks
+        return content_id(data), load_image(opened, name), marks
     if isinstance(given, np.ndarray):
         if given.dtype != np.uint8 or given.ndim not in (2, 3) or given.shape[2:] not in ((), (3,), (4,)):
             raise InputError(
@@ -486,7 +487,8 @@ def _opened(given: Any) -> tuple[str, Image.Image, dict[str, str]]:
             )
         given = Image.fromarray(np.ascontiguousarray(given))
     if not isinstance(given, Image.Image):
-        raise InputError(f"got {type(given).__name__}, expected a path, a PIL image or a uint8 array")
+        expected = "a path, a PIL image, a uint8 array or the bytes of a file"
+        raise InputError(f"got {type(given).__name__}, expected {expected}")
     pixels = load_image(given.copy(), "the PIL image")  # a copy: it is turned in place
     return content_id(repr(pixels.size).encode() + pixels.tobytes()), pixels, _marks(given, b"")
 
