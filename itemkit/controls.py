@@ -103,20 +103,20 @@ def logistic() -> Any:
     return make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
 
 
-class LeaveOneOut(BaseEstimator):
+class GeneratorLeftOut(BaseEstimator):
     """`logistic` with the penalty that serves generators best that were left out of its training in turn.
 
     Of one generator alone, with the penalty that serves other images of it.
     """
 
-    def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> LeaveOneOut:
+    def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> GeneratorLeftOut:
         """Train on labels (1 fake) and the generator of each row; reals are dealt out to the generators."""
         fakes, groups = np.unique(groups[y == schema.FAKE]), groups.copy()
         groups[y == schema.REAL] = np.resize(fakes, int(np.sum(y == schema.REAL)))
-        folds = LeaveOneGroupOut() if len(fakes) > 1 else StratifiedKFold(3)
+        several = len(fakes) > 1
+        folds = LeaveOneGroupOut().split(X, y, groups) if several else StratifiedKFold(3).split(X, y)
         penalties = {"logisticregression__C": np.logspace(-4, 1, 6)}
-        search = GridSearchCV(logistic(), penalties, scoring="roc_auc", cv=folds)
-        self.search_ = search.fit(X, y, groups=groups)
+        self.search_ = GridSearchCV(logistic(), penalties, scoring="roc_auc", cv=list(folds)).fit(X, y)
         return self
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
@@ -598,7 +598,7 @@ OURS |= {
     )
 }
 OURS["stack"] = Control("stack: misalignment, caption likelihood, noise residual",
-    (*HANDFUL, caption_likelihood, FeatureScorer((noise_residual,), Mahalanobis())), LeaveOneOut(),
+    (*HANDFUL, caption_likelihood, FeatureScorer((noise_residual,), Mahalanobis())), GeneratorLeftOut(),
     "Parts that were weighted for a family left out serve the next one, too.", LOGPROB + PIXELS)  # fmt: skip
 CONTROLS: dict[str, Control] = {
     # neither a joint space nor embedded text

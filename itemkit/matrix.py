@@ -34,7 +34,7 @@ from itemkit.text import count, did_you_mean, one_line
 TEST_COLUMNS = [schema.IMAGE_ID, schema.PATH, schema.LABEL, schema.GENERATOR, schema.SOURCE]
 TRAIN_SHARE = 0.8  # of the training images, drawn without replacement for each seed
 FPR = 0.05  # false-positive rate on validation images at which accuracies are given
-SLOW_SEEDS = 2  # of a slow contender, which is not trained on all families but one either
+FEW_SEEDS = 2  # on all families but one, and of a slow contender, which is not trained on these
 # images of each class a split needs; half of val stops the training, the other half sets the threshold
 LEAST = {"train": 2, "val": 2, "test": 1}
 
@@ -71,7 +71,8 @@ def train_on_test_on(
     train_generators, test_generators : names, optional
         By default those with enough images. "a+b" trains on both.
     leave_family_out : bool
-        Also train on all train generators but those of one family, for each of three or more families.
+        Also train on all train generators but those of one family, for each of three or more families, with
+        the first `FEW_SEEDS` seeds.
     threshold : {"fpr", "best"}
         For accuracies, on validation images: 5 % false positives (NaN where too few can promise that), or the
         best balanced accuracy.
@@ -115,10 +116,10 @@ def train_on_test_on(
         "titles": {name: recipe.title or name for name, recipe in detectors.items()},
     }  # fmt: skip
     folder = None if out is None else Path(out)
-    notes += [
-        f"{options['titles'][name]}: {count(len(options['seeds'][:SLOW_SEEDS]), 'seed')}, no family left out: it takes long."
-        for name, recipe in detectors.items() if recipe.slow
-    ]  # fmt: skip
+    few = count(len(seeds[:FEW_SEEDS]), "seed")
+    notes += [f"Trained on all families but one: {few}."] if len(sets) > len(trains) else []
+    slow = [options["titles"][name] for name, recipe in detectors.items() if recipe.slow]
+    notes += [f"{title}: {few}, and no family left out, because it takes long." for title in slow]
     tasks, common = [], _hash(features)
     for name, recipe in detectors.items():
         own = features if recipe.features is None else _aligned(features, recipe.features, name)
@@ -155,7 +156,10 @@ def _runs(
     runs: list[Run] = []
     known: dict[int, np.ndarray] = {}
     try:
-        for train, seed in product(trains, options["seeds"][: SLOW_SEEDS if recipe.slow else None]):
+        for train, seed in product(trains, options["seeds"]):
+            few = recipe.slow or len(options["training_sets"][train]) > train.count("+") + 1
+            if few and seed not in options["seeds"][:FEW_SEEDS]:
+                continue
             members = "+".join(options["training_sets"][train])
             digest = hashlib.sha256(f"{key} {name} {members} {seed}".encode()).hexdigest()
             path = folder and _run_path(folder / "runs", name, train, seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -40,7 +41,7 @@ class Recipe:
     features: Features | None = None
     """Of the same images, to be used instead of the study's: another captioner, localiser, encoder."""
     train_images: int | None = None  # at most so many, both classes in proportion
-    reals_only: bool = False  # learns from real images alone, or not at all: one fit serves every training set
+    reals_only: bool = False  # learns from real images alone, or not at all: one fit serves every set
     slow: bool = False  # takes long: fewer seeds, and not trained on all families but one
 
 
@@ -144,7 +145,19 @@ class ExternalScores:
 
     def decision_function(self, features: Features) -> np.ndarray:
         """Look the score of each image up."""
-        found = self.scores.reindex(self._names(features.table[self.key]))
+        return self.of(features.table)
+
+    def of(self, images: pd.DataFrame) -> np.ndarray:
+        """Score of each image of a table with the columns ``image_id, path``.
+
+        Where no path fits as it is, file names do: tables of scores leave out the folder that all share.
+        """
+        names = self._names(images[self.key])
+        found = self.scores.reindex(names)
+        if self.key == schema.PATH and found.isna().all():
+            by_name = self.scores.set_axis(self.scores.index.map(os.path.basename))
+            if by_name.index.is_unique and not (mine := names.map(os.path.basename)).duplicated().any():
+                found = by_name.reindex(mine)
         if (missing := found.isna()).any():
             raise InputError(
                 f"{self.path} has no score for {missing.sum()} of {len(found)} images, the first is "

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from scipy.stats import rankdata
 
 from itemkit import schema
@@ -29,9 +30,18 @@ from itemkit.calibrate import (
     threshold_at_fpr,
 )
 from itemkit.errors import InputError
-from itemkit.metrics import LEVEL, PROBABILITY_METRICS, holm, interval, p_value, replicate, resample
+from itemkit.metrics import (
+    LEVEL,
+    METRICS,
+    PROBABILITY_METRICS,
+    holm,
+    interval,
+    p_value,
+    replicate,
+    resample,
+)  # fmt: skip
 from itemkit.protocols import Protocol
-from itemkit.text import count, did_you_mean, markdown_table, write_csv
+from itemkit.text import count, did_you_mean, markdown_table, one_line, printable, write_csv
 
 # balanced accuracy where one number, from images of the tested set, shifts the log-odds: `logit_shift`
 SHIFTED = {f"balanced_accuracy_{n or 'no'}_labels": n for n in (0, 20)}
@@ -46,6 +56,10 @@ MOST_RESAMPLES, MOST_ROWS = 20_000, 50_000_000  # that a file of scores may ask 
 PAIR = ["train_generator", "test_generator"]
 BY = ["detector", "train_generator", "seed"]  # what tells runs apart
 ONE, SEVERAL = "one generator", "several generators"
+SCORE_COLUMNS = (
+    "condition", *BY, schema.IMAGE_ID, schema.PATH, schema.LABEL, schema.GENERATOR, schema.SOURCE,
+    schema.SPLIT, "score",
+)  # fmt: skip
 
 
 @dataclass
@@ -317,7 +331,8 @@ class Study:
                 {"reference": reference, "other": other, "metric": metric, "difference": gap.mean(),
                  "low": low, "high": high, "p_value": p_value(drawn), "p_holm": np.nan, "seed_sd": gap.std()}
             )  # fmt: skip
-        table = pd.DataFrame(rows)
+        columns = ["reference", "other", "metric", "difference", "low", "high", "p_value", "p_holm", "seed_sd"]
+        table = pd.DataFrame(rows, columns=columns)
         return table.assign(p_holm=holm(table["p_value"].to_numpy()))
 
     def fuse(self, name: str, parts: Sequence[str]) -> Study:
@@ -363,6 +378,59 @@ class Study:
         table = pd.DataFrame(rows, columns=columns).sort_values("difference", ignore_index=True)
         return table.assign(p_holm=holm(table["p_value"].to_numpy()))
 
+    def unsure(
+        self, parts: Sequence[str], novelty: str, training: str | None = None, share: float = 0.1
+    ) -> pd.DataFrame:
+        """Give no answer where two parts disagree and the image is novel; what is gained on the others.
+
+        Disagreement is how far the two log-odds lie apart; both it and the score of ``novelty`` must be above
+        what a ``share`` of the validation reals have. One row per unseen cell, means over seeds:
+        ``train_generator, test_generator``, AUROC of the mean log-odds on ``all`` images and on those
+        ``answered``, and which share of reals and fakes is not: ``unsure_real, unsure_fake``.
+        """
+        known = {(run.detector, run.train_generator, run.seed): run for run in self.runs}
+        y, rows = self.test[schema.LABEL].to_numpy(int), []
+        for key, part in self.unseen(parts[0], "auroc", training).groupby(["train_generator", "seed"]):
+            first, second, third = (known[name, *key] for name in (*parts, novelty))
+            real, silent = np.array(first.val_labels) == schema.REAL, np.ones(len(y), bool)
+            logits = [run.calibrator.logit(np.array(run.test_scores)) for run in (first, second)]
+            usual = [run.calibrator.logit(np.array(run.val_scores)) for run in (first, second)]
+            for found, of_val in (
+                (np.abs(logits[0] - logits[1]), np.abs(usual[0] - usual[1])),
+                (np.array(third.test_scores), np.array(third.val_scores)),
+            ):
+                silent &= found > np.quantile(of_val[real], 1 - share)
+            for test in part["test_generator"]:
+                mine = self._cells[test]
+                answered, fake = mine[~silent[mine]], y[mine] == schema.FAKE
+                auroc = [
+                    float(replicate(y[at], logits[0][at] + logits[1][at], np.ones((len(at), 1)), None, None,
+                                    True, ("auroc",))["auroc"][0])
+                    if len(set(y[at])) == 2 else np.nan for at in (mine, answered)
+                ]  # fmt: skip
+                rows.append((key[0], test, *auroc, silent[mine][~fake].mean(), silent[mine][fake].mean()))
+        columns = [*PAIR, "all", "answered", "unsure_real", "unsure_fake"]
+        return pd.DataFrame(rows, columns=columns).groupby(PAIR, sort=False).mean().reset_index()
+
+    def join(self, name: str, scorer: Any, title: str = "") -> Study:
+        """Add a detector that ran elsewhere, see `itemkit.recipes.ExternalScores`; returns itself."""
+        if name in self.detectors:
+            raise InputError(f"--scores {name}=...: that name is a contender of ours; choose another")
+        test = np.flatnonzero(self.images[schema.PATH].isin(self.test[schema.PATH]))
+        like = {(run.train_generator, run.seed): run for run in self.runs}  # who has the same images
+        rows = np.unique(np.concatenate([test, *(run.val_rows for run in like.values())]))
+        scores = np.full(len(self.images), np.nan)
+        scores[rows] = scorer.of(self.images.iloc[rows])
+        new = [
+            replace(run, detector=name, key="", config={}, val_scores=scores[run.val_rows].tolist(),
+                    test_scores=scores[test].tolist()).calibrate(self.options)
+            for run in like.values()
+        ]  # fmt: skip
+        self.options["titles"] |= {name: title or name}
+        self.table = pd.concat([self.table, self._evaluate(new)], ignore_index=True)
+        self.runs += new
+        return self
+
     def save(self, folder: Path) -> None:
         """Write ``table.csv``, and what was asked for as ``study.json``."""
         write_csv(self.table.assign(**self.options["made_by"]), folder / "table.csv")
@@ -390,8 +458,8 @@ def save_scores(studies: Mapping[str, Study], path: Path) -> Path:
                 score = _short(part[schema.LABEL].to_numpy(), np.r_[run.val_scores, run.test_scores])
                 about = {"condition": condition} | {name: getattr(run, name) for name in BY}
                 tables.append(part.assign(**about, score=score))
-    names = ["condition", *BY, *images.columns]
-    table = pd.concat(tables, ignore_index=True)[[*names, "score"]]
+    names = list(SCORE_COLUMNS[:-1])
+    table = pd.concat(tables, ignore_index=True)[list(SCORE_COLUMNS)]
     table = table.astype(dict.fromkeys(table.select_dtypes(exclude="number"), "category"))
     table.attrs["studies"] = {condition: study.options for condition, study in studies.items()}
     content = table.to_parquet(
@@ -414,25 +482,62 @@ def _short(y: np.ndarray, s: np.ndarray) -> np.ndarray:
     return s.astype(np.float32)
 
 
-def read_scores(path: Path) -> dict[str, Study]:
-    """Studies of several conditions from a file of `save_scores`: every table again, without any model."""
+def read_scores(path: str | Path) -> dict[str, Study]:
+    """Studies of several conditions from a file of `save_scores`: every table again, without any model.
+
+    The file may come from anybody: what a study cannot have is refused before anything is computed.
+    """
     try:
-        table = pd.read_parquet(path)
-        asked = table.attrs.pop("studies").items()
-        return {name: _study(table[table["condition"] == name], options) for name, options in asked}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"cannot read the scores of a study from {path}: {error}") from error
+        if (n := pq.read_metadata(path).num_rows) > MOST_ROWS:
+            raise ValueError(f"{n:,} rows; at most {MOST_ROWS:,} are read")
+        table = pd.read_parquet(path, columns=[*SCORE_COLUMNS])
+        asked = _shown(table.attrs.pop("studies"))
+        wrong = [name for name in SCORE_COLUMNS if table[name].isna().any()]
+        if wrong or not np.isfinite(table["score"]).all() or not set(table["label"]) <= {0, 1}:
+            raise ValueError(f"{wrong or 'a score or label'} is missing or not a number that it can be")
+        if other := sorted({*table["split"]} - {"val", "test"}):
+            raise ValueError(f"images of the split {other[0]!r}; expected val and test")
+        texts = table.select_dtypes(exclude="number").columns
+        table = table.assign(**{name: table[name].astype("category") for name in texts})
+        return {name: _study(table[table["condition"] == name], options) for name, options in asked.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+        expected = "expected a file that `itemkit study` wrote"
+        raise InputError(f"cannot read the scores of a study from {path}: {what}; {expected}") from error
+
+
+def _shown(asked: Any) -> Any:
+    """What a file says of itself, with texts that can act on no terminal and begin no new line."""
+    if isinstance(asked, dict):
+        return {printable(key): _shown(value) for key, value in asked.items()}
+    if isinstance(asked, list):
+        return [_shown(value) for value in asked]
+    return printable(asked) if isinstance(asked, str) else asked
 
 
 def _study(table: pd.DataFrame, options: dict) -> Study:
+    if not 0 <= int(options["n_boot"]) <= MOST_RESAMPLES:
+        raise ValueError(f"n_boot={options['n_boot']}; expected at most {MOST_RESAMPLES}")
+    if unknown := [name for name in options["metrics"] if name not in (*METRICS, *SHIFTED)]:
+        raise ValueError(f"unknown metric {unknown[0]!r}")
     names = [schema.IMAGE_ID, schema.PATH, schema.LABEL, schema.GENERATOR, schema.SOURCE, schema.SPLIT]
     images = table[names].drop_duplicates(schema.PATH).reset_index(drop=True)
     images = images.astype({name: object for name in names if name != schema.LABEL})
-    position, fused, runs = pd.Index(images[schema.PATH]), options.pop("fused", {}), []
+    fused, runs = options.pop("fused", {}), []
+    tests = np.flatnonzero(images[schema.SPLIT] == "test")
+    path = table[schema.PATH].cat
+    at = pd.Index(images[schema.PATH]).get_indexer(path.categories)[path.codes]
+    table = table.assign(at=at, val=(table[schema.SPLIT] == "val").to_numpy())
     for key, part in table.groupby(BY, sort=False, observed=True):
-        val = (part[schema.SPLIT] == "val").to_numpy()
-        rows, scores = position.get_indexer(part[schema.PATH].astype(object)), part["score"].to_numpy(float)
+        val, rows, scores = (part[name].to_numpy() for name in ("val", "at", "score"))
+        scores = scores.astype(float)
+        if not np.array_equal(rows[~val], tests):
+            raise ValueError(f"the test images of {key[0]}, trained on {key[1]}, are not those of the others")
+        if str(key[1]) not in options["training_sets"] or str(key[0]) not in options["titles"]:
+            raise ValueError(f"nothing is told about {key[0]}, trained on {key[1]}")
         labels = part[schema.LABEL].to_numpy(int)[val].tolist()
+        if len({*labels}) < 2:
+            raise ValueError(f"{key[0]}, trained on {key[1]}, lacks validation images of a class")
         known = (rows[val].tolist(), scores[val].tolist(), labels)
         run = Run(str(key[0]), str(key[1]), int(key[2]), *known, scores[~val].tolist())
         runs.append(run.calibrate(options))
@@ -542,8 +647,8 @@ def _lines(study: Study, protocol: Protocol) -> pd.DataFrame:
 def headline(studies: Mapping[str, Study], names: Sequence[str]) -> pd.DataFrame:
     """Some contenders in a table that fits a page: `ONE`, unseen cells, AUROC unless another metric is named.
 
-    Columns, of every condition: mean with its interval over images, lowest and highest family, worst cell with
-    its interval; TPR at 1 % and 5 % FPR in the first condition.
+    Columns, of every condition: mean with its interval over images, lowest and highest family, worst cell
+    with its interval; TPR at 1 % and 5 % FPR in the first condition.
     """
     rows: dict[str, dict[str, str]] = {}
     for condition, study in studies.items():
@@ -554,8 +659,9 @@ def headline(studies: Mapping[str, Study], names: Sequence[str]) -> pd.DataFrame
             found = {"mean": _share(mean), "families": "{family_low:.2f}-{family_high:.2f}".format(**mean),
                      "worst cell": _share(worst)}  # fmt: skip
             for metric in () if rows and condition != next(iter(studies)) else RATES:
-                seen = study.cells(name, metric, ONE).loc[lambda t, at=cells: t["seen"].isin(at["seen"])]
-                found[SHOWN[metric]] = _share(study.mean(seen))
+                part = study.cells(name, metric, ONE)
+                part = part[part["seen"] == cells["seen"].iloc[0]]
+                found[SHOWN[metric]] = _share(study.mean(part))
             row = rows.setdefault(study.options["titles"][name], {})
             row |= {f"{condition}: {what}": text for what, text in found.items()}
     return pd.DataFrame.from_dict(rows, "index").rename_axis("detector").reset_index().fillna("")
@@ -607,9 +713,9 @@ def fusion_table(
 
 def to_markdown(
     table: pd.DataFrame, studies: Mapping[str, Study], protocol: Protocol, notes: Sequence[str] = (),
-    by_cell: Sequence[str] = (),
+    by_cell: Sequence[str] = (), sections: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """Print a `study_table`, ``notes`` first: every condition's means and worst cells, then cell by cell.
+    """Print a `study_table`: ``notes``, ``sections``, every condition's means and worst cells, each cell.
 
     The latter of the contenders ``by_cell`` only, if any is named; `study_table` has all.
     """
@@ -624,6 +730,7 @@ def to_markdown(
         f"fake test images; values in per cent, means over {count(len(seeds), 'seed')}; "
         f"{study.options['n_boot']} resamples for AUROC, at most {FEW} for the rest.",
         ABOUT,
+        "\n".join(sections).strip(),
     ]
     first = [protocol.metric, *(metric for metric in SHOWN if metric != protocol.metric)]
     for (condition, training), part in table[table["kind"] == OURS].groupby(
