@@ -111,14 +111,16 @@ def data_of(parameters: dict[str, Any], folder: Path, root: Path) -> Path | None
 def data_hash(data: Path | None) -> str | None:
     """Hash of a file, or of the names and contents of a folder's files; None where there is nothing.
 
-    Prose (``*.md``) and anything below a name that starts with a dot or an underscore (caches) do not count.
+    Prose (``*.md``), the scores of a study (a result) and anything below a name that starts with a dot or an
+    underscore (caches) do not count.
     """
     if data is None or not data.exists():
         return None
     digest = hashlib.sha256()
     for path in [data] if data.is_file() else sorted(data.rglob("*")):
         parts = path.relative_to(data).parts
-        if path.is_file() and path.suffix != ".md" and not any(part[0] in "._" for part in parts):
+        result = path.suffix == ".md" or path.name == "study.parquet"
+        if path.is_file() and not result and not any(part[0] in "._" for part in parts):
             digest.update("/".join(parts).encode() + b"\0")
             digest.update(file_hash(path).encode())
     return digest.hexdigest()
