@@ -41,7 +41,7 @@ class Protocol:
     """Generator -> other names that people give its folder; case does not matter."""
     conditions: list[str] = field(default_factory=lambda: ["raw", "equalised"])
     """Parts of its table: "equalised" (one size and codec for all), "random JPEG" (one at a quality drawn for
-    each image; also at the end of another name: "camera + random JPEG"); any other name: images as they are."""
+    each image; also behind another name: "camera + random JPEG"); any other name: images as they are."""
     images: dict[str, str] = field(default_factory=dict)
     """Condition -> which of the laboratory's images it looks at (`itemkit.workflow.LAB_PARTS`), if others."""
     equalise: EqualiseConfig = field(default_factory=EqualiseConfig)

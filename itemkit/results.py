@@ -331,8 +331,8 @@ class Study:
                 {"reference": reference, "other": other, "metric": metric, "difference": gap.mean(),
                  "low": low, "high": high, "p_value": p_value(drawn), "p_holm": np.nan, "seed_sd": gap.std()}
             )  # fmt: skip
-        columns = ["reference", "other", "metric", "difference", "low", "high", "p_value", "p_holm", "seed_sd"]
-        table = pd.DataFrame(rows, columns=columns)
+        names = "reference, other, metric, difference, low, high, p_value, p_holm, seed_sd"
+        table = pd.DataFrame(rows, columns=names.split(", "))
         return table.assign(p_holm=holm(table["p_value"].to_numpy()))
 
     def fuse(self, name: str, parts: Sequence[str]) -> Study:
