@@ -482,15 +482,17 @@ def _short(y: np.ndarray, s: np.ndarray) -> np.ndarray:
     return s.astype(np.float32)
 
 
-def read_scores(path: str | Path) -> dict[str, Study]:
+def read_scores(path: str | Path, detectors: Sequence[str] | None = None) -> dict[str, Study]:
     """Studies of several conditions from a file of `save_scores`: every table again, without any model.
 
     The file may come from anybody: what a study cannot have is refused before anything is computed.
+    ``detectors`` are the contenders to be read, all by default.
     """
     try:
         if (n := pq.read_metadata(path).num_rows) > MOST_ROWS:
             raise ValueError(f"{n:,} rows; at most {MOST_ROWS:,} are read")
-        table = pd.read_parquet(path, columns=[*SCORE_COLUMNS])
+        some = None if detectors is None else [("detector", "in", list(detectors))]
+        table = pd.read_parquet(path, columns=[*SCORE_COLUMNS], filters=some)
         asked = _shown(table.attrs.pop("studies"))
         wrong = [name for name in SCORE_COLUMNS if table[name].isna().any()]
         if wrong or not np.isfinite(table["score"]).all() or not set(table["label"]) <= {0, 1}:
@@ -543,7 +545,8 @@ def _study(table: pd.DataFrame, options: dict) -> Study:
         runs.append(run.calibrate(options))
     study = Study(images, runs, options)
     for name, parts in fused.items():
-        study.fuse(name, parts)
+        if {*parts} <= {*study.detectors}:
+            study.fuse(name, parts)
     return study
 
 

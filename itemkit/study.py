@@ -57,6 +57,7 @@ BANK = 96  # phrases that are looked for in every image, whatever its caption ..
 MAX_BANK_ROWS = 500_000  # ... and fewer of many images: phrases times images (2 GB at 512 numbers a region)
 BANK_REGIONS = 4  # kept of each image
 
+ITEM = f"ITEM: {DEFAULT.level}, {DEFAULT.kind}"
 # two more forms of the misalignment; notebook 07 compares them all
 FORMS = {
     "hierarchical_cosine": ("cosines", "misalignment: hierarchical, cosine"),
@@ -442,7 +443,7 @@ def _contenders(
 ) -> tuple[dict[str, Recipe], dict[str, str]]:
     """The misalignment in three forms and every control that can be run; what the others lack."""
     standard, lacking = standard_detectors(features, head, variants, without)
-    chosen = {"item": replace(standard.pop("item"), title=f"ITEM: {DEFAULT.level}, {DEFAULT.kind}")}
+    chosen = {"item": replace(standard.pop("item"), title=ITEM)}
     chosen |= {name: item(form, head, title) for name, (form, title) in FORMS.items()}
     for name, recipe in standard.items():
         chosen[name] = replace(recipe, title=f"control: {recipe.title}") if name in CONTROLS else recipe
@@ -471,11 +472,17 @@ def _meanings(studies: Mapping[str, Study]) -> list[str]:
 def _headline(studies: Mapping[str, Study], names: Sequence[str], folder: Path) -> list[str]:
     """The rows that fit a page, with what each decides."""
     table = headline(studies, names)
-    known = {control.title: control.if_it_won for control in (OURS | CONTROLS).values()}
-    won = table["detector"].map(lambda title: known.get(title.removeprefix("control: "), ""))
-    write_csv(table := table.assign(**{"if it won": won}), folder / "headline.csv")
+    table = table.assign(**{"if it won": won(table["detector"])})
+    write_csv(table, folder / "headline.csv")
     about = f"Trained on {ONE}, AUROC over the unseen cells; the same as below, in shares."
     return ["## In short", "", about, "", *markdown_table(table), ""]
+
+
+def won(titles: pd.Series) -> pd.Series:
+    """What would follow if a contender of this title won."""
+    known = {made.title: made.if_it_won for made in (OURS | CONTROLS).values()}
+    known[ITEM] = OURS["item"].if_it_won
+    return titles.map(lambda title: known.get(title.removeprefix("control: "), ""))
 
 
 def _differences(studies: Mapping[str, Study], folder: Path) -> list[str]:
