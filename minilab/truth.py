@@ -196,13 +196,13 @@ def crop_accuracy(encoder: Encoder, renders: RenderSet) -> float:
     return float(hit.mean())
 
 
-def localiser_quality(name: str, encoder: Encoder, renders: RenderSet) -> dict[str, float]:
+def localiser_quality(name: Any, encoder: Encoder, renders: RenderSet) -> dict[str, float]:
     """How well a localiser finds things when told their true phrases.
 
     Parameters
     ----------
-    name : str
-        Of the localiser.
+    name : str or localiser
+        A name makes one for this encoder.
     encoder : Encoder
     renders : RenderSet
 
@@ -212,7 +212,7 @@ def localiser_quality(name: str, encoder: Encoder, renders: RenderSet) -> dict[s
         ``pointing``: share of boxes whose centre lies in the thing's true box; ``iou``: mean intersection
         over union with it.
     """
-    localiser = make_localiser(name, encoder)
+    localiser = make_localiser(name, encoder) if isinstance(name, str) else name
     pointing, overlap = [], []
     for start in range(0, len(renders), 64):
         part = slice(start, start + 64)
@@ -221,8 +221,8 @@ def localiser_quality(name: str, encoder: Encoder, renders: RenderSet) -> dict[s
         owner = torch.tensor([i for i, p in enumerate(phrases) for _ in p])
         pixels = torch.stack([encoder.preprocess(i) for i in images])
         embedding = encoder.encode_images(pixels, patches=localiser.needs_patches)
-        text = encoder.encode_texts([p for ps in phrases for p in ps])
-        found = localiser.locate(images, embedding, text, owner)
+        named = [p for ps in phrases for p in ps]
+        found = localiser.locate(images, embedding, encoder.encode_texts(named), owner, phrases=named)
         boxes = found.boxes.cpu().numpy()
         k = 0
         for what, ps in zip(renders.owner[part], phrases, strict=True):
