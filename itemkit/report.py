@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 AUDITED = 2000  # images at most whose files are opened for the audit, drawn at random
 SIDE_PX = 320  # the longer side of a thumbnail; 16 of them are some 200 KB
 ROWS = 24  # generators or words in one figure
+LONGEST = 20  # characters of a name in a figure
 WORDS = 30  # in the table of objects
 METRICS = {  # columns of `workflow.evaluate`, as a reader calls them
     "n_real": "reals", "n_fake": "fakes", "auroc": "AUROC", "ap": "AP", "accuracy_real": "reals called real",
@@ -171,7 +172,12 @@ def _about(value: float, low: float, high: float) -> str | None:
 def _figure(draw: Callable[[Axes], Any], height: float, alt: str, caption: str) -> dict[str, str]:
     """A figure of a column's width, which can be read on a phone; height in inches."""
     fig, drawn = Figure(figsize=(plots.COLUMN, height)), io.BytesIO()
-    draw(fig.subplots())
+    draw(ax := fig.subplots())
+    names = [label.get_text() for label in ax.get_yticklabels()]  # a long one would leave no room
+    short = [
+        name if len(name) <= LONGEST else f"{name[: LONGEST // 2]}…{name[-LONGEST // 2 :]}" for name in names
+    ]
+    ax.set_yticks(ax.get_yticks(), short)
     fig.savefig(drawn, format="png")
     return {"source": _inline("png", drawn), "alt": alt, "caption": caption}
 
@@ -199,7 +205,8 @@ def _audit(labelled: Features) -> tuple[dict[str, str], Section]:
             raise InputError("no image has a label")
         found = audit.audit(table)
     except InputError as reason:
-        section.lines.append(f"That cannot be told: {one_line(reason)}.")
+        why = one_line(reason).partition("; first: ")[0]  # what follows is a path of this machine
+        section.lines.append(f"That cannot be told: {why}.")
         return {**tile, "about": "the files could not be audited"}, section
     section.lines += found.to_text().partition("\n\n")[0].split("\n")
     if len(labelled) > AUDITED:
@@ -399,6 +406,7 @@ def _models(features: Features) -> Section:
     rows = []
     for part in PARTS:
         known = made.get(part) or {}
+        known = known if isinstance(known, dict) else {"name": known}
         which = [str(known[key]) for key in ("pretrained", "revision", "version") if known.get(key)]
         hashes = [str(value)[:12] for key, value in known.items() if key.endswith("sha256")]
         name = known.get("name") or known.get("class") or known.get("kind") or "none"

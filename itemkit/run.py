@@ -23,7 +23,7 @@ from itemkit.manifest import write_manifest
 from itemkit.models import names_object
 from itemkit.presets import PRESETS, Preset, get_preset
 from itemkit.report import Section, write_report
-from itemkit.text import one_line, wide_table
+from itemkit.text import one_line
 
 # What a notebook needs of images of one's own: generators, and validation and test images of each class; or
 # what they never have. One without a parameter DATA is about the laboratory.
@@ -72,28 +72,33 @@ def run_all(
     except InputError as reason:
         not_made.append(f"failed: detector: {one_line(reason)}")
     not_made += _notebooks(chosen, data, features, out, device)
-    more = _study(out, began)
     not_made.sort()
-    judged = {"fpr": fpr, "fnr": fnr, "more": more, "left_out": not_made}
-    sections = write_report(out / "report.html", features, detector, test, **judged)
+    more, judge = _more(out, features, began), None if test is None else detector
+    given = {"fpr": fpr, "fnr": fnr, "more": more, "left_out": not_made}
+    sections = write_report(out / "report.html", features, judge, test, **given)
     print(*(line for section in sections for line in section.to_text()), sep="\n")
     took = f"{(time.time() - began) / 60:.1f} minutes"
     print(f"\nEverything made is in {os.path.relpath(out)}; begin with report.html ({took})")
     return [line for line in not_made if line.startswith("failed")]
 
 
-def _study(out: Path, since: float) -> list[Section]:
-    """The study and the figures of this run; older ones in the folder may be of other data."""
-    made = sorted(path for path in (out / "figures").glob("*.*") if path.stat().st_mtime >= since - 1)
-    sections = []
-    if (controls := out / "figures" / "03_controls.csv") in made:
-        wide = wide_table(pd.read_csv(controls), "detector_title", "cell")
-        lines = ["AUROC on families of generators that a detector was not trained on; from notebook 03."]
-        title = "Does it carry over to generators never seen?"
-        sections.append(Section(title, lines, table=wide.rename(columns={"detector_title": "detector"})))
-    links = [path.relative_to(out).as_posix() for path in made if path.suffix == ".png"]
-    if links:
+def _more(out: Path, features: Features, since: float) -> list[Section]:
+    """Studies of these images, and the figures of this run; what else lies there may be of other data."""
+    sections, known = [], set(features.table[schema.IMAGE_ID])
+    for file in sorted(out.glob("study-*/headline.csv")):
+        listed = file.with_name("manifest.csv")
+        mine = file.stat().st_mtime >= since - 1
+        if mine or (listed.is_file() and set(pd.read_csv(listed)[schema.IMAGE_ID].astype(str)) <= known):
+            lines = [
+                f"AUROC on generators that a detector was not trained on; all of it: {file.parent.name}."
+            ]
+            links = [path.relative_to(out).as_posix() for path in sorted(file.parent.glob("table.*"))]
+            title = "Does it carry over to generators never seen?"
+            sections.append(Section(title, lines, table=pd.read_csv(file), links=links))
+    figures = sorted(path for path in (out / "figures").glob("*.png") if path.stat().st_mtime >= since - 1)
+    if figures:
         lines = ["Beside this file, as PNG and PDF, with the table behind each as CSV."]
+        links = [path.relative_to(out).as_posix() for path in figures]
         sections.append(Section("Figures of the notebooks", lines, links=links))
     return sections
 

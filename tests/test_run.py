@@ -121,17 +121,25 @@ def test_the_study_of_this_run_stands_in_its_report_and_figures_are_linked(
     (out / "figures" / "old.png").write_bytes(b"")
     os.utime(out / "figures" / "old.png", (0, 0))
 
-    def notebooks(*_: Any) -> list[str]:
-        cells = {"detector_title": ["ours", "ours"], "cell": ["a", "b"], "value": [0.9, 0.8]}
-        table = pd.DataFrame(cells | {"low": [0.8, float("nan")], "high": [1.0, float("nan")]})
-        table.to_csv(out / "figures" / "03_controls.csv", index=False)
-        (out / "figures" / "03 controls.png").write_bytes(b"")
+    for name, image in (("study-own", "made below"), ("study-other", "x"), ("study-new", "x")):
+        (out / name).mkdir()
+        pd.DataFrame({"detector": [f"row of {name}"], "clean": ["0.90 (0.80-1.00)"]}).to_csv(
+            out / name / "headline.csv"
+        )
+        pd.DataFrame({"image_id": [image]}).to_csv(out / name / "manifest.csv")
+        os.utime(out / name / "headline.csv", (0, 0))
+
+    def notebooks(preset: Any, manifest: Any, features: Any, *_: Any) -> list[str]:
+        features.table[["image_id"]].to_csv(out / "study-own" / "manifest.csv")
+        os.utime(out / "study-new" / "headline.csv")
+        (out / "figures" / "06 controls.png").write_bytes(b"")
         return []
 
     monkeypatch.setattr(run, "_notebooks", notebooks)
     run.run_all(stub, photos(tmp_path / "images", 60), out, "cpu")
     page = (out / "report.html").read_text()
-    assert "0.90 (0.80-1.00)" in page and 'href="figures/03%20controls.png"' in page and "old.png" not in page
+    assert "row of study-own" in page and "row of study-new" in page and "row of study-other" not in page
+    assert 'href="figures/06%20controls.png"' in page and "old.png" not in page
     said = capsys.readouterr().out
     assert "What is the detector worth?" in said and "begin with report.html" in said
 
