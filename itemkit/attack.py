@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from itemkit import schema
 from itemkit.encoder import Encoder
 from itemkit.errors import InputError
 from itemkit.features import BOX_COLUMNS, FOUND, Features
+from itemkit.images import load_image
 from itemkit.misalignment import pool
 from itemkit.regions import Dense, inside
 from itemkit.steps import as_numpy, stack
@@ -338,6 +340,55 @@ def over(loss: Loss, transforms: Sequence[Callable[..., Image.Image]], sizes: Si
         return total / len(transforms)
 
     return mean
+
+
+def signed(loss: Loss, sign: Tensor) -> Loss:
+    """The same loss, turned round for the images whose sign (n,) is -1: a fake is to sink, a real to rise."""
+    return lambda pixels: (value := loss(pixels)) * sign.to(value)
+
+
+def escalate(
+    make: Callable[[np.ndarray, list[Image.Image], int], Loss],
+    images: Sequence[Image.Image],
+    judge: Callable[[list[Image.Image], np.ndarray], pd.DataFrame],
+    budgets: Sequence[int],
+    steps: int,
+    folder: Path,
+    seed: int = 0,
+) -> tuple[pd.DataFrame, list[Image.Image]]:
+    """Attack images with growing budgets, each until it is won.
+
+    What is won within a small budget is won within a larger one, so only the others are tried again.
+
+    Parameters
+    ----------
+    make : callable
+        From positions of images, the last attempts at them and the budget to what is to be lowered.
+    judge : callable
+        From attacked images, read from PNG files in ``folder``, and their positions to a table with a column
+        ``won``, row by row.
+
+    Returns
+    -------
+    DataFrame
+        What ``judge`` said of every attempt, with ``image`` and ``eps``.
+    list of images
+        The last attempt at each.
+    """
+    left, tries, found = np.arange(len(images)), list(images), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for eps in budgets:
+        if not len(left):
+            break
+        some = [images[i] for i in left]
+        moved = pgd(make(left, [tries[i] for i in left], eps), to_pixels(some), eps, steps, seed)
+        for i, image in zip(left, to_images(moved, [image.size for image in some]), strict=True):
+            image.save(folder / f"{i}.png")
+            tries[i] = load_image(folder / f"{i}.png")
+        table = judge([tries[i] for i in left], left)
+        found.append(table.assign(image=left, eps=eps))
+        left = left[~table["won"].to_numpy(bool)]
+    return pd.concat(found, ignore_index=True), tries
 
 
 # -- captions -----------------------------------------------------------------------------------------------

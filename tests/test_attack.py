@@ -238,6 +238,28 @@ def test_over_transforms_the_loss_is_a_mean_of_the_real_thing_and_has_a_gradient
     assert not torch.equal(noisy(pixels), noisy(pixels)), "each call draws anew"
 
 
+def test_budgets_grow_until_an_image_is_won_and_the_files_keep_them(tmp_path: Path) -> None:
+    images, goals = pictures(), [1, 4, 99]  # grey levels by which the mean must fall
+    asked: list[tuple[int, list[int]]] = []
+
+    def make(rows: np.ndarray, tries: list[Image.Image], eps: int) -> attack.Loss:
+        asked.append((eps, rows.tolist()))
+        assert [x.size for x in tries] == [images[i].size for i in rows]
+        return attack.signed(lambda x: -x.sum((1, 2, 3)), torch.tensor([-1.0] * len(rows)))
+
+    def judge(files: list[Image.Image], rows: np.ndarray) -> pd.DataFrame:
+        fell = [
+            (np.asarray(images[i], int) - np.asarray(file, int)) for i, file in zip(rows, files, strict=True)
+        ]
+        assert all(0 <= x.min() and x.max() == asked[-1][0] for x in fell)
+        return pd.DataFrame({"won": [x.max() >= goals[i] for i, x in zip(rows, fell, strict=True)]})
+
+    table, last = attack.escalate(make, images, judge, [1, 2, 4, 8], 5, tmp_path)
+    assert asked == [(1, [0, 1, 2]), (2, [1, 2]), (4, [1, 2]), (8, [2])]
+    assert table.loc[table.won, ["image", "eps"]].values.tolist() == [[0, 1], [1, 4]]
+    assert [x.tobytes() for x in last] == [load_image(tmp_path / f"{i}.png").tobytes() for i in range(3)]
+
+
 # ---- captions ----------------------------------------------------------------------------------------------
 
 
