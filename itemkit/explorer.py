@@ -26,7 +26,7 @@ from itemkit.errors import InputError, MissingExtra
 from itemkit.features import Features
 from itemkit.images import load_image
 from itemkit.misalignment import Representation, cosines
-from itemkit.plots import colours
+from itemkit.plots import GREY, colours
 from itemkit.text import count, did_you_mean, printable
 
 MOST_IMAGES = 20_000  # more make a page that opens slowly and is hard to pass on
@@ -36,7 +36,6 @@ LOOKS = ((160, 85), (128, 80), (96, 75), (64, 70), (64, 50), (48, 40), (32, 25))
 SAMPLE = 64  # images whose thumbnails tell how large all will be
 MOST_OBJECTS = 12  # of an image, in the page
 WITHOUT_LABEL = "without label"
-GREY = "#8C8C8C"
 
 
 def write_explorer(
@@ -64,15 +63,6 @@ def write_explorer(
     MissingExtra
         Bokeh is not installed.
     """
-    try:
-        from bokeh.embed import json_item
-        from bokeh.models import ColumnDataSource, HoverTool, Range1d
-        from bokeh.plotting import figure
-        from bokeh.resources import Resources
-    except ImportError as error:
-        raise MissingExtra(
-            'the explorer needs an optional package: pip install "itemkit[explore]"'
-        ) from error
     table = _numbers(features, numbers)
     first = {"x": x or table.columns[0], "y": y or table.columns[1]}
     first["score"] = score or ("p_fake" if "p_fake" in table else "global cosine")
@@ -80,42 +70,54 @@ def write_explorer(
         if name not in table:
             hint = did_you_mean(name, table)
             raise InputError(f"there is no column {name!r}.{hint} There are: {', '.join(table.columns)}")
-    empty = ColumnDataSource({"x": [], "y": [], "colour": [], "fill": [], "line": []}, name="points")
+    plot, scripts = _plot(len(features))
+    scripts["page"] = Path(__file__).with_suffix(".js").read_text("utf-8")
+    hashes = [base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() for code in scripts.values()]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
+    # Only these scripts run, and nothing is fetched, whatever a caption holds. They may compile code
+    # ('unsafe-eval'): else Bokeh has no WebGL.
+    policy = (
+        f"default-src 'none'; script-src {allowed} 'unsafe-eval'; style-src 'unsafe-inline'; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+    data = json.dumps(
+        first | {"plot": plot} | _contents(features, table), ensure_ascii=False, allow_nan=False
+    )
+    # "<" is all that could end the element; JSON knows another way to write it
+    parts = scripts | {"policy": policy, "data": data.replace("<", "\\u003c")}
+    page = Path(__file__).with_suffix(".html").read_text("utf-8")
+    page = re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], page)  # one pass: data is not read again
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, page.encode("utf-8"))
+    return path
+
+
+def _plot(n: int) -> tuple[Any, dict[str, str]]:
+    """An empty plot for n points, as JSON, which the page's script fills; and the scripts that draw it."""
+    try:
+        from bokeh.embed import json_item
+        from bokeh.models import ColumnDataSource, HoverTool, Range1d
+        from bokeh.plotting import figure
+        from bokeh.resources import Resources
+    except ImportError as error:
+        wanted = 'the explorer needs an optional package: pip install "itemkit[explore]"'
+        raise MissingExtra(wanted) from error
+    columns = ("x", "y", "colour", "fill", "line")
     plot = figure(
         name="plot", sizing_mode="stretch_both", output_backend="webgl", x_range=Range1d(), y_range=Range1d(),
         tools="pan,wheel_zoom,box_zoom,lasso_select,tap,reset,save", active_scroll="wheel_zoom",
     )  # fmt: skip
     drawn = plot.scatter(
-        "x", "y", source=empty, size=5 if len(features) > 3000 else 8, line_width=1.2, fill_color="colour",
-        line_color="colour", fill_alpha="fill", line_alpha="line", hover_line_color="black",
-        hover_fill_color="colour", hover_fill_alpha="fill", hover_line_alpha=1,
+        "x", "y", source=ColumnDataSource({name: [] for name in columns}, name="points"),
+        size=5 if n > 3000 else 8, line_width=1.2, line_color="colour", line_alpha="line",
+        fill_color="colour", fill_alpha="fill", hover_fill_color="colour", hover_fill_alpha="fill",
+        hover_line_color="black", hover_line_alpha=1,
     )  # fmt: skip
     plot.add_tools(HoverTool(renderers=[drawn], tooltips=None, visible=False))
     plot.toolbar.logo = None
-    data = first | _contents(features, table) | {"plot": json_item(plot)}
-    here = Path(__file__)
     library = Resources(mode="inline", components=["bokeh", "bokeh-gl"], log_level="warn").js_raw
-    scripts = dict(zip(("bokeh", "bokeh_gl", "level"), library, strict=True))
-    scripts["page"] = here.with_suffix(".js").read_text("utf-8")
-    hashes = [base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() for code in scripts.values()]
-    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
-    # Only these scripts run, and nothing is fetched, whatever a caption holds. Without
-    # 'unsafe-eval', by which they may compile code, Bokeh has no WebGL.
-    policy = (
-        f"default-src 'none'; script-src {allowed} 'unsafe-eval'; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )
-    # "<" is all that could end the element; JSON knows another way to write it
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    parts = scripts | {"policy": policy, "data": text}
-    page = here.with_suffix(".html").read_text("utf-8")
-    page = re.sub(
-        r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], page
-    )  # in one pass: data is never read again
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, page.encode("utf-8"))
-    return path
+    return json_item(plot), dict(zip(("bokeh", "bokeh_gl", "level"), library, strict=True))
 
 
 def _numbers(features: Features, numbers: pd.DataFrame | None) -> pd.DataFrame:

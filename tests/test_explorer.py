@@ -124,8 +124,11 @@ def test_an_explorer_is_refused_with_a_reason(tmp_path: Path, monkeypatch: pytes
         write_explorer(features, page, pd.DataFrame({"word": ["a"] * 12}))
     with pytest.raises(InputError, match=r"no column 'global cosin'. Did you mean 'global cosine'\?"):
         write_explorer(features, page, x="global cosin")
-    monkeypatch.setattr(explorer, "MOST_IMAGES", 11)
-    with pytest.raises(InputError, match=r"got 12 images, a page holds 1 to 11: select\(\) some"):
+    with (
+        monkeypatch.context() as small,
+        pytest.raises(InputError, match=r"got 12 images, a page holds 1 to 11: select\(\) some"),
+    ):
+        small.setattr(explorer, "MOST_IMAGES", 11)
         write_explorer(features, page)
     monkeypatch.setitem(sys.modules, "bokeh.embed", None)
     with pytest.raises(MissingExtra, match=r'pip install "itemkit\[explore\]"'):
