@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
-from matplotlib.textpath import TextPath
+from matplotlib.textpath import text_to_path
 from scipy.stats import gaussian_kde
 
 from itemkit import calibrate, plots, schema
@@ -51,7 +51,6 @@ def render(verdict: Verdict, ending: str = "png") -> bytes:
     with mpl.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a script without a font is drawn as boxes
         plots.style()
-        mpl.rcParams["figure.constrained_layout.use"] = False  # everything has its place here
         about = {"CreationDate": None, "Subject": alt(verdict)}
         about = about if ending == "pdf" else {"Description": alt(verdict)}
         draw(verdict).savefig(drawn, format=ending, metadata=about)
@@ -92,6 +91,7 @@ def draw(verdict: Verdict) -> Figure:
     tops = EDGE + np.cumsum([0, *parts[:-1]]) + GAP * np.arange(len(parts))
 
     fig = Figure((WIDTH / 72, total / 72), facecolor="white")
+    fig.set_layout_engine("none")  # everything has its place
     page = fig.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(total, 0))
     page.axis("off")
 
@@ -180,7 +180,7 @@ def _plainly(text: str) -> list[Word]:
 
 
 def _wide(text: str, size: float) -> float:
-    return float(TextPath((0, 0), plain(text), size=size, prop=FontProperties()).get_extents().width)
+    return float(text_to_path.get_text_width_height_descent(plain(text), FontProperties(size=size), False)[0])
 
 
 def _wrap(words: list[Word], across: float, size: float = SMALL, most: int = 99) -> list[Line]:
@@ -264,9 +264,10 @@ def _scores(ax: Axes, verdict: Verdict) -> None:
     judge, score = verdict.detector, float(verdict.log_odds or 0)
     assert judge is not None
     known = {"real": (judge.real_scores_, plots.BLUE), "fake": (judge.fake_scores_, plots.VERMILION)}
-    every = np.concatenate([judge.real_scores_, judge.fake_scores_, [score]])
-    low, high = every.min(), every.max()
-    low, high = low - 0.08 * (high - low) - 0.1, high + 0.08 * (high - low) + 0.1
+    every = np.concatenate([judge.real_scores_, judge.fake_scores_])
+    every = every if len(every) else np.array([score])
+    pad = 0.08 * float(np.ptp(every)) + 0.5
+    low, high = float(every.min()) - pad, float(every.max()) + pad
     x = np.linspace(low, high, 300)
     curves = {n: gaussian_kde(y)(x) for n, (y, _) in known.items() if len(y) > 4 and np.ptp(y)}
     most = max((y.max() for y in curves.values()), default=1)
@@ -291,12 +292,14 @@ def _scores(ax: Axes, verdict: Verdict) -> None:
     ax.tick_params(labelsize=SMALL, pad=1.5)
     for (name, (scores, colour)), side in zip(known.items(), ("left", "right"), strict=True):
         text = f"{len(scores):,} {name} validation images"
-        at = (side == "right", 1)
-        ax.text(*at, text, transform=ax.transAxes, ha=side, va="top", fontsize=SMALL, color=colour)
-    ax.plot([score, score], [0, 1.45], color=plots.BLACK, lw=1.8)
-    near = (score - low) / (high - low)
-    side = "left" if near < 0.15 else "right" if near > 0.85 else "center"
-    ax.text(score, 1.52, "this image", fontsize=SMALL, fontweight="bold", ha=side)
+        ax.text(
+            side == "right", 1, text, transform=ax.transAxes, ha=side, va="top", fontsize=SMALL, color=colour
+        )
+    at = min(max(score, low), high)  # one far beyond all others stands at the edge, with its number
+    near = (at - low) / (high - low)
+    look = {"ha": "left" if near < 0.15 else "right" if near > 0.85 else "center", "fontweight": "bold"}
+    ax.plot([at, at], [0, 1.45], color=plots.BLACK, lw=1.8)
+    ax.text(at, 1.52, f"this image{'' if at == score else f', at {score:.3g}'}", fontsize=SMALL, **look)
     ax.set_xlabel(_axis(verdict, cuts), fontsize=SMALL, labelpad=1.5)
 
 
