@@ -191,6 +191,10 @@ def _parser() -> argparse.ArgumentParser:
         "--card", type=Path, metavar="FILE", help="also draw the evidence, .png or .pdf; several: a folder"
     )
 
+    option = add(explore, store, machine)
+    option("--out", required=True, type=Path, metavar="HTML", help="the file to write, for any browser")
+    option("--detector", type=Path, help="folder of a detector, whose p(fake) is shown, too")
+
     option = add(export, store)
     option("--to", required=True, type=Path, metavar="FOLDER", help="a new or empty folder")
     option("--format", required=True, choices=("clip-retrieval", "numpy"), help="numpy holds objects, too")
@@ -373,6 +377,17 @@ def evaluate(args: argparse.Namespace) -> None:
         _say(f"report: {args.report}")
     if args.csv:
         itemkit.text.write_csv(table.assign(about=made.pop("note"), **made), args.csv)
+
+
+def explore(args: argparse.Namespace) -> None:
+    """One HTML file in which to walk among the images of a store: map, search, threshold, pictures."""
+    import pandas as pd
+
+    features = _features(args.features)
+    numbers = pd.DataFrame(itemkit.maps.umap_2d(itemkit.represent(features)), columns=["UMAP 1", "UMAP 2"])
+    if args.detector:
+        numbers["p_fake"] = itemkit.Detector.load(args.detector, args.device).score(features)
+    _print(itemkit.explorer.write_explorer(features, args.out, numbers, progress=True))
 
 
 def export(args: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
 from itemkit import schema
 from itemkit._files import atomic_write
@@ -40,7 +41,7 @@ WITHOUT_LABEL = "without label"
 
 def write_explorer(
     features: Features, path: str | Path, numbers: pd.DataFrame | None = None, *,
-    x: str = "", y: str = "", score: str = "",
+    x: str = "", y: str = "", score: str = "", progress: bool = False,
 ) -> Path:  # fmt: skip
     """Write a page with a point for each image: hover, search, threshold, lasso.
 
@@ -55,6 +56,8 @@ def write_explorer(
         ``pd.DataFrame(umap_2d(x), columns=["UMAP 1", "UMAP 2"]).assign(p_fake=detector.score(features))``.
     x, y, score : str
         Columns that are shown first: the first two, and for the threshold ``p_fake`` or the global cosine.
+    progress : bool
+        Show a bar while thumbnails are made: a minute for some thousands of photographs.
 
     Raises
     ------
@@ -81,7 +84,7 @@ def write_explorer(
         "img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
     data = json.dumps(
-        first | {"plot": plot} | _contents(features, table), ensure_ascii=False, allow_nan=False
+        first | {"plot": plot} | _contents(features, table, progress), ensure_ascii=False, allow_nan=False
     )
     # "<" is all that could end the element; JSON knows another way to write it
     parts = scripts | {"policy": policy, "data": data.replace("<", "\\u003c")}
@@ -138,7 +141,7 @@ def _numbers(features: Features, numbers: pd.DataFrame | None) -> pd.DataFrame:
     return pd.concat([numbers, ours.drop(columns=numbers.columns, errors="ignore")], axis=1)
 
 
-def _contents(features: Features, numbers: pd.DataFrame) -> dict[str, Any]:
+def _contents(features: Features, numbers: pd.DataFrame, progress: bool) -> dict[str, Any]:
     """All that the page shows, as JSON can hold it; texts without characters that rearrange others."""
     table = features.table
     name = table[schema.GENERATOR].where(table[schema.LABEL].notna(), WITHOUT_LABEL).fillna(WITHOUT_LABEL)
@@ -153,7 +156,7 @@ def _contents(features: Features, numbers: pd.DataFrame) -> dict[str, Any]:
             objects[features.owner[i]].append([phrase, round(float(cosine[i]), 3)])
     made = features.provenance
     by = "; ".join(f"{key} {made[key]}" for key in ("preset", "models", "itemkit") if made[key])
-    thumb, missing = _thumbnails(list(table[schema.PATH]))
+    thumb, missing = _thumbnails(list(table[schema.PATH]), progress)
     finite = numbers.astype(float).replace([np.inf, -np.inf], np.nan).round(5).astype(object)
     return {
         "made": printable(f"{count(len(features), 'image')}; {by}"),
@@ -170,7 +173,7 @@ def _contents(features: Features, numbers: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _thumbnails(paths: Sequence[str]) -> tuple[list[str], dict[int, str]]:
+def _thumbnails(paths: Sequence[str], progress: bool = False) -> tuple[list[str], dict[int, str]]:
     """WebP pictures in base64, "" where there is none, and why.
 
     Each stands by itself: one sheet of all would save an eighth of the bytes, and a browser would decode
@@ -194,6 +197,7 @@ def _thumbnails(paths: Sequence[str]) -> tuple[list[str], dict[int, str]]:
             sizes = [len(picture) for picture in tried if isinstance(picture, bytes)]
             if sum(sizes) / max(1, len(sizes)) * len(paths) <= PICTURE_BYTES:
                 break
-        made = list(pool.map(make, paths, repeat(side), repeat(quality)))
+        every = pool.map(make, paths, repeat(side), repeat(quality))
+        made = list(tqdm(every, "thumbnails", len(paths), disable=not progress))
     pictures = [base64.b64encode(p).decode() if isinstance(p, bytes) else "" for p in made]
     return pictures, {i: p for i, p in enumerate(made) if isinstance(p, str)}

@@ -31,7 +31,7 @@ from itemkit.store import load_features
 
 import fakes
 
-COMMANDS = "doctor run audit extract train evaluate detect export study download".split()
+COMMANDS = "doctor run audit extract train evaluate detect explore export study download".split()
 STUB = ["--preset", "stub", "--device", "cpu"]
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 

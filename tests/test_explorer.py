@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+import itemkit
 from itemkit import explorer, schema
 from itemkit.errors import InputError, MissingExtra
 from itemkit.explorer import write_explorer
@@ -134,6 +136,20 @@ def test_an_explorer_is_refused_with_a_reason(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(MissingExtra, match=r'pip install "itemkit\[explore\]"'):
         write_explorer(features, page)
     assert not page.exists()
+
+
+def test_the_command_adds_a_map_and_a_detector_s_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    features, page = make_features(20, 10), tmp_path / "out" / "page.html"
+    judge = SimpleNamespace(score=lambda features: features.labels * 0.5)
+    monkeypatch.setattr(itemkit, "load_features", lambda store: features, raising=False)
+    monkeypatch.setattr(itemkit, "Detector", SimpleNamespace(load=lambda *_: judge), raising=False)
+    assert itemkit.cli.main(["explore", "store", "--out", str(page), "--detector", "folder"]) == 0
+    got = contents(page)
+    assert list(got["numbers"])[:3] == ["UMAP 1", "UMAP 2", "p_fake"] and got["score"] == "p_fake"
+    assert got["numbers"]["p_fake"] == list(features.labels * 0.5)
+    assert str(page) in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ the browser
