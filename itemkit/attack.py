@@ -7,9 +7,9 @@ over what happens to images on their way. What no gradient reaches (decoding a s
 a box) is done anew between two rounds, and by whoever judges the result.
 
 The loop of `pgd` is our own, 15 lines. Of the libraries, torchattacks 3.5.1 wants requests 2.25, six years
-old; autoattack is in no package index; foolbox 3.3.4 and adversarial-robustness-toolbox 1.20.1 take a
-classifier and labels, so a sum of losses, with texts of its own for each image, needs an adapter as long as
-the loop, and neither keeps the budget in 8 bits.
+old; autoattack is in no package index; foolbox 3.3.4 brings GitPython. adversarial-robustness-toolbox 1.20.1
+fits, with our number as two logits, and reached the same values on the same function; but the adapter is as
+long as the loop, it returns the last point instead of the best, and its points are no whole grey levels.
 """
 
 from __future__ import annotations
@@ -380,12 +380,12 @@ def escalate(
     for eps in budgets:
         if not len(left):
             break
-        some = [images[i] for i in left]
-        moved = pgd(make(left, [tries[i] for i in left], eps), to_pixels(some), eps, steps, seed)
-        for i, image in zip(left, to_images(moved, [image.size for image in some]), strict=True):
+        some = [images[i] for i in left.tolist()]
+        moved = pgd(make(left, [tries[i] for i in left.tolist()], eps), to_pixels(some), eps, steps, seed)
+        for i, image in zip(left.tolist(), to_images(moved, [image.size for image in some]), strict=True):
             image.save(folder / f"{i}.png")
             tries[i] = load_image(folder / f"{i}.png")
-        table = judge([tries[i] for i in left], left)
+        table = judge([tries[i] for i in left.tolist()], left)
         found.append(table.assign(image=left, eps=eps))
         left = left[~table["won"].to_numpy(bool)]
     return pd.concat(found, ignore_index=True), tries
