@@ -223,7 +223,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _preset(args: argparse.Namespace) -> Preset:
     parts = {part: getattr(args, part) for part in PARTS if getattr(args, part)}
-    return itemkit.get_preset(args.preset, getattr(args, "models", None), **parts)
+    preset = itemkit.get_preset(args.preset, getattr(args, "models", None), **parts)
+    for part in parts:  # of one's own: can it do what is asked of it?
+        preset.given(part)
+    return preset
 
 
 def _manifest(args: argparse.Namespace, data: str) -> pd.DataFrame:

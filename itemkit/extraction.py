@@ -484,7 +484,8 @@ def _report(job: Job, started: float, worker: RayCluster | Worker | None) -> Ext
         for stage, rows in failed.groupby(STAGE, sort=False)
     ]
     if notes:
-        notes.append(f"with their reasons in {ERRORS_FILE}; --retry-errors also tries what was damaged")
+        again = "run it again to try what a model failed on, with --retry-errors also what was damaged"
+        notes.append(f"with their reasons in {ERRORS_FILE}; {again}")
     room = (job.run["fingerprint"].get("encoder") or {}).get("context_length")
     long = job.rows[job.rows["tokens"] > (room or math.inf)]
     if len(long):

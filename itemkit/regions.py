@@ -264,6 +264,9 @@ class BoxLocaliser(Localiser):
                 raise InputError(
                     f"{kind}.boxes() was given {len(texts)} phrases and returned {len(answers)} boxes"
                 )
+            if wrong := [answer for answer in answers if answer is not None and len(answer) != 5]:
+                expected = "expected (x0, y0, x1, y1, score), or None where there is none"
+                raise InputError(f"{kind}.boxes() returned {wrong[0]!r:.60}; {expected}")
             found.append([(None, 0.0) if answer is None else (answer[:4], answer[4]) for answer in answers])
         return found
 
