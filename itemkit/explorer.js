@@ -110,11 +110,12 @@ function frame() { // both axes over all images, also those that are hidden, so 
   for (const [id, range, axis] of [["x", plot.x_range, plot.below[0]], ["y", plot.y_range, plot.left[0]]]) {
     const values = data.numbers[$(id).value].filter((value) => value !== null);
     const [low, high] = values.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]);
+    axis.axis_label = $(id).value;
+    if (!values.length) continue;
     const margin = 0.04 * (high - low) || 0.5;
     range.setv({ start: low - margin, end: high + margin });
     range.reset_start = low - margin;
     range.reset_end = high + margin;
-    axis.axis_label = $(id).value;
     axis.major_label_text_alpha = axis.axis_label.startsWith("UMAP") ? 0 : 1; // it has no unit
   }
   update();
@@ -170,6 +171,7 @@ async function start() {
     pin(chosen.length === 1 ? chosen[0] : null);
     gallery();
   });
+  $("plot").onclick = () => { if (!source.inspected.indices.length) pin(null); };
   $("search").oninput = () => { update(); gallery(); };
   $("slider").oninput = update;
   $("side").onchange = update;

@@ -256,6 +256,14 @@ def test_hovering_shows_the_right_picture(browser: Any, tmp_path: Path) -> None:
     point_at(browser, (one[0] + other[0]) / 2, (one[1] + other[1]) / 2, click=True)
     point_at(browser, *browser.execute_script(PLACE, 17))
     assert wait_for(browser, "$('card').dataset.row === '17' && $('pinned').hidden")
+    # so does a click on a small picture, with nothing selected in the plot
+    choose(browser, "search", "number14", "input")
+    browser.execute_script("$('gallery').querySelector('button').click()")
+    point_at(browser, *browser.execute_script(PLACE, 17))
+    assert wait_for(browser, "$('card').dataset.row === '14' && !$('pinned').hidden")
+    one, other = (browser.execute_script(PLACE, i) for i in (7, 14))
+    point_at(browser, (one[0] + other[0]) / 2, (one[1] + other[1]) / 2, click=True)
+    assert wait_for(browser, "$('pinned').hidden")
     assert browser.execute_script("return [...Bokeh.index.roots][0].canvas_view.webgl !== null")
     assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
 
