@@ -304,7 +304,13 @@ def test_extract_train_evaluate_detect(
     head = json.loads((detector / "head.json").read_text())
     assert "cuda" not in json.dumps(head)
 
-    out = run("evaluate", store, "--detector", detector, "--csv", csv)
+    report = tmp_path / "new" / "report.html"
+    out = run("evaluate", store, "--detector", detector, "--csv", csv, "--report", report)
+    page = report.read_text()
+    assert (
+        "40 images: 20 real, 20 fake of 1 generator; preset stub" in page and page.count('class="card"') == 16
+    )
+    assert "promised: false positives at a requested 1%: not promised" in page
     lines = out.splitlines()
     assert lines[0].startswith("40 images: split 'test' (splits as given (")
     table = pd.read_csv(csv)
@@ -425,7 +431,7 @@ def test_no_text_of_data_acts_on_a_terminal(tmp_path: Path, capsys: pytest.Captu
     for status, *words in (
         (0, "extract", data, "--out", store, *STUB),
         (0, "train", store, "--out", detector, "--members", "1"),
-        (0, "evaluate", store, "--detector", detector, "--csv", csv),
+        (0, "evaluate", store, "--detector", detector, "--csv", csv, "--report", tmp_path / "r.html"),
         (1, "detect", nasty, tmp_path / f"broken {NASTY}.png", "--detector", detector, *STUB),
         (1, "detect", nasty, tmp_path / f"broken {NASTY}.png", "--detector", detector, *STUB, "--json"),
         (2, "detect", nasty, "--detector", tmp_path / NASTY, *STUB),
@@ -439,6 +445,7 @@ def test_no_text_of_data_acts_on_a_terminal(tmp_path: Path, capsys: pytest.Captu
         assert cli.main([str(word) for word in words]) == status, (words, capsys.readouterr().err)
         shown = capsys.readouterr()
         assert CONTROL.findall(shown.out) == [] and CONTROL.findall(shown.err.replace("\r", "")) == [], words
+    assert CONTROL.findall((tmp_path / "r.html").read_text()) == []
     with pytest.raises(SystemExit):
         cli.main(["detect", "x.png", f"--{NASTY}"])
     assert CONTROL.findall(capsys.readouterr().err) == []
