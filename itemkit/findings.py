@@ -115,8 +115,8 @@ def compare_captions(a: Features, b: Features, *, n_boot: int = 1000, seed: int 
         that class; "auroc": of real against fake by this cosine alone), ``n, a, b, difference`` (b - a),
         ``low, high`` (95 % over images).
     """
-    encoders = [(part.run.get("fingerprint") or {}).get("encoder") for part in (a, b)]
-    if different := differences(*encoders):
+    one, other = ((part.run.get("fingerprint") or {}).get("encoder") for part in (a, b))
+    if different := differences(one, other):
         raise InputError(f"cosines of two encoders cannot be compared: {different[0]}")
     ids = [part.table[schema.IMAGE_ID] for part in (a, b)]
     if twice := next((x[x.duplicated()].iloc[0] for x in ids if x.duplicated().any()), ""):

@@ -247,9 +247,10 @@ def _fits(features: Features) -> Section:
     section = Section("Do generated images fit their captions less well?", lines)
     if not rows:
         return Section(section.title, ["There is no image to look at."])
-    table = pd.DataFrame(rows).sort_values("mean_local_cosine", ascending=False, na_position="first")
-    section.table = table.drop(columns=list(LEVELS))
-    fakes = table[table["generator"] != schema.REAL_GENERATOR]
+    table = pd.DataFrame(rows).sort_values("mean_local_cosine", ascending=False)
+    first = table["generator"] == schema.REAL_GENERATOR
+    fakes = table[~first]
+    section.table = pd.concat([table[first], fakes]).drop(columns=list(LEVELS))
     if not (len(real) and len(fakes)):
         lines.append("There is nothing to compare: that needs real images, and others.")
         return section

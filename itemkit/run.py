@@ -74,8 +74,9 @@ def run_all(
     not_made += _notebooks(chosen, data, features, out, device)
     not_made.sort()
     more, judge = _more(out, features, began), None if test is None else detector
-    given = {"fpr": fpr, "fnr": fnr, "more": more, "left_out": not_made}
-    sections = write_report(out / "report.html", features, judge, test, **given)
+    sections = write_report(
+        out / "report.html", features, judge, test, fpr=fpr, fnr=fnr, more=more, left_out=not_made
+    )
     print(*(line for section in sections for line in section.to_text()), sep="\n")
     took = f"{(time.time() - began) / 60:.1f} minutes"
     print(f"\nEverything made is in {os.path.relpath(out)}; begin with report.html ({took})")

@@ -159,6 +159,8 @@ def test_it_says_what_it_cannot_say(rows: str, detector: Detector, tmp_path: Pat
         title for title in SECTIONS if judged or title not in SECTIONS[2:4]
     ]
     assert "That cannot be told" in page.text and "nan" not in page.text.lower()
+    if rows == "three":
+        assert sections[1].table is not None and sections[1].table["generator"].iloc[0] == "real"
     said = {
         "real": "Called fake", "fake": "needs real and fake images", "none": "There is no image to look at",
         "unlabelled": "60 images without a label", "no objects": "60 of 60 images whose captions name no object",
