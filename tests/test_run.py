@@ -97,6 +97,18 @@ def test_one_class_gets_a_report_too(stub: Preset, executed: dict, tmp_path: Pat
     assert "01_misalignment: generators needed: 1, here: 0" in page
 
 
+def test_images_of_which_none_can_be_used_get_a_report_too(
+    stub: Preset, executed: dict, tmp_path: Path
+) -> None:
+    table = photos(tmp_path / "images", 6)
+    for path in table["path"]:
+        Path(path).write_bytes(b"\x89PNG\r\n\x1a\n")
+    failed = run.run_all(stub, table, tmp_path / "out", "cpu")
+    page = text_of(tmp_path / "out")
+    assert len(failed) == 1 and failed[0] in page and executed == {}
+    assert "There is no image to look at" in page and "6 images could not be used" in page
+
+
 def test_names_from_data_do_not_break_the_page(stub: Preset, executed: dict, tmp_path: Path) -> None:
     run.run_all(stub, photos(tmp_path / "images", 60, ("a|b<i>\x1b[2J",)), tmp_path / "out", "cpu")
     page = (tmp_path / "out" / "report.html").read_text()
