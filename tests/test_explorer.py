@@ -376,6 +376,27 @@ def test_threshold_search_and_legend_count_what_numpy_counts(browser: Any, tmp_p
     assert text(browser, "fake-count") == "no threshold"
 
 
+def test_a_lasso_lists_what_is_inside(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.common.actions.action_builder import ActionBuilder
+
+    features, numbers = coloured(tmp_path)
+    opened(browser, write_explorer(features, tmp_path / "page.html", numbers))
+    browser.execute_script("plot.toolbar.tools.find((t) => t.type === 'LassoSelectTool').active = true")
+    one, other = (browser.execute_script(PLACE, i) for i in (7, 14))
+    half = (other[0] - one[0]) / 2
+    left, right, low, high = one[0] - half, other[0] + half, one[1] + 30, other[1] - 10
+    actions = ActionBuilder(browser, duration=20)
+    actions.pointer_action.move_to_location(round(left), round(low)).pointer_down()
+    for x, y in ((right, low), (right, high), (left, high), (left, low)):
+        actions.pointer_action.move_to_location(round(x), round(y))
+    actions.pointer_action.pointer_up()
+    actions.perform()
+    assert wait_for(browser, "source.selected.indices.length") == 4
+    assert sorted(browser.execute_script("return source.selected.indices")) == [7, 8, 13, 14]
+    assert wait_for(browser, "$('gallery').querySelectorAll('img').length") == 4
+    assert browser.execute_script("return $('gallery').children[0].textContent") == "4 selected"
+
+
 def test_with_ten_thousand_images_a_step_stays_small(
     browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
