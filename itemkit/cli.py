@@ -434,7 +434,7 @@ def detect(args: argparse.Namespace) -> int:
         status = int(bool(answer.error) or status)
         _print(*([json.dumps(answer.to_dict(), allow_nan=False)] if args.json else answer.lines()))
         if args.card and not answer.error:
-            name = f"{Path(answer.path).stem}-{answer.image_id[:8]}.png"
+            name = f"{Path(answer.path).stem[:80]}-{answer.image_id[:8]}.png"
             answer.card(args.card / name if several else args.card)
     return status
 

@@ -340,6 +340,14 @@ def test_extract_train_evaluate_detect(
     assert len(answers[1]["models"]) == 16 and f"p(fake) = {answers[1]['p_fake']:.2f}" in text
     assert "not judged: " in run("detect", broken, "--detector", detector, *STUB, status=1)
 
+    run("detect", first, "--detector", detector, *STUB, "--card", tmp_path / "one.pdf")
+    assert (tmp_path / "one.pdf").read_bytes().startswith(b"%PDF")
+    run("detect", first, broken, "--detector", detector, *STUB, "--card", tmp_path / "cards", status=1)
+    name = f"{first.stem}-{answers[1]['image_id'][:8]}.png"
+    assert [file.name for file in (tmp_path / "cards").iterdir()] == [name]
+    line = run("detect", first, "--detector", detector, *STUB, "--card", tmp_path / "one.gif", status=2)
+    assert line == "a card is a .png or a .pdf, got 'one.gif'"
+
 
 def test_few_images_give_an_answer_without_a_promise(tmp_path: Path, run: Run) -> None:
     data, store, detector = write_data(tmp_path, 24), tmp_path / "store", tmp_path / "detector"
