@@ -116,8 +116,8 @@ def originals(image_ids: Sequence[str]) -> list[Original | None]:
             for facts, said in zip(scenes.facts, prompts[rows], strict=True):
                 if caption(facts) != said:
                     raise InputError(
-                        f"a scene of {split} is '{caption(facts)}', the image made of it shows '{said}': they "
-                        "are of different versions of the world; rebuild data/mini (`make lab`)"
+                        f"a scene of {split} is '{caption(facts)}', the image made of it shows '{said}': "
+                        "they are of different versions of the world; rebuild data/mini (`make lab`)"
                     )
             each = zip(scenes.images, scenes.owner, scenes.facts, redrawn, strict=True)
             found |= dict(zip(ids[rows], (Original(*one) for one in each), strict=True))
