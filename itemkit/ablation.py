@@ -25,7 +25,7 @@ def ablation(
     *,
     train_generators: Sequence[str] | None = None,
     families: Mapping[str, str] | None = None,
-    n_boot: int = 1000,
+    n_boot: int = 2000,
     out: str | Path | None = None,
     jobs: int = 1,
 ) -> pd.DataFrame:

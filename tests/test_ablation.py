@@ -37,7 +37,7 @@ def table(tmp_path_factory):
 
 def test_a_row_by_hand(table):
     pair = {"a": QUESTIONS["level"]["both"], "b": QUESTIONS["level"]["global"]}
-    study = train_on_test_on(FEATURES, pair, (0, 1, 2), families=FAMILY, metrics=("auroc",), n_boot=1000)
+    study = train_on_test_on(FEATURES, pair, (0, 1, 2), families=FAMILY, metrics=("auroc",), n_boot=2000)
     # trained on gan: flow and edit are unseen; trained on flow or edit: gan is
     cells = study.table[(study.table["train_generator"] == "gan") != (study.table["test_generator"] == "gan")]
     mean = cells.groupby("detector")["value"].mean()
