@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -430,12 +431,17 @@ def detect(args: argparse.Namespace) -> int:
         raise InputError("--caption goes with one image, got several; run detect once for each")
     status, rates = 0, (args.fpr, args.fnr)
     given = (args.images, _preset(args), args.detector, args.device, args.caption)
-    for answer in itemkit.workflow.verdicts(*given, *rates):
-        status = int(bool(answer.error) or status)
-        _print(*([json.dumps(answer.to_dict(), allow_nan=False)] if args.json else answer.lines()))
-        if args.card and not answer.error:
-            name = f"{Path(answer.path).stem[:80]}-{answer.image_id[:8]}.png"
-            answer.card(args.card / name if several else args.card)
+    gc.disable()  # until the first answer: what is imported is no garbage, and looking for some took a second
+    try:
+        for answer in itemkit.workflow.verdicts(*given, *rates):
+            gc.enable()
+            status = int(bool(answer.error) or status)
+            _print(*([json.dumps(answer.to_dict(), allow_nan=False)] if args.json else answer.lines()))
+            if args.card and not answer.error:
+                name = f"{Path(answer.path).stem[:80]}-{answer.image_id[:8]}.png"
+                answer.card(args.card / name if several else args.card)
+    finally:
+        gc.enable()
     return status
 
 

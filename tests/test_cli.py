@@ -6,6 +6,7 @@ import itemkit  # noqa: F401  (first: it repairs the torchvision import)
 
 # isort: split
 
+import gc
 import io
 import json
 import os
@@ -346,7 +347,7 @@ def test_extract_train_evaluate_detect(
     name = f"{first.stem}-{answers[1]['image_id'][:8]}.png"
     assert [file.name for file in (tmp_path / "cards").iterdir()] == [name]
     line = run("detect", first, "--detector", detector, *STUB, "--card", tmp_path / "one.gif", status=2)
-    assert line == "a card is a .png or a .pdf, got 'one.gif'"
+    assert line == "a card is a .png or a .pdf, got 'one.gif'" and gc.isenabled()
 
 
 def test_few_images_give_an_answer_without_a_promise(tmp_path: Path, run: Run) -> None:
