@@ -25,15 +25,17 @@ from itemkit.presets import PRESETS, Preset, get_preset
 from itemkit.report import Section, write_report
 from itemkit.text import one_line
 
-# What a notebook needs of images of one's own: generators, and validation and test images of each class; or
-# what they never have. One without a parameter DATA is about the laboratory.
-NEEDS: dict[str, tuple[int, int, int] | str] = {
+# the notebooks that lead through the method; the studies behind them take longer and are left to readers
+WALK = "0[0-6]_*.ipynb"
+# what one of them needs of images of one's own: generators, and validation and test images of each class
+NEEDS = {
+    "00_one_image": (0, 0, 0),
     "01_misalignment": (1, 0, 2),
     "02_hierarchical_features": (1, 0, 1),
     "03_training": (2, 2, 2),
     "04_umap": (1, 0, 8),
     "05_robustness": (1, 2, 2),
-    "07_ablations": "second models: open it, set CLIP_SECOND and CAPTIONER_SECOND",
+    "06_generalisation": (2, 2, 2),
 }
 # a cell with this tag is about the laboratory's images; it does not stand below figures of other ones
 LAB_TAG = "lab"
@@ -110,7 +112,7 @@ def _more(out: Path, features: Features, since: float) -> list[Section]:
 def _notebooks(
     preset: Preset, manifest: pd.DataFrame | None, features: Features, out: Path, device: str
 ) -> list[str]:
-    """Execute the notebooks that fit into ``out/notebooks``; returns which of them do not, or failed."""
+    """Execute the walk's notebooks that fit, into ``out/notebooks``; returns which do not, or failed."""
     import papermill
 
     folder = Path(__file__).resolve().parents[1] / "notebooks"
@@ -121,12 +123,13 @@ def _notebooks(
     if manifest is not None:
         values["DATA"] = str(out / "manifest.csv")
         write_manifest(manifest, values["DATA"])
-    not_made = []
-    for source in sorted(folder.glob("[0-9A]*.ipynb")):
+    others = sorted(
+        {path.stem for path in folder.glob("*.ipynb")} - {path.stem for path in folder.glob(WALK)}
+    )
+    not_made = [f"left out: {', '.join(others)}: longer studies; open them, or `make notebooks`"]
+    for source in sorted(folder.glob(WALK)):
         parameters = set(papermill.inspect_notebook(source))
-        why = ""
-        if manifest is not None:
-            why = _lacking(source.stem, features) if "DATA" in parameters else "it is about the laboratory"
+        why = _lacking(source.stem, features) if manifest is not None else ""
         if not why and (models is None or (models and "MODELS" not in parameters)):
             why = "it cannot be given the models of this run"
         if why:
@@ -143,9 +146,8 @@ def _notebooks(
 
 def _lacking(notebook: str, features: Features) -> str:
     """What a notebook needs and these images are not, or too few of; "" if it can be executed."""
-    needs = NEEDS.get(notebook, (1, 0, 1))
-    if isinstance(needs, str):
-        return f"it needs {needs}"
+    if not len(features):
+        return "there is no image to look at"
     table = features.table[features.table[schema.LABEL].notna()]
     fakes = table.loc[table[schema.LABEL] == schema.FAKE, schema.GENERATOR].unique()
     first = table[schema.GENERATOR].isin([schema.REAL_GENERATOR, *fakes[:1]])  # notebooks train on this fake
@@ -154,7 +156,7 @@ def _lacking(notebook: str, features: Features) -> str:
         for rows in (table[first & (table[schema.SPLIT] == "val")], table[table[schema.SPLIT] == "test"])
     )
     what = ("generators", "validation images of each class", "test images of each class")
-    for name, n, there in zip(what, needs, (len(fakes), val, test), strict=True):
+    for name, n, there in zip(what, NEEDS[notebook], (len(fakes), val, test), strict=True):
         if there < n:
             return f"{name} needed: {n}, here: {there}"
     return ""

@@ -14,7 +14,7 @@ import pandas as pd
 import papermill
 import pytest
 
-from itemkit import presets, run
+from itemkit import plots, presets, run
 from itemkit.presets import Preset, get_preset
 
 import fakes
@@ -63,15 +63,15 @@ def test_what_does_not_fit_is_left_out_and_what_fails_is_noted(
     generators: tuple[str, ...], stub: Preset, executed: dict, tmp_path: Path
 ) -> None:
     failed = run.run_all(stub, photos(tmp_path / "images", 200, generators), tmp_path / "out", "cpu")
-    expected = {"01_misalignment", "02_hierarchical_features", "04_umap", "05_robustness"}
-    assert set(executed) == expected | ({"03_training"} if len(generators) > 1 else set())
+    expected = {"00_one_image", "01_misalignment", "02_hierarchical_features", "04_umap", "05_robustness"}
+    more = {"03_training", "06_generalisation"} if len(generators) > 1 else set()
+    assert set(executed) == expected | more
     for values in executed.values():
         assert Path(values["DATA"]).is_file() and values["PRESET"] == "stub" and values["MODELS"] == {}
     assert failed == ["failed: notebook 05_robustness: ValueError: no such thing"]
     page = text_of(tmp_path / "out")
     assert failed[0] in page
-    assert "left out: A1_the_mini_lab: it is about the laboratory" in page
-    assert "left out: 07_ablations: it needs second models: open it, set CLIP_SECOND" in page
+    assert "left out: 07_ablations, 08_better_fakes, " in page and "or `make notebooks`" in page
     assert ("03_training: generators needed: 2, here: 1" in page) == (len(generators) == 1)
     assert (tmp_path / "out" / "detector" / "detector.json").is_file()
 
@@ -92,7 +92,8 @@ def test_one_class_gets_a_report_too(stub: Preset, executed: dict, tmp_path: Pat
     table = photos(tmp_path / "images", 20)
     failed = run.run_all(stub, table[table["label"] == 0], tmp_path / "out", "cpu")
     page = text_of(tmp_path / "out")
-    assert executed == {} and len(failed) == 1 and failed[0].startswith("failed: detector: ")
+    assert set(executed) == {"00_one_image"} and len(failed) == 1
+    assert failed[0].startswith("failed: detector: ")
     assert failed[0] in page and "\nreal\n\n10\n" in page and "There is nothing to compare" in page
     assert "01_misalignment: generators needed: 1, here: 0" in page
 
@@ -173,7 +174,7 @@ def test_models_of_a_run_reach_the_notebooks(
 def test_a_part_of_ones_own_is_found_by_the_notebooks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "own_part_of_a_run.py").write_text("class Mine:\n    caption, word = print, 7\n")
+    (tmp_path / "own_part_of_a_run.py").write_text("class Mine:\n    version, caption, word = '1', print, 7\n")
     code = "from itemkit.models import own_part\nprint(own_part('captioner', MODELS['captioner']).word)"
     parameters = nbformat.v4.new_code_cell("MODELS = {}", metadata={"tags": ["parameters"]})
     notebook = nbformat.v4.new_notebook(metadata={"language_info": {"name": "python"}})
@@ -201,11 +202,12 @@ def test_prose_about_the_laboratory_does_not_stand_below_other_figures(tmp_path:
 
 
 def test_notebooks_say_what_they_need_and_which_prose_is_about_the_laboratory(repo: Path) -> None:
-    sources = {path.stem: path for path in (repo / "notebooks").glob("*.ipynb")}
-    of_data = {name for name, path in sources.items() if "DATA" in papermill.inspect_notebook(path)}
-    assert set(run.NEEDS) == of_data
-    for name in of_data - {"07_ablations"}:
-        assert "MODELS" in papermill.inspect_notebook(sources[name])
-        for cell in nbformat.read(sources[name], as_version=4).cells:
-            if cell.cell_type == "markdown" and "What to notice" in cell.source:
-                assert run.LAB_TAG in cell.metadata.get("tags", []), (name, cell.source[:60])
+    walk = {path.stem: path for path in (repo / "notebooks").glob(run.WALK)}
+    assert set(run.NEEDS) == set(walk)
+    theirs = re.compile(rf"laborator|\b({'|'.join(plots.FIXED)})\b")
+    for path in walk.values():
+        assert {"DATA", "MODELS"} <= set(papermill.inspect_notebook(path))
+        for cell in nbformat.read(path, as_version=4).cells[1:]:
+            if cell.cell_type == "markdown" and run.LAB_TAG not in cell.metadata.get("tags", []):
+                prose = re.sub(r"`[^`]*`", "", cell.source.partition("What to notice")[2])
+                assert not theirs.search(prose), (path.stem, prose[:80])
