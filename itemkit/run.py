@@ -32,7 +32,7 @@ NEEDS = {
     "00_one_image": (0, 0, 0),
     "01_misalignment": (1, 0, 2),
     "02_hierarchical_features": (1, 0, 1),
-    "03_training": (2, 2, 2),
+    "03_training": (1, 2, 2),
     "04_umap": (1, 0, 8),
     "05_robustness": (1, 2, 2),
     "06_generalisation": (2, 2, 2),
