@@ -46,7 +46,7 @@ FIXED = {
     "gan": BLACK, "latent_flow": SKY, "vq_prior": YELLOW,
 }  # fmt: skip
 # detectors are no generators: colours of Tol's "muted" set, each with a marker of its own
-DETECTORS = ("#882255", "#44AA99", "#332288", "#DDCC77", "#CC6677", "#117733", "#999933", "#AA4499")
+DETECTORS = ("#882255", "#44AA99", "#332288", "#B0912F", "#CC6677", "#117733", "#999933", "#AA4499")
 MARKERS = "osD^vPX*"
 DPI = 220
 

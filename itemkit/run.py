@@ -36,7 +36,6 @@ NEEDS = {
     "04_umap": (1, 0, 8),
     "05_robustness": (1, 2, 2),
     "06_generalisation": (2, 2, 2),
-    "06_generalisation": (2, 2, 2),
 }
 # a cell with this tag is about the laboratory's images; it does not stand below figures of other ones
 LAB_TAG = "lab"

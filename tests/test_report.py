@@ -163,7 +163,8 @@ def test_it_says_what_it_cannot_say(rows: str, detector: Detector, tmp_path: Pat
         assert sections[1].table is not None and sections[1].table["generator"].iloc[0] == "real"
     said = {
         "real": "Called fake", "fake": "needs real and fake images", "none": "There is no image to look at",
-        "unlabelled": "60 images without a label", "no objects": "60 of 60 images whose captions name no object",
+        "unlabelled": "60 images without a label",
+        "no objects": "60 of 60 images whose captions name no object",
         "three": "no word of the captions names 10 objects or more of each class",
     }  # fmt: skip
     assert said[rows] in page.text

@@ -174,7 +174,8 @@ def test_models_of_a_run_reach_the_notebooks(
 def test_a_part_of_ones_own_is_found_by_the_notebooks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "own_part_of_a_run.py").write_text("class Mine:\n    version, caption, word = '1', print, 7\n")
+    mine = "class Mine:\n    version, caption, word = '1', print, 7\n"
+    (tmp_path / "own_part_of_a_run.py").write_text(mine)
     code = "from itemkit.models import own_part\nprint(own_part('captioner', MODELS['captioner']).word)"
     parameters = nbformat.v4.new_code_cell("MODELS = {}", metadata={"tags": ["parameters"]})
     notebook = nbformat.v4.new_notebook(metadata={"language_info": {"name": "python"}})
