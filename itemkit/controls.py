@@ -13,7 +13,7 @@ import functools
 import hashlib
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from itemkit import schema
 from itemkit.devices import choose_device
 from itemkit.errors import InputError
-from itemkit.features import BOX_COLUMNS, FOUND, OBJECT_ARRAYS, Features
+from itemkit.features import BOX_COLUMNS, FOUND, Features, select_objects
 from itemkit.head import MisalignmentMLP
 from itemkit.images import jpeg_bytes
 from itemkit.misalignment import Representation, RepresentationConfig, get_representation
@@ -358,20 +358,6 @@ class Novelty:
         emb, owner = self._all(features)
         far = pd.Series(self.novelty_.decision_function(emb))
         return far.groupby(owner).agg(self.pooling).to_numpy()[:, None]
-
-
-def select_objects(features: Features, kept: np.ndarray) -> Features:
-    """Keep some objects, by a mask or ascending positions, of every image."""
-    kept = np.flatnonzero(kept) if kept.dtype == bool else kept
-    owner = features.owner[kept]
-    counts = np.bincount(owner, minlength=len(features)).astype(np.int32)
-    return replace(
-        features,
-        table=features.table.assign(**{schema.N_OBJECTS: counts}),
-        owner=owner,
-        objects=features.objects.iloc[kept].reset_index(drop=True),
-        **{name: getattr(features, name)[kept] for name in OBJECT_ARRAYS},
-    )
 
 
 def best_regions(features: Features, k: int) -> Features:

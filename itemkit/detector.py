@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from sklearn.base import clone
 
 from itemkit import calibrate, schema
 from itemkit.errors import InputError
-from itemkit.features import BOX_COLUMNS, FOUND, OBJECT_ARRAYS, Features, concat_features
+from itemkit.features import BOX_COLUMNS, FOUND, Features, concat_features, select_objects
 from itemkit.head import FILES as HEAD_FILES
 from itemkit.head import MisalignmentMLP, intact, read_sealed, write_sealed
 from itemkit.metrics import METRICS, bootstrap
@@ -223,7 +223,7 @@ class Detector:
             table["real_below"] = np.interp(table[by], grid, PERCENTS) if len(grid) else np.nan
         m, objects = len(local), np.arange(len(local))
         left = [objects, *(objects[objects != k] for k in range(m)), objects[:0]]
-        logits = self.decision_function(concat_features([_keep(one, kept) for kept in left]), ignore)
+        logits = self.decision_function(concat_features([select_objects(one, kept) for kept in left]), ignore)
         whole["adds"], local["adds"] = logits[-1:], logits[0] - logits[1:-1]
         both = pd.concat([whole, local.sort_values(by, kind="stable")], ignore_index=True)
         fits = [FOUND, *dict.fromkeys(("cosine", by)), "real_below"]
@@ -402,12 +402,6 @@ def _known_images(train: Features, val: Features) -> dict[str, np.ndarray]:
 def _far(known: dict[str, np.ndarray], features: Features) -> np.ndarray:
     off = features.image_emb.astype(np.float64) - known["known_centre"]
     return np.sqrt(np.einsum("ij,ij->i", off @ known["known_precision"], off).clip(0)).astype(np.float32)
-
-
-def _keep(one: Features, kept: np.ndarray) -> Features:
-    """An image with some of its objects."""
-    arrays = {name: getattr(one, name)[kept] for name in (*OBJECT_ARRAYS, "owner")}
-    return replace(one, objects=one.objects.iloc[kept], **arrays)
 
 
 def _numbers(y: np.ndarray) -> str:

@@ -21,9 +21,9 @@ from PIL import Image
 from itemkit import schema, workflow
 from itemkit._files import atomic_write
 from itemkit.captions import clean_caption
-from itemkit.controls import CONTROLS, ENOUGH, OURS, VARIANTS, best_regions, get_control, select_objects
+from itemkit.controls import CONTROLS, ENOUGH, OURS, VARIANTS, best_regions, get_control
 from itemkit.errors import InputError
-from itemkit.features import Features
+from itemkit.features import Features, select_objects
 from itemkit.head import MisalignmentMLP
 from itemkit.images import EqualiseConfig, equalise
 from itemkit.manifest import require_two_classes

@@ -34,10 +34,10 @@ from itemkit.controls import (
     logistic,
     noise_level,
     noise_residual,
-    select_objects,
     spectrum,
 )
 from itemkit.errors import InputError
+from itemkit.features import select_objects
 from itemkit.head import MisalignmentMLP
 from itemkit.matrix import train_on_test_on
 from itemkit.misalignment import Representation, represent

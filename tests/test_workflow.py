@@ -19,10 +19,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from itemkit import presets, schema, workflow
-from itemkit.controls import select_objects
 from itemkit.detector import Detector
 from itemkit.errors import InputError, ModelNotFound
-from itemkit.features import Features
+from itemkit.features import Features, select_objects
 from itemkit.images import ImageError
 from itemkit.presets import Preset
 
