@@ -24,7 +24,7 @@ from scipy.stats import gaussian_kde
 from itemkit import calibrate, plots, schema
 from itemkit.errors import InputError
 from itemkit.images import content_id, load_image, read_bytes
-from itemkit.text import plain
+from itemkit.text import plain, probability
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,7 +62,7 @@ def alt(verdict: Verdict) -> str:
     things = [f"{thing['phrase']} ({_share(thing['real_below'])})" for thing in verdict.objects]
     named = f"; objects and the share of real ones that fit worse: {', '.join(things)}" if things else ""
     return plain(
-        f"Verdict {verdict.verdict}, p(fake) {verdict.p_fake:.2f}; caption: {verdict.caption}{named}"
+        f"Verdict {verdict.verdict}, p(fake) {probability(verdict.p_fake)}; caption: {verdict.caption}{named}"
     )
 
 
@@ -104,7 +104,8 @@ def draw(verdict: Verdict) -> Figure:
     ground = {"facecolor": GROUND.get(verdict.verdict, plots.BLACK), "edgecolor": "none", "pad": 2.5}
     big: dict[str, Any] = {"fontsize": 10, "fontweight": "bold", "color": "white", "bbox": ground}
     page.text(left + 3, top + 3, verdict.verdict, va="top", **big)
-    page.text(left + beside, top + 4.5, f"p(fake) {verdict.p_fake:.2f}", va="top", ha="right", fontsize=TEXT)
+    number = f"p(fake) {probability(verdict.p_fake)}"
+    page.text(left + beside, top + 4.5, number, va="top", ha="right", fontsize=TEXT)
     top = _write(page, head, left, top + 21)
     for lines in said:
         high = 7.5 * len(lines)

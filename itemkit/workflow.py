@@ -31,7 +31,7 @@ from itemkit.models import file_hash, tidy
 from itemkit.presets import MINI_REMEDY, PRESETS, Preset, get_preset, mini_folder
 from itemkit.splits import fill_splits
 from itemkit.store import fingerprint_hash, load_features
-from itemkit.text import count, did_you_mean, one_line, printable, wide_table
+from itemkit.text import count, did_you_mean, one_line, printable, probability, wide_table
 
 if TYPE_CHECKING:
     from itemkit.detector import Detector
@@ -310,7 +310,7 @@ class Verdict:
         )
         lines = [
             self.path + seen.get(self.seen, ""),
-            f"  verdict  {self.verdict}, p(fake) = {self.p_fake:.2f} ({self.because})",
+            f"  verdict  {self.verdict}, p(fake) {probability(self.p_fake)} ({self.because})",
             f"  caption  {self.caption}",
             f"  global   {whole}",
         ]

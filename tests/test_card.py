@@ -153,7 +153,7 @@ def test_a_notebook_shows_a_picture_and_words_for_who_does_not_see_it() -> None:
     alt, data = re.search(r'alt="([^"]*)" src="data:image/png;base64,([^"]+)"', shown).groups()  # type: ignore[union-attr]
     assert "Verdict fake, p(fake) 0.98; caption: a dog on a chair" in alt and "a dog (0 %)" in alt
     assert Image.open(BytesIO(base64.b64decode(data))).info["Description"] == html.unescape(alt)
-    assert "verdict  fake, p(fake) = 0.98" in shown
+    assert "verdict  fake, p(fake) 0.98" in shown
 
 
 def test_of_several_a_notebook_shows_the_first_few_and_counts_the_others() -> None:

@@ -29,6 +29,7 @@ from itemkit import cli, presets
 from itemkit.decode import DecodeConfig
 from itemkit.presets import Preset
 from itemkit.store import load_features
+from itemkit.text import probability
 
 import fakes
 
@@ -338,7 +339,7 @@ def test_extract_train_evaluate_detect(
     answers = [json.loads(line) for line in out.splitlines()]
     assert set(answers[0]) == {"path", "error"} and answers[0]["path"] == str(broken)
     assert answers[1]["path"] == str(first) and answers[1]["verdict"] in ("real", "fake", "unsure")
-    assert len(answers[1]["models"]) == 16 and f"p(fake) = {answers[1]['p_fake']:.2f}" in text
+    assert len(answers[1]["models"]) == 16 and f"p(fake) {probability(answers[1]['p_fake'])}" in text
     assert "not judged: " in run("detect", broken, "--detector", detector, *STUB, status=1)
 
     run("detect", first, "--detector", detector, *STUB, "--card", tmp_path / "one.pdf")
@@ -359,7 +360,7 @@ def test_few_images_give_an_answer_without_a_promise(tmp_path: Path, run: Run) -
     assert "withheld" in out and re.search(r"all +3 +3 +\d\.\d\d \(", out)
     image = data.parent / "images" / "00000.png"
     out = run("detect", image, "--detector", detector, *STUB)
-    assert "verdict  withheld, p(fake) = 0." in out and "--fpr" in out
+    assert "verdict  withheld, p(fake) 0." in out and "--fpr" in out
     out = run("detect", image, "--detector", detector, *STUB, "--fpr", "0.4", "--fnr", "0.4")
     assert "withheld" not in out
 

@@ -37,7 +37,7 @@ STAMPED_VERSIONS = (
 
 _PROGRESS_BAR = re.compile(r"\d+%\||\d+(?:it|\.\d+s/it|\.\d+it/s)\b")
 _KEPT_CELL_METADATA = ("tags", "jupyter")
-THUMBNAIL_TAG, THUMBNAIL_PX = "thumbnail", 320  # the figure that stands for its notebook in the README
+THUMBNAIL_TAG, THUMBNAIL_PX = "thumbnail", (320, 240)  # the figure that stands for its notebook in the README
 
 
 class NotebookFailed(ItemkitError):
@@ -125,7 +125,7 @@ def thumbnail(notebook: Any) -> bytes | None:
         if png := output.get("data", {}).get("image/png"):
             with Image.open(io.BytesIO(base64.b64decode(png))) as figure:
                 small = figure.convert("RGB")
-            small.thumbnail((THUMBNAIL_PX, 2 * THUMBNAIL_PX), Image.Resampling.LANCZOS)
+            small.thumbnail(THUMBNAIL_PX, Image.Resampling.LANCZOS)
             buffer = io.BytesIO()
             small.quantize(128).save(buffer, format="PNG", optimize=True)
             return buffer.getvalue()
