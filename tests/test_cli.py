@@ -234,7 +234,7 @@ OWN = "class Mine:\n    version = '1'\n"
         ("class Mine:\n    def caption(self, images): ...\n", "add `version = '1'`"),
         ("class Mine:\n    def __init__(self, key): ...\n", "'CODE:Mine' cannot be made: TypeError: "),
         ("class Mine(:\n", "'CODE:Mine' cannot be made: SyntaxError: "),
-        ("", "'CODE:Mine' is neither in this folder nor installed"),
+        ("", "module 'CODE' has no attribute 'Mine'"),
     ],
 )  # fmt: skip
 def test_a_captioner_of_ones_own_from_this_folder(
