@@ -56,10 +56,10 @@ def hardest(
     given = [schema.IMAGE_ID, schema.PATH, schema.LABEL, schema.GENERATOR, schema.CAPTION]
     table = features.table[given].assign(p_fake=detector.calibrator_(scores), margin=margin)
     fits = Representation("cosines_relative" if (y == schema.REAL).sum() > 1 else "cosines").fit(features)
-    table["phrase"] = fits.worst_phrase(features).to_numpy()
     order = np.argsort(np.abs(margin) if by == "unsure" else margin, kind="stable")
-    some = table.iloc[order].groupby(schema.LABEL).head(n)
-    return some.sort_values(schema.LABEL, kind="stable").reset_index(drop=True)
+    some = table.iloc[order].groupby(schema.LABEL).head(n).sort_values(schema.LABEL, kind="stable")
+    some = some.assign(phrase=fits.worst_phrase(features.select(some.index.to_numpy())).to_numpy())
+    return some.reset_index(drop=True)
 
 
 def by_phrase(features: Features, *, head: bool = False, least: int = LEAST) -> pd.DataFrame:
