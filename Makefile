@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test notebooks lab lab-check lint check-notebooks check-readme bench-gpu wheels clean
+.PHONY: help run test notebooks figures lab lab-check lint check-notebooks check-readme bench-gpu wheels clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
@@ -30,6 +30,11 @@ test: $(READY)  ## the tests (minutes)
 
 notebooks: $(READY)  ## execute the notebooks in place and stamp them: the only writer of committed outputs
 	$(BIN)/python -m tools.notebooks write $(NB)
+
+figures: $(READY)  ## every figure and table of a paper from what the notebooks stored in results/, no model run
+	cd notebooks && $(abspath $(BIN))/python -m papermill --no-progress-bar 12_paper_figures.ipynb \
+		$(abspath $(OUT))/notebooks/12_paper_figures.ipynb -p OUT_DIR $(abspath $(OUT))
+	@echo "Figures, tables and manifest.json are in $(OUT)/paper."
 
 # features of the old models must not be met with the new ones: the detector's are computed anew, in a folder apart
 lab: $(READY)  ## rebuild the mini laboratory from nothing: every model and every fake image (hours on a CPU)
@@ -69,5 +74,5 @@ $(READY): constraints.txt pyproject.toml
 		"make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || { echo "Making the environment in $(VENV) with $(PYTHON); this happens once."; \
 		$(PYTHON) -m venv $(VENV); }
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,explore]'
 	@touch $@

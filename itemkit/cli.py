@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -180,12 +181,20 @@ def _parser() -> argparse.ArgumentParser:
     option("--detector", required=True, type=Path, help="folder of a detector")
     option("--split", help="split to evaluate; without it test, or all of a set that came without splits")
     option("--csv", type=Path, help="also write all metrics, one row each")
+    option("--report", type=Path, metavar="HTML", help="also write one page with figures and hard images")
 
     option = add(detect, rates, models)
     option("images", nargs="+", help="image files, or folders of them")
     option("--detector", type=Path, help="folder of a detector; without it the preset's own")
     option("--caption", help="use this caption instead of a generated one (one image)")
     option("--json", action="store_true", help="one JSON object per image and line")
+    option(
+        "--card", type=Path, metavar="FILE", help="also draw the evidence, .png or .pdf; several: a folder"
+    )
+
+    option = add(explore, store, machine)
+    option("--out", required=True, type=Path, metavar="HTML", help="the file to write, for any browser")
+    option("--detector", type=Path, help="folder of a detector, whose p(fake) is shown, too")
 
     option = add(export, store)
     option("--to", required=True, type=Path, metavar="FOLDER", help="a new or empty folder")
@@ -197,6 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     option("--out", default="results", type=Path, help="the study goes to a folder of its own in it")
     option("--captions", default="generate", choices=("generate", "user"), help="whose captions")
     option("--seeds", type=_positive, default=5, help="each draws other training images")
+    option(
+        "--from", dest="from_scores", metavar="SCORES", help="scores.parquet of a study, or mini: its tables"
+    )
     option("--scores", action="append", default=[], metavar="NAME=CSV", help="of a detector run elsewhere")
     option("--without", action="append", default=[], metavar="CONTROL", help="leave out, e.g. cnn")
     option("--other-encoder", default="", metavar="NAME", help="for probes of the image alone; mini has one")
@@ -212,7 +224,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _preset(args: argparse.Namespace) -> Preset:
     parts = {part: getattr(args, part) for part in PARTS if getattr(args, part)}
-    return itemkit.get_preset(args.preset, getattr(args, "models", None), **parts)
+    preset = itemkit.get_preset(args.preset, getattr(args, "models", None), **parts)
+    for part in parts:  # of one's own: can it do what is asked of it?
+        preset.given(part)
+    return preset
 
 
 def _manifest(args: argparse.Namespace, data: str) -> pd.DataFrame:
@@ -245,7 +260,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The whole method: features, a detector, all notebooks with their figures, a summary."""
+    """The whole method: features, a detector, all notebooks with their figures, a report."""
     manifest = None if args.data is None else _manifest(args, args.data)
     rates = {"fpr": args.fpr, "fnr": args.fnr}
     return int(bool(itemkit.run.run_all(_preset(args), manifest, args.out, args.device, **rates)))
@@ -359,8 +374,24 @@ def evaluate(args: argparse.Namespace) -> None:
         *["", *lines],
         *["", "What was promised, and what happened:", *(f"  {line}" for line in kept)],
     )
+    if args.report:
+        kept = [f"promised: {line}" for line in kept]
+        judged = {"fpr": args.fpr, "fnr": args.fnr, "evaluated": (table, shown, [*lines, *kept])}
+        itemkit.report.write_report(args.report, test, detector, test, **judged)
+        _say(f"report: {args.report}")
     if args.csv:
         itemkit.text.write_csv(table.assign(about=made.pop("note"), **made), args.csv)
+
+
+def explore(args: argparse.Namespace) -> None:
+    """One HTML file in which to walk among the images of a store: map, search, threshold, pictures."""
+    import pandas as pd
+
+    features = _features(args.features)
+    numbers = pd.DataFrame(itemkit.maps.umap_2d(itemkit.represent(features)), columns=["UMAP 1", "UMAP 2"])
+    if args.detector:
+        numbers["p_fake"] = itemkit.Detector.load(args.detector, args.device).score(features)
+    _print(itemkit.explorer.write_explorer(features, args.out, numbers, progress=True))
 
 
 def export(args: argparse.Namespace) -> None:
@@ -372,56 +403,46 @@ def export(args: argparse.Namespace) -> None:
 
 def study(args: argparse.Namespace) -> int:
     """Misalignment beside every control, raw and equalised: a protocol, or your images."""
+    if args.from_scores:  # no image and no model is asked for
+        if args.data or args.protocol:
+            raise InputError("--from has its images and protocol: leave --data and --protocol out")
+        report = itemkit.study.tables(args.from_scores, args.out / "study-from-scores", args.scores)
+        return _studied(report)
     preset = _preset(args)
     given = ("captions", "seeds", "scores", "skip_missing", "per_set", "without", "other_encoder", "jobs")
     if args.protocol and args.layout == "auto":
         args.layout = itemkit.protocols.get_protocol(args.protocol).layout
     data = None if args.data is None else _manifest(args, args.data)
     options = {name: getattr(args, name) for name in given}
-    report = itemkit.study.run_study(args.protocol, data, args.out, preset, args.device, **options)
+    return _studied(itemkit.study.run_study(args.protocol, data, args.out, preset, args.device, **options))
+
+
+def _studied(report: Any) -> int:
     _print(*report.path.read_text(encoding="utf-8").split("\n"))
     _say(*(f"itemkit: warning: {failure}" for failure in report.failures))
-    _print(f"written to {report.path} and table.csv beside it")
+    _print(f"written to {report.path}; all tables lie beside it")
     return int(bool(report.failures))
 
 
 def detect(args: argparse.Namespace) -> int:
     """Answer for single images: p(fake), verdict, caption, and evidence per object."""
-    if args.caption is not None and (len(args.images) > 1 or os.path.isdir(args.images[0])):
+    several = len(args.images) > 1 or os.path.isdir(args.images[0])
+    if args.caption is not None and several:
         raise InputError("--caption goes with one image, got several; run detect once for each")
     status, rates = 0, (args.fpr, args.fnr)
     given = (args.images, _preset(args), args.detector, args.device, args.caption)
-    for answer in itemkit.detect(*given, *rates):
-        status = int("error" in answer or status)
-        _print(*([json.dumps(answer, allow_nan=False)] if args.json else _answer(answer)))
+    gc.disable()  # until the first answer: what is imported is no garbage, and looking for some took a second
+    try:
+        for answer in itemkit.workflow.verdicts(*given, *rates):
+            gc.enable()
+            status = int(bool(answer.error) or status)
+            _print(*([json.dumps(answer.to_dict(), allow_nan=False)] if args.json else answer.lines()))
+            if args.card and not answer.error:
+                name = f"{Path(answer.path).stem[:80]}-{answer.image_id[:8]}.png"
+                answer.card(args.card / name if several else args.card)
+    finally:
+        gc.enable()
     return status
-
-
-def _answer(answer: dict[str, Any]) -> Iterable[str]:
-    """One image's answer as lines of text."""
-    if "error" in answer:
-        yield answer["path"]
-        yield f"  not judged: {answer['error']}"
-        return
-
-    def fit(cosine: float, below: float | None, which: str) -> str:
-        share = "an unknown share" if below is None else f"{below:.0%}"
-        return f"cosine {cosine:.3f}; {share} of {which} less well"
-
-    seen = {"train": " (trained with this very image)", "val": " (calibrated with this very image)", "": ""}
-    yield answer["path"] + seen[answer["seen"]]
-    yield f"  verdict  {answer['verdict']}, p(fake) = {answer['p_fake']:.2f} ({answer['because']})"
-    yield f"  caption  {answer['caption']}"
-    known = "validation reals fit their caption"
-    yield f"  global   {fit(answer['global_cosine'], answer['global_real_below'], known)}"
-    for thing in answer["objects"]:
-        box = ", ".join(f"{side:.0f}" for side in thing["box"])
-        how = fit(thing["cosine"], thing["real_below"], "objects in validation reals fit")
-        yield f"  local    {thing['phrase']} in box ({box}): {how}"
-    if not answer["objects"]:
-        yield "  local    the caption names no object; judged by the whole image"
-    if answer["note"]:
-        yield f"  note     {answer['note']}"
 
 
 def download(args: argparse.Namespace) -> None:

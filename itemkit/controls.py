@@ -13,7 +13,7 @@ import functools
 import hashlib
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any
@@ -28,6 +28,7 @@ from sklearn.base import BaseEstimator, clone
 from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GridSearchCV, LeaveOneGroupOut, StratifiedKFold
 from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 from itemkit import schema
 from itemkit.devices import choose_device
 from itemkit.errors import InputError
-from itemkit.features import BOX_COLUMNS, FOUND, OBJECT_ARRAYS, Features
+from itemkit.features import BOX_COLUMNS, FOUND, Features, select_objects
 from itemkit.head import MisalignmentMLP
 from itemkit.images import jpeg_bytes
 from itemkit.misalignment import Representation, RepresentationConfig, get_representation
@@ -73,6 +74,8 @@ class FeatureScorer:
             if val is not None and has_fit_parameter(self.learner, "X_val"):
                 parts.append(val)
             arrays = [array for part in parts for array in (self.vectors(part), part.labels)]
+            if has_fit_parameter(self.learner, "groups"):
+                arrays.append(train.table[schema.GENERATOR].to_numpy(str))
             self.learner_ = clone(self.learner).fit(*arrays)
         return self
 
@@ -98,6 +101,27 @@ class FeatureScorer:
 def logistic() -> Any:
     """Standardised logistic regression with balanced classes."""
     return make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
+
+
+class GeneratorLeftOut(BaseEstimator):
+    """`logistic` with the penalty that serves generators best that were left out of its training in turn.
+
+    Of one generator alone, with the penalty that serves other images of it.
+    """
+
+    def fit(self, X: np.ndarray, y: np.ndarray, groups: np.ndarray) -> GeneratorLeftOut:
+        """Train on labels (1 fake) and the generator of each row; reals are dealt out to the generators."""
+        fakes, groups = np.unique(groups[y == schema.FAKE]), groups.copy()
+        groups[y == schema.REAL] = np.resize(fakes, int(np.sum(y == schema.REAL)))
+        several = len(fakes) > 1
+        folds = LeaveOneGroupOut().split(X, y, groups) if several else StratifiedKFold(3).split(X, y)
+        penalties = {"logisticregression__C": np.logspace(-4, 1, 6)}
+        self.search_ = GridSearchCV(logistic(), penalties, scoring="roc_auc", cv=list(folds)).fit(X, y)
+        return self
+
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        """Log-odds of fake."""
+        return self.search_.decision_function(X)
 
 
 def in_chunks(function: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
@@ -336,20 +360,6 @@ class Novelty:
         return far.groupby(owner).agg(self.pooling).to_numpy()[:, None]
 
 
-def select_objects(features: Features, kept: np.ndarray) -> Features:
-    """Keep some objects, by a mask or ascending positions, of every image."""
-    kept = np.flatnonzero(kept) if kept.dtype == bool else kept
-    owner = features.owner[kept]
-    counts = np.bincount(owner, minlength=len(features)).astype(np.int32)
-    return replace(
-        features,
-        table=features.table.assign(**{schema.N_OBJECTS: counts}),
-        owner=owner,
-        objects=features.objects.iloc[kept].reset_index(drop=True),
-        **{name: getattr(features, name)[kept] for name in OBJECT_ARRAYS},
-    )
-
-
 def best_regions(features: Features, k: int) -> Features:
     """Keep the k regions of each image that fit any phrase best, each once, with the phrase it fits best."""
     cosine = np.einsum("ij,ij->i", features.region_emb, features.phrase_emb)
@@ -514,6 +524,12 @@ class Control:
     if_it_won: str  # one sentence, printed below the tables
     needs: tuple[str, ...] = ()  # of `NEEDS`
     variant: str = ""  # of `VARIANTS`: what it is given in place of the study's features
+    slow: bool = False  # see `itemkit.recipes.Recipe`
+
+    @property
+    def reals_only(self) -> bool:
+        """Whether fakes of the training set change nothing: every number of ours is fitted on reals."""
+        return self.learner is None or isinstance(self.learner, OneClass)
 
     def build(
         self,
@@ -567,6 +583,9 @@ OURS |= {
         ("_both", ", doubt, caption likelihood", (Doubt(), caption_likelihood), SCORE + LOGPROB),
     )
 }
+OURS["stack"] = Control("stack: misalignment, caption likelihood, noise residual",
+    (*HANDFUL, caption_likelihood, FeatureScorer((noise_residual,), Mahalanobis())), GeneratorLeftOut(),
+    "Parts that were weighted for a family left out serve the next one, too.", LOGPROB + PIXELS)  # fmt: skip
 CONTROLS: dict[str, Control] = {
     # neither a joint space nor embedded text
     "caption_likelihood": Control("caption likelihood", (caption_likelihood,), logistic(),
@@ -596,7 +615,7 @@ CONTROLS: dict[str, Control] = {
     "other_linear": Control("another encoder, image only, linear", (IMAGE,), logistic(),
         "A better image encoder does more than captions do.", variant="other_encoder"),
     "cnn": Control("CNN on pixels", (pixels,), PixelCNN(),
-        "Generators share traces that a network sees in pixels.", PIXELS),
+        "Generators share traces that a network sees in pixels.", PIXELS, slow=True),
 }  # fmt: skip
 CONTROLS |= {
     f"cosine_{name}": Control(f"one cosine, {name.replace('_', ' ')}, untrained", (number,), None,

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Container, Generator, Iterable, Iterator
+from collections.abc import Callable, Container, Generator, Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -127,58 +127,48 @@ class Reader:
     look: Callable[[Image.Image], Any] | None = None  # preprocessing of the captioner
     keep: bool = True  # whether a model also needs the image itself
 
-    def open(self, item: Item) -> Item:
-        """Read and identify a file; its bytes are kept."""
-        with _noting(item, "read"):
-            # before the bytes: a file changed between the two is then noticed by the next run
-            with contextlib.suppress(OSError, ValueError):  # read_bytes says it better
-                stat = os.stat(item.path)
-                item.file_size, item.mtime_ns = stat.st_size, stat.st_mtime_ns
-            data = read_bytes(item.path)
-            item.image_id = content_id(data)
-            item.feature_id = feature_of(item.caption, item.image_id)
-            item.stage = "decode"
-            width, height = open_image(data, item.name).size
-            item.n_pixels, item.data = width * height, data
+    def __call__(self, step: str, item: Item) -> Item:
+        """Take one of the two steps, "open" or "decode"."""
+        try:
+            getattr(self, step)(item)
+        except MemoryError:
+            # the machine's trouble, not the file's: never remembered as what the file is like
+            size = f"this image of {item.n_pixels:,} pixels" if item.n_pixels else "this file"
+            item.fail("memory", f"{item.name}: memory ran out for {size}; free some and run the same again")
+        except Exception as error:  # whatever a broken file makes a decoder raise is this file's problem
+            reason = reason_of(error, item.path, item.name)
+            item.fail(item.stage, reason, item.stage in ("transform", "preprocess"))
         return item
 
-    def decode(self, item: Item) -> Item:
+    def open(self, item: Item) -> None:
+        """Read and identify a file; its bytes are kept."""
+        item.stage = "read"
+        # before the bytes: a file changed between the two is then noticed by the next run
+        with contextlib.suppress(OSError, ValueError):  # read_bytes says it better
+            stat = os.stat(item.path)
+            item.file_size, item.mtime_ns = stat.st_size, stat.st_mtime_ns
+        data = read_bytes(item.path)
+        item.image_id = content_id(data)
+        item.feature_id = feature_of(item.caption, item.image_id)
+        item.stage = "decode"
+        width, height = open_image(data, item.name).size
+        item.n_pixels, item.data, item.stage = width * height, data, ""
+
+    def decode(self, item: Item) -> None:
         """Decode a file that was read, and prepare its pixels for the models."""
         if item.data is None:
-            return item
-        with _noting(item, "decode"):
-            image = load_image(item.data, name=item.name, least_side=self.config.least_side)
-            if self.transform is not None:
-                item.stage = "transform"
-                image = self.transform(image, item.image_id)
-            item.stage = "preprocess"
-            item.pixels = self.preprocess(image)
-            if self.look is not None and item.caption is None:
-                item.shown = self.look(image)
-            size = SimpleNamespace(size=image.size, width=image.width, height=image.height)
-            item.image = image if self.keep else size
-        item.data = None
-        return item
-
-    def __call__(self, step: str, item: Item) -> Item:
-        """Take one of the two steps."""
-        return getattr(self, step)(item)
-
-
-@contextlib.contextmanager
-def _noting(item: Item, stage: str) -> Iterator[None]:
-    item.stage = stage
-    try:
-        yield
-    except MemoryError:
-        # the machine's trouble, not the file's: never remembered as what the file is like
-        size = f"this image of {item.n_pixels:,} pixels" if item.n_pixels else "this file"
-        item.fail("memory", f"{item.name}: memory ran out for {size}; free some and run the same again")
-    except Exception as error:  # whatever a broken file makes a decoder raise is this file's problem
-        reason = reason_of(error, item.path, item.name)
-        item.fail(item.stage, reason, item.stage in ("transform", "preprocess"))
-    else:
-        item.stage = ""
+            return
+        item.stage = "decode"
+        image = load_image(item.data, name=item.name, least_side=self.config.least_side)
+        if self.transform is not None:
+            item.stage = "transform"
+            image = self.transform(image, item.image_id)
+        item.stage = "preprocess"
+        item.pixels = self.preprocess(image)
+        if self.look is not None and item.caption is None:
+            item.shown = self.look(image)
+        size = SimpleNamespace(size=image.size, width=image.width, height=image.height)
+        item.image, item.data, item.stage = image if self.keep else size, None, ""
 
 
 class Readers:

@@ -47,6 +47,8 @@ APART = 0.5  # two boxes with a larger intersection over union show one thing
 class ObjectDetector(BoxLocaliser):
     """An object detector; the base of all."""
 
+    square = False  # whether the processor pads images to squares, at the bottom and on the right
+
     def __init__(
         self, encoder: Encoder, model: Any, processor: Any, options: dict[str, Any], record: dict[str, Any]
     ) -> None:
@@ -71,10 +73,6 @@ class ObjectDetector(BoxLocaliser):
         """Divide the words of an image into what goes into one forward pass."""
         return [list(words)]
 
-    def sides(self, image: Image) -> tuple[int, int]:
-        """Width and height in pixels that boxes are shares of."""
-        return image.size
-
     def find(self, images, phrases, phrase_emb):  # types: see BoxLocaliser
         """See `BoxLocaliser.find`. A phrase that is None is not looked for."""
         wanted = [Counter(word for word in words if word is not None) for words in phrases]
@@ -90,7 +88,8 @@ class ObjectDetector(BoxLocaliser):
                 batch = alike[start : start + PREPARED]
                 outputs = self.run([images[i] for i, _ in batch], [part for _, part in batch])
                 for (i, part), (boxes, logits) in zip(batch, outputs, strict=True):
-                    boxes = boxes * boxes.new_tensor(self.sides(images[i]) * 2)
+                    sides = [max(images[i].size)] * 2 if self.square else [*images[i].size]
+                    boxes = boxes * boxes.new_tensor(sides * 2)
                     for word, scores in zip(part, self.confidence(logits, part).T, strict=True):
                         found[i][word] = iter(self.best(boxes, scores, wanted[i][word]))
         return [
@@ -145,6 +144,8 @@ def overlap(boxes: Tensor, box: Tensor) -> Tensor:
 class Owlv2(ObjectDetector):
     """Owlv2: each phrase is a query of its own."""
 
+    square = True
+
     def asked(self, words: Sequence[Sequence[str]]) -> dict[str, Any]:
         """See `ObjectDetector.asked`; the processor gives images with fewer phrases empty ones."""
         positions = self.model.config.text_config.max_position_embeddings  # 16
@@ -153,10 +154,6 @@ class Owlv2(ObjectDetector):
     def confidence(self, logits: Tensor, words: Sequence[str]) -> Tensor:
         """See `ObjectDetector.confidence`."""
         return logits[:, : len(words)].sigmoid()
-
-    def sides(self, image: Image) -> tuple[int, int]:
-        """The processor pads the image to a square at the bottom and on the right."""
-        return max(image.size), max(image.size)
 
 
 class GroundingDino(ObjectDetector):
@@ -170,12 +167,11 @@ class GroundingDino(ObjectDetector):
         """See `ObjectDetector.confidence`."""
         prompt, spans = _prompt(words)
         offsets = self.processor.tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
+        logits = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)  # for a phrase without a token
         columns = []
         for start, end in spans:
             tokens = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
-            columns.append(
-                logits[:, tokens].sigmoid().amax(dim=1) if tokens else logits.new_zeros(len(logits))
-            )
+            columns.append(logits[:, [*tokens, -1]].sigmoid().amax(dim=1))
         return torch.stack(columns, dim=1)
 
     def parts(self, words: Sequence[str]) -> list[list[str]]:
@@ -217,8 +213,7 @@ class ImageAlone(ObjectDetector):
         for k, name in self.classes.items():
             for word in re.split("/|,| or ", name):
                 self._class_of.setdefault(_words(word), k)
-        if options["without_box"] != "whole":
-            self.instead = make_localiser(options["without_box"], encoder)
+        self.instead = make_localiser(options["without_box"], encoder)
 
     def find(self, images, phrases, phrase_emb):  # types: see BoxLocaliser
         """See `BoxLocaliser.find`."""
@@ -283,29 +278,19 @@ def load_detector(
 ) -> ObjectDetector:
     """Load an object detector from this machine.
 
-    Parameters
-    ----------
-    name : str
-        A localiser of `models.LOCALISERS` that has a model; there are the defaults of its options.
-    encoder : Encoder
-    device : str or torch.device
-    model : str or Path
-        A transformers folder or hub name; for "object_detector" any `AutoModelForObjectDetection` whose
-        configuration names its classes.
-    threshold : float
-        Least confidence of a box. That of "owlv2" and "grounding_dino" is the model's own; 0.3 is our choice,
-        below the usual 0.5, since a caption that names a thing is a reason to expect it.
-    precision : str
-        See `devices.choose_precision`; on a CPU bfloat16 gains Grounding DINO nothing.
-    match : float or None
-        Of "object_detector", see `ImageAlone`: least cosine of a phrase with the name of a class that is
-        another word; None: none will do. 0.9 is our choice and was not measured: in stock CLIPs the texts of
-        unlike nouns have cosines of 0.7 to 0.85.
-    boxes : {"best", "union"}
-        Of "object_detector": see `ObjectDetector.best`.
-    without_box : {"whole", "grid"}
-        Of "object_detector": which region stands in for an object without a box: the whole image, which is
-        quick and favours no place, or that of localiser "grid".
+    ``name`` is a localiser of `models.LOCALISERS` that has a model; there are the defaults of its options:
+
+    - ``model``: a transformers folder or hub name; for "object_detector" any `AutoModelForObjectDetection`
+      whose configuration names its classes.
+    - ``threshold``: least confidence of a box. That of "owlv2" and "grounding_dino" is the model's own; 0.3
+      is our choice, below the usual 0.5, since a caption that names a thing is a reason to expect it.
+    - ``precision``: see `devices.choose_precision`; on a CPU bfloat16 gains Grounding DINO nothing.
+    - ``match``, like all that follow of "object_detector", see `ImageAlone`: least cosine of a phrase with
+      the name of a class that is another word; None: none will do. 0.9 is our choice and was not measured: in
+      stock CLIPs the texts of unlike nouns have cosines of 0.7 to 0.85.
+    - ``boxes``: "best" or "union", see `ObjectDetector.best`.
+    - ``without_box``: which region stands in for an object without a box: "whole", the whole image, which is
+      quick and favours no place, or that of localiser "grid".
     """
     from transformers import AutoModelForObjectDetection, AutoModelForZeroShotObjectDetection
     from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES

@@ -22,11 +22,11 @@ from sklearn.base import clone
 
 from itemkit import calibrate, schema
 from itemkit.errors import InputError
-from itemkit.features import BOX_COLUMNS, FOUND, Features
+from itemkit.features import BOX_COLUMNS, FOUND, Features, concat_features, select_objects
 from itemkit.head import FILES as HEAD_FILES
 from itemkit.head import MisalignmentMLP, intact, read_sealed, write_sealed
 from itemkit.metrics import METRICS, bootstrap
-from itemkit.misalignment import Representation, RepresentationConfig
+from itemkit.misalignment import MOST_PAIRS, Representation, RepresentationConfig
 from itemkit.models import differences
 from itemkit.splits import split_validation
 from itemkit.text import printable
@@ -110,6 +110,7 @@ class Detector:
         known = self.representation.pair_cosines(val.select(val.labels == schema.REAL)).items()
         self.real_cosines_ = {level: np.quantile(x, PERCENTS) if len(x) else x for level, x in known}
         self.image_keys_ = {"train": image_keys(train), "val": image_keys(val)}
+        self.known_ = _known_images(train, val)
         return self
 
     def check(self, features: Features, ignore: Sequence[str] = ()) -> None:
@@ -201,8 +202,10 @@ class Detector:
         DataFrame
             First the whole image, then its objects from the worst aligned to the best: ``level`` ("global",
             "local"), ``text``, box ``x0, y0, x1, y1`` in pixels and localiser ``score`` (empty for the whole
-            image), ``found``, ``cosine``, ``real_below`` (share of validation reals, or of their objects,
-            with a lower one: small means unusually misaligned). With a relative representation order and
+            image), ``adds``, ``found``, ``cosine``, ``real_below`` (share of validation reals, or of their
+            objects, with a lower one: small means unusually misaligned). What an object ``adds`` is by how
+            much the log-odds of fake fall without it; of the whole image it is the log-odds that are left
+            without any object. With a relative representation order and
             ``real_below`` go by another column, ``relative``: the cosine against what real images with such
             a text have. A cosine that is usual for "the sand" is alarming for "a red ball"; where it is not
             relative, the ground looks worst in most images (`itemkit.misalignment` says why).
@@ -218,8 +221,25 @@ class Detector:
             table["cosine"], table[by] = absolute[level], seen[level]
             grid = self.real_cosines_[level]
             table["real_below"] = np.interp(table[by], grid, PERCENTS) if len(grid) else np.nan
+        m, objects = len(local), np.arange(len(local))
+        left = [objects, *(objects[objects != k] for k in range(m)), objects[:0]]
+        logits = self.decision_function(concat_features([select_objects(one, kept) for kept in left]), ignore)
+        whole["adds"], local["adds"] = logits[-1:], logits[0] - logits[1:-1]
         both = pd.concat([whole, local.sort_values(by, kind="stable")], ignore_index=True)
-        return both[["level", "text", *BOX_COLUMNS, FOUND, *dict.fromkeys(("cosine", by)), "real_below"]]
+        fits = [FOUND, *dict.fromkeys(("cosine", by)), "real_below"]
+        return both[["level", "text", *BOX_COLUMNS, "adds", *fits]]
+
+    def unlike(self, features: Features) -> np.ndarray:
+        """Share of the validation images that lie as far from the training images, shape (n,): small is new.
+
+        Far is the Mahalanobis distance of the whole images' embeddings, whatever their captions say; the
+        share is a conformal p-value (`calibrate.conformal_p`). NaN where a detector made by an older version
+        does not know, or there were no validation images.
+        """
+        self._fitted()
+        if not len(self.known_.get("known_far", ())):
+            return np.full(len(features), np.nan)
+        return calibrate.conformal_p(self.known_["known_far"], _far(self.known_, features), schema.REAL)
 
     def seen(self, features: Features) -> np.ndarray:
         """For each image "train" or "val" if it helped to make this detector (by its content), or ""."""
@@ -334,6 +354,7 @@ class Detector:
         arrays |= {f"real_cosines_{level}": grid for level, grid in self.real_cosines_.items()}
         arrays |= {f"relative_to_{level}": weights for level, weights in self.representation.reals.items()}
         arrays |= {f"{part}_keys": keys for part, keys in self.image_keys_.items()}
+        arrays |= self.known_
         path = self.head_.save(folder)
         return write_sealed(path, FILES, contents, arrays, HEAD_FILES)
 
@@ -356,6 +377,7 @@ class Detector:
             detector.real_scores_, detector.fake_scores_ = arrays["real_scores"], arrays["fake_scores"]
             detector.real_cosines_ = {level: arrays[f"real_cosines_{level}"] for level in ("global", "local")}
             detector.image_keys_ = {part: arrays[f"{part}_keys"] for part in ("train", "val")}
+            detector.known_ = {name: arrays[name] for name in arrays if name.startswith("known_")}
         return detector
 
 
@@ -364,6 +386,22 @@ def image_keys(features: Features) -> np.ndarray:
     ids = features.table[schema.IMAGE_ID].astype(str)
     digests = b"".join(hashlib.sha256(one.encode()).digest()[:8] for one in ids)
     return np.frombuffer(digests, ">u8").astype(np.uint64)
+
+
+def _known_images(train: Features, val: Features) -> dict[str, np.ndarray]:
+    """Where the training images lie in the joint space, and how far from there the validation images do."""
+    from sklearn.covariance import LedoitWolf  # only here: a verdict does not wait for it
+
+    some = train.image_emb[:: 1 + (len(train) - 1) // MOST_PAIRS].astype(np.float64)
+    spread = LedoitWolf().fit(some)
+    known = {"known_centre": spread.location_, "known_precision": spread.precision_}
+    known = {name: x.astype(np.float32) for name, x in known.items()}
+    return known | {"known_far": np.sort(_far(known, val))}
+
+
+def _far(known: dict[str, np.ndarray], features: Features) -> np.ndarray:
+    off = features.image_emb.astype(np.float64) - known["known_centre"]
+    return np.sqrt(np.einsum("ij,ij->i", off @ known["known_precision"], off).clip(0)).astype(np.float32)
 
 
 def _numbers(y: np.ndarray) -> str:

@@ -53,6 +53,7 @@ PACKAGES = ("torch", "open_clip_torch", "transformers", "spacy", "numpy", "panda
 POSTED = "caption_posted"  # column of the manifest and of features: the caption as it came
 NO_DEVICE = "AcceleratorError|CUDA error|cuDNN error"  # after which every later call fails as well
 MANY = 64  # so many images in a row on which a model fails: it is not the images
+NOT_FINITE = "no finite embedding came of it; ask `itemkit doctor --deep`, try another device or precision"
 # what becomes of a row, see `ExtractReport`
 STATUSES = ("reused", "computed", "copies", "errors", "left")
 # what the plan, an `Item` and the outcome know of a row beside its name
@@ -206,10 +207,7 @@ class Worker:
     def _take(self, items: list[Item], features: Features) -> None:
         bad = bad_rows(features)
         for row in np.flatnonzero(bad):
-            why = (
-                "no finite embedding came of it; ask `itemkit doctor --deep`, try another device or precision"
-            )
-            items[row].fail("image", f"{items[row].name}: {why}", model=True)
+            items[row].fail("image", f"{items[row].name}: {NOT_FINITE}", model=True)
         done, features = [item for item in items if not item.reason], features.select(~bad)
         for item, tokens in zip(done, features.table[schema.CAPTION_TOKENS], strict=True):
             item.tokens = int(tokens)
@@ -486,7 +484,8 @@ def _report(job: Job, started: float, worker: RayCluster | Worker | None) -> Ext
         for stage, rows in failed.groupby(STAGE, sort=False)
     ]
     if notes:
-        notes.append(f"with their reasons in {ERRORS_FILE}; --retry-errors also tries what was damaged")
+        again = "run it again to try what a model failed on, with --retry-errors also what was damaged"
+        notes.append(f"with their reasons in {ERRORS_FILE}; {again}")
     room = (job.run["fingerprint"].get("encoder") or {}).get("context_length")
     long = job.rows[job.rows["tokens"] > (room or math.inf)]
     if len(long):

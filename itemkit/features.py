@@ -117,6 +117,20 @@ class Features:
         return self.select(column.isin([schema.REAL_GENERATOR, *names]).to_numpy(dtype=bool))
 
 
+def select_objects(features: Features, kept: np.ndarray) -> Features:
+    """Keep some objects, by a mask or ascending positions, of every image."""
+    kept = np.flatnonzero(kept) if kept.dtype == bool else kept
+    owner = features.owner[kept]
+    counts = np.bincount(owner, minlength=len(features)).astype(np.int32)
+    return dataclasses.replace(
+        features,
+        table=features.table.assign(**{schema.N_OBJECTS: counts}),
+        owner=owner,
+        objects=features.objects.iloc[kept].reset_index(drop=True),
+        **{name: getattr(features, name)[kept] for name in OBJECT_ARRAYS},
+    )
+
+
 def concat_features(parts: Sequence[Features]) -> Features:
     """Put features of several sets of images, made the same way, one after the other.
 

@@ -1,4 +1,4 @@
-"""Two-dimensional maps of a space (UMAP), and measures of separation in the space itself."""
+"""Two-dimensional maps of a space (UMAP); neighbours and measures of separation in the space itself."""
 
 from __future__ import annotations
 
@@ -72,6 +72,15 @@ def umap_2d(x: np.ndarray, *, seed: int = 0, n_neighbors: int = 15, min_dist: fl
         return layout.fit_transform(reduced).astype(np.float32)
 
 
+def neighbours(x: np.ndarray, k: int = 5) -> np.ndarray:
+    """Find the k other rows nearest to each row of a space, the nearest first: int array, shape (n, k).
+
+    Distances are Euclidean, columns are used as they are. A twin is a neighbour, a row itself is none.
+    """
+    # asked without points it leaves out each point itself, and not a twin of it
+    return NearestNeighbors(n_neighbors=k).fit(x).kneighbors(return_distance=False)
+
+
 def separation(x: np.ndarray, generator: np.ndarray, *, seed: int = 0, k: int = 10) -> pd.DataFrame:
     """Measure in a space itself how far real images and those of each generator are apart.
 
@@ -98,9 +107,7 @@ def separation(x: np.ndarray, generator: np.ndarray, *, seed: int = 0, k: int = 
         y, part = fake[used].astype(int), x[used]
         near, linear = (np.nan,) * 3, (np.nan,) * 3
         if len(y) > k and each >= FOLDS:
-            # asked without points it leaves out each point itself, and not a twin of it
-            found = NearestNeighbors(n_neighbors=k).fit(part).kneighbors(return_distance=False)
-            same = (y[found] == y[:, None]).mean(axis=1)
+            same = (y[neighbours(part, k)] == y[:, None]).mean(axis=1)
             error = 1.96 * same.std(ddof=1) / np.sqrt(len(same))
             near = (same.mean(), same.mean() - error, same.mean() + error)
             folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)

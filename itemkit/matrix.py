@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,14 @@ from itemkit.errors import InputError, StoreError
 from itemkit.features import FOUND, Features
 from itemkit.metrics import METRICS
 from itemkit.recipes import Recipe, array_hash
-from itemkit.results import SHIFTED, STUDY_METRICS, Run, Study, run_path
+from itemkit.results import SHIFTED, STUDY_METRICS, Run, Study
 from itemkit.splits import split_validation
 from itemkit.text import count, did_you_mean, one_line
 
 TEST_COLUMNS = [schema.IMAGE_ID, schema.PATH, schema.LABEL, schema.GENERATOR, schema.SOURCE]
 TRAIN_SHARE = 0.8  # of the training images, drawn without replacement for each seed
 FPR = 0.05  # false-positive rate on validation images at which accuracies are given
+FEW_SEEDS = 2  # on all families but one, and of a slow contender, which is not trained on these
 # images of each class a split needs; half of val stops the training, the other half sets the threshold
 LEAST = {"train": 2, "val": 2, "test": 1}
 
@@ -68,7 +71,8 @@ def train_on_test_on(
     train_generators, test_generators : names, optional
         By default those with enough images. "a+b" trains on both.
     leave_family_out : bool
-        Also train on all train generators but those of one family, for each of three or more families.
+        Also train on all train generators but those of one family, for each of three or more families, with
+        the first `FEW_SEEDS` seeds.
     threshold : {"fpr", "best"}
         For accuracies, on validation images: 5 % false positives (NaN where too few can promise that), or the
         best balanced accuracy.
@@ -112,6 +116,10 @@ def train_on_test_on(
         "titles": {name: recipe.title or name for name, recipe in detectors.items()},
     }  # fmt: skip
     folder = None if out is None else Path(out)
+    few = count(len(seeds[:FEW_SEEDS]), "seed")
+    notes += [f"Trained on all families but one: {few}."] if len(sets) > len(trains) else []
+    slow = [options["titles"][name] for name, recipe in detectors.items() if recipe.slow]
+    notes += [f"{title}: {few}, and no family left out, because it takes long." for title in slow]
     tasks, common = [], _hash(features)
     for name, recipe in detectors.items():
         own = features if recipe.features is None else _aligned(features, recipe.features, name)
@@ -119,8 +127,11 @@ def train_on_test_on(
         # threshold and metrics are derived from kept scores and no part of the key
         about = [itemkit.__version__, digest, recipe.config, recipe.train_images, tests, TRAIN_SHARE]
         key = json.dumps(about, sort_keys=True)
-        tasks += [delayed(_runs)(name, recipe, own, train, key, folder, options) for train in sets]
-    # one task is a contender on a generator with all its seeds, so that the features travel seldom
+        # one task is a contender on one training set with all its seeds, so that the features travel seldom;
+        # who learns from reals alone learns the same on every set
+        mine = [name for name in sets if name in trains or not recipe.slow]
+        for some in [mine] if recipe.reals_only else [[train] for train in mine]:
+            tasks.append(delayed(_runs)(name, recipe, own, some, key, folder, options))
     work = Parallel(n_jobs=jobs, return_as="generator")(tasks)
     done = list(tqdm(work, total=len(tasks), disable=not progress, dynamic_ncols=True))
     failures = {name: why for name, _, why in done if why}
@@ -138,23 +149,26 @@ def train_on_test_on(
 
 
 def _runs(
-    name: str, recipe: Recipe, features: Features, train: str, key: str, folder: Path | None, options: dict
-) -> tuple[str, list[Run], str]:
-    """One contender on one generator with every seed; each run is on disk as soon as it is done."""
+    name: str, recipe: Recipe, features: Features, trains: Sequence[str], key: str, folder: Path | None,
+    options: dict,
+) -> tuple[str, list[Run], str]:  # fmt: skip
+    """One contender on training sets with every seed; each run is on disk as soon as it is done."""
     runs: list[Run] = []
+    known: dict[int, np.ndarray] = {}
     try:
-        for seed in options["seeds"]:
+        for train, seed in product(trains, options["seeds"]):
+            few = recipe.slow or len(options["training_sets"][train]) > train.count("+") + 1
+            if few and seed not in options["seeds"][:FEW_SEEDS]:
+                continue
             members = "+".join(options["training_sets"][train])
             digest = hashlib.sha256(f"{key} {name} {members} {seed}".encode()).hexdigest()
-            path = folder and run_path(folder, name, train, seed)
-            run = _kept(path, digest, options) if path and recipe.config else None
-            if run is None:
-                run = _run(name, recipe, features, train, seed, options)
-                run.key = digest
-                if path:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(path, asdict(run))
-            runs.append(run)
+            path = folder and _run_path(folder / "runs", name, train, seed)
+            kept = _kept(path, digest, options) if path and recipe.config else None
+            runs.append(kept or _run(name, recipe, features, train, seed, options, known))
+            runs[-1].key = digest
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, asdict(runs[-1]))
     except StoreError:
         raise  # a full disk stops all of them
     except Exception as error:  # whatever breaks in one contender must not cost the others
@@ -163,8 +177,21 @@ def _runs(
     return name, runs, ""
 
 
-def _run(name: str, recipe: Recipe, features: Features, train: str, seed: int, options: dict) -> Run:
-    """Train one contender on one generator with one seed, and score the test images."""
+def _run_path(folder: Path, detector: str, train_generator: str, seed: int) -> Path:
+    """File of a run; the hash tells names apart of which a file system cannot take every character."""
+    name = f"{detector}--{train_generator}--s{seed}"
+    plain = re.sub(r"[^A-Za-z0-9_.+-]+", "_", name)[:120]
+    return folder / f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"
+
+
+def _run(
+    name: str, recipe: Recipe, features: Features, train: str, seed: int, options: dict,
+    known: dict[int, np.ndarray],
+) -> Run:  # fmt: skip
+    """Train one contender on one training set with one seed, and score the test images.
+
+    ``known`` remembers, by seed, the scores of who learns from reals alone: they are the same in every set.
+    """
     y, generators = features.labels, options["training_sets"][train]
     every, val = (_rows(features, split, generators) for split in ("train", "val"))
     share = min(TRAIN_SHARE, (recipe.train_images or np.inf) / len(every))
@@ -173,13 +200,20 @@ def _run(name: str, recipe: Recipe, features: Features, train: str, seed: int, o
     drawn = [np.random.default_rng([seed, label]).permutation(part) for label, part in enumerate(own)]
     rows = np.sort(np.concatenate([part[: max(2, round(share * len(part)))] for part in drawn]))
     stop, rest = (val[half] for half in split_validation(y[val], seed=seed))
-    scorer = recipe.build(seed)
-    scorer.fit(features.select(rows), features.select(stop))
-    judged = (rest, _rows(features, "test", options["test_generators"]))
-    scores = [scorer.decision_function(features.select(part)).tolist() for part in judged]
-    known = (rest.tolist(), scores[0], y[rest].tolist())
-    run = Run(name, train, seed, *known, scores[1], len(rows), config=recipe.config)
-    return run.calibrate(options)
+    test = _rows(features, "test", options["test_generators"])
+    if (scores := known.get(seed)) is None:
+        scorer = recipe.build(seed)
+        scorer.fit(features.select(rows), features.select(stop))
+        all_val = np.flatnonzero((features.table[schema.SPLIT] == "val").to_numpy(bool))
+        judged = np.r_[all_val if recipe.reals_only else rest, test]
+        scores = np.full(len(features), np.nan)
+        scores[judged] = scorer.decision_function(features.select(judged))
+        if recipe.reals_only:
+            known[seed] = scores
+    # seven digits on disk and in memory alike: a run read back gives the same table to the last bit
+    short = np.array([float(f"{value:.7g}") for value in scores.tolist()])
+    about = (rest.tolist(), short[rest].tolist(), y[rest].tolist(), short[test].tolist(), len(rows))
+    return Run(name, train, seed, *about, config=recipe.config).calibrate(options)
 
 
 def _kept(path: Path, key: str, options: dict) -> Run | None:

@@ -153,12 +153,9 @@ def p_value(drawn: np.ndarray) -> float:
 
 def holm(p: np.ndarray) -> np.ndarray:
     """P-values of all comparisons of one table, corrected for their number (Holm 1979); nan stays nan."""
-    p = np.asarray(p, np.float64)
-    order, known = np.argsort(p), int(np.isfinite(p).sum())  # nan is sorted last
-    out = np.full(len(p), math.nan)
-    steps = p[order[:known]] * np.arange(known, 0, -1)
-    out[order[:known]] = np.maximum.accumulate(steps).clip(max=1)
-    return out
+    every = pd.Series(p, dtype=float)
+    known = every.dropna().sort_values()
+    return (known * np.arange(len(known), 0, -1)).cummax().clip(upper=1).reindex(every.index).to_numpy()
 
 
 def bootstrap(

@@ -169,17 +169,21 @@ def names_object(text: Any) -> bool:
 @functools.cache
 def own_part(name: str, text: str) -> Any:
     """The object that ``module:object`` names; a class is made an instance of. Looks in this folder, too."""
+    module = text.partition(":")[0]
     sys.path.insert(0, os.getcwd())  # not there when the command line's script was started
     try:
         part = pkgutil.resolve_name(text)
         part = part() if isinstance(part, type) else part
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{name} '{text}' is neither in this folder nor installed: {error}") from error
     except Exception as error:  # whatever a module of the user's own does
-        raise InputError(f"{name} '{text}' cannot be made: {type(error).__name__}: {error}") from error
+        why = f"cannot be made: {type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            hint = "; write it without .py" * module.endswith(".py")
+            why = f"is neither in this folder nor installed: {error}{hint}"
+        raise InputError(f"{name} '{text}' {why}") from error
     finally:
         sys.path.remove(os.getcwd())
     check_part(name, part)
+    part_fingerprint(name, part)  # it must have one, which is better known before any image is opened
     return part
 
 

@@ -1,7 +1,10 @@
 """Robustness transforms: the field's grid of compression, blur, noise, size and crop, named and repeatable.
 
-Both classes get the same transform, and captions, objects and regions are computed anew on the result. Sizes
-are in pixels of the image as it is: 1 px of blur on a 48 px render is about 5 px on a 256 px photograph.
+Both classes get the same transform, and captions, objects and regions are computed anew on the result.
+
+What has a scale is measured by the picture: blur, resizing and cropping go by its sides, so they mean the
+same to the models in a picture of 48 px and in one of 4,000. JPEG, WebP and noise work on the pixels as they
+are, as in a file that travels, so they harm a small picture more; `grid_for` leaves out what would erase it.
 """
 
 from __future__ import annotations
@@ -66,6 +69,10 @@ def _blur(image: Image.Image, rng: np.random.Generator, sigma_px: float) -> Imag
     return image.filter(ImageFilter.GaussianBlur(sigma_px))
 
 
+def _blur_share(image: Image.Image, rng: np.random.Generator, percent: float) -> Image.Image:
+    return _blur(image, rng, percent / 100 * min(image.size))
+
+
 def _noise(image: Image.Image, rng: np.random.Generator, std_255: float) -> Image.Image:
     pixels = np.asarray(image, dtype=np.float32)
     noisy = pixels + rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(std_255)
@@ -115,6 +122,7 @@ def _family(
 jpeg = _family("jpeg", _jpeg, "jpeg_q{}", "q {}", lambda quality: 100 - quality)
 webp = _family("webp", _webp, "webp_q{}", "q {}", lambda quality: 100 - quality)  # lossy, quality 1-100
 blur = _family("blur", _blur, "blur_{:g}px", "{:g} px", float)  # Gaussian, standard deviation in pixels
+blur_share = _family("blur", _blur_share, "blur_{:g}%", "{:g} %", float)  # the same, of the shorter side
 noise = _family("noise", _noise, "noise_{:g}", "{:g}/255", float)  # Gaussian per pixel and channel
 # both sides by a factor of at most 1, and left so
 resize = _family("resize", _resize, "resize_x{:g}", "× {:g}", lambda factor: 1 - factor)
@@ -131,43 +139,47 @@ def jpeg_random(low: int = 50, high: int = 95) -> Perturbation:
 
 def chain(*parts: Perturbation, strength: float = 1.0) -> Perturbation:
     """Apply several perturbations one after the other."""
-    name = "+".join(part.name for part in parts)
-    return Perturbation(name, "chain", strength, name, tuple(step for part in parts for step in part.steps))
+    name, setting = "+".join(p.name for p in parts), " + ".join(p.setting for p in parts)
+    return Perturbation(name, "chain", strength, setting, tuple(step for p in parts for step in p.steps))
 
 
 CLEAN = Perturbation("clean", "clean", 0.0, "clean", ())
 SOCIAL = Perturbation("social", "chain", 3.0, "social media", ((_social,),))
 
-#: The union of the grids of GenImage, SIDBench, CNNDetection and SPAI.
+#: The union of the grids of GenImage, SIDBench, CNNDetection and SPAI. Theirs have blur in px, of pictures of
+#: about 256 px: 1, 2, 3 and 5 px are these shares of the side.
 GRID: tuple[Perturbation, ...] = (
     CLEAN,
     *map(jpeg, (95, 90, 75, 65, 50, 30)),
     *map(webp, (90, 75, 50)),
-    *map(blur, (1, 2, 3, 5)),
+    *map(blur_share, (0.4, 0.8, 1.2, 2)),
     *map(noise, (2, 5, 10, 20)),
     *map(resize, (0.75, 0.5, 0.25)),
     *map(resize_px, (112, 64)),
     *map(crop, (0.9, 0.75, 0.5)),
     chain(resize(0.75), jpeg(75), strength=1.0),
-    chain(jpeg(50), blur(2), strength=2.0),
+    chain(jpeg(50), blur_share(0.8), strength=2.0),
     SOCIAL,
 )
-
-#: A shorter grid with steps that a picture of 48 px survives; our choice, for the mini laboratory.
-QUICK_GRID: tuple[Perturbation, ...] = (
-    CLEAN,
-    *map(jpeg, (90, 75, 50)),
-    *map(blur, (0.5, 1)),
-    *map(noise, (5, 10)),
-    *map(resize, (0.75, 0.5)),
-    *map(crop, (0.9, 0.75)),
-    chain(resize(0.75), jpeg(75), strength=1.0),
+SMALL_PX = (
+    128  # shorter side below which blocks of 8 px and a quarter of the pixels hold no object. Our choice
 )
+ERASING = ("jpeg_q30", "resize_x0.25")  # in such a picture
+
+
+def grid_for(side_px: float) -> tuple[Perturbation, ...]:
+    """Steps of `GRID` that say something about pictures with this shorter side.
+
+    Left out are what erases a small picture, and sizes in pixels that it does not exceed.
+    """
+    useless = {resize_px(side).name for side in (112, 64) if side_px <= side}
+    useless |= {*ERASING} if side_px < SMALL_PX else set()
+    return tuple(p for p in GRID if p.name not in useless)
 
 
 def get_perturbation(name: str) -> Perturbation:
-    """Find a perturbation of `GRID` or `QUICK_GRID` by its name, e.g. ``jpeg_q50``."""
-    known = {perturbation.name: perturbation for perturbation in (*GRID, *QUICK_GRID)}
+    """Find a perturbation of `GRID` by its name, e.g. ``jpeg_q50``."""
+    known = {perturbation.name: perturbation for perturbation in GRID}
     if name not in known:
         raise InputError(f"no perturbation {name!r};{did_you_mean(name, known)} Known: {', '.join(known)}")
     return known[name]

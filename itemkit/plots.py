@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
+from matplotlib.textpath import TextPath
+from scipy.stats import gaussian_kde
 
 from itemkit import schema
 from itemkit._files import atomic_write
@@ -34,31 +38,47 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
 GREY = "#8C8C8C"
+COLUMN, PAGE = 3.35, 6.9  # inches: what a column and a page of a paper are wide
 CYCLE = (VERMILION, ORANGE, GREEN, PURPLE, BLACK, YELLOW, SKY)
 # the mini laboratory's generators look the same in every figure, also where only some of them are shown
 FIXED = {
     "flow": VERMILION, "flow_early": ORANGE, "vae": GREEN, "edit": PURPLE,
     "gan": BLACK, "latent_flow": SKY, "vq_prior": YELLOW,
 }  # fmt: skip
+# detectors are no generators: colours of Tol's "muted" set, each with a marker of its own
+DETECTORS = ("#882255", "#44AA99", "#332288", "#B0912F", "#CC6677", "#117733", "#999933", "#AA4499")
+MARKERS = "osD^vPX*"
+DPI = 220
 
 
 def style() -> None:
-    """Set the one look of all figures; starts from matplotlib's defaults, so user settings change nothing."""
+    """Set the one look of all figures; starts from matplotlib's defaults, so user settings change nothing.
+
+    Figures have the size they are printed at (``figsize`` of `COLUMN` or `PAGE`), with type of 6 to 8 points.
+    """
     mpl.rcdefaults()
     ours = {
-        "savefig.dpi": 220,
+        "figure.dpi": 120,
+        "savefig.dpi": DPI,
         "figure.constrained_layout.use": True,  # makes room, so that a file has the size asked for
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.titlesize": 10,
+        "axes.titlesize": 8,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
-        "axes.labelsize": 9,
-        "xtick.labelsize": 8,
-        "ytick.labelsize": 8,
-        "legend.fontsize": 8,
+        "axes.labelsize": 7.5,
+        "axes.linewidth": 0.7,
+        "xtick.labelsize": 7,
+        "ytick.labelsize": 7,
+        "xtick.major.width": 0.7,
+        "ytick.major.width": 0.7,
+        "xtick.major.size": 2.5,
+        "ytick.major.size": 2.5,
+        "legend.fontsize": 7,
         "legend.frameon": False,
-        "image.interpolation": "nearest",
+        "font.size": 7,
+        "lines.linewidth": 1.2,
+        "lines.markersize": 4,
         "pdf.fonttype": 42,
     }
     sns.set_theme(context="paper", style="ticks", palette=CYCLE, font="DejaVu Sans", rc=ours)
@@ -72,8 +92,10 @@ def colours(generators: Sequence[str]) -> dict[str, str]:
     return {schema.REAL_GENERATOR: BLUE} | {g: FIXED.get(g) or next(left) for g in fakes}
 
 
-def save(fig: Figure, name: str, table: pd.DataFrame, folder: str | Path, note: str = "") -> list[Path]:
-    """Save a figure as PDF and PNG, with the table behind it as CSV.
+def save(
+    fig: Figure, name: str, table: pd.DataFrame, folder: str | Path, note: str = "", alt: str = ""
+) -> list[Path]:
+    """Save a figure as PDF and PNG, with the table behind it as CSV; in a notebook, show it.
 
     Parameters
     ----------
@@ -83,6 +105,8 @@ def save(fig: Figure, name: str, table: pd.DataFrame, folder: str | Path, note: 
         The numbers that are drawn; from columns ``n_real, n_fake`` or ``n`` the note says how many images.
     note : str
         Small print under the figure: what an interval is over, what made it (`small_print`).
+    alt : str
+        What is to be seen, in a sentence, for readers who do not see it; kept in the files, too.
 
     Raises
     ------
@@ -97,15 +121,19 @@ def save(fig: Figure, name: str, table: pd.DataFrame, folder: str | Path, note: 
             ends = sorted({int(table[column].min()), int(table[column].max())})
             counts.append(" to ".join(f"{end:,}" for end in ends) + kind)
     if note := "; ".join(filter(None, (f"n = {' and '.join(counts)}" * bool(counts), note))):
-        width = int(fig.get_figwidth() * 17)  # characters of this size that fit
+        width = int(fig.get_figwidth() * 19)  # characters of this size that fit
         lines = textwrap.fill(note, width, break_long_words=False)
-        fig.supxlabel(plain(lines), fontsize=6.5, color=GREY, x=0.995, ha="right")
+        fig.supxlabel(plain(lines), fontsize=6, color=GREY, x=0.995, ha="right")
     for ending in ("pdf", "png"):
         drawn = io.BytesIO()
         # no date inside, so the same figure gives the same file
-        fig.savefig(drawn, format=ending, metadata={"CreationDate": None} if ending == "pdf" else None)
+        about = {"CreationDate": None, "Subject": alt} if ending == "pdf" else {"Description": alt}
+        fig.savefig(drawn, format=ending, metadata=about)
         atomic_write(folder / f"{name}.{ending}", drawn.getbuffer())
     write_csv(table, folder / f"{name}.csv")
+    if "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
+        sys.modules["IPython"].display.display(fig, metadata={"image/png": {"alt": alt}})
+        plt.close(fig)  # else it would be shown a second time, without words
     return [folder / f"{name}.{ending}" for ending in ("pdf", "png", "csv")]
 
 
@@ -123,43 +151,72 @@ def _label(text: object) -> str:
     return f" {shown}" if shown.startswith("_") else shown
 
 
-def distributions(ax: Axes, table: pd.DataFrame, value: str, xlabel: str) -> Axes:
-    """Draw the column ``value`` smoothed, for real images and each ``generator``, with the median marked."""
-    palette = colours(list(table[schema.GENERATOR]))
-    for name, colour in palette.items():
-        x = table.loc[table[schema.GENERATOR] == name, value]
-        if len(x) < 2:
-            continue
-        real = name == schema.REAL_GENERATOR
-        shown = {"fill": real, "alpha": 0.25 if real else 1.0, "label": _label(f"{name} (n={len(x)})")}
-        sns.kdeplot(x=x, ax=ax, color=colour, lw=1.8, cut=0, **shown)
-        ax.plot(x.median(), 0, marker="^", color=colour, ms=6, clip_on=False, zorder=5)
-    ax.set(xlabel=plain(xlabel), ylabel="density", yticks=[])
+def ridges(
+    ax: Axes, table: pd.DataFrame, value: str, xlabel: str, told: Mapping[str, str] | None = None
+) -> Axes:
+    """Draw the column ``value`` smoothed, a row for each ``generator`` with the real images grey behind it.
+
+    A tick marks the median; ``told`` is written at the right of a generator's row, e.g. its AUROC. The rows
+    keep the order of the table; real images have none of their own.
+    """
+    of = {name: part[value].dropna().to_numpy() for name, part in table.groupby(schema.GENERATOR, sort=False)}
+    palette, real = colours(list(of)), of.pop(schema.REAL_GENERATOR, np.zeros(0))
+    ends = (
+        [x.min() for x in (*of.values(), real) if len(x)],
+        [x.max() for x in (*of.values(), real) if len(x)],
+    )
+    at = np.linspace(min(ends[0], default=0), max(ends[1], default=1), 400)
+    for row, (name, x) in enumerate(of.items()):
+        for part, colour, alpha in ((real, GREY, 0.35), (x, palette[name], 0.6)):
+            if len(part) < 2 or np.ptp(part) == 0:
+                continue
+            height = gaussian_kde(part)(at)
+            height = row - 0.85 * height / height.max()
+            ax.fill_between(at, row, height, color=colour, alpha=alpha, lw=0, zorder=row)
+            ax.plot(at, height, color=colour, lw=0.8, zorder=row)
+            ax.plot([np.median(part)] * 2, [row, row - 0.16], color=colour, lw=1.6, zorder=row + 0.5)
+        if told and name in told:
+            where = (1.01, row - 0.08)
+            ax.text(*where, plain(told[name]), transform=ax.get_yaxis_transform(), fontsize=7, va="bottom")
+    ax.set(xlabel=plain(xlabel), yticks=range(len(of)), yticklabels=[plain(name) for name in of])
+    ax.set_ylim(len(of) - 0.9, -1.0)
+    ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
-    ax.legend(loc="upper left")
     return ax
 
 
 def intervals(
-    ax: Axes, table: pd.DataFrame, *, y: str, xlabel: str, hue: str | None = None,
-    reference: float | None = None,
+    ax: Axes, table: pd.DataFrame, *, y: str, xlabel: str, hue: str | None = None, group: str | None = None,
+    reference: float | None = None, palette: Mapping[str, str] | None = None,
 ) -> Axes:  # fmt: skip
     """Draw estimates with their intervals: a row for each name in column ``y``, side by side for each hue.
 
-    ``reference`` is a vertical line, e.g. at chance.
+    ``group`` is a column whose names become headings over their rows; ``reference`` is a vertical line, e.g.
+    at chance; ``palette`` may give hues colours (generators have theirs in `colours`).
     """
-    names = list(dict.fromkeys(table[y]))
+    groups = list(dict.fromkeys(table[group])) if group else [None]
+    keys: list[tuple[Any, Any]] = []  # of each line of the figure: a heading has no name
+    for title in groups:
+        part = table[table[group] == title] if group else table
+        keys += [(title, None)] * bool(group) + [(title, name) for name in dict.fromkeys(part[y])]
     hues = list(dict.fromkeys(table[hue])) if hue else [""]
     for j, h in enumerate(hues):
         part = table[table[hue] == h] if hue else table
-        at = np.array([names.index(n) for n in part[y]]) + (j - (len(hues) - 1) / 2) * 0.7 / len(hues)
+        rows = zip(part[group] if group else [None] * len(part), part[y], strict=True)
+        at = np.array([keys.index(key) for key in rows]) + (j - (len(hues) - 1) / 2) * 0.7 / len(hues)
         error = np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(min=0)
-        look: dict[str, Any] = {"color": (BLUE, *CYCLE)[j % 8], "label": _label(h) if hue else None}
-        ax.errorbar(part["value"], at, xerr=error, fmt="o", ms=4.5, lw=1.4, capsize=0, **look)
+        look: dict[str, Any] = {"color": (palette or {}).get(str(h), DETECTORS[j % 8]), "fmt": MARKERS[j % 8]}
+        look |= {"label": _label(h) if hue else None, "ms": 3.5, "lw": 1.1, "capsize": 0}
+        ax.errorbar(part["value"], at, xerr=error, **look)
     if reference is not None:
-        ax.axvline(reference, color=GREY, lw=1, ls=":", zorder=0)
-    ax.set(yticks=range(len(names)), yticklabels=[plain(n) for n in names], xlabel=plain(xlabel))
-    ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.axvline(reference, color=GREY, lw=0.8, ls=":", zorder=0)
+    names = [plain(title if name is None else name) for title, name in keys]
+    ax.set(yticks=range(len(keys)), yticklabels=names, xlabel=plain(xlabel))
+    for (_, name), tick in zip(keys, ax.get_yticklabels(), strict=False):
+        tick.set_fontweight("bold" if group and name is None else "normal")
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(len(keys) - 0.5, -0.5)
+    ax.locator_params(axis="x", nbins=5)
     if hue:
         ax.legend(loc="best")
     return ax
@@ -168,14 +225,21 @@ def intervals(
 def matrix(
     ax: Axes, table: pd.DataFrame, *, rows: str, columns: str, label: str, chance: float = 0.5
 ) -> Axes:
-    """Draw a heat map of ``value`` with the number in each cell; colours begin at ``chance``."""
-    wide = table.pivot(index=rows, columns=columns, values="value")
-    wide = wide.loc[list(dict.fromkeys(table[rows])), list(dict.fromkeys(table[columns]))]
-    wide = wide.rename(index=plain, columns=plain)
+    """Draw a heat map of ``value`` with the number in each cell; white is ``chance``, blue above, red below.
+
+    Cells that are True in a column ``seen`` (a generator of the family trained on) are hatched.
+    """
+    order = {"index": list(dict.fromkeys(table[rows])), "columns": list(dict.fromkeys(table[columns]))}
+    wide = table.pivot(index=rows, columns=columns, values="value").reindex(**order)
     sns.heatmap(
-        wide, ax=ax, annot=True, fmt=".2f", cmap="cividis", vmin=chance, vmax=1, linewidths=1.5, square=True,
-        cbar_kws={"label": plain(label), "shrink": 0.8}, annot_kws={"size": 9},
+        wide.rename(index=plain, columns=plain), ax=ax, cmap="RdBu", vmin=2 * chance - 1, vmax=1, square=True,
+        linewidths=1, annot=True, fmt=".2f", annot_kws={"size": 7},
+        cbar_kws={"label": plain(label), "shrink": 0.8},
     )  # fmt: skip
+    if "seen" in table:
+        seen = table.pivot(index=rows, columns=columns, values="seen").reindex(**order)
+        for i, j in np.argwhere((seen == True).to_numpy()):  # noqa: E712 - a cell without a row is not seen
+            ax.add_patch(Rectangle((j, i), 1, 1, fill=False, hatch="////", ec="white", lw=0, alpha=0.55))
     ax.set(xlabel=plain(columns.replace("_", " ")), ylabel=plain(rows.replace("_", " ")))
     ax.tick_params(length=0)
     plt.setp(ax.get_yticklabels(), rotation=0)
@@ -187,15 +251,37 @@ def lines(
     ax: Axes, table: pd.DataFrame, *, x: str, hue: str, xlabel: str, ylabel: str,
     palette: Mapping[str, str] | None = None,
 ) -> Axes:  # fmt: skip
-    """Draw one line for each hue, with a band where there is ``low``; ``palette`` may give hues colours."""
+    """Draw one line for each hue, with a band where there is ``low``; ``palette`` may give hues colours.
+
+    Add `label_lines` or a legend when the axes have their limits.
+    """
     for i, (name, part) in enumerate(table.groupby(hue, sort=False)):
-        colour = (palette or {}).get(str(name), (BLUE, *CYCLE)[i % 8])
+        colour = (palette or {}).get(str(name), DETECTORS[i % 8])
         at = part[x] if pd.api.types.is_numeric_dtype(part[x]) else part[x].map(plain)
-        ax.plot(at, part["value"], marker="o", ms=3.5, lw=1.5, color=colour, label=_label(name))
+        ax.plot(at, part["value"], marker=MARKERS[i % 8], ms=3, color=colour, label=_label(name))
         if "low" in part and part["low"].notna().any():
             ax.fill_between(at, part["low"], part["high"], color=colour, alpha=0.15, lw=0)
     ax.set(xlabel=plain(xlabel), ylabel=plain(ylabel))
-    ax.legend(loc="best")
+    return ax
+
+
+def label_lines(ax: Axes, apart_pt: float = 7.5) -> Axes:
+    """Write the name of each line at its right end, in its colour, ``apart_pt`` points from the next name.
+
+    Call it when the axes have their limits.
+    """
+    ends = []
+    for line in ax.lines:
+        xy, name = np.asarray(line.get_xydata(), float), str(line.get_label())
+        if len(xy) and not name.startswith("_"):
+            ends.append((xy[-1, 1], xy[-1, 0], name, line.get_color()))
+    (low, high), points = ax.get_ylim(), ax.get_window_extent().height / ax.figure.dpi * 72
+    lowest = -np.inf
+    for y, x, name, colour in sorted(ends, key=lambda end: end[0]):
+        wanted = (y - low) / (high - low) * points
+        lowest = max(wanted, lowest + apart_pt)
+        where: dict[str, Any] = {"xytext": (5, lowest - wanted), "textcoords": "offset points"}
+        ax.annotate(name, (x, y), color=colour, fontsize=7, va="center", annotation_clip=False, **where)
     return ax
 
 
@@ -219,17 +305,21 @@ def show_image(ax: Axes, image: np.ndarray, title: str = "", colour: str | None 
     """Show a picture without ticks, framed in a colour if one is given; the title may hold line breaks."""
     _imshow(ax, image)
     ax.set(xticks=[], yticks=[])
-    ax.set_title(plain(title), fontsize=7.5, fontweight="normal", loc="center")
+    ax.set_title(plain(title), fontsize=7, fontweight="normal", loc="center")
     for spine in ax.spines.values():
         spine.set(visible=colour is not None, color=colour, linewidth=2)
     return ax
 
 
 def _imshow(ax: Axes, image: np.ndarray, **options: Any) -> None:
-    """Draw in the picture's own pixel coordinates; of a large one no more points than a figure shows."""
+    """Draw in the picture's own pixel coordinates; of a large one no more points than a figure shows.
+
+    The pixels of a small one are enlarged by a whole number, so that all look alike.
+    """
     height, width = image.shape[:2]
-    step = max(1, max(height, width) // 1000)
-    ax.imshow(image[::step, ::step], extent=(-0.5, width - 0.5, height - 0.5, -0.5), **options)
+    step, times = max(1, max(height, width) // 1000), max(1, 400 // max(height, width))
+    shown = image[::step, ::step].repeat(times, axis=0).repeat(times, axis=1)
+    ax.imshow(shown, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **options)
 
 
 def blank(axes: np.ndarray) -> None:
@@ -241,19 +331,56 @@ def blank(axes: np.ndarray) -> None:
 
 def label_row(ax: Axes, name: str) -> Axes:
     """Write a name at the left of a row of pictures, whose first axes are given."""
-    ax.set_ylabel(plain(name), rotation=0, ha="right", va="center", fontsize=9)
+    ax.set_ylabel(plain(name), rotation=0, ha="right", va="center", fontsize=7.5)
     return ax
 
 
-def boxes(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Draw regions on a picture: columns ``phrase, x0, y0, x1, y1``, in pixels of the picture."""
+def words(
+    ax: Axes, text: str, marked: Mapping[str, str] | None = None, *, width_pt: float, size: float = 6
+) -> Axes:
+    """Write a text below the axes, in lines of at most ``width_pt`` points, centred.
+
+    ``marked`` gives words a colour, e.g. those that are wrong; they are bold, too, to be seen in grey. A word
+    is compared without case and punctuation.
+    """
+    colour = {word.lower(): value for word, value in (marked or {}).items()}
+    bold, plainly = FontProperties(weight="bold"), FontProperties()
+    lines: list[list[tuple[str, str | None, float]]] = [[]]
+    for word in plain(text).split():
+        hit = colour.get(word.strip(".,;:!?\"'()").lower())
+        wide = TextPath((0, 0), word, size=size, prop=bold if hit else plainly).get_extents()
+        long = wide.width + 0.35 * size  # with a space
+        if lines[-1] and sum(w for *_, w in lines[-1]) + long > width_pt:
+            lines.append([])
+        lines[-1].append((word, hit, long))
+    for i, line in enumerate(lines):
+        left = -sum(long for *_, long in line) / 2
+        for word, hit, long in line:
+            look: dict[str, Any] = {
+                "color": hit or BLACK,
+                "fontsize": size,
+                "fontweight": "bold" if hit else "normal",
+            }
+            at = (left, -(i + 1) * 1.25 * size)
+            ax.annotate(word, (0.5, 0), at, "axes fraction", "offset points", annotation_clip=False, **look)
+            left += long
+    return ax
+
+
+def boxes(ax: Axes, table: pd.DataFrame, palette: Sequence[str] = DETECTORS) -> Axes:
+    """Draw regions on a picture: columns ``phrase, x0, y0, x1, y1``, in pixels of the picture.
+
+    Each phrase stands in its box's upper left corner, on a ground that makes it readable on any picture.
+    """
     for i, row in enumerate(table.itertuples()):
-        colour = CYCLE[i % len(CYCLE)]
+        colour = palette[i % len(palette)]
         # half a pixel: imshow puts the centre of a pixel, not its corner, on whole numbers
         corner, size = (row.x0 - 0.5, row.y0 - 0.5), (row.x1 - row.x0, row.y1 - row.y0)
-        ax.add_patch(Rectangle(corner, *size, fill=False, ec=colour, lw=1.8))
-        ax.plot([], [], color=colour, lw=2, label=_label(row.phrase))
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), fontsize=7, ncols=1)
+        ax.add_patch(Rectangle(corner, *size, fill=False, ec="white", lw=2.2))
+        ax.add_patch(Rectangle(corner, *size, fill=False, ec=colour, lw=1.4))
+        ground: dict[str, Any] = {"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
+        look: dict[str, Any] = {"fontsize": 6, "color": "white", "va": "top", "bbox": ground, "clip_on": True}
+        ax.text(corner[0], corner[1], plain(row.phrase), **look)
     return ax
 
 
@@ -261,21 +388,4 @@ def heat(ax: Axes, image: np.ndarray, heatmap: np.ndarray, title: str = "") -> A
     """Lay a map with one number for each pixel, shape (h, w), over a picture; nothing where it is NaN."""
     show_image(ax, image.mean(axis=2, keepdims=True).astype(np.uint8).repeat(3, axis=2), title)
     _imshow(ax, heatmap, cmap="magma", alpha=0.65)
-    return ax
-
-
-def options(ax: Axes, table: pd.DataFrame, xlabel: str) -> Axes:
-    """Draw the options of one question from `itemkit.ablation.ablation`.
-
-    Blue: the reference, also dotted. Vermilion: the interval of the paired difference leaves out zero.
-    """
-    for i, row in enumerate(table.itertuples()):
-        certain = row.difference_low > 0 or row.difference_high < 0
-        colour = BLUE if row.reference else VERMILION if certain else GREY
-        ax.plot([row.low, row.high], [i, i], color=colour, lw=1.4)
-        ax.plot(row.value, i, marker="o", ms=4.5, color=colour)
-    ax.axvline(table.loc[table["reference"], "value"].iloc[0], color=GREY, lw=1, ls=":", zorder=0)
-    ax.set(yticks=range(len(table)), yticklabels=table["option"].map(plain), xlabel=plain(xlabel))
-    ax.set_ylim(len(table) - 0.5, -0.5)
-    ax.set_title(plain(table["question"].iloc[0]))
     return ax

@@ -32,6 +32,7 @@ class Protocol:
     splits: dict[str, str] = field(default_factory=dict)
     """Folder's split -> part it plays here. Images under no split folder are test images."""
     train: list[str] = field(default_factory=list)  # whose fakes train; empty: each generator in turn
+    each: list[str] = field(default_factory=list)  # those that train in turn; empty: all that can
     train_is_all: bool = False  # all of the training split is the one training set, whatever its folders
     test: dict[str, str] = field(default_factory=dict)
     """Generator -> title of its row, in the published order; empty where each generator tests."""
@@ -39,12 +40,14 @@ class Protocol:
     alias: dict[str, list[str]] = field(default_factory=dict)
     """Generator -> other names that people give its folder; case does not matter."""
     conditions: list[str] = field(default_factory=lambda: ["raw", "equalised"])
-    """Columns of its table: "raw" or "clean" (images as they are), "equalised" (one size and codec for all),
-    "random JPEG" (one at a quality drawn for each image)."""
+    """Parts of its table: "equalised" (one size and codec for all), "random JPEG" (one at a quality drawn for
+    each image; also behind another name: "camera + random JPEG"); any other name: images as they are."""
+    images: dict[str, str] = field(default_factory=dict)
+    """Condition -> which of the laboratory's images it looks at (`itemkit.workflow.LAB_PARTS`), if others."""
     equalise: EqualiseConfig = field(default_factory=EqualiseConfig)
     families: dict[str, str] = field(default_factory=dict)
     """Generator -> family, where several share a network; a detector trained on one has seen the others."""
-    lab: bool = False  # the mini laboratory's own images, every level and form of misalignment
+    lab: bool = False  # the mini laboratory's own images
     published: list[dict[str, Any]] = field(default_factory=list)
     """Numbers of others: ``what`` they are, ``condition, metric``, ``values`` (method and per cent)."""
 
@@ -113,8 +116,8 @@ class Protocol:
                 raise InputError(f"at most {per_set} images of each set: expected at least 4")
             table = table.sort_values(schema.PATH)
             table = table.iloc[np.argsort(np.random.default_rng(0).permutation(len(table)))]
-            keys = [table[c].astype(str) for c in (schema.SPLIT, schema.GENERATOR, schema.SOURCE)]
-            table = table.groupby(keys).head(per_set).sort_index()
+            each = table.groupby([schema.SPLIT, schema.GENERATOR, schema.SOURCE], dropna=False)
+            table = each.head(per_set).sort_index()
         return table.reset_index(drop=True), missing
 
 

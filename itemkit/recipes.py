@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -40,6 +41,8 @@ class Recipe:
     features: Features | None = None
     """Of the same images, to be used instead of the study's: another captioner, localiser, encoder."""
     train_images: int | None = None  # at most so many, both classes in proportion
+    reals_only: bool = False  # learns from real images alone, or not at all: one fit serves every set
+    slow: bool = False  # takes long: fewer seeds, and not trained on all families but one
 
 
 def item(
@@ -70,7 +73,8 @@ def control(
                          f"{VARIANTS[made.variant]}; itemkit.study.make_variants makes them")  # fmt: skip
     about = {"contender": name, "item": config.to_dict(), "made_of": described(made.build(0, config, head))}
     own = variants[made.variant] if variants and made.variant else None
-    return Recipe(lambda seed: made.build(seed, config, head), about, made.title, own)
+    how = {"reals_only": made.reals_only, "slow": made.slow}
+    return Recipe(lambda seed: made.build(seed, config, head), about, made.title, own, **how)
 
 
 def described(part: Any) -> Any:
@@ -141,7 +145,19 @@ class ExternalScores:
 
     def decision_function(self, features: Features) -> np.ndarray:
         """Look the score of each image up."""
-        found = self.scores.reindex(self._names(features.table[self.key]))
+        return self.of(features.table)
+
+    def of(self, images: pd.DataFrame) -> np.ndarray:
+        """Score of each image of a table with the columns ``image_id, path``.
+
+        Where no path fits as it is, file names do: tables of scores leave out the folder that all share.
+        """
+        names = self._names(images[self.key])
+        found = self.scores.reindex(names)
+        if self.key == schema.PATH and found.isna().all():
+            by_name = self.scores.set_axis(self.scores.index.map(os.path.basename))
+            if by_name.index.is_unique and not (mine := names.map(os.path.basename)).duplicated().any():
+                found = by_name.reindex(mine)
         if (missing := found.isna()).any():
             raise InputError(
                 f"{self.path} has no score for {missing.sum()} of {len(found)} images, the first is "

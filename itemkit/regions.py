@@ -111,19 +111,10 @@ def embed_boxes(encoder: Encoder, images: Sequence[Image], boxes: Sequence[Box])
 def peak_boxes(maps: np.ndarray, level: float, frame: ArrayLike, size: ArrayLike) -> np.ndarray:
     """Draw a box around the connected part of each map that holds its peak.
 
-    Parameters
-    ----------
-    maps : float array, shape (m, h, w)
-        Values of -inf are outside the image.
-    level : float
-        Cut between the least finite (0) and the greatest value (1) of each map.
-    frame, size
-        What the maps cover, see `Encoder.frame`, and width and height of the image: of each, or of all.
-
-    Returns
-    -------
-    float32 array, shape (m, 4)
-        x0, y0, x1, y1 in pixels of the image, clipped to it.
+    In ``maps``, shape (m, h, w), values of -inf are outside the image; ``level`` is the cut between the least
+    finite (0) and the greatest value (1) of each. ``frame`` is what they cover, see `Encoder.frame`, ``size``
+    width and height of the image: of each, or of all. Gives x0, y0, x1, y1 in pixels of the image, clipped to
+    it, float32 (m, 4).
     """
     flat = maps.reshape(len(maps), math.prod(maps.shape[1:]))
     high = flat.max(axis=1, keepdims=True)
@@ -273,6 +264,9 @@ class BoxLocaliser(Localiser):
                 raise InputError(
                     f"{kind}.boxes() was given {len(texts)} phrases and returned {len(answers)} boxes"
                 )
+            if wrong := [answer for answer in answers if answer is not None and len(answer) != 5]:
+                expected = "expected (x0, y0, x1, y1, score), or None where there is none"
+                raise InputError(f"{kind}.boxes() returned {wrong[0]!r:.60}; {expected}")
             found.append([(None, 0.0) if answer is None else (answer[:4], answer[4]) for answer in answers])
         return found
 

@@ -7,19 +7,15 @@ family that is not in the training set: `Study.unseen`, in every table, in noteb
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.stats import rankdata
 
@@ -34,22 +30,36 @@ from itemkit.calibrate import (
     threshold_at_fpr,
 )
 from itemkit.errors import InputError
-from itemkit.metrics import LEVEL, PROBABILITY_METRICS, holm, interval, p_value, replicate, resample
+from itemkit.metrics import (
+    LEVEL,
+    METRICS,
+    PROBABILITY_METRICS,
+    holm,
+    interval,
+    p_value,
+    replicate,
+    resample,
+)  # fmt: skip
 from itemkit.protocols import Protocol
-from itemkit.recipes import Recipe
-from itemkit.text import count, did_you_mean, markdown_table, write_csv
+from itemkit.text import count, did_you_mean, markdown_table, one_line, printable, write_csv
 
 # balanced accuracy where one number, from images of the tested set, shifts the log-odds: `logit_shift`
-SHIFTED = {f"balanced_accuracy_{n or 'no'}_labels": n for n in (0, 10, 20)}
+SHIFTED = {f"balanced_accuracy_{n or 'no'}_labels": n for n in (0, 20)}
 STUDY_METRICS: tuple[str, ...] = (
     "ap", "auroc", "tpr_at_fpr01", "tpr_at_fpr05", "accuracy_real", "accuracy_fake", "accuracy_oracle",
     "balanced_accuracy", *SHIFTED, "balanced_accuracy_oracle", "ece",
 )  # fmt: skip
 BOOT_SEED = 0
+RATES = ("tpr_at_fpr01", "tpr_at_fpr05")
 FEW = 200  # resamples for the intervals of all but AUROC, whose mean over seeds takes one matrix product
+MOST_RESAMPLES, MOST_ROWS = 20_000, 50_000_000  # that a file of scores may ask for, or hold
 PAIR = ["train_generator", "test_generator"]
 BY = ["detector", "train_generator", "seed"]  # what tells runs apart
 ONE, SEVERAL = "one generator", "several generators"
+SCORE_COLUMNS = (
+    "condition", *BY, schema.IMAGE_ID, schema.PATH, schema.LABEL, schema.GENERATOR, schema.SOURCE,
+    schema.SPLIT, "score",
+)  # fmt: skip
 
 
 @dataclass
@@ -72,9 +82,6 @@ class Run:
 
     def calibrate(self, options: Mapping[str, Any]) -> Run:
         """Choose threshold and calibration on the validation scores; ``options`` as in `train_on_test_on`."""
-        # seven digits on disk and in memory alike: a run read back gives the same table to the last bit
-        self.val_scores = [float(f"{v:.7g}") for v in self.val_scores]
-        self.test_scores = [float(f"{v:.7g}") for v in self.test_scores]
         s, y = np.array(self.val_scores), np.array(self.val_labels)
         self.threshold, self.withheld = None, ""
         if options["threshold"] == "best":
@@ -104,13 +111,6 @@ class Run:
         return found
 
 
-def run_path(folder: Path, detector: str, train_generator: str, seed: int) -> Path:
-    """File of a run; the hash tells names apart of which a file system cannot take every character."""
-    name = f"{detector}--{train_generator}--s{seed}"
-    plain = re.sub(r"[^A-Za-z0-9_.+-]+", "_", name)[:120]
-    return folder / "runs" / f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"
-
-
 @dataclass
 class Study:
     """Runs and what follows from them."""
@@ -128,16 +128,12 @@ class Study:
         plays = (label == schema.REAL) | generator.isin(self.options["test_generators"])
         self.test = self.images[(plays & (self.images[schema.SPLIT] == "test")).to_numpy(bool)]
         self.table = self._evaluate(self.runs)
+        self._resampled: dict[tuple, np.ndarray] = {}  # what `_drawn` has found
 
     @property
     def detectors(self) -> list[str]:
         """Names of the contenders, in the order they were run."""
         return list(dict.fromkeys(run.detector for run in self.runs))
-
-    @property
-    def trainings(self) -> list[str]:
-        """`ONE`, `SEVERAL` or both: what the training sets hold."""
-        return list(dict.fromkeys(self.table["training"]))
 
     def family(self, generator: str) -> str:
         """Family of a generator; by itself where none is named."""
@@ -206,12 +202,13 @@ class Study:
             return np.full(1, np.nan)
         name, metric = cells[["detector", "metric"]].iloc[0]
         columns = 1 + (resamples or (FEW if metric != "auroc" else self.options["n_boot"]))
+        key = (name, metric, half, columns, *zip(*(cells[by] for by in (*PAIR, "seed")), strict=True))
+        if key in self._resampled:  # comparisons and fusions come back to the same ones
+            return self._resampled[key]
         known = {(run.train_generator, run.seed): run for run in self.runs if run.detector == name}
         y, total = self.test[schema.LABEL].to_numpy(int), np.zeros(1)
-        by_test: dict[str, list[Run]] = {}
-        for train, test, seed in zip(*(cells[column] for column in (*PAIR, "seed")), strict=True):
-            by_test.setdefault(test, []).append(known[train, seed])
-        for test, runs in by_test.items():
+        for test, part in cells.groupby("test_generator", sort=False):
+            runs = [known[key] for key in zip(part["train_generator"], part["seed"], strict=True)]
             mine = self._cells[test]
             mine = mine if half is None else mine[self._halves[mine] == half]
             if len(set(y[mine])) < 2:
@@ -230,7 +227,8 @@ class Study:
                     above += np.sign(s[some, None] - s[reals])
                 won = won + np.sum((above @ weights) * self._weights[some, :columns], axis=0, dtype=float)
             total = total + len(runs) / 2 + won / (2 * len(fakes) * len(reals))
-        return total / len(cells)
+        self._resampled[key] = total / len(cells)
+        return self._resampled[key]
 
     def cells(self, detector: str, metric: str, training: str | None = None) -> pd.DataFrame:
         """Rows of `table` of one contender and metric, and of training sets of one kind if one is named."""
@@ -255,9 +253,8 @@ class Study:
         n_families``: lowest, highest and standard deviation of the means of each tested family, where there
         are two or more. ``seed_sd, n_seeds``: over seeds. ``n_cells``.
         """
-        value, metric = cells["value"].mean(), next(iter(cells["metric"]), "")
-        drawn = self._drawn(cells, resamples=resamples)[1:] if resamples != 0 else np.zeros(0)
-        low, high = interval(drawn, metric, value)
+        value = cells["value"].mean()
+        low, high = (np.nan, np.nan) if resamples == 0 else self._interval(cells, value, resamples)
         of_family = cells["value"].groupby(cells["test_generator"].map(self.family)).mean()
         spread = of_family.agg(["min", "max", "std"]) if len(of_family) > 1 else [np.nan] * 3
         by_seed = cells.groupby("seed")["value"].mean()
@@ -267,6 +264,10 @@ class Study:
             "n_families": len(of_family), "seed_sd": by_seed.std(), "n_seeds": len(by_seed),
             "n_cells": cells.groupby(PAIR).ngroups,
         }  # fmt: skip
+
+    def _interval(self, cells: pd.DataFrame, value: float, resamples: int | None) -> tuple[float, float]:
+        drawn = self._drawn(cells, resamples=resamples)[1:]
+        return interval(drawn, next(iter(cells["metric"]), ""), value)
 
     def worst(self, cells: pd.DataFrame) -> pd.DataFrame:
         """Those of the rows that belong to the weakest cell, by the mean over seeds."""
@@ -291,7 +292,7 @@ class Study:
         rows = []
         for detector in self.detectors:
             for metric in metrics or self.options["metrics"]:
-                for training in self.trainings:
+                for training in self.table["training"].unique():
                     cells = self.cells(detector, metric, training)
                     unseen = cells[~cells["seen"]]
                     weakest = self.worst(unseen)
@@ -312,21 +313,27 @@ class Study:
         reference has the larger value. Intervals and p by bootstrap over the test images, the same resamples
         for both; ``p_holm`` corrects for the number of rows. No p is below 2 / (n_boot + 1).
         """
-        mine = self.unseen(reference, metric, training)
-        of_seed, ours, rows = mine.groupby("seed")["value"].mean(), self._drawn(mine), []
+        mine, rows = self.unseen(reference, metric, training), []
+        runs = pd.MultiIndex.from_frame(mine[[*PAIR, "seed"]])
         for other in self.detectors:
             if other == reference:
                 continue
             theirs = self.unseen(other, metric, training)
-            gap, drawn = of_seed - theirs.groupby("seed")["value"].mean(), (ours - self._drawn(theirs))[1:]
+            # a slow contender has fewer seeds and training sets: the same runs of both
+            there = pd.MultiIndex.from_frame(theirs[[*PAIR, "seed"]])
+            if not len(both := runs.intersection(there)):
+                continue
+            ours, theirs = mine[runs.isin(both)], theirs[there.isin(both)]
+            gap = ours.groupby("seed")["value"].mean() - theirs.groupby("seed")["value"].mean()
+            drawn = (self._drawn(ours) - self._drawn(theirs))[1:]
             low, high = interval(drawn)
             rows.append(
                 {"reference": reference, "other": other, "metric": metric, "difference": gap.mean(),
-                 "low": low, "high": high, "p_value": p_value(drawn), "seed_sd": gap.std()}
+                 "low": low, "high": high, "p_value": p_value(drawn), "p_holm": np.nan, "seed_sd": gap.std()}
             )  # fmt: skip
-        table = pd.DataFrame(rows)
-        table.insert(len(table.columns) - 1, "p_holm", holm(table["p_value"].to_numpy()))
-        return table
+        names = "reference, other, metric, difference, low, high, p_value, p_holm, seed_sd"
+        table = pd.DataFrame(rows, columns=names.split(", "))
+        return table.assign(p_holm=holm(table["p_value"].to_numpy()))
 
     def fuse(self, name: str, parts: Sequence[str]) -> Study:
         """Add a late fusion: the mean of the log-odds of contenders that were run; returns itself.
@@ -335,38 +342,21 @@ class Study:
         """
         for part in parts:
             self.cells(part, self.options["metrics"][0])  # complains about an unknown name
-        new = []
-        runs = ([run for run in self.runs if run.detector == part] for part in parts)
-        for mine in zip(*runs, strict=True):
-            fused = replace(mine[0], key="", config={"fuse": [run.config for run in mine]})
-            for which in ("val_scores", "test_scores"):
-                logits = [run.calibrator.logit(getattr(run, which)) for run in mine]
-                setattr(fused, which, np.mean(logits, axis=0).tolist())
-            new.append(fused)
-        self._add(name, f"fusion, late: {name}", new)
-        self.options["fused"] = {**self.options.get("fused", {}), name: list(parts)}
-        return self
-
-    def add(self, name: str, recipe: Recipe) -> Study:
-        """Add a detector that ran elsewhere, see `itemkit.recipes.external`; returns itself.
-
-        Of a study from a file of scores its table must name the images by ``image_id``.
-        """
-        scorer, new = recipe.build(0), []
-        for run in (run for run in self.runs if run.detector == self.detectors[0]):
-            parts = (self.images.iloc[run.val_rows], self.test)
-            scores = [scorer.decision_function(SimpleNamespace(table=part)).tolist() for part in parts]
-            new.append(replace(run, key="", config={}, val_scores=scores[0], test_scores=scores[1]))
-        self._add(name, recipe.title or name, new)
-        return self
-
-    def _add(self, name: str, title: str, runs: list[Run]) -> None:
         if name in self.detectors:
             raise InputError(f"the study has a contender {name!r} already")
-        runs = [replace(run, detector=name).calibrate(self.options) for run in runs]
-        self.options["titles"] |= {name: title}
-        self.table = pd.concat([self.table, self._evaluate(runs)], ignore_index=True)
-        self.runs += runs
+        new = []
+        for mine in zip(*([run for run in self.runs if run.detector == part] for part in parts), strict=True):
+            known, found = (
+                np.mean([run.calibrator.logit(getattr(run, which)) for run in mine], axis=0).tolist()
+                for which in ("val_scores", "test_scores")
+            )
+            fused = replace(mine[0], detector=name, key="", config={}, val_scores=known, test_scores=found)
+            new.append(fused.calibrate(self.options))
+        self.table = pd.concat([self.table, self._evaluate(new)], ignore_index=True)
+        self.runs += new
+        self.options["titles"] |= {name: f"fusion, late: {name}"}
+        self.options["fused"] = {**self.options.get("fused", {}), name: list(parts)}
+        return self
 
     def fusion_gain(self, fused: str, parts: Sequence[str], training: str | None = None) -> pd.DataFrame:
         """Is the fusion's AUROC ever below that of the better of its parts? One row per unseen cell.
@@ -381,26 +371,70 @@ class Study:
         for pair in cells[fused]:
             drawn = {n: [self._drawn(of[pair], half) for half in (0, 1)] for n, of in cells.items()}
             best = [max(parts, key=lambda name: drawn[name][half][0]) for half in (1, 0)]
-            value, least = sum(drawn[fused]) / 2, (drawn[best[0]][0] + drawn[best[1]][1]) / 2
-            gap = np.asarray(value - least)
-            low, high = interval(gap[1:])
-            rows.append(
-                dict(zip(PAIR, pair, strict=True))
-                | {"best_part": " / ".join(dict.fromkeys(best)), "fused": least[0] + gap[0],
-                   "best": least[0], "difference": gap[0], "low": low, "high": high,
-                   "p_value": p_value(gap[1:])}
-            )  # fmt: skip
-        names = [*PAIR, "best_part", "fused", "best", "difference", "low", "high", "p_value"]
-        table = pd.DataFrame(rows, columns=names).sort_values("difference", ignore_index=True)
+            value, least = ((drawn[a][0] + drawn[b][1]) / 2 for a, b in ((fused, fused), best))
+            gap, names = value - least, " / ".join(dict.fromkeys(best))
+            rows.append((*pair, names, value[0], least[0], gap[0], *interval(gap[1:]), p_value(gap[1:])))
+        columns = [*PAIR, "best_part", "fused", "best", "difference", "low", "high", "p_value"]
+        table = pd.DataFrame(rows, columns=columns).sort_values("difference", ignore_index=True)
         return table.assign(p_holm=holm(table["p_value"].to_numpy()))
 
+    def unsure(
+        self, parts: Sequence[str], novelty: str, training: str | None = None, share: float = 0.1
+    ) -> pd.DataFrame:
+        """Give no answer where two parts disagree and the image is novel; what is gained on the others.
+
+        Disagreement is how far the two log-odds lie apart; both it and the score of ``novelty`` must be above
+        what a ``share`` of the validation reals have. One row per unseen cell, means over seeds:
+        ``train_generator, test_generator``, AUROC of the mean log-odds on ``all`` images and on those
+        ``answered``, and which share of reals and fakes is not: ``unsure_real, unsure_fake``.
+        """
+        known = {(run.detector, run.train_generator, run.seed): run for run in self.runs}
+        y, rows = self.test[schema.LABEL].to_numpy(int), []
+        for key, part in self.unseen(parts[0], "auroc", training).groupby(["train_generator", "seed"]):
+            first, second, third = (known[name, *key] for name in (*parts, novelty))
+            real, silent = np.array(first.val_labels) == schema.REAL, np.ones(len(y), bool)
+            logits = [run.calibrator.logit(np.array(run.test_scores)) for run in (first, second)]
+            usual = [run.calibrator.logit(np.array(run.val_scores)) for run in (first, second)]
+            for found, of_val in (
+                (np.abs(logits[0] - logits[1]), np.abs(usual[0] - usual[1])),
+                (np.array(third.test_scores), np.array(third.val_scores)),
+            ):
+                silent &= found > np.quantile(of_val[real], 1 - share)
+            for test in part["test_generator"]:
+                mine = self._cells[test]
+                answered, fake = mine[~silent[mine]], y[mine] == schema.FAKE
+                auroc = [
+                    float(replicate(y[at], logits[0][at] + logits[1][at], np.ones((len(at), 1)), None, None,
+                                    True, ("auroc",))["auroc"][0])
+                    if len(set(y[at])) == 2 else np.nan for at in (mine, answered)
+                ]  # fmt: skip
+                rows.append((key[0], test, *auroc, silent[mine][~fake].mean(), silent[mine][fake].mean()))
+        columns = [*PAIR, "all", "answered", "unsure_real", "unsure_fake"]
+        return pd.DataFrame(rows, columns=columns).groupby(PAIR, sort=False).mean().reset_index()
+
+    def join(self, name: str, scorer: Any, title: str = "") -> Study:
+        """Add a detector that ran elsewhere, see `itemkit.recipes.ExternalScores`; returns itself."""
+        if name in self.detectors:
+            raise InputError(f"--scores {name}=...: that name is a contender of ours; choose another")
+        test = np.flatnonzero(self.images[schema.PATH].isin(self.test[schema.PATH]))
+        like = {(run.train_generator, run.seed): run for run in self.runs}  # who has the same images
+        rows = np.unique(np.concatenate([test, *(run.val_rows for run in like.values())]))
+        scores = np.full(len(self.images), np.nan)
+        scores[rows] = scorer.of(self.images.iloc[rows])
+        new = [
+            replace(run, detector=name, key="", config={}, val_scores=scores[run.val_rows].tolist(),
+                    test_scores=scores[test].tolist()).calibrate(self.options)
+            for run in like.values()
+        ]  # fmt: skip
+        self.options["titles"] |= {name: title or name}
+        self.table = pd.concat([self.table, self._evaluate(new)], ignore_index=True)
+        self.runs += new
+        return self
+
     def save(self, folder: Path) -> None:
-        """Write ``study.json``, one JSON per run under ``runs/``, and ``table.csv``."""
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
-        for run in self.runs:
-            write_json(run_path(folder, run.detector, run.train_generator, run.seed), asdict(run))
-        write_json(folder / "study.json", self.options)
+        """Write ``table.csv``, and what was asked for as ``study.json``."""
         write_csv(self.table.assign(**self.options["made_by"]), folder / "table.csv")
+        write_json(folder / "study.json", self.options)
 
 
 def save_scores(studies: Mapping[str, Study], path: Path) -> Path:
@@ -413,77 +447,106 @@ def save_scores(studies: Mapping[str, Study], path: Path) -> Path:
     """
     tables = []
     for condition, study in studies.items():
-        tests = np.flatnonzero(study.images[schema.PATH].isin(study.test[schema.PATH]))
-        kept = [run for run in study.runs if run.detector not in study.options.get("fused", {})]
-        rows = [np.r_[run.val_rows, tests] for run in kept]
-        y = study.images[schema.LABEL].to_numpy(float)
-        scores = [_short(y[at], np.r_[r.val_scores, r.test_scores]) for r, at in zip(kept, rows, strict=True)]
-        names = [(condition, run.detector, run.train_generator, run.seed) for run in kept]
-        of_runs = pd.DataFrame(names, columns=["condition", *BY])
         top = os.path.commonpath([os.path.dirname(name) for name in study.images[schema.PATH]])
         named = [os.path.relpath(name, top or None) for name in study.images[schema.PATH]]
-        which = (np.repeat(np.arange(len(kept)), [len(at) for at in rows]), np.concatenate(rows))
-        parts = []
-        for part, at in zip((of_runs, study.images.assign(path=named)), which, strict=True):
-            texts = part.select_dtypes(exclude="number").columns
-            parts.append(part.astype(dict.fromkeys(texts, "category")).iloc[at].reset_index(drop=True))
-        table = pd.concat(parts, axis=1).assign(score=np.concatenate(scores))
-        tables.append(pa.Table.from_pandas(table, preserve_index=False))
-    about = json.dumps({condition: study.options for condition, study in studies.items()})
-    table = pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
-    buffer = pa.BufferOutputStream()
-    dictionary = [name for name in table.column_names if name != "score"]
-    pq.write_table(
-        table.replace_schema_metadata({"itemkit": about}), buffer, compression="zstd", compression_level=19,
-        use_dictionary=dictionary, column_encoding={"score": "BYTE_STREAM_SPLIT"},
+        images = study.images.assign(path=named)
+        images = images.astype(dict.fromkeys(images.select_dtypes(exclude="number"), "category"))
+        tests = np.flatnonzero(study.images[schema.PATH].isin(study.test[schema.PATH]))
+        for run in study.runs:
+            if run.detector not in study.options.get("fused", {}):
+                part = images.iloc[np.r_[run.val_rows, tests]]
+                score = _short(part[schema.LABEL].to_numpy(), np.r_[run.val_scores, run.test_scores])
+                about = {"condition": condition} | {name: getattr(run, name) for name in BY}
+                tables.append(part.assign(**about, score=score))
+    names = list(SCORE_COLUMNS[:-1])
+    table = pd.concat(tables, ignore_index=True)[list(SCORE_COLUMNS)]
+    table = table.astype(dict.fromkeys(table.select_dtypes(exclude="number"), "category"))
+    table.attrs["studies"] = {condition: study.options for condition, study in studies.items()}
+    content = table.to_parquet(
+        index=False, compression="zstd", compression_level=19, use_dictionary=names,
+        column_encoding={"score": "BYTE_STREAM_SPLIT"},
     )  # fmt: skip
-    atomic_write(path, memoryview(buffer.getvalue()))
+    atomic_write(path, content)
     return path
 
 
 def _short(y: np.ndarray, s: np.ndarray) -> np.ndarray:
     """Scores with few binary digits, which compress to a third; with more where ties would change AUROC."""
-
-    def auroc(s: np.ndarray) -> float:
-        ranks, n_fake = rankdata(s), np.sum(y == schema.FAKE)
-        return (ranks[y == schema.FAKE].mean() - (n_fake + 1) / 2) / max(len(s) - n_fake, 1)
-
+    fake = y == schema.FAKE
+    rank, least = rankdata(s)[fake].mean(), 1e-4 * np.sum(~fake)  # AUROC: this mean, by the number of reals
     for digits in range(7, 24):
         step = 2.0 ** (np.floor(np.log2(s.std() or 1)) - digits)
         short = (np.round(s / step) * step).astype(np.float32)
-        if abs(auroc(short) - auroc(s)) < 1e-4:
+        if abs(rankdata(short)[fake].mean() - rank) < least:
             return short
     return s.astype(np.float32)
 
 
-def read_scores(path: Path) -> dict[str, Study]:
-    """Studies of several conditions from a file of `save_scores`: every table again, without any model."""
+def read_scores(path: str | Path, detectors: Sequence[str] | None = None) -> dict[str, Study]:
+    """Studies of several conditions from a file of `save_scores`: every table again, without any model.
+
+    The file may come from anybody: what a study cannot have is refused before anything is computed.
+    ``detectors`` are the contenders to be read, all by default.
+    """
     try:
-        file = pq.read_table(path)
-        options, table = json.loads(file.schema.metadata[b"itemkit"]), file.to_pandas()
-        return {
-            condition: _study(table[table["condition"] == condition], about)
-            for condition, about in options.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"cannot read the scores of a study from {path}: {error}") from error
+        if (n := pq.read_metadata(path).num_rows) > MOST_ROWS:
+            raise ValueError(f"{n:,} rows; at most {MOST_ROWS:,} are read")
+        some = None if detectors is None else [("detector", "in", list(detectors))]
+        table = pd.read_parquet(path, columns=[*SCORE_COLUMNS], filters=some)
+        asked = _shown(table.attrs.pop("studies"))
+        wrong = [name for name in SCORE_COLUMNS if table[name].isna().any()]
+        if wrong or not np.isfinite(table["score"]).all() or not set(table["label"]) <= {0, 1}:
+            raise ValueError(f"{wrong or 'a score or label'} is missing or not a number that it can be")
+        if other := sorted({*table["split"]} - {"val", "test"}):
+            raise ValueError(f"images of the split {other[0]!r}; expected val and test")
+        texts = table.select_dtypes(exclude="number").columns
+        table = table.assign(**{name: table[name].astype("category") for name in texts})
+        return {name: _study(table[table["condition"] == name], options) for name, options in asked.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+        expected = "expected a file that `itemkit study` wrote"
+        raise InputError(f"cannot read the scores of a study from {path}: {what}; {expected}") from error
+
+
+def _shown(asked: Any) -> Any:
+    """What a file says of itself, with texts that can act on no terminal and begin no new line."""
+    if isinstance(asked, dict):
+        return {printable(key): _shown(value) for key, value in asked.items()}
+    if isinstance(asked, list):
+        return [_shown(value) for value in asked]
+    return printable(asked) if isinstance(asked, str) else asked
 
 
 def _study(table: pd.DataFrame, options: dict) -> Study:
+    if not 0 <= int(options["n_boot"]) <= MOST_RESAMPLES:
+        raise ValueError(f"n_boot={options['n_boot']}; expected at most {MOST_RESAMPLES}")
+    if unknown := [name for name in options["metrics"] if name not in (*METRICS, *SHIFTED)]:
+        raise ValueError(f"unknown metric {unknown[0]!r}")
     names = [schema.IMAGE_ID, schema.PATH, schema.LABEL, schema.GENERATOR, schema.SOURCE, schema.SPLIT]
     images = table[names].drop_duplicates(schema.PATH).reset_index(drop=True)
     images = images.astype({name: object for name in names if name != schema.LABEL})
-    position, fused, runs = pd.Index(images[schema.PATH]), options.pop("fused", {}), []
+    fused, runs = options.pop("fused", {}), []
+    tests = np.flatnonzero(images[schema.SPLIT] == "test")
+    path = table[schema.PATH].cat
+    at = pd.Index(images[schema.PATH]).get_indexer(path.categories)[path.codes]
+    table = table.assign(at=at, val=(table[schema.SPLIT] == "val").to_numpy())
     for key, part in table.groupby(BY, sort=False, observed=True):
-        val = (part[schema.SPLIT] == "val").to_numpy()
-        rows, scores = position.get_indexer(part[schema.PATH].astype(object)), part["score"].to_numpy(float)
+        val, rows, scores = (part[name].to_numpy() for name in ("val", "at", "score"))
+        scores = scores.astype(float)
+        if not np.array_equal(rows[~val], tests):
+            raise ValueError(f"the test images of {key[0]}, trained on {key[1]}, are not those of the others")
+        if str(key[1]) not in options["training_sets"] or str(key[0]) not in options["titles"]:
+            raise ValueError(f"nothing is told about {key[0]}, trained on {key[1]}")
         labels = part[schema.LABEL].to_numpy(int)[val].tolist()
+        if len({*labels}) < 2:
+            raise ValueError(f"{key[0]}, trained on {key[1]}, lacks validation images of a class")
         known = (rows[val].tolist(), scores[val].tolist(), labels)
         run = Run(str(key[0]), str(key[1]), int(key[2]), *known, scores[~val].tolist())
         runs.append(run.calibrate(options))
     study = Study(images, runs, options)
     for name, parts in fused.items():
-        study.fuse(name, parts)
+        if {*parts} <= {*study.detectors}:
+            study.fuse(name, parts)
     return study
 
 
@@ -509,7 +572,6 @@ AT_THRESHOLDS = {
     "accuracy_oracle": "all, oracle",
     "balanced_accuracy": "balanced",
     "balanced_accuracy_no_labels": "shifted, no labels",
-    "balanced_accuracy_10_labels": "shifted, 10 labels",
     "balanced_accuracy_20_labels": "shifted, 20 labels",
     "balanced_accuracy_oracle": "balanced, oracle",
 }
@@ -538,51 +600,128 @@ def study_table(studies: Mapping[str, Study], protocol: Protocol) -> pd.DataFram
         ``seen`` whether one of the tested family was trained on, ``value`` a share, the mean over seeds,
         ``low, high`` its ``interval``, the others as in `Study.mean`.
     """
-    rows: list[dict] = []
+    tables = []
     for condition, study in studies.items():
-        made = {"kind": OURS, "condition": condition, "interval": OVER} | study.options["made_by"]
-        by = ["metric", "detector", "training"]
-        kept = {name: (name, "first") for name in ("seen", "n_real", "n_fake")}
-        kept |= {"value": ("value", "mean"), "seed_sd": ("value", "std"), "n_seeds": ("value", "size")}
-        by_cell = study.table.groupby([*by, *PAIR], sort=False).agg(**kept).reset_index()
-        runs = study.table.groupby(by, sort=False)
-        for key, table in by_cell.groupby(by, sort=False):
-            made |= dict(zip(by, key, strict=True)) | {"title": study.options["titles"][key[1]]}
-            rows += [made | row for row in _lines(study, runs.get_group(key), table, protocol)]
+        lines = _lines(study, protocol)
+        about = {"kind": OURS, "condition": condition, "interval": OVER} | study.options["made_by"]
+        tables.append(lines.assign(title=lines["detector"].map(study.options["titles"]), **about))
     for given in protocol.published:
         about = {"kind": THEIRS, "condition": given["condition"], "metric": given["metric"], "row": MEAN}
-        for name, value in given["values"]:
-            theirs = {"detector": name, "title": name, "value": value / 100, "where": given["what"]}
-            rows.append(about | theirs)
-    return pd.DataFrame(rows, columns=COLUMNS)
+        names, values = zip(*given["values"], strict=True)
+        theirs = pd.DataFrame({"detector": names, "title": names, "value": np.array(values) / 100})
+        tables.append(theirs.assign(where=given["what"], **about))
+    return pd.concat(tables, ignore_index=True).reindex(columns=COLUMNS)
 
 
-def _lines(study: Study, cells: pd.DataFrame, table: pd.DataFrame, protocol: Protocol) -> list[dict]:
-    """Every cell of ``table``, their mean and the worst of them, from the ``cells`` of each seed."""
-    metric, table = cells["metric"].iloc[0], table.assign(where="", n_cells=1)
-    table["row"] = table["test_generator"].map(lambda name: protocol.test.get(name, name))
-    if not protocol.train:
-        table["row"] = table["train_generator"] + " → " + table["row"]
-    if metric == protocol.metric:  # of the others without intervals: there are thousands
-        drawn = [study._drawn(part, resamples=FEW)[1:] for _, part in cells.groupby(PAIR, sort=False)]
-        ends = [interval(*about) for about in zip(drawn, [metric] * len(drawn), table["value"], strict=True)]
-        table[["low", "high"]] = ends
-    every = bool(protocol.train) or cells["seen"].all()
-    resamples = None if metric in (protocol.metric, "auroc", "tpr_at_fpr05", "tpr_at_fpr01") else 0
-    mean = {"row": MEAN, "where": ""} | study.mean(cells if every else cells[~cells["seen"]], resamples)
-    lines, values = [*table.to_dict("records"), mean], table.loc[every | ~table["seen"], "value"].dropna()
-    if len(values):
-        line = table.loc[values.idxmax() if metric in PROBABILITY_METRICS else values.idxmin()]
-        worst = cells[(cells[PAIR] == line[PAIR]).all(axis=1)]
-        about = {"row": WORST, "where": line["row"]} | study.mean(worst, resamples)
-        lines.append(line.to_dict() | about)
-    return lines
+def _lines(study: Study, protocol: Protocol) -> pd.DataFrame:
+    """Every cell; of every contender, metric and kind of training set the mean of cells and the worst."""
+    by, runs = ["metric", "detector", "training"], study.table
+    row = runs["test_generator"].map(lambda name: protocol.test.get(name, name))
+    row = row if protocol.train else runs["train_generator"] + " → " + row
+    all_seen = runs.groupby(by)["seen"].transform("all")
+    counts = ~runs["seen"] | all_seen | bool(protocol.train)
+    runs = runs.assign(row=row, counts=counts, family=runs["test_generator"].map(study.family))
+    of_cell = runs.groupby([*by, *PAIR, "row", "seen", "counts", "n_real", "n_fake"], sort=False)["value"]
+    cells = of_cell.agg(value="mean", seed_sd="std", n_seeds="size").reset_index().assign(where="", n_cells=1)
+
+    counted, means = runs[runs["counts"]], {}
+    for name in ("family", "seed"):
+        means[name] = counted.groupby([*by, name], sort=False)["value"].mean().groupby(by, sort=False)
+    mean = counted.groupby(by, sort=False)["value"].mean().to_frame()
+    spread = means["family"].agg(family_low="min", family_high="max", family_sd="std", n_families="size")
+    spread.loc[spread["n_families"] == 1, ["family_low", "family_high", "family_sd"]] = np.nan
+    mean = mean.join([spread, means["seed"].agg(seed_sd="std", n_seeds="size")])
+    mean["n_cells"] = cells[cells["counts"]].groupby(by, sort=False).size()
+    mean = mean.reset_index().assign(row=MEAN, where="")
+    known = cells[cells["counts"] & cells["value"].notna()]
+    badness = known["value"].where(known["metric"].isin(PROBABILITY_METRICS), -known["value"])
+    worst = known.loc[badness.groupby([known[name] for name in by], sort=False).idxmax()]
+    worst = worst.assign(where=worst["row"], row=WORST, n_families=1)
+
+    summed, groups = pd.concat([mean, worst], ignore_index=True), counted.groupby(by, sort=False)
+    for i, line in enumerate(summed.to_dict("records")):
+        if line["metric"] in (protocol.metric, "auroc"):  # the others' are in `headline`, or asked for
+            part = groups.get_group(tuple(line[name] for name in by))
+            part = part if line["row"] == MEAN else part[(part[PAIR] == [line[n] for n in PAIR]).all(axis=1)]
+            summed.loc[i, ["low", "high"]] = study._interval(part, line["value"], None)
+    return pd.concat([cells, summed], ignore_index=True)
+
+
+def headline(studies: Mapping[str, Study], names: Sequence[str]) -> pd.DataFrame:
+    """Some contenders in a table that fits a page: `ONE`, unseen cells, AUROC unless another metric is named.
+
+    Columns, of every condition: mean with its interval over images, lowest and highest family, worst cell
+    with its interval; TPR at 1 % and 5 % FPR in the first condition.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for condition, study in studies.items():
+        for name in (name for name in names if name in study.detectors):
+            cells = study.unseen(name, "auroc", ONE)
+            cells = cells if len(cells) else study.cells(name, "auroc", ONE)
+            mean, worst = study.mean(cells), study.mean(study.worst(cells))
+            found = {"mean": _share(mean), "families": "{family_low:.2f}-{family_high:.2f}".format(**mean),
+                     "worst cell": _share(worst)}  # fmt: skip
+            for metric in () if rows and condition != next(iter(studies)) else RATES:
+                part = study.cells(name, metric, ONE)
+                part = part[part["seen"] == cells["seen"].iloc[0]]
+                found[SHOWN[metric]] = _share(study.mean(part))
+            row = rows.setdefault(study.options["titles"][name], {})
+            row |= {f"{condition}: {what}": text for what, text in found.items()}
+    return pd.DataFrame.from_dict(rows, "index").rename_axis("detector").reset_index().fillna("")
+
+
+def _share(mean: Mapping[str, float]) -> str:
+    return "{value:.2f} ({low:.2f}-{high:.2f})".format(**mean)
+
+
+def fusion_table(
+    studies: Mapping[str, Study], fusions: Mapping[str, Sequence[str]], training: str = ONE
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Is a fusion ever worse than the better of its parts? Judged by the AUROC of every unseen cell.
+
+    Parameters
+    ----------
+    fusions : dict
+        Contender -> its parts; those that are not in a study are left out.
+
+    Returns
+    -------
+    One row per condition and fusion: ``condition, fusion, title, parts, mean, low, high, worst, worst_low,
+    worst_high, n_cells``, how many are ``below`` the better part, ``beyond`` the interval of the difference,
+    below ``after_holm``, and the ``largest_loss`` in the cell ``where``. And `Study.fusion_gain` of all.
+    """
+    rows, gains = [], []
+    for condition, study in studies.items():
+        for name, parts in fusions.items():
+            if not {name, *parts} <= {*study.detectors}:
+                continue
+            about = {"condition": condition, "fusion": name, "title": study.options["titles"][name]}
+            gain, cells = study.fusion_gain(name, parts, training), study.unseen(name, "auroc", training)
+            if gain.empty:
+                continue
+            mean, worst, least = study.mean(cells), study.mean(study.worst(cells)), gain.iloc[0]
+            gains.append(gain.assign(**about))
+            rows.append(
+                about | {"parts": ", ".join(parts), "mean": mean["value"], "low": mean["low"],
+                         "high": mean["high"], "worst": worst["value"], "worst_low": worst["low"],
+                         "worst_high": worst["high"], "n_cells": len(gain),
+                         "below": int((gain["difference"] < 0).sum()),
+                         "beyond": int((gain["high"] < 0).sum()),
+                         "after_holm": int(((gain["difference"] < 0) & (gain["p_holm"] < 0.05)).sum()),
+                         "largest_loss": max(-least["difference"], 0.0),
+                         "where": f"{least['train_generator']} → {least['test_generator']}"}
+            )  # fmt: skip
+    return pd.DataFrame(rows), pd.concat(gains, ignore_index=True) if gains else pd.DataFrame()
 
 
 def to_markdown(
-    table: pd.DataFrame, studies: Mapping[str, Study], protocol: Protocol, notes: Sequence[str] = ()
-) -> str:
-    """Print a `study_table`: every condition's means and worst cells, then cell by cell; ``notes`` first."""
+    table: pd.DataFrame, studies: Mapping[str, Study], protocol: Protocol, notes: Sequence[str] = (),
+    by_cell: Sequence[str] = (), sections: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """Print a `study_table`: ``notes``, ``sections``, every condition's means and worst cells, each cell.
+
+    The latter of the contenders ``by_cell`` only, if any is named; `study_table` has all.
+    """
     study = next(iter(studies.values()))
     made, seeds, y = study.options["made_by"], study.options["seeds"], study.test[schema.LABEL]
     paragraphs = [
@@ -592,8 +731,9 @@ def to_markdown(
         f"Made by itemkit {made['itemkit']} with preset {made['preset'] or 'none'}, models "
         f"{made['models'] or 'unknown'}; {(y == schema.REAL).sum():,} real and {(y == schema.FAKE).sum():,} "
         f"fake test images; values in per cent, means over {count(len(seeds), 'seed')}; "
-        f"{study.options['n_boot']} resamples for AUROC, at most {FEW} for the rest and for single cells.",
+        f"{study.options['n_boot']} resamples for AUROC, at most {FEW} for the rest.",
         ABOUT,
+        "\n".join(sections).strip(),
     ]
     first = [protocol.metric, *(metric for metric in SHOWN if metric != protocol.metric)]
     for (condition, training), part in table[table["kind"] == OURS].groupby(
@@ -609,7 +749,8 @@ def to_markdown(
     for (condition, what), part in left.groupby(["condition", "where"], sort=False):
         values = ", ".join(f"{row.title} {100 * row.value:.1f}" for row in part.itertuples())
         paragraphs += [f"PUBLISHED, NOT OURS, {condition} ({what}): {values}."]
-    paragraphs += [f"## Cell by cell: {SHOWN[protocol.metric]}", *_by_cell(table, protocol)]
+    shown = table[table["detector"].isin(by_cell)] if by_cell else table
+    paragraphs += [f"## Cell by cell: {SHOWN[protocol.metric]}", *_by_cell(shown, protocol)]
     return "\n\n".join(p for p in paragraphs if p) + "\n"
 
 

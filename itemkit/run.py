@@ -1,4 +1,4 @@
-"""``itemkit run``: the whole method on one data set, from images to figures and a page that sums up.
+"""``itemkit run``: the whole method on one data set, from images to figures and a report.
 
 What fails, or cannot be said of these images, is noted on that page; everything else is made all the same.
 """
@@ -11,33 +11,31 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
 
 import pandas as pd
 
 from itemkit import schema, workflow
-from itemkit._files import atomic_write
 from itemkit.errors import InputError
 from itemkit.features import Features
 from itemkit.manifest import write_manifest
-from itemkit.misalignment import cosines
 from itemkit.models import names_object
 from itemkit.presets import PRESETS, Preset, get_preset
-from itemkit.text import count, markdown_table, one_line, printable, wide_table
+from itemkit.report import Section, write_report
+from itemkit.text import one_line
 
-if TYPE_CHECKING:
-    from itemkit.detector import Detector
-
-# What a notebook needs of images of one's own: generators, and validation and test images of each class; or
-# what they never have. One without a parameter DATA is about the laboratory.
-NEEDS: dict[str, tuple[int, int, int] | str] = {
+# the notebooks that lead through the method; the studies behind them take longer and are left to readers
+WALK = "0[0-6]_*.ipynb"
+# what one of them needs of images of one's own: generators, and validation and test images of each class
+NEEDS = {
+    "00_one_image": (0, 0, 0),
     "01_misalignment": (1, 0, 2),
     "02_hierarchical_features": (1, 0, 1),
-    "03_training": (2, 2, 2),
+    "03_training": (1, 2, 2),
     "04_umap": (1, 0, 8),
     "05_robustness": (1, 2, 2),
-    "06_ablations": "second models: open it, set CLIP_SECOND and CAPTIONER_SECOND",
+    "06_generalisation": (2, 2, 2),
 }
 # a cell with this tag is about the laboratory's images; it does not stand below figures of other ones
 LAB_TAG = "lab"
@@ -53,13 +51,13 @@ def run_all(
     fpr: float = 0.05,
     fnr: float = 0.05,
 ) -> list[str]:
-    """Extract, train, evaluate, execute the notebooks, sum up in ``out/summary.md``; returns what failed.
+    """Extract, train, evaluate, execute the notebooks, write ``out/report.html``; returns what failed.
 
     Parameters
     ----------
     data : DataFrame, optional
         Manifest; the mini laboratory's images by default. Notebooks that ask for more than there is of one's
-        own images are left out, and the summary says so.
+        own images are left out, and the report says so.
     out : path
         Everything goes below it: ``features``, ``detector``, ``notebooks``, ``figures``, ``study``.
     fpr, fnr : float
@@ -68,59 +66,44 @@ def run_all(
     began = time.time()
     out, chosen = Path(out).resolve(), get_preset(preset)
     features = workflow.features(chosen, data, out, device)
-    lines, not_made = _head(features), []
+    detector, test, not_made = None, None, []
     try:
         detector = workflow.train_detector(features, device=device)
         detector.save(out / "detector")
-        lines += _of_detector(detector, features.split("test"), fpr, fnr)
+        test = features.split("test")
     except InputError as reason:
         not_made.append(f"failed: detector: {one_line(reason)}")
     not_made += _notebooks(chosen, data, features, out, device)
-    lines += _of_figures(out / "figures", began)
-    if not_made:
-        lines += ["\n## Not made\n", *(f"- {line}" for line in sorted(not_made))]
-    page = "\n".join([*lines, f"\n{(time.time() - began) / 60:.1f} minutes.\n"])
-    atomic_write(out / "summary.md", page.encode("utf-8", "backslashreplace"))
-    print(page, f"Everything made is in {os.path.relpath(out)}", sep="\n")
+    not_made.sort()
+    more, judge = _more(out, features, began), None if test is None else detector
+    sections = write_report(
+        out / "report.html", features, judge, test, fpr=fpr, fnr=fnr, more=more, left_out=not_made
+    )
+    print(*(line for section in sections for line in section.to_text()), sep="\n")
+    took = f"{(time.time() - began) / 60:.1f} minutes"
+    print(f"\nEverything made is in {os.path.relpath(out)}; begin with report.html ({took})")
     return [line for line in not_made if line.startswith("failed")]
 
 
-# ---------------------------------------------------------------------------------------------- the summary
-
-
-def _head(features: Features) -> list[str]:
-    """What made the numbers, what they are about, and what can be said of any images: how well they fit."""
-    made = features.provenance
-    by = f"preset {made['preset']}, models {made['models']}, itemkit {made['itemkit']}"
-    lines = [f"# Summary\n\nMade with {by}; {count(len(features), 'image')}."]
-    lines += [f"\n**{made['note'][:1].upper()}{made['note'][1:]}.**"] if made["note"] else []
-    lines += [f"\nSplits: {printable(features.run['splits'])}."]
-    if errors := features.run["counts"]["errors"]:
-        lines += [f"\n{count(errors, 'image')} could not be used; errors.parquet of the store says why."]
-    fit = cosines(features).groupby(features.table[schema.GENERATOR], sort=False, dropna=False)
-    shown = fit[["global_cosine", "mean_local_cosine"]].median().round(3).astype(str)
-    shown.columns = ["global cosine", "mean local cosine"]
-    shown.insert(0, "images", fit.size())
-    title = "\n## How well images fit their captions\n\nMedians; nothing is trained here.\n"
-    return [*lines, title, *markdown_table(shown.reset_index())]
-
-
-def _of_detector(detector: Detector, test: Features, fpr: float, fnr: float) -> list[str]:
-    _, shown, lines = workflow.evaluate(detector, test, fpr, fnr)
-    title = "\n## Detector trained on all generators\n\nTest split; 95 % intervals over its images.\n"
-    return [title, *markdown_table(shown), "", *(f"- {printable(line)}" for line in lines)]
-
-
-def _of_figures(folder: Path, since: float) -> list[str]:
-    """The figures of this run; older ones in the folder may be of other data."""
-    made = sorted(path for path in folder.glob("*.*") if path.stat().st_mtime >= since - 1)
-    lines = []
-    if (controls := folder / "03_controls.csv") in made:
-        wide = wide_table(pd.read_csv(controls), "detector_title", "cell")
-        lines = ["\n## Trained on one generator, tested on unseen families (AUROC, notebook 03)\n"]
-        lines += markdown_table(wide.rename(columns={"detector_title": "detector"}))
-    figures = [path for path in made if path.suffix == ".png"]
-    return [*lines, "\n## Figures\n", *(f"- [{f.stem}](figures/{f.name})" for f in figures)]
+def _more(out: Path, features: Features, since: float) -> list[Section]:
+    """Studies of these images, and the figures of this run; what else lies there may be of other data."""
+    sections, known = [], set(features.table[schema.IMAGE_ID])
+    for file in sorted(out.glob("study-*/headline.csv")):
+        listed = file.with_name("manifest.csv")
+        mine = file.stat().st_mtime >= since - 1
+        if mine or (listed.is_file() and set(pd.read_csv(listed)[schema.IMAGE_ID].astype(str)) <= known):
+            lines = [
+                f"AUROC on generators that a detector was not trained on; all of it: {file.parent.name}."
+            ]
+            links = [path.relative_to(out).as_posix() for path in sorted(file.parent.glob("table.*"))]
+            title = "Does it carry over to generators never seen?"
+            sections.append(Section(title, lines, table=pd.read_csv(file), links=links))
+    figures = sorted(path for path in (out / "figures").glob("*.png") if path.stat().st_mtime >= since - 1)
+    if figures:
+        lines = ["Beside this file, as PNG and PDF, with the table behind each as CSV."]
+        links = [path.relative_to(out).as_posix() for path in figures]
+        sections.append(Section("Figures of the notebooks", lines, links=links))
+    return sections
 
 
 # -------------------------------------------------------------------------------------------- the notebooks
@@ -129,7 +112,7 @@ def _of_figures(folder: Path, since: float) -> list[str]:
 def _notebooks(
     preset: Preset, manifest: pd.DataFrame | None, features: Features, out: Path, device: str
 ) -> list[str]:
-    """Execute the notebooks that fit into ``out/notebooks``; returns which of them do not, or failed."""
+    """Execute the walk's notebooks that fit, into ``out/notebooks``; returns which do not, or failed."""
     import papermill
 
     folder = Path(__file__).resolve().parents[1] / "notebooks"
@@ -140,12 +123,13 @@ def _notebooks(
     if manifest is not None:
         values["DATA"] = str(out / "manifest.csv")
         write_manifest(manifest, values["DATA"])
-    not_made = []
-    for source in sorted(folder.glob("[0-9]*.ipynb")):
+    others = sorted(
+        {path.stem for path in folder.glob("*.ipynb")} - {path.stem for path in folder.glob(WALK)}
+    )
+    not_made = [f"left out: {', '.join(others)}: longer studies; open them, or `make notebooks`"]
+    for source in sorted(folder.glob(WALK)):
         parameters = set(papermill.inspect_notebook(source))
-        why = ""
-        if manifest is not None:
-            why = _lacking(source.stem, features) if "DATA" in parameters else "it is about the laboratory"
+        why = _lacking(source.stem, features) if manifest is not None else ""
         if not why and (models is None or (models and "MODELS" not in parameters)):
             why = "it cannot be given the models of this run"
         if why:
@@ -162,9 +146,8 @@ def _notebooks(
 
 def _lacking(notebook: str, features: Features) -> str:
     """What a notebook needs and these images are not, or too few of; "" if it can be executed."""
-    needs = NEEDS.get(notebook, (1, 0, 1))
-    if isinstance(needs, str):
-        return f"it needs {needs}"
+    if not len(features):
+        return "there is no image to look at"
     table = features.table[features.table[schema.LABEL].notna()]
     fakes = table.loc[table[schema.LABEL] == schema.FAKE, schema.GENERATOR].unique()
     first = table[schema.GENERATOR].isin([schema.REAL_GENERATOR, *fakes[:1]])  # notebooks train on this fake
@@ -173,7 +156,7 @@ def _lacking(notebook: str, features: Features) -> str:
         for rows in (table[first & (table[schema.SPLIT] == "val")], table[table[schema.SPLIT] == "test"])
     )
     what = ("generators", "validation images of each class", "test images of each class")
-    for name, n, there in zip(what, needs, (len(fakes), val, test), strict=True):
+    for name, n, there in zip(what, NEEDS[notebook], (len(fakes), val, test), strict=True):
         if there < n:
             return f"{name} needed: {n}, here: {there}"
     return ""

@@ -36,10 +36,7 @@ class Steps:
         self.prepare = getattr(models.encoder, "resize", None) or models.encoder.preprocess
 
     def __call__(
-        self,
-        images: Sequence[Image.Image],
-        captions: Sequence[str | None] | None = None,
-        pixels: Sequence[Any] | None = None,
+        self, images: Sequence[Image.Image], captions: Sequence[str | None] | None = None
     ) -> Features:
         """Features of one batch.
 
@@ -48,8 +45,6 @@ class Steps:
         images : sequence of n PIL images, RGB
         captions : sequence of str or None, optional
             The user's, cleaned by `captions.clean_caption`; where None, one is generated.
-        pixels : sequence of n tensors or arrays, optional
-            The images as `prepare` makes them; made here if not given.
 
         Returns
         -------
@@ -62,7 +57,7 @@ class Steps:
         InputError
             Nothing is left of a user's caption, or one is missing and there is no captioner.
         """
-        *_, features = self.in_two(images, captions, pixels)
+        *_, features = self.in_two(images, captions)
         return features
 
     def in_two(
@@ -74,7 +69,8 @@ class Steps:
     ) -> Iterator[Any]:
         """Pause once the image tower is set to work: a GPU can be given the next batch before the rest of it.
 
-        Yields None, then the features. ``shown`` are the images as the captioner's ``preprocess`` makes them.
+        Yields None, then the features. ``pixels`` and ``shown`` are the images as `prepare` and the
+        captioner's ``preprocess`` make them; made here if not given.
         """
         import torch
 

@@ -32,6 +32,13 @@ def plain(text: object) -> str:
     return "\n".join(printable(line) for line in str(text).split("\n")).replace("$", r"\$")
 
 
+def probability(p: float | None) -> str:
+    """Two digits of a probability; none is shown as certain, which no finite number of images can make it."""
+    if p is None:
+        return "unknown"
+    return "> 0.99" if p >= 0.995 else "< 0.01" if p < 0.005 else f"{p:.2f}"
+
+
 def one_line(error: BaseException | str) -> str:
     """First line with something in it of an error's text, shortened; its type where it says nothing."""
     text = str(error).strip() or type(error).__name__

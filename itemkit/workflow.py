@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import hashlib
+import html
 import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from itemkit import schema
-from itemkit._files import folder_lock
+from itemkit._files import atomic_write, folder_lock
 from itemkit.errors import InputError, ItemkitError, StoreError
 from itemkit.extraction import bad_rows, extract
 from itemkit.features import Features
-from itemkit.images import content_id, load_image, read_bytes
+from itemkit.images import content_id, load_image, open_image, read_bytes
 from itemkit.manifest import read_manifest, write_manifest
 from itemkit.models import file_hash, tidy
 from itemkit.presets import MINI_REMEDY, PRESETS, Preset, get_preset, mini_folder
 from itemkit.splits import fill_splits
 from itemkit.store import fingerprint_hash, load_features
-from itemkit.text import count, did_you_mean, one_line, wide_table
+from itemkit.text import count, did_you_mean, one_line, printable, probability, wide_table
 
 if TYPE_CHECKING:
     from itemkit.detector import Detector
@@ -36,6 +39,27 @@ if TYPE_CHECKING:
 # the files of data/mini that hold the images of each part of the laboratory
 LAB_PARTS = {"images": ("reals", "fakes"), "fresh": ("fresh",), "ladders": ("ladders",)}
 SHOWN = ("auroc", "ap", "accuracy_real", "accuracy_fake", "tpr_at_fpr05", "called_fake", "above_half")
+NEW = 0.01  # share of validation images as far off at which an image is called unlike all of them; our choice
+CARDS = 4  # of several images that a notebook shows
+# What files say of their origin: texts of PNG, where programs keep a prompt; fields of EXIF; and bytes
+# anywhere: the type of a C2PA manifest store (ISO 19566-5 UUID) and IPTC's word for "made by a model".
+TEXT_MARKS = (
+    "parameters",
+    "prompt",
+    "workflow",
+    "sd-metadata",
+    "invokeai_metadata",
+    "Software",
+    "Description",
+)
+EXIF_MARKS = {"camera maker": 0x010F, "camera": 0x0110, "software": 0x0131}
+FILE_MARKS = {
+    "C2PA": (
+        b"c2pa\x00\x11\x00\x10\x80\x00\x00\xaa\x00\x38\x9b\x71",
+        "content credentials are there; not verified",
+    ),
+    "IPTC": (b"trainedAlgorithmicMedia", "the file says that a model made it"),
+}
 
 
 def lab_manifest(out_dir: str | Path, which: str = "images") -> pd.DataFrame:
@@ -232,21 +256,133 @@ def evaluate(
     return table, wide, lines + statements(detector, fpr, fnr)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Verdict:
+    """The answer for one image with its evidence, as numbers, words and a picture; ``error`` says why not."""
+
+    path: str  # as it was given; pixels without a file are named by their content
+    error: str = ""
+    image_id: str = ""
+    verdict: str = ""  # real, fake, unsure; withheld where there are too few images for the promise
+    because: str = ""
+    seen: str = ""  # "train" or "val" if the detector was made with this very image
+    p_fake: float | None = None
+    log_odds: float | None = None  # before calibration, as thresholds are
+    caption: str = ""
+    global_cosine: float | None = None
+    global_relative: float | None = None  # of detectors that go by it, see `Detector.explain`
+    global_real_below: float | None = None
+    global_adds: float | None = None
+    objects: list[dict[str, Any]] = dataclasses.field(
+        default_factory=list
+    )  # phrase, box, found, and as above
+    unlike: float | None = None  # see `Detector.unlike`
+    marks: dict[str, str] = dataclasses.field(default_factory=dict)  # what the file says of its origin
+    itemkit: str = ""
+    preset: str = ""
+    models: str = ""
+    note: str = ""
+    # what else the card shows: calibration images and rates; the pixels, where they are in no file
+    detector: Detector | None = None
+    rates: tuple[float, float] = (0.05, 0.05)
+    pixels: Image.Image | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything said about the image, ready for JSON."""
+        if self.error:
+            return {"path": self.path, "error": self.error}
+        beside = ("error", "detector", "rates", "pixels")
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in beside}
+        return {k: v for k, v in found.items() if k != "global_relative" or v is not None}
+
+    def lines(self) -> list[str]:
+        """The answer in words. They hold data: escape them where they leave (`itemkit.text.printable`)."""
+        if self.error:
+            return [self.path, f"  not judged: {self.error}"]
+
+        def fit(cosine: float, below: float | None, which: str) -> str:
+            share = "an unknown share" if below is None else f"{below:.0%}"
+            return f"cosine {cosine:.3f}; {share} of {which} less well"
+
+        seen = {"train": " (trained with this very image)", "val": " (calibrated with this very image)"}
+        whole = fit(
+            cast("float", self.global_cosine), self.global_real_below, "validation reals fit their caption"
+        )
+        lines = [
+            self.path + seen.get(self.seen, ""),
+            f"  verdict  {self.verdict}, p(fake) {probability(self.p_fake)} ({self.because})",
+            f"  caption  {self.caption}",
+            f"  global   {whole}",
+        ]
+        for thing in self.objects:
+            box = ", ".join(f"{side:.0f}" for side in thing["box"])
+            how = fit(thing["cosine"], thing["real_below"], "objects in validation reals fit")
+            lines.append(f"  local    {thing['phrase']} in box ({box}): {how}")
+        if not self.objects:
+            lines.append("  local    the caption names no object; judged by the whole image")
+        lines += [f"  novelty  {text}" for text in filter(None, [self.novelty])]
+        lines += [f"  file     {name}: {text}" for name, text in self.marks.items()]
+        return lines + [f"  note     {self.note}"] * bool(self.note)
+
+    @property
+    def novelty(self) -> str:
+        """What there is to say of an image unlike those that made the detector; "" if it is like them."""
+        if self.unlike is None or self.unlike > NEW:
+            return ""
+        return f"unlike anything this was trained on ({self.unlike:.1%} of validation images lie as far off)"
+
+    def __repr__(self) -> str:
+        return "\n".join(map(printable, self.lines()))
+
+    def _repr_html_(self) -> str:
+        """The card, and the answer in words for those who do not see it."""
+        text = html.escape(repr(self))
+        if self.error:
+            return f"<pre>{text}</pre>"
+        from itemkit.card import alt, render
+
+        source = base64.b64encode(render(self)).decode()
+        image = f'<img width="420" alt="{html.escape(alt(self))}" src="data:image/png;base64,{source}">'
+        return f"<div>{image}<details><summary>in words</summary><pre>{text}</pre></details></div>"
+
+    def card(self, path: str | Path) -> Path:
+        """Write the evidence card as PNG or PDF, as the name of the file ends."""
+        if self.error:
+            raise InputError(f"there is no card of an image that was not judged: {self.error}")
+        path = Path(path)
+        if path.suffix.lower() not in (".png", ".pdf"):
+            raise InputError(f"a card is a .png or a .pdf, got '{path.name}'")
+        from itemkit.card import render
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, render(self, path.suffix[1:].lower()))
+        return path
+
+
+class Verdicts(list[Verdict]):
+    """Verdicts of several images; a notebook shows the cards of the first few."""
+
+    def _repr_html_(self) -> str:
+        shown = "".join(one._repr_html_() for one in self[:CARDS])
+        more = f"<p>... and {count(len(self) - CARDS, 'more image')}</p>" * (len(self) > CARDS)
+        return f'<div style="display:flex;flex-wrap:wrap;gap:12px">{shown}</div>{more}'
+
+
 def detect(
-    paths: str | Path | Iterable[str | Path],
+    images: Any,
     preset: str | Preset = "mini",
     detector: str | Path | None = None,
     device: str = "auto",
     caption: str | None = None,
     fpr: float = 0.05,
     fnr: float = 0.05,
-) -> Iterator[dict[str, Any]]:
-    """Judge single images with all steps of the method.
+) -> Verdict | Verdicts:
+    """Judge images with all steps of the method; a notebook shows the evidence as cards.
 
     Parameters
     ----------
-    paths : path or iterable of path
-        Image files, or folders, whose images are judged in order.
+    images : path, PIL image, uint8 array of shape (h, w), (h, w, 3) or (h, w, 4), or bytes of a file
+        One image; or a folder, or a sequence of all these. Several at once load the models once.
     detector : path, optional
         Folder of a trained detector; the mini preset has its own.
     caption : str, optional
@@ -254,20 +390,37 @@ def detect(
     fpr, fnr : float
         At most these shares of real (fake) images like the validation ones are called fake (real).
 
-    Yields
-    ------
-    dict
-        Ready for JSON: ``path, image_id, seen`` ("train" or "val" if the detector was made with this image),
-        ``verdict`` (real, fake, unsure, or withheld where the detector's images are too few for the promise),
-        ``because, p_fake, caption, global_cosine, global_real_below, objects`` (phrase, box in pixels,
-        cosine, real_below), ``relative`` beside each cosine if the detector goes by it, and
-        `Features.provenance`. Or ``path, error`` of an image that cannot be judged.
+    Returns
+    -------
+    Verdict, or Verdicts (a list of them) for a folder or several images
+        Where one of several cannot be judged, its ``error`` says why, and the others are.
 
     Raises
     ------
     InputError
-        There is no detector for the preset, or it was trained on features of other models.
+        There is no detector for the preset, or it was trained on features of other models; or the one image
+        that was given cannot be used.
+
+    >>> detect("photo.jpg").card("card.png")  # doctest: +SKIP
     """
+    single = isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
+    single = single or isinstance(images, bytes)
+    single = single or (isinstance(images, (str, Path)) and not os.path.isdir(images))
+    found = verdicts([images] if single else images, preset, detector, device, caption, fpr, fnr, single)
+    return next(found) if single else Verdicts(found)
+
+
+def verdicts(
+    images: Any,
+    preset: str | Preset = "mini",
+    detector: str | Path | None = None,
+    device: str = "auto",
+    caption: str | None = None,
+    fpr: float = 0.05,
+    fnr: float = 0.05,
+    strict: bool = False,
+) -> Iterator[Verdict]:
+    """Yield each verdict as soon as it is there; parameters as of `detect`, ``strict`` raises its error."""
     from itemkit.detector import Detector
     from itemkit.steps import Steps
 
@@ -278,7 +431,7 @@ def detect(
             "`itemkit train`, and name its folder with --detector"
         )
     judge = Detector.load(detector or mini_folder() / "models" / "detector", device)
-    files = list(_image_files(paths))
+    given = list(_images(images))
     models = chosen.build(device)
     steps = Steps(models)
     parts = models.fingerprint() | {"transform": None, "decode": None}  # as in a store made with these models
@@ -286,49 +439,88 @@ def detect(
     # a caption given here is another source of text on purpose; the check covers everything else
     ignore = ("captions", "captioner") if caption is not None else ()
     judge.check(cast("Features", SimpleNamespace(run=run)), ignore)
-    for path in files:
+    for number, each in enumerate(given, 1):
+        name = each if isinstance(each, str) else f"image {number}"
         try:
-            data = read_bytes(path)
-            one = steps([load_image(data, name=path)], [caption])
-            table = one.table.assign(image_id=content_id(data), path=path, source="")
+            image_id, pixels, marks = _opened(each)
+            name = name if isinstance(each, str) else image_id
+            one = steps([pixels], [caption])
+            table = one.table.assign(image_id=image_id, path=name, source="")
             one = dataclasses.replace(one, table=table, run=run)
             if bad_rows(one).any():
                 raise ItemkitError("a model gave no finite embedding for it; ask `itemkit doctor --deep`")
-            answer = _answer(judge, one, fpr, fnr, ignore)
+            kept = None if isinstance(each, str) else pixels
+            answer = Verdict(**_answer(judge, one, fpr, fnr, ignore), marks=marks, detector=judge,
+                             rates=(fpr, fnr), pixels=kept)  # fmt: skip
         except Exception as error:  # noqa: BLE001 - whatever a picture does to a decoder or a model
-            answer = {"path": path, "error": one_line(error)}
+            if strict:
+                raise
+            answer = Verdict(name, one_line(error))
         yield answer
 
 
-def _image_files(paths: str | Path | Iterable[str | Path]) -> Iterator[str]:
-    """Files as they are given, folders as the images below them; what is left out there is said."""
-    for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        if not os.path.isdir(path):
-            yield os.fspath(path)
+def _images(images: Any) -> Iterator[Any]:
+    """Paths and pixels as they are given, folders as the images below; what is left out there is said."""
+    for each in [images] if isinstance(images, (str, Path)) else images:
+        if not isinstance(each, (str, Path)) or not os.path.isdir(each):
+            yield os.fspath(each) if isinstance(each, Path) else each
             continue
-        found = read_manifest(path, "unlabelled")
+        found = read_manifest(each, "unlabelled")
         if left := sum(found.attrs["report"]["files_left_out"].values()):
-            what = f"{left} of {left + len(found)} files below {path} are no images and are left out"
-            warnings.warn(f"{what}; name one to have it judged", stacklevel=3)
+            what = f"{left} of {left + len(found)} files below {each} are no images and are left out"
+            warnings.warn(f"{what}; name one to have it judged", stacklevel=4)
         yield from found[schema.PATH]
+
+
+def _opened(given: Any) -> tuple[str, Image.Image, dict[str, str]]:
+    """Content id of an image, its pixels as all models take them, and what its file says of its origin."""
+    if isinstance(given, (str, bytes)):
+        data, name = (read_bytes(given), given) if isinstance(given, str) else (given, "image bytes")
+        opened = open_image(data, name)
+        marks = _marks(opened, data)
+        return content_id(data), load_image(opened, name), marks
+    if isinstance(given, np.ndarray):
+        if given.dtype != np.uint8 or given.ndim not in (2, 3) or given.shape[2:] not in ((), (3,), (4,)):
+            raise InputError(
+                f"got an array of {given.dtype} and shape {given.shape}; expected uint8 (0 to 255) of shape "
+                "(height, width), (height, width, 3) or (height, width, 4)"
+            )
+        given = Image.fromarray(np.ascontiguousarray(given))
+    if not isinstance(given, Image.Image):
+        expected = "a path, a PIL image, a uint8 array or the bytes of a file"
+        raise InputError(f"got {type(given).__name__}, expected {expected}")
+    pixels = load_image(given.copy(), "the PIL image")  # a copy: it is turned in place
+    return content_id(repr(pixels.size).encode() + pixels.tobytes()), pixels, _marks(given, b"")
+
+
+def _marks(image: Image.Image, data: bytes) -> dict[str, str]:
+    """What a file says of its origin. Anybody can write or remove that: it proves nothing."""
+    found: dict[str, Any] = {name: image.info.get(name) for name in TEXT_MARKS}
+    with contextlib.suppress(Exception):  # a broken header can fail in any way
+        found |= {name: image.getexif().get(tag) for name, tag in EXIF_MARKS.items()}
+    found |= {name: says for name, (sign, says) in FILE_MARKS.items() if sign in data}
+    return {name: printable(text.strip(" \0"))[:300] for name, text in found.items() if isinstance(text, str)}
 
 
 def _answer(judge: Detector, one: Features, fpr: float, fnr: float, ignore: Sequence[str]) -> dict[str, Any]:
     verdict = judge.verdict(one, fpr, fnr, ignore).iloc[0]
     whole, *local = judge.explain(one, 0, ignore=ignore).to_dict("records")
     sides = ("x0", "y0", "x1", "y1")
-    fits = [name for name in ("cosine", "relative", "real_below") if name in whole]
+    fits = [name for name in ("cosine", "relative", "real_below", "adds") if name in whole]
     return {
         **verdict[["path", "image_id", "verdict", "because"]],
         "seen": str(judge.seen(one)[0]),
         "p_fake": _number(verdict["p_fake"]),
+        "log_odds": _number(judge.decision_function(one, ignore)[0]),
         "caption": whole["text"],
         **{f"global_{fit}": _number(whole[fit]) for fit in fits},
         "objects": [
             {"phrase": thing["text"], "box": [_number(thing[side], 1) for side in sides]}
+            | {"found": bool(thing["found"])}
             | {fit: _number(thing[fit]) for fit in fits}
             for thing in local
         ],
+        "unlike": _number(judge.unlike(one)[0]),
         **one.provenance,
     }
 

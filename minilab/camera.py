@@ -125,7 +125,9 @@ def photograph(
     return np.stack([jpeg(p, int(q)) for p, q in zip(x, quality, strict=True)])
 
 
-def photographs(pictures: np.ndarray, stream: Sequence[int], camera: Camera = CAMERA) -> np.ndarray:
+def photographs(
+    pictures: np.ndarray, stream: Sequence[int], camera: Camera = CAMERA, start: int = 0
+) -> np.ndarray:
     """Photograph each picture by itself: the k-th of a stream comes out the same however many there are.
 
     Two pictures at one place of one stream share settings and noise, so a render and its edit differ only in
@@ -137,6 +139,8 @@ def photographs(pictures: np.ndarray, stream: Sequence[int], camera: Camera = CA
     stream : sequence of int
         Names the stream of random numbers.
     camera : Camera
+    start : int
+        Place of the first picture in the stream.
 
     Returns
     -------
@@ -144,7 +148,7 @@ def photographs(pictures: np.ndarray, stream: Sequence[int], camera: Camera = CA
     """
     shots = [
         photograph(picture[None], np.random.default_rng([WORLD_SEED, *stream, k]), camera)
-        for k, picture in enumerate(pictures)
+        for k, picture in enumerate(pictures, start)
     ]
     return np.concatenate(shots)
 

@@ -9,6 +9,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from itemkit import schema
+from itemkit.controls import Mahalanobis
 from itemkit.detector import Detector
 from itemkit.features import Features
 from itemkit.manifest import read_manifest
@@ -137,10 +138,10 @@ def pixels_on_probes(known: np.ndarray, reals: np.ndarray, pictures: dict[str, n
     """
     rows = []
     for guard, measure in guards.GUARDS.items():
-        base = measure(known)
-        near = guards.strangeness(base, measure(reals))
+        of_reals = Mahalanobis().fit(measure(known), np.zeros(len(known)))
+        near = of_reals.decision_function(measure(reals))
         for name, images in pictures.items():
             # effect_size asks by how much reals exceed: a distance counts with its sign turned
-            found = effect_size(-near, -guards.strangeness(base, measure(images)))
+            found = effect_size(-near, -of_reals.decision_function(measure(images)))
             rows.append({"guard": guard, "generator": name, **found})
     return pd.DataFrame(rows)

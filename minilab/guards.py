@@ -8,36 +8,21 @@ pair of detectors: one has seen the fakes it is asked about, the other has seen 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import unwrap
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.covariance import LedoitWolf
 from sklearn.ensemble import HistGradientBoostingClassifier
-from sklearn.preprocessing import StandardScaler
 
-from itemkit import schema
+from itemkit import controls, schema
 from itemkit.metrics import bootstrap
 from minilab import fakes
-from minilab.camera import jpeg, photographs, png
+from minilab.camera import jpeg, photographs
 from minilab.renders import make_renders
 from minilab.world import SPLITS
 
 BORDER_PX = 2
-
-
-def file_bytes(pictures: np.ndarray) -> np.ndarray:
-    """Length of each picture's PNG file.
-
-    Parameters
-    ----------
-    pictures : uint8 array, shape (n, side, side, 3)
-
-    Returns
-    -------
-    float array, shape (n, 1)
-    """
-    return np.array([[len(png(p))] for p in pictures], dtype=float)
 
 
 def border(pictures: np.ndarray) -> np.ndarray:
@@ -56,73 +41,13 @@ def border(pictures: np.ndarray) -> np.ndarray:
     return np.concatenate([f(e, axis=(1, 2)) for e in edges for f in (np.mean, np.std)], axis=1)
 
 
-def noise_level(pictures: np.ndarray) -> np.ndarray:
-    """Robust standard deviation of each channel's noise, in grey levels.
-
-    Median absolute diagonal detail of the Haar wavelet, divided by 0.6745 (Donoho and Johnstone 1994).
-
-    Parameters
-    ----------
-    pictures : uint8 array, shape (n, side, side, 3)
-
-    Returns
-    -------
-    float array, shape (n, 3)
-    """
-    x = pictures.astype(float)
-    detail = (x[:, ::2, ::2] - x[:, 1::2, ::2] - x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 2
-    return np.median(np.abs(detail), axis=(1, 2)) / 0.6745
-
-
-LEVELS = (5, 250)
-"""Grey levels at or beyond which a value counts as nearly black or white."""
-
-
-def histogram(pictures: np.ndarray) -> np.ndarray:
-    """Ends and quantiles of each channel's values, and the shares that are nearly black or white.
-
-    Parameters
-    ----------
-    pictures : uint8 array, shape (n, side, side, 3)
-
-    Returns
-    -------
-    float array, shape (n, 33)
-    """
-    x = pictures.reshape(len(pictures), -1, 3).astype(float)
-    quantiles = np.quantile(x, (0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1), axis=1)
-    ends = np.stack([(x <= LEVELS[0]).mean(1), (x >= LEVELS[1]).mean(1)])
-    return np.concatenate([quantiles, ends]).transpose(1, 0, 2).reshape(len(x), -1)
-
-
-N_RINGS = 12
-
-
-def spectrum(pictures: np.ndarray) -> np.ndarray:
-    """Logarithm of the mean power in rings of frequency, of brightness, from the mean to the corners.
-
-    Parameters
-    ----------
-    pictures : uint8 array, shape (n, side, side, 3)
-
-    Returns
-    -------
-    float array, shape (n, 12)
-    """
-    grey = pictures.astype(float).mean(-1)
-    side = grey.shape[1]
-    power = np.abs(np.fft.fft2(grey - grey.mean((1, 2), keepdims=True))) ** 2
-    f = np.fft.fftfreq(side)
-    ring = np.minimum(np.hypot(f[:, None], f) / 0.5**0.5 * N_RINGS, N_RINGS - 1).astype(int)
-    return np.log1p(np.stack([power[:, ring == k].mean(1) for k in range(N_RINGS)], axis=1))
-
-
+# pictures go in, not features: the controls of a study measure the same
 GUARDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "file bytes": file_bytes,
+    "file bytes": unwrap(controls.file_length),
     "border pixels": border,
-    "noise level": noise_level,
-    "histogram": histogram,
-    "spectrum": spectrum,
+    "noise level": unwrap(controls.noise_level),
+    "histogram": unwrap(controls.histogram),
+    "spectrum": unwrap(controls.spectrum),
 }
 
 
@@ -149,7 +74,7 @@ def leaks(table: pd.DataFrame, pictures: np.ndarray, seeds: Sequence[int] = rang
     rows = []
     for guard, measure in GUARDS.items():
         x = measure(pictures)
-        far = strangeness(x[real & known], x)
+        far = controls.Mahalanobis().fit(x[known], ~real[known]).decision_function(x)
         for generator in dict.fromkeys(name[~real]):
             of = real | (name == generator)
             at = of & test
@@ -203,20 +128,3 @@ def three_conditions(folder: Path, device: str = "cpu", quality: tuple[int, int]
     pressed = np.stack([jpeg(x, int(rng.integers(quality[0], quality[1] + 1))) for x in camera])
     found = {"raw": np.concatenate(raw), "camera": camera, "jpeg": pressed}
     return pd.concat([leaks(table, x).assign(condition=name) for name, x in found.items()], ignore_index=True)
-
-
-def strangeness(known: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Distance of measurements from those of real images, in their own spread (Mahalanobis).
-
-    Parameters
-    ----------
-    known : float array, shape (m, d)
-        Of real images alone.
-    x : float array, shape (n, d)
-
-    Returns
-    -------
-    float array, shape (n,)
-    """
-    scale = StandardScaler().fit(known)
-    return LedoitWolf().fit(scale.transform(known)).mahalanobis(scale.transform(x))

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from transformers import AutoModelForObjectDetection
 
 from itemkit.captions import load_captioner
 from itemkit.encoder import Encoder, load_encoder
+from itemkit.errors import InputError
+from itemkit.images import content_id
+from itemkit.presets import mini_folder
 from itemkit.regions import Localiser, make_localiser
-from minilab import object_detector
+from minilab import fakes, object_detector
 from minilab.camera import photographs
 from minilab.clip import PHRASES
-from minilab.grammar import COLOURS, KINDS, Facts, phrase, random_caption, read_caption
+from minilab.grammar import COLOURS, KINDS, Facts, caption, phrase, random_caption, read_caption
 from minilab.renders import GROUND, RenderSet, make_renders
+from minilab.world import SPLITS
 
 VALIDATION = 5
 """First number of the stream from which the photographs on which models are measured draw their settings."""
@@ -62,6 +68,70 @@ def _matches(told: list, true: list) -> int:
             left.remove(item)
             hits += 1
     return hits
+
+
+@dataclass(frozen=True)
+class Original:
+    """The scene of a real image or an edit: what is where, to the pixel."""
+
+    image: np.ndarray  # uint8 (SIZE, SIZE, 3): its photograph before anything was redrawn
+    owner: np.ndarray  # uint8 (SIZE, SIZE), see `RenderSet`
+    facts: Facts
+    redrawn: np.ndarray  # bool (SIZE, SIZE): the pixels that an edit gave to the generator
+
+    def mask(self, phrase: str) -> np.ndarray:
+        """Visible pixels, bool (SIZE, SIZE), of what a phrase names: "a red ball", "ball", "the sand".
+
+        Of several things that it fits, the one that shows most; all False where it fits nothing.
+        """
+        words = set(phrase.lower().split())
+        coloured = bool(words & set(COLOURS))
+        named = [
+            self.owner == j + 1
+            for j, (colour, kind) in enumerate(self.facts.things)
+            if kind in words and (colour in words or not coloured)
+        ]
+        named += [self.owner == GROUND] if self.facts.setting in words else []
+        return max(named, key=np.sum, default=np.zeros(self.owner.shape, bool))
+
+
+def originals(image_ids: Sequence[str]) -> list[Original | None]:
+    """The scenes of images of the mini data set; None where there is none, as of a generator's sample.
+
+    Parameters
+    ----------
+    image_ids : sequence of n str
+        As in a manifest or in features.
+
+    Raises
+    ------
+    InputError
+        The world paints other scenes now than when the images were made.
+    """
+    found: dict[str, Original] = {}
+    table = pd.concat([pd.read_parquet(mini_folder() / f"{name}.parquet") for name in ("reals", "fakes")])
+    table = table[table["generator"].isin(["real", "edit"])]
+    table["world"] = table["split"].where(table["generator"] == "real", "spare")
+    for (name, split), part in table.groupby(["generator", "world"]):
+        ids, prompts = part["png"].map(content_id).to_numpy(), part["prompt"].to_numpy()
+        at = fakes.GENERATORS.index("edit") if name == "edit" else 0
+        for rows, seed in fakes._parts(len(part), at + 1):  # the batches in which edits were drawn
+            if not np.isin(ids[rows], image_ids).any():
+                continue
+            scenes = make_renders(split, len(ids[rows]), start=at * len(part) + rows.start)
+            redrawn = fakes.edit_masks(scenes.owner, seed) & (name == "edit")
+            # a scene and its edit share the settings and the noise of one photograph
+            stream = (fakes.FAKES, at) if name == "edit" else (fakes.REALS, SPLITS[split], 0)
+            photos = photographs(scenes.images, stream, start=rows.start)
+            for facts, said in zip(scenes.facts, prompts[rows], strict=True):
+                if caption(facts) != said:
+                    raise InputError(
+                        f"a scene of {split} is '{caption(facts)}', the image made of it shows '{said}': "
+                        "they are of different versions of the world; rebuild data/mini (`make lab`)"
+                    )
+            each = zip(photos, scenes.owner, scenes.facts, redrawn, strict=True)
+            found |= dict(zip(ids[rows], (Original(*one) for one in each), strict=True))
+    return [found.get(image_id) for image_id in image_ids]
 
 
 def caption_quality(captions: list[str], facts: list[Facts]) -> dict[str, float]:

@@ -1,17 +1,16 @@
-"""The ablation grid: paired differences on unseen families, and the helpers that make its options."""
+"""The ablation: paired differences on unseen families, and captions with wrong objects."""
 
 import hashlib
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
 
-from itemkit.ablation import ablation, degrade_captions, first_objects, what_matters
+from itemkit.ablation import ablation, degrade_captions
 from itemkit.errors import InputError
 from itemkit.head import MisalignmentMLP
 from itemkit.matrix import train_on_test_on
-from itemkit.misalignment import RepresentationConfig, represent
+from itemkit.metrics import holm
 from itemkit.recipes import item
 
 from synthetic import make_features
@@ -29,7 +28,7 @@ QUESTIONS = {
 def table(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
     table = ablation(FEATURES, QUESTIONS, (0, 1, 2), families=FAMILY, out=folder)
-    # the shared reference is trained once: 3 contenders, 3 train generators, 3 seeds
+    # the shared baseline is trained once: 3 contenders, 3 train generators, 3 seeds
     assert len(list((folder / "runs").glob("*.json"))) == 27
     again = ablation(FEATURES, QUESTIONS, (0, 1, 2), families=FAMILY, out=folder)
     pd.testing.assert_frame_equal(again, table)
@@ -37,138 +36,91 @@ def table(tmp_path_factory):
 
 
 def test_a_row_by_hand(table):
-    study = train_on_test_on(
-        FEATURES, {"a": QUESTIONS["level"]["both"], "b": QUESTIONS["level"]["global"]}, (0, 1, 2),
-        families=FAMILY, metrics=("auroc",), n_boot=0,
-    )  # fmt: skip
-    cells = study.table.query("test_generator != 'pooled_unseen'")
+    pair = {"a": QUESTIONS["level"]["both"], "b": QUESTIONS["level"]["global"]}
+    study = train_on_test_on(FEATURES, pair, (0, 1, 2), families=FAMILY, metrics=("auroc",), n_boot=2000)
     # trained on gan: flow and edit are unseen; trained on flow or edit: gan is
-    cells = cells[(cells["train_generator"] == "gan") != (cells["test_generator"] == "gan")]
-    by_seed = cells.groupby(["seed", "detector"])["value"].mean().unstack()
-    gap = by_seed["b"] - by_seed["a"]
-    row = table[(table["question"] == "level") & (table["option"] == "global")].iloc[0]
-    assert row["difference"] == pytest.approx(gap.mean(), abs=1e-12) and row["n_cells"] == 4
-    low, high = stats.t.interval(0.95, 2, gap.mean(), stats.sem(gap))
-    assert (row["difference_low"], row["difference_high"]) == pytest.approx((low, high), abs=1e-12)
-    assert row["value"] == pytest.approx(by_seed["b"].mean(), abs=1e-12)
-    by_cell = cells.groupby(["train_generator", "test_generator", "detector"])["value"].mean().unstack()
-    assert row["cells_better"] == (by_cell["b"] > by_cell["a"]).mean()
+    cells = study.table[(study.table["train_generator"] == "gan") != (study.table["test_generator"] == "gan")]
+    mean = cells.groupby("detector")["value"].mean()
+    row = table[table["question"] == "level"].iloc[0]
+    assert (row["option"], row["baseline"]) == ("global", "both")
+    assert (row["auroc"], row["baseline_auroc"]) == pytest.approx((mean["b"], mean["a"]), abs=1e-12)
+    assert row["value"] == pytest.approx(mean["b"] - mean["a"], abs=1e-12)
+    turned = study.compare("a").iloc[0]  # the reference minus the other, of the same test images
+    assert (row["low"], row["high"]) == pytest.approx((-turned["high"], -turned["low"]), abs=1e-12)
+    assert row["low"] < row["value"] < row["high"] and row["seed_sd"] == pytest.approx(turned["seed_sd"])
+    wide = cells.groupby(["train_generator", "test_generator", "detector"])["value"].mean().unstack()
+    gap = wide["b"] - wide["a"]
+    assert row["cells_better"] == (gap > 0).mean()
+    of_family = gap.groupby(gap.index.get_level_values(1).map(FAMILY)).mean()
+    assert (row["family_low"], row["family_high"]) == pytest.approx((of_family.min(), of_family.max()))
+    assert (row["n_cells"], row["n_families"], row["n_seeds"]) == (4, 2, 3)
 
 
-def test_references_and_order(table):
-    assert table[["question", "option"]].values.tolist() == [
-        ["level", "both"], ["level", "global"], ["images", "all"], ["images", "20"],
+def test_every_option_but_the_baselines_has_a_row(table):
+    assert table[["question", "option", "baseline"]].values.tolist() == [
+        ["level", "global", "both"], ["images", "20", "all"],
     ]  # fmt: skip
-    assert list(table["reference"]) == [True, False, True, False]
-    assert (table.loc[table["reference"], ["difference", "cells_better"]] == 0).all(axis=None)
-    assert table["value"][0] == table["value"][2]  # one and the same recipe
+    assert table["baseline_auroc"][0] == table["baseline_auroc"][1]  # one and the same recipe
 
 
-def test_what_matters_widens_for_the_number_of_options():
-    common = {"question": "q", "difference_sd": 0.01, "n_seeds": 5, "cells_better": 0.0, "value": 0.9}
-    options = [("a", True, 0.0), ("b", False, -0.1), ("c", False, 0.02)]
-    table = pd.DataFrame([{"option": o, "reference": r, "difference": d} | common for o, r, d in options])
-    row = what_matters(table).iloc[0]
-    half = stats.t.ppf(1 - 0.025 / 2, 4) * 0.01 / np.sqrt(5)
-    assert row["option"] == "b" and row["reference"] == "a" and row["matters"] == "yes"
-    assert (row["low"], row["high"]) == pytest.approx((-0.1 - half, -0.1 + half))
-    two = table.iloc[[0, 2]]
-    assert what_matters(two, least=0.05)["matters"][0] == "no"
-    assert what_matters(two)["matters"][0] == "unclear"
-    alike = two.assign(difference=0.0, difference_sd=0.0)  # the same models once more
-    assert what_matters(alike)["matters"][0] == "no"
-    assert what_matters(two.assign(n_seeds=1))["matters"][0] == "unclear"  # one seed has no spread
-
-
-@pytest.mark.parametrize(
-    ("gaps", "answer", "shown"),
-    [
-        ({"far": (-0.07, 0.08), "near": (-0.04, 0.002)}, "yes", "near"),  # the farthest is the least certain
-        ({"far": (-0.005, 0.0005), "near": (-0.004, 0.1)}, "unclear", "far"),  # the nearer may be far away
-    ],
-)
-def test_what_matters_asks_every_option(gaps, answer, shown):
-    common = {"question": "q", "n_seeds": 5, "cells_better": 0.0}
-    rows = [{"option": "a", "reference": True, "difference": 0.0, "difference_sd": 0.0}]
-    rows += [
-        {"option": name, "reference": False, "difference": d, "difference_sd": sd}
-        for name, (d, sd) in gaps.items()
+def test_p_is_corrected_for_all_rows(table):
+    alone = [
+        ablation(FEATURES, {name: QUESTIONS[name]}, (0, 1, 2), families=FAMILY)["p_holm"][0]
+        for name in QUESTIONS
     ]
-    row = what_matters(pd.DataFrame([row | common for row in rows])).iloc[0]
-    assert (row["matters"], row["option"]) == (answer, shown)
+    assert table["p_holm"].tolist() == pytest.approx(holm(np.array(alone)).tolist())
 
 
 def test_errors():
-    with pytest.raises(InputError, match="question 'level' has one option or none"):
-        ablation(FEATURES, {"level": {"both": item("cosines", HEAD)}})
+    both = QUESTIONS["level"]["both"]
+    for options in ({"both": both}, {"both": both, "again": both}):
+        with pytest.raises(InputError, match="question 'level' has 'both'.*; expected a baseline and other"):
+            ablation(FEATURES, {"level": options})
     with pytest.raises(
         InputError, match="every generator is of a family trained on; give images of a second"
     ):
         ablation(FEATURES, {"level": QUESTIONS["level"]}, (0,), families=dict.fromkeys(FAMILY, "one"))
-    with pytest.raises(InputError, match="share=1.5 and 6 kinds; expected 0 to 1"):
+    with pytest.raises(InputError, match="share=1.5 and 6 nouns; expected 0 to 1"):
         degrade_captions(IMAGES, 1.5, KINDS)
 
 
-COLOURS = ("red", "orange", "blue", "white", "green")
 KINDS = ("car", "boat", "umbrella", "tree", "house", "apple")
 N = 80 * len(KINDS)
 IMAGES = pd.DataFrame(
     {
         "image_id": [hashlib.sha256(str(i).encode()).hexdigest() for i in range(N)],
         "path": [f"images/{i}.png" for i in range(N)],
-        "caption": [f"a red car, an orange boat and a blue {KINDS[i // 80]} on the grass" for i in range(N)],
+        "caption": [f"a car, an orange boat and a blue {KINDS[i // 80]} on the grass" for i in range(N)],
     }
 )
 
 
+def things(caption):
+    return [word for word in caption.replace(",", "").split() if word in KINDS]
+
+
 def changed(captions):
     """Of each object: is it named otherwise than in the undamaged captions?"""
-    pairs = [(things(old), things(new)) for old, new in zip(IMAGES["caption"], captions, strict=True)]
-    return np.array([[a != b for a, b in zip(*pair, strict=True)] for pair in pairs])
-
-
-def things(caption):
-    words = caption.replace(",", "").split()
-    return [(words[i - 1], word) for i, word in enumerate(words) if word in KINDS]
+    pairs = zip(IMAGES["caption"], captions, strict=True)
+    return np.array([[a != b for a, b in zip(things(old), things(new), strict=True)] for old, new in pairs])
 
 
 def test_degraded_captions():
-    shares = {share: degrade_captions(IMAGES, share, KINDS, COLOURS) for share in (0, 0.1, 0.5, 1)}
+    shares = {share: degrade_captions(IMAGES, share, KINDS) for share in (0, 0.1, 0.5, 1)}
     assert shares[0].tolist() == IMAGES["caption"].tolist() and list(shares[0].index) == list(IMAGES["path"])
     assert changed(shares[0.1]).mean() == pytest.approx(0.1, abs=0.025)
     assert changed(shares[0.5]).mean() == pytest.approx(0.5, abs=0.04)
     assert changed(shares[1]).all()
     assert (changed(shares[0.5]) | ~changed(shares[0.1])).all()  # wrong at a tenth: wrong at a half, too
-    pairs = zip(IMAGES["caption"], shares[1], strict=True)
-    wrong = [pair for old, new in pairs for pair in zip(things(old), things(new), strict=True)]
-    assert all((a[0] == b[0]) != (a[1] == b[1]) for a, b in wrong)  # either the colour or the kind
-    assert {b[1] for _, b in wrong} == set(KINDS) and {b[0] for _, b in wrong} == set(COLOURS)
+    assert {thing for text in shares[1] for thing in things(text)} == set(KINDS)
     for text in shares[1]:
-        words = text.replace(",", "").split()
-        articles = [(a, b) for a, b in zip(words, words[1:], strict=False) if a in ("a", "an")]
-        assert all((a == "an") == (b[0] in "aeiou") for a, b in articles)
+        assert text.split()[0] == ("an" if things(text)[0][0] in "aeiou" else "a")
+        assert ", an orange " in text and text.endswith(" on the grass")  # nothing else is touched
 
 
 def test_damage_follows_the_image_and_not_its_folder():
-    here = degrade_captions(IMAGES, 0.5, KINDS, COLOURS)
+    here = degrade_captions(IMAGES, 0.5, KINDS)
     moved = IMAGES.assign(path=[f"/elsewhere/{i}.png" for i in range(N)]).sample(frac=0.5, random_state=1)
-    there = degrade_captions(moved, 0.5, KINDS, COLOURS)
+    there = degrade_captions(moved, 0.5, KINDS)
     assert there.tolist() == here.iloc[moved.index].tolist()
     assert (there != moved["caption"].to_numpy()).any() and list(there.index) == list(moved["path"])
-
-
-def test_first_objects():
-    few = first_objects(FEATURES, 2)
-    np.testing.assert_array_equal(
-        np.bincount(few.owner, minlength=len(few)),
-        np.minimum(np.bincount(FEATURES.owner, minlength=len(FEATURES)), 2),
-    )
-    row = int(np.flatnonzero(np.bincount(FEATURES.owner) == 3)[0])
-    mine, kept = np.flatnonzero(FEATURES.owner == row), np.flatnonzero(few.owner == row)
-    np.testing.assert_array_equal(few.region_emb[kept], FEATURES.region_emb[mine[:2]])
-    np.testing.assert_array_equal(few.phrase_emb[kept], FEATURES.phrase_emb[mine[:2]])
-    assert list(few.objects["phrase"][kept]) == list(FEATURES.objects["phrase"][mine[:2]])
-    none = first_objects(FEATURES, 0)
-    whole = represent(none, RepresentationConfig(level="global"))
-    np.testing.assert_array_equal(represent(none, "absolute"), np.tile(whole, 3))
-    assert len(first_objects(FEATURES, 99).owner) == len(FEATURES.owner)

@@ -6,6 +6,7 @@ import itemkit  # noqa: F401  (first: it repairs the torchvision import)
 
 # isort: split
 
+import gc
 import io
 import json
 import os
@@ -28,10 +29,11 @@ from itemkit import cli, presets
 from itemkit.decode import DecodeConfig
 from itemkit.presets import Preset
 from itemkit.store import load_features
+from itemkit.text import probability
 
 import fakes
 
-COMMANDS = "doctor run audit extract train evaluate detect export study download".split()
+COMMANDS = "doctor run audit extract train evaluate detect explore export study download".split()
 STUB = ["--preset", "stub", "--device", "cpu"]
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -232,7 +234,7 @@ OWN = "class Mine:\n    version = '1'\n"
         ("class Mine:\n    def caption(self, images): ...\n", "add `version = '1'`"),
         ("class Mine:\n    def __init__(self, key): ...\n", "'CODE:Mine' cannot be made: TypeError: "),
         ("class Mine(:\n", "'CODE:Mine' cannot be made: SyntaxError: "),
-        ("", "'CODE:Mine' is neither in this folder nor installed"),
+        ("", "module 'CODE' has no attribute 'Mine'"),
     ],
 )  # fmt: skip
 def test_a_captioner_of_ones_own_from_this_folder(
@@ -304,7 +306,13 @@ def test_extract_train_evaluate_detect(
     head = json.loads((detector / "head.json").read_text())
     assert "cuda" not in json.dumps(head)
 
-    out = run("evaluate", store, "--detector", detector, "--csv", csv)
+    report = tmp_path / "new" / "report.html"
+    out = run("evaluate", store, "--detector", detector, "--csv", csv, "--report", report)
+    page = report.read_text()
+    assert (
+        "40 images: 20 real, 20 fake of 1 generator; preset stub" in page and page.count('class="card"') == 16
+    )
+    assert "promised: false positives at a requested 1%: not promised" in page
     lines = out.splitlines()
     assert lines[0].startswith("40 images: split 'test' (splits as given (")
     table = pd.read_csv(csv)
@@ -331,8 +339,16 @@ def test_extract_train_evaluate_detect(
     answers = [json.loads(line) for line in out.splitlines()]
     assert set(answers[0]) == {"path", "error"} and answers[0]["path"] == str(broken)
     assert answers[1]["path"] == str(first) and answers[1]["verdict"] in ("real", "fake", "unsure")
-    assert len(answers[1]["models"]) == 16 and f"p(fake) = {answers[1]['p_fake']:.2f}" in text
+    assert len(answers[1]["models"]) == 16 and f"p(fake) {probability(answers[1]['p_fake'])}" in text
     assert "not judged: " in run("detect", broken, "--detector", detector, *STUB, status=1)
+
+    run("detect", first, "--detector", detector, *STUB, "--card", tmp_path / "one.pdf")
+    assert (tmp_path / "one.pdf").read_bytes().startswith(b"%PDF")
+    run("detect", first, broken, "--detector", detector, *STUB, "--card", tmp_path / "cards", status=1)
+    name = f"{first.stem}-{answers[1]['image_id'][:8]}.png"
+    assert [file.name for file in (tmp_path / "cards").iterdir()] == [name]
+    line = run("detect", first, "--detector", detector, *STUB, "--card", tmp_path / "one.gif", status=2)
+    assert line == "a card is a .png or a .pdf, got 'one.gif'" and gc.isenabled()
 
 
 def test_few_images_give_an_answer_without_a_promise(tmp_path: Path, run: Run) -> None:
@@ -344,7 +360,7 @@ def test_few_images_give_an_answer_without_a_promise(tmp_path: Path, run: Run) -
     assert "withheld" in out and re.search(r"all +3 +3 +\d\.\d\d \(", out)
     image = data.parent / "images" / "00000.png"
     out = run("detect", image, "--detector", detector, *STUB)
-    assert "verdict  withheld, p(fake) = 0." in out and "--fpr" in out
+    assert "verdict  withheld, p(fake) 0." in out and "--fpr" in out
     out = run("detect", image, "--detector", detector, *STUB, "--fpr", "0.4", "--fnr", "0.4")
     assert "withheld" not in out
 
@@ -425,7 +441,7 @@ def test_no_text_of_data_acts_on_a_terminal(tmp_path: Path, capsys: pytest.Captu
     for status, *words in (
         (0, "extract", data, "--out", store, *STUB),
         (0, "train", store, "--out", detector, "--members", "1"),
-        (0, "evaluate", store, "--detector", detector, "--csv", csv),
+        (0, "evaluate", store, "--detector", detector, "--csv", csv, "--report", tmp_path / "r.html"),
         (1, "detect", nasty, tmp_path / f"broken {NASTY}.png", "--detector", detector, *STUB),
         (1, "detect", nasty, tmp_path / f"broken {NASTY}.png", "--detector", detector, *STUB, "--json"),
         (2, "detect", nasty, "--detector", tmp_path / NASTY, *STUB),
@@ -439,6 +455,7 @@ def test_no_text_of_data_acts_on_a_terminal(tmp_path: Path, capsys: pytest.Captu
         assert cli.main([str(word) for word in words]) == status, (words, capsys.readouterr().err)
         shown = capsys.readouterr()
         assert CONTROL.findall(shown.out) == [] and CONTROL.findall(shown.err.replace("\r", "")) == [], words
+    assert CONTROL.findall((tmp_path / "r.html").read_text()) == []
     with pytest.raises(SystemExit):
         cli.main(["detect", "x.png", f"--{NASTY}"])
     assert CONTROL.findall(capsys.readouterr().err) == []

@@ -18,6 +18,7 @@ from itemkit.controls import (
     Concepts,
     Doubt,
     FeatureScorer,
+    GeneratorLeftOut,
     Mahalanobis,
     NearestNeighbour,
     NearestReals,
@@ -33,10 +34,10 @@ from itemkit.controls import (
     logistic,
     noise_level,
     noise_residual,
-    select_objects,
     spectrum,
 )
 from itemkit.errors import InputError
+from itemkit.features import select_objects
 from itemkit.head import MisalignmentMLP
 from itemkit.matrix import train_on_test_on
 from itemkit.misalignment import Representation, represent
@@ -366,3 +367,28 @@ def test_a_network_that_does_not_know_its_own_generator_is_said_to():
     assert knows == [] and len(guesses) == 1
     assert "trained too little: AUROC on its own generator below 0.95 for gan (0." in guesses[0]
     assert "vae (0." in guesses[0] and "flow" not in guesses[0]
+
+
+def test_the_stack_is_weighted_for_generators_left_out():
+    """A number that tells one generator perfectly and misleads about the others gets less of a say."""
+    rng = np.random.default_rng(0)
+    y, groups = np.repeat([0, 1], 300), np.r_[np.full(300, "real"), np.tile(["a", "b", "c"], 100)]
+    fair, own = rng.normal(size=600) + 1.5 * y, rng.normal(size=600)
+    own += np.select([groups == "a", groups == "b", groups == "c"], [6, -2, -2])
+    x = np.c_[fair, own]
+    stack = GeneratorLeftOut().fit(x, y, groups)
+    dealt = np.r_[np.tile(["a", "b", "c"], 100), groups[300:]]  # reals take part in every fold
+    worth = {}
+    for penalty in np.logspace(-4, 1, 6):
+        model = logistic().set_params(logisticregression__C=penalty)
+        worth[penalty] = np.mean([
+            auroc(y[dealt == out], clone(model).fit(x[dealt != out], y[dealt != out])
+                  .decision_function(x[dealt == out])) for out in ("a", "b", "c")])  # fmt: skip
+    assert stack.search_.best_params_["logisticregression__C"] == max(worth, key=worth.get)
+    one = GeneratorLeftOut().fit(
+        x[groups != "c"], y[groups != "c"], np.where(y == 1, "a", "real")[groups != "c"]
+    )
+    assert np.isfinite(one.decision_function(x)).all()
+    features = make_features(80, 30, generators=("gan", "flow"))
+    scorer = FeatureScorer((lambda features: features.image_emb,), GeneratorLeftOut()).fit(features)
+    assert scorer.decision_function(features).shape == (len(features),)

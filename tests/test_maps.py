@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from itemkit.maps import separation, umap_2d
+from itemkit.maps import neighbours, separation, umap_2d
 
 
 def two_classes(
@@ -64,6 +64,12 @@ def test_a_twin_is_a_neighbour() -> None:
     x = np.repeat(np.random.default_rng(0).normal(size=(40, 6)), 2, axis=0)
     got = measured(x, np.array(["real", "gan"] * 40), k=1)
     assert got["neighbours of the same class"]["value"] == 0
+
+
+def test_neighbours_are_others_and_the_nearest_comes_first() -> None:
+    x = np.array([[0.0], [1.0], [3.0], [7.0], [7.0]])
+    np.testing.assert_array_equal(neighbours(x, 1), [[1], [0], [1], [4], [3]])
+    np.testing.assert_array_equal(neighbours(x[:4], 3)[1], [0, 2, 3])
 
 
 def test_too_few_points_are_an_error() -> None:

@@ -300,3 +300,12 @@ def test_errors_quote_what_was_got():
         InputError, match="unknown representation 'cosine'; expected one of absolute.*mean 'cosines'"
     ):
         get_representation("cosine")
+
+
+def test_what_reals_have_is_learnt_from_so_many_pairs_at_most(monkeypatch):
+    rng = np.random.default_rng(0)
+    text, pairs = rng.normal(size=(900, 4)), rng.normal(size=(900, 2))
+    monkeypatch.setattr(misalignment, "MOST_PAIRS", 300)
+    np.testing.assert_array_equal(
+        misalignment._expected(text, pairs), misalignment._expected(text[::3], pairs[::3])
+    )

@@ -540,6 +540,13 @@ class Halves:
         return [None if "dog" in p else (-5, 0, image.width / 2, image.height, 0.7) for p in phrases]
 
 
+class Unsure(Halves):
+    """Forgets the score."""
+
+    def boxes(self, image: Image.Image, phrases: list[str]) -> list:
+        return [(0, 0, 9, 9)] * len(phrases)
+
+
 def test_parts_of_ones_own(whole) -> None:
     encoder = load_encoder(whole["clip"], device="cpu", precision="float32")
     run = Models(encoder, Says(), load_parser(whole["parser"]), Halves())
@@ -551,6 +558,9 @@ def test_parts_of_ones_own(whole) -> None:
     assert found.boxes.tolist() == [[0, 0, 20, 20], [0, 0, 40, 20]]
     assert found.scores.tolist() == pytest.approx([0.7, 0]) and found.found.tolist() == [True, False]
     assert torch.allclose(found.emb[1], embedding.pooled[0])
+    unsure = Models(encoder, Says(), load_parser(whole["parser"]), Unsure())
+    with pytest.raises(InputError, match=r"Unsure.boxes\(\) returned \(0, 0, 9, 9\); expected .*score\)"):
+        unsure.localiser.locate([image], embedding, encoder.encode_texts(phrases), owner, phrases)
     fingerprint = run.fingerprint("user")
     assert fingerprint["captioner"] == {"kind": "own", "class": f"{__name__}.Says", "version": "2"}
     assert fingerprint["localiser"]["class"] == f"{__name__}.Halves" and fingerprint["caption_cleaning"]
@@ -586,6 +596,8 @@ def test_a_part_named_by_module_and_object(tmp_path: Path, monkeypatch: pytest.M
         "        return ['x'] * len(images)",
     ]
     lines += ["    def boxes(self, image, phrases):", "        return [None] * len(phrases)"]
+    lines += ["class Nameless:", "    caption = Mine.caption"]
+    (tmp_path / "needy_parts.py").write_text("import not_there")
     (tmp_path / "my_parts.py").write_text("\n".join(lines))
     preset = get_preset("mini", captioner="my_parts:Mine", localiser="my_parts:Mine")
     assert (
@@ -598,6 +610,9 @@ def test_a_part_named_by_module_and_object(tmp_path: Path, monkeypatch: pytest.M
     for text, message in (
         ("my_parts:Mein", "module 'my_parts' has no attribute 'Mein'"),
         ("no_parts:Mine", "neither in this folder nor installed: No module named 'no_parts'"),
+        ("my_parts.py:Mine", "neither in this folder nor installed: .*; write it without .py"),
+        ("needy_parts:Mine", "cannot be made: ModuleNotFoundError: No module named 'not_there'"),
+        ("my_parts:Nameless", "captioner Nameless does not say which answers it gives"),
     ):
         with pytest.raises(InputError, match=message):
             get_preset("mini", captioner=text).fingerprint()

@@ -10,15 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from itemkit.doctor import photo_cases
 from itemkit.errors import InputError
+from itemkit.run import execute
 from tools import notebooks, rules
 
 REPO = Path(__file__).resolve().parents[1]
 COMMITTED = sorted((REPO / "notebooks").glob("*.ipynb"))
 
+TOLD = {"image/png": {"alt": "one pixel"}}
 # the smallest PNG there is: one transparent pixel
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 
@@ -33,11 +37,15 @@ def test_committed_notebook_keeps_the_rules(path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `itemkit run` makes on mini: made here, or by the caller and named in ITEMKIT_RESULTS."""
+    """What `itemkit run` makes on mini, here or before (ITEMKIT_RESULTS), and the notebooks it leaves."""
     if made := os.environ.get("ITEMKIT_RESULTS"):
-        return Path(made)
-    out = tmp_path_factory.mktemp("results")
-    subprocess.run([sys.executable, "-m", "itemkit", "run", "--out", str(out)], cwd=REPO, check=True)
+        out = Path(made)
+    else:
+        out = tmp_path_factory.mktemp("results")
+        subprocess.run([sys.executable, "-m", "itemkit", "run", "--out", str(out)], cwd=REPO, check=True)
+    for path in COMMITTED:
+        if not (target := out / "notebooks" / path.name).is_file():
+            execute(path, target, {"OUT_DIR": str(out)})
     return out
 
 
@@ -56,11 +64,36 @@ def test_each_figure_has_its_print_version_and_its_data(results: Path) -> None:
     assert [path.name for path in beside if not path.is_file()] == []
 
 
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty cuts of photographs, of many sizes and shapes; "fakes" are reduced to a few colours."""
+    folder = tmp_path_factory.mktemp("photographs")
+    pictures, rng = [case.image for case in photo_cases()], np.random.default_rng(0)
+    for label in ("real", "fake"):
+        (folder / label).mkdir()
+        for number in range(30):
+            whole = pictures[number % len(pictures)]
+            size = [int(side * rng.uniform(0.3, 1)) for side in whole.size]
+            left, top = (int(rng.uniform(0, a - b)) for a, b in zip(whole.size, size, strict=True))
+            cut = whole.crop((left, top, left + size[0], top + size[1]))
+            cut = cut if label == "real" else cut.quantize(12).convert("RGB")
+            cut.save(folder / label / f"{number}.jpg", quality=90)
+    return folder
+
+
+@pytest.mark.notebooks
+@pytest.mark.parametrize("name", ["01_misalignment", "02_hierarchical_features", "05_robustness"])
+def test_a_notebook_runs_on_photographs_of_mixed_sizes(name: str, photographs: Path, tmp_path: Path) -> None:
+    given = {"DATA": str(photographs), "OUT_DIR": str(photographs.parent / "results")}
+    execute(REPO / "notebooks" / f"{name}.ipynb", tmp_path / f"{name}.ipynb", given)
+    assert rules.problems(tmp_path / f"{name}.ipynb", committed=False) == []
+
+
 # ---- the rules ---------------------------------------------------------------------------------------------
 
 
 def figure() -> nbformat.NotebookNode:
-    return new_output("display_data", data={"image/png": PIXEL, "text/plain": "<Figure>"})
+    return new_output("display_data", data={"image/png": PIXEL, "text/plain": "<Figure>"}, metadata=TOLD)
 
 
 def good_notebook() -> nbformat.NotebookNode:
@@ -70,7 +103,9 @@ def good_notebook() -> nbformat.NotebookNode:
         metadata={"tags": ["parameters"]},
         execution_count=1,
     )
-    work = new_code_cell("import base64\nSEED + 1", execution_count=2, outputs=[figure()])
+    work = new_code_cell(
+        "import base64\nSEED + 1", metadata={"tags": ["exercise"]}, execution_count=2, outputs=[figure()]
+    )
     return new_notebook(
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
         cells=[
@@ -145,8 +180,11 @@ BIG = base64.b64encode(bytes(400_000)).decode()
         (source(2, f'open("{DATA}")'), "the source holds an absolute path"),
         (output("stream", name="stdout", text="C:\\Users\\me\n"), "an output holds an absolute path: 'C:"),
         (output("execute_result", data={"text/plain": "<Axes at 0x7f12ab34cd>"}), "object's address"),
-        (source(2, "\n".join(f"a{i} = {i}" for i in range(26))), "code cell 2 has 26 lines, at most 25"),
-        (output("display_data", data={"image/png": BIG}), " KB, at most 500 KB"),
+        (source(2, "\n".join(f"a{i} = {i}" for i in range(15))), "code cell 2 has 15 lines, at most 14"),
+        (lambda notebook: notebook.cells[2].outputs[0].metadata.clear(), "1 of 1 figures have no words"),
+        (value(2, "metadata", {}), "no code cell is tagged 'exercise'"),
+        (source(3, "+\nIts AUROC is 0.84."), "'0.84' stands in the prose and in no output above it"),
+        (output("display_data", data={"image/png": BIG}, metadata=TOLD), " KB, at most 500 KB"),
         (source(2, "%pip install itemkit"), "installs packages"),
         (value(1, "metadata", {}), "0 cells are tagged 'parameters'"),
         (late_parameters, "first code cell is not tagged"),
@@ -161,6 +199,38 @@ def test_each_broken_rule_is_named(page: Path, edit: Callable, words: str) -> No
     found = rules.problems(save(notebook, page, stamped=not parameters))
     assert [problem for problem in found if words in problem], found
     assert parameters or len(found) == 1, found
+
+
+def test_numbers_in_prose_are_those_of_the_outputs_of_their_section(page: Path) -> None:
+    notebook = good_notebook()
+    notebook.cells[2].outputs.append(
+        new_output("stream", name="stdout", text="auroc 0.8437, share 0.667, n 1,200, 12.5% of -0.031")
+    )
+    said = "0.84 of 1,200 (66.7 %, 67 %, 13 %), −0.03; 9 of them, seed `77`, rates of 0.5; 95 % intervals. "
+    no_result = "At quality 50 and 48 px, in [05](05_x.ipynb), notebook 07, 2511.00427, $x^{12}$, Guo 2017."
+    notebook.cells[3].source = f"**What to notice**: {said}{no_result}"
+    assert rules.problems(save(notebook, page)) == []
+    for wrong in ("0.83", "68 %", "1,201", "0.04", "12"):
+        notebook.cells[3].source = f"**What to notice**: {wrong} of them"
+        assert [wrong in problem for problem in rules.problems(save(notebook, page))] == [True]
+    # another section has its own outputs; the last one sums up
+    notebook.cells += [
+        new_markdown_cell("## More\nIt was 0.84."),
+        new_markdown_cell("## Recap\nIt was 0.84."),
+    ]
+    assert len([problem for problem in rules.problems(save(notebook, page)) if "'0.84'" in problem]) == 1
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_a_wrong_number_planted_in_a_committed_notebook_is_found(path: Path, tmp_path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    told = [
+        cell for cell in notebook.cells if cell.cell_type == "markdown" and "What to notice" in cell.source
+    ]
+    told[-1].source += " In all 98,765 of them, 0.98765 on average."
+    nbformat.write(notebook, tmp_path / path.name)
+    found = [problem for problem in rules.problems(tmp_path / path.name) if "in the prose" in problem]
+    assert len(found) == 2
 
 
 def test_urls_fractions_and_html_are_no_absolute_paths(page: Path) -> None:
@@ -259,14 +329,16 @@ def test_write_executes_in_place_and_passes_the_check(page: Path, monkeypatch, c
     source = (
         "import base64\nfrom pathlib import Path\nfrom IPython.display import Image, display\n"
         f"assert Path.cwd().name == 'notebooks'\nprint(SEED, RATES)\n"
-        f'display(Image(base64.b64decode("{PIXEL}")))'
+        f'display(Image(base64.b64decode("{PIXEL}")), metadata={TOLD})'
     )
     save(runnable(source), page, stamped=False)
     monkeypatch.chdir(page.parent.parent)
+    Path("docs", "thumbnails").mkdir(parents=True)
     assert notebooks.main(["check"]) == 1  # no outputs, no stamp
     assert notebooks.main(["write"]) == 0, capsys.readouterr().out
     notebook = nbformat.read(page, as_version=4)
     assert notebook.cells[2].outputs[0].text == "0 [-1, 0.5]\n"
+    assert Path("docs", "thumbnails", "page.png").read_bytes().startswith(b"\x89PNG")
     stamp = notebook.metadata[rules.STAMP]
     assert stamp["parameters"]["PRESET"] == "mini"
     assert stamp["device"].startswith("cpu")

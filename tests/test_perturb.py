@@ -12,7 +12,7 @@ from PIL import Image
 from itemkit import perturb
 from itemkit.errors import InputError
 from itemkit.images import jpeg_bytes, jpeg_quality, load_image
-from itemkit.perturb import GRID, QUICK_GRID, get_perturbation
+from itemkit.perturb import GRID, get_perturbation, grid_for
 
 
 def picture(size=64, seed=0) -> Image.Image:
@@ -26,9 +26,8 @@ def pixels(image) -> np.ndarray:
 
 
 def test_names_are_unique_and_found():
-    for grid in (GRID, QUICK_GRID):
-        assert len({p.name for p in grid}) == len({str(p.fingerprint()) for p in grid}) == len(grid)
-        assert all(get_perturbation(p.name) is not None for p in grid)
+    assert len({p.name for p in GRID}) == len({str(p.fingerprint()) for p in GRID}) == len(GRID)
+    assert all(get_perturbation(p.name) is p for p in GRID)
     assert get_perturbation("jpeg_q50").setting == "q 50"
     assert {p.family for p in GRID} == {
         "clean", "jpeg", "webp", "blur", "noise", "resize", "resize_px", "crop", "chain",
@@ -36,13 +35,25 @@ def test_names_are_unique_and_found():
 
 
 def test_strength_ascends_within_a_family():
-    for grid in (GRID, QUICK_GRID):
-        for family in {p.family for p in grid}:
-            strengths = [p.strength for p in grid if p.family == family]
-            assert strengths == sorted(strengths) and len(set(strengths)) == len(strengths)
+    for family in {p.family for p in GRID}:
+        strengths = [p.strength for p in GRID if p.family == family]
+        assert strengths == sorted(strengths) and len(set(strengths)) == len(strengths)
 
 
-@pytest.mark.parametrize("p", [*GRID, *QUICK_GRID], ids=lambda p: p.name)
+def test_a_grid_fits_the_size_of_the_pictures():
+    names = {side: [p.name for p in grid_for(side)] for side in (48, 100, 128, 4000)}
+    assert names[4000] == [p.name for p in GRID]
+    assert {p.name for p in GRID} - {*names[48]} == {
+        "jpeg_q30",
+        "resize_x0.25",
+        "resize_112px",
+        "resize_64px",
+    }
+    assert "resize_64px" in names[100] and "resize_112px" not in names[100]
+    assert "jpeg_q30" in names[128] and {"social", "resize_x0.75+jpeg_q75"} <= {*names[48]}
+
+
+@pytest.mark.parametrize("p", GRID, ids=lambda p: p.name)
 def test_same_image_same_result_and_rgb(p):
     image = picture(48)
     before = image.tobytes()
@@ -52,7 +63,15 @@ def test_same_image_same_result_and_rgb(p):
 
 
 @pytest.mark.parametrize(
-    "p", [perturb.CLEAN, perturb.blur(0), perturb.noise(0), perturb.resize(1), perturb.crop(1)]
+    "p",
+    [
+        perturb.CLEAN,
+        perturb.blur(0),
+        perturb.blur_share(0),
+        perturb.noise(0),
+        perturb.resize(1),
+        perturb.crop(1),
+    ],
 )
 def test_strength_zero_is_the_identity(p):
     assert p.strength == 0 and p(picture(), "x").tobytes() == picture().tobytes()
@@ -90,6 +109,16 @@ def test_blur_has_the_stated_sigma():
         weight = pixels(perturb.blur(sigma)(point, "x"))[:, :, 0].sum(axis=0)
         spread = np.sqrt((weight * (np.arange(61) - 30) ** 2).sum() / weight.sum())
         assert spread == pytest.approx(sigma, rel=0.2)  # 8-bit rounding cuts the tails
+
+
+def test_blur_goes_by_the_side_of_the_picture():
+    for size, sigma in ((100, 1), (400, 4)):
+        assert (
+            perturb.blur_share(1)(picture(size), "x").tobytes()
+            == perturb.blur(sigma)(picture(size), "x").tobytes()
+        )
+    wide = picture(100).resize((300, 100))
+    assert perturb.blur_share(2)(wide, "x").tobytes() == perturb.blur(2)(wide, "x").tobytes()
 
 
 def test_sizes():

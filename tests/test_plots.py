@@ -41,9 +41,12 @@ CURVES = pd.DataFrame(
 REGIONS = pd.DataFrame({"phrase": ["a red ball"], "x0": [2.0], "y0": [3.0], "x1": [6.0], "y1": [9.0]})
 
 DRAW: dict[str, Callable[[Axes], Axes]] = {
-    "distributions": lambda ax: plots.distributions(ax, CLOUD, "cosine", "cosine"),
+    "ridges": lambda ax: plots.ridges(ax, CLOUD, "cosine", "cosine", {"gan": "AUROC 0.52"}),
     "intervals": lambda ax: plots.intervals(
         ax, ESTIMATES, y="detector", hue="on", xlabel="AUROC", reference=0.5
+    ),
+    "intervals in groups": lambda ax: plots.intervals(
+        ax, ESTIMATES, y="on", group="detector", xlabel="difference", reference=0
     ),
     "intervals without hue": lambda ax: plots.intervals(ax, ESTIMATES[::2], y="detector", xlabel="AUROC"),
     "matrix": lambda ax: plots.matrix(ax, ESTIMATES, rows="detector", columns="on", label="AUROC"),
@@ -56,6 +59,12 @@ DRAW: dict[str, Callable[[Axes], Axes]] = {
         xlabel="tested on",
         ylabel="AUROC",
         palette={"local": "#123456"},
+    ),
+    "lines with names": lambda ax: plots.label_lines(
+        plots.lines(ax, CURVES, x="step", hue="what", xlabel="step", ylabel="loss")
+    ),
+    "words": lambda ax: plots.words(
+        plots.show_image(ax, PICTURE), "a red ball, in the snow", {"ball": plots.VERMILION}, width_pt=60
     ),
     "scatter": lambda ax: plots.scatter(ax, RNG.normal(size=(100, 2)), list(CLOUD["generator"]), "map"),
     "show_image": lambda ax: plots.show_image(ax, PICTURE, "a title\nof two lines", plots.VERMILION),
@@ -115,12 +124,44 @@ def test_bands_stand_over_their_own_categories(ax: Axes) -> None:
     assert set(first) == {0.0, 1.0} and set(second) == {1.0}
 
 
-def test_distributions_tell_how_many(ax: Axes) -> None:
-    plots.distributions(ax, CLOUD, "cosine", "cosine of image and caption")
-    told = [t.get_text() for t in ax.get_legend().get_texts()]
-    assert told == ["real (n=40)", "gan (n=30)", "flow (n=30)"]
-    medians = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "^"]
-    assert medians == pytest.approx(CLOUD.groupby("generator", sort=False)["cosine"].median().tolist())
+def test_ridges_have_a_row_for_each_generator_and_reals_behind(ax: Axes) -> None:
+    plots.ridges(ax, CLOUD, "cosine", "cosine of image and caption", {"gan": "AUROC 0.5"})
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["gan", "flow"]
+    real, gan, flow = CLOUD.groupby("generator")["cosine"].median()[["real", "gan", "flow"]]
+    medians = [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 2]
+    assert medians == pytest.approx([real, gan, real, flow])
+    assert [t.get_text() for t in ax.texts] == ["AUROC 0.5"]
+
+
+def test_groups_are_headings_over_their_rows(ax: Axes) -> None:
+    plots.intervals(ax, ESTIMATES, y="on", group="detector", xlabel="AUROC")
+    shown = [t.get_text() for t in ax.get_yticklabels()]
+    assert shown == ["global", "seen", "unseen", "local", "seen", "unseen"]
+    assert list(ax.containers[0].lines[0].get_ydata()) == [1, 2, 4, 5]
+
+
+def test_names_at_lines_do_not_cover_each_other(ax: Axes) -> None:
+    close = CURVES.assign(value=[1, 1, 1, 1, 1, 1.001])
+    plots.lines(ax, close, x="step", hue="what", xlabel="", ylabel="")
+    plots.label_lines(ax)
+    below, above = (text.get_window_extent() for text in ax.texts)
+    assert below.y1 <= above.y0 + 1 and [t.get_text() for t in ax.texts] == ["train", "val"]
+
+
+def test_marked_words_are_coloured_and_long_texts_wrapped(ax: Axes) -> None:
+    plots.words(ax, "A red ball, and another RED ball.", {"red": plots.VERMILION}, width_pt=50)
+    marked = [t.get_text() for t in ax.texts if t.get_color() == plots.VERMILION]
+    assert marked == ["red", "RED"] and len({t.xyann[1] for t in ax.texts}) > 1
+    right = max(t.get_window_extent().x1 for t in ax.texts)
+    left = min(t.get_window_extent().x0 for t in ax.texts)
+    assert (right - left) * 72 / ax.figure.dpi < 55
+
+
+def test_cells_of_the_family_trained_on_are_hatched(ax: Axes) -> None:
+    table = ESTIMATES.assign(seen=[True, False, True, False])
+    plots.matrix(ax, table, rows="detector", columns="on", label="AUROC")
+    assert sorted(p.get_xy() for p in ax.patches) == [(0, 0), (0, 1)]
+    assert ax.collections[0].get_clim() == (0, 1)  # chance is white
 
 
 def test_a_matrix_keeps_the_order_of_the_table(ax: Axes) -> None:
@@ -145,10 +186,11 @@ def test_a_map_hides_its_ticks_and_mixes_its_classes(ax: Axes) -> None:
 
 def test_a_box_goes_around_its_pixels(ax: Axes) -> None:
     plots.boxes(plots.show_image(ax, PICTURE), REGIONS)
-    (box,) = ax.patches
+    box, again = ax.patches  # white below its colour, to be seen on any picture
+    assert box.get_bbox().bounds == again.get_bbox().bounds
     # imshow draws pixel (2, 3) from 1.5 to 2.5 and from 2.5 to 3.5
     assert (box.get_x(), box.get_y(), box.get_width(), box.get_height()) == (1.5, 2.5, 4, 6)
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a red ball"]
+    assert [t.get_text() for t in ax.texts] == ["a red ball"]
 
 
 # a formula that cannot be set, one that can, a legend's hidden entry, an escape
@@ -156,38 +198,35 @@ WILD = ["$x_$", "a$b^c$", "_hidden", "\x1b[2J"]
 
 
 @pytest.mark.parametrize(
-    "name", ["distributions", "intervals", "matrix", "lines", "scatter", "boxes", "options"]
+    "name", ["ridges", "intervals", "groups", "matrix", "lines", "scatter", "boxes", "words"]
 )
 def test_names_from_data_are_shown_as_they_stand(name: str, tmp_path: Path) -> None:
     table = pd.DataFrame({"generator": WILD, "hue": WILD, "value": 0.7, "low": 0.6, "high": 0.8})
     cloud = pd.DataFrame({"generator": WILD * 9, "value": RNG.normal(size=36)})
     fig, ax = plt.subplots()
     match name:
-        case "distributions":
-            plots.distributions(ax, cloud, "value", WILD[0])
+        case "ridges":
+            plots.ridges(ax, cloud, "value", WILD[0], {WILD[0]: WILD[1]})
         case "intervals":
             plots.intervals(ax, table, y="generator", hue="hue", xlabel=WILD[0])
         case "matrix":
             plots.matrix(ax, table, rows="generator", columns="hue", label=WILD[0])
         case "lines":
-            plots.lines(ax, table, x="generator", hue="hue", xlabel=WILD[0], ylabel=WILD[0])
+            plots.lines(ax, table, x="generator", hue="hue", xlabel=WILD[0], ylabel=WILD[0]).legend()
         case "scatter":
             plots.scatter(ax, RNG.normal(size=(36, 2)), list(cloud["generator"]), WILD[0])
             ax.legend()
         case "boxes":
             boxes = pd.DataFrame({"phrase": WILD, "x0": 1.0, "y0": 1.0, "x1": 5.0, "y1": 5.0})
             plots.label_row(plots.boxes(plots.show_image(ax, PICTURE, "\n".join(WILD)), boxes), WILD[0])
-        case "options":
-            differ = {
-                "difference_low": -1.0,
-                "difference_high": 1.0,
-                "reference": [True, False, False, False],
-            }
-            plots.options(ax, table.assign(option=WILD, question=WILD[0], **differ), WILD[0])
+        case "groups":
+            plots.intervals(ax, table, y="generator", group="hue", xlabel=WILD[0])
+        case "words":
+            plots.words(ax, " ".join(WILD), {WILD[0]: plots.GREEN}, width_pt=200)
     plots.save(fig, "wild", table, tmp_path, WILD[0])  # a formula that cannot be set would raise here
     legend = ax.get_legend()
     texts = [*ax.get_xticklabels(), *ax.get_yticklabels(), ax.title, ax.xaxis.label, ax.yaxis.label]
-    texts += [ax._left_title, *(legend.get_texts() if legend else [])]
+    texts += [*ax.texts, ax._left_title, *(legend.get_texts() if legend else [])]
     drawn = [text._preprocess_math(text.get_text()) for text in texts if text.get_text()]
     assert not any(is_formula for _, is_formula in drawn)
     shown = {text.strip() for text, _ in drawn}

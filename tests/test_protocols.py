@@ -420,40 +420,72 @@ def test_equalised_means_one_size_and_codec_for_all() -> None:
     assert "size=128, codec='jpeg', quality=96, subsampling='4:2:0'" in transform.fingerprint()["name"]
 
 
-def test_the_mini_study_with_its_answers(stub: Preset, tmp_path: Path, monkeypatch) -> None:
-    """The laboratory's path, with other images: every form, families, fusions, promises on new renders."""
-    monkeypatch.setattr(study, "KINDS", ("cosine", "absolute"))
-    monkeypatch.setattr(study, "LEVELS", ("global", "hierarchical"))
+def test_the_mini_study_and_its_tables_from_the_scores(
+    stub: Preset, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """The laboratory's path, with other images: families, headline, differences, fusions; then no model."""
     own = pd.read_csv(own_images(tmp_path / "images", 200, ("gan", "flow", "edit", "flow")))
     own["split"] = np.array(["train", "val", "test"])[np.arange(200) // 5 % 3]
     own.to_csv(tmp_path / "images" / "m.csv", index=False)
-    fresh = own[own["label"] == 0].assign(split=lambda t: np.where(np.arange(len(t)) % 2, "val", "test"))
-    fresh.to_csv(tmp_path / "images" / "fresh.csv", index=False)
-    parts = {"images": "m.csv", "fresh": "fresh.csv"}
-    laid_out = lambda out, which="images": read_manifest(tmp_path / "images" / parts[which])  # noqa: E731
+    asked = []
+
+    def laid_out(out, which="images"):
+        asked.append(which)
+        return read_manifest(tmp_path / "images" / "m.csv")
+
     monkeypatch.setattr(workflow, "lab_manifest", laid_out)
-    unneeded = set(CONTROLS) - {"image_mlp", "caption_likelihood"}
+    plan = get_protocol("mini")
+    more = replace(
+        plan, conditions=["clean", "camera + random JPEG"], images={"camera + random JPEG": "camera"}
+    )
+    monkeypatch.setattr(study, "get_protocol", lambda name: more)
+    unneeded = set(CONTROLS) - {"image_mlp", "caption_likelihood", "cosine_mean_local"}
     options = QUICK | {"without": sorted(unneeded)}
     report = study.run_study(out=tmp_path / "out", preset="stub", **options)
     text, found = report.path.read_text(), report.table
     assert report.failures == [] and report.path.parent.name == "study-mini"
-    assert set(found["condition"]) == {"clean", "random JPEG"} and set(found["kind"]) == {OURS}
-    assert {"item", "global_cosine", "global_absolute", "hierarchical_cosine", "early",
-            "item + image"} <= set(found["detector"])  # fmt: skip
+    # a condition may look at other images, and is one more name in the protocol's file
+    assert set(found["condition"]) == {"clean", "camera + random JPEG"} and "camera" in asked
+    assert {"item", "global_absolute", "hierarchical_cosine", "early", "item + image"} <= {*found["detector"]}
     counted = found[found["seen"] == False]  # noqa: E712 - means are neither
-    # edit and flow are of one family, so neither is unseen to the other
-    assert set(counted["row"]) - {WORST} == {"gan → flow", "gan → edit", "flow → gan", "edit → gan"}
+    # one generator of each family trains; edit and flow are of one, so neither is unseen to the other
+    assert set(counted["row"]) - {WORST} == {"gan → flow", "gan → edit", "flow → gan"}
     assert "## What each contender would mean" in text and CONTROLS["image_mlp"].if_it_won in text
     fusion = pd.read_csv(report.path.parent / "fusion.csv")
     assert set(fusion["fusion"]) == {"item + caption likelihood", "item + image", "early"}
-    assert len(fusion) == 2 * 3 * 4
-    low = fusion[(fusion["fusion"] == "early") & (fusion["condition"] == "clean")]["difference"]
-    assert f"| early (item, image_mlp) | {(low < 0).sum()} of 4 |" in text
-    promises = pd.read_csv(report.path.parent / "promises.csv")
-    assert promises["calibration"].nunique() == 2  # on the validation images, and on new renders
-    assert "needs at least 99 real validation images" in promises["note"].fillna("").str.cat()
-    runs = report.path.parent / "clean" / "runs"
-    assert list(runs.glob("item_+_image--*"))  # fusions are kept like all others
+    assert len(fusion) == 2 * 3 and set(fusion["n_cells"]) == {3}
+    reached = fusion["goal"] == "reached"
+    assert reached.any() or fusion["goal"].str.contains("short of 0.90|below the better part in").all()
+    headline = pd.read_csv(report.path.parent / "headline.csv")
+    assert len(headline) == 4 and f"| {headline['detector'][0]} | {headline['clean: mean'][0]} |" in text
+    differences = pd.read_csv(report.path.parent / "differences.csv")
+    assert (
+        set(differences["reference"]) == {"item"} and (differences["p_holm"] >= differences["p_value"]).all()
+    )
+
+    # every table again from the file of scores: no image, no model
+    for name in ("lab_manifest", "features"):
+        monkeypatch.setattr(workflow, name, None)
+    monkeypatch.setattr(study, "MisalignmentMLP", None)
+    scores = report.path.parent / "scores.parquet"
+    words = ["study", "--from", str(scores), "--out", str(tmp_path / "again")]
+    assert cli.main(words) == 0
+    again = tmp_path / "again" / "study-from-scores"
+    assert (again / "table.md").read_text() == text
+    for name in ("table", "headline", "fusion", "fusion_cells", "differences"):
+        assert (again / f"{name}.csv").read_bytes() == (report.path.parent / f"{name}.csv").read_bytes()
+    # a detector that ran elsewhere joins there, in the same terms
+    listed = pd.read_csv(report.path.parent / "manifest.csv")
+    assert set(listed["condition"]) == {"clean"}  # here both conditions have the same images
+    listed.assign(score=listed["label"])[["path", "score"]].to_csv(tmp_path / "mine.csv", index=False)
+    assert cli.main([*words, "--scores", f"mine={tmp_path / 'mine.csv'}"]) == 0
+    capsys.readouterr()
+    joined = pd.read_csv(again / "headline.csv").set_index("detector")
+    assert joined.loc["mine (scores from elsewhere)", "clean: mean"] == "1.00 (1.00-1.00)"
+    assert cli.main([*words, "--data", "photos"]) == 2
+    assert "--from has its images and protocol" in capsys.readouterr().err
+    assert cli.main([*words, "--scores", f"item={tmp_path / 'mine.csv'}"]) == 2
+    assert "that name is a contender of ours" in capsys.readouterr().err
 
 
 def test_errors_before_anything_is_computed(stub: Preset, tmp_path: Path) -> None:

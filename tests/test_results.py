@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -12,13 +11,17 @@ from itemkit.controls import CONTROLS
 from itemkit.errors import InputError
 from itemkit.matrix import train_on_test_on
 from itemkit.protocols import get_protocol
-from itemkit.recipes import Recipe, external
+from itemkit.recipes import ExternalScores, Recipe
 from itemkit.results import (
+    MEAN,
     ONE,
     SEVERAL,
     SHIFTED,
+    WORST,
     Run,
     Study,
+    fusion_table,
+    headline,
     read_scores,
     save_scores,
     study_table,
@@ -63,7 +66,6 @@ def test_a_family_is_left_out_beside_training_on_one(study):
     sets = study.options["training_sets"]
     assert sets["all but f"] == ["gan", "vae"] and sets["all but v"] == ["flow", "flow_early", "gan"]
     assert list(sets) == ["flow", "flow_early", "gan", "vae", "all but f", "all but g", "all but v"]
-    assert study.trainings == [ONE, SEVERAL]
     one, several = (study.unseen("cosine", "auroc", training) for training in (ONE, SEVERAL))
     assert one.groupby(["train_generator", "test_generator"]).ngroups == 16 - 4 - 2
     pairs = set(zip(several["train_generator"], several["test_generator"], strict=True))
@@ -170,8 +172,8 @@ def test_scores_travel(study, tmp_path):
     header = next(line for line in text.splitlines() if line.startswith("| detector | AUROC"))
     assert header == "| detector | AUROC | families | worst cell | AP | TPR at 5 % FPR | TPR at 1 % FPR |"
     row = next(line for line in text.splitlines() if line.startswith("| cosine |"))
-    assert row.count("(") == 5 and "sd " in row and "→" in row  # each with its interval or spread
-    assert "| shifted, no labels | shifted, 10 labels | shifted, 20 labels | balanced, oracle |" in text
+    assert row.count("(") == 3 and "sd " in row and "→" in row  # each with its interval or spread
+    assert "| shifted, no labels | shifted, 20 labels | balanced, oracle |" in text
 
     # one row per image and run, in plain words, without the folder of this machine; few bytes
     table = pd.read_parquet(path)
@@ -187,7 +189,84 @@ def test_scores_travel(study, tmp_path):
     assert roc_auc_score(one["label"], one["score"]) == pytest.approx(value, abs=1e-3)
 
 
-@pytest.mark.parametrize("scores", [np.geomspace(1e-12, 1, 60), 1 - np.geomspace(1e-7, 1e-3, 60),
+def test_means_and_worst_cells_of_all_metrics_are_those_of_the_study(study):
+    """Made for all contenders at once, they are what `Study.mean` and `Study.worst` say of each."""
+    table = study_table({"clean": study}, PLAN)
+    assert not table.duplicated(["metric", "detector", "training", "row"]).any()
+    for metric in ("auroc", "accuracy_fake", "ece"):
+        for training in (ONE, SEVERAL):
+            of = table[(table["metric"] == metric) & (table["training"] == training)]
+            of = of[of["detector"] == "noisy"].set_index("row")
+            cells = study.unseen("noisy", metric, training)
+            for row, part in ((MEAN, cells), (WORST, study.worst(cells))):
+                expected = pd.Series(study.mean(part, None if metric == "auroc" else 0), dtype=float)
+                found = of.loc[row, expected.index].astype(float)
+                pd.testing.assert_series_equal(found, expected, check_names=False)
+            assert of.loc[WORST, "where"] == " → ".join(
+                study.worst(cells)[["train_generator", "test_generator"]].iloc[0]
+            )
+            counted = of[of["seen"] == False]  # noqa: E712 - means are neither
+            assert len(counted) - 1 == of.loc[MEAN, "n_cells"]
+
+
+def test_the_headline_fits_a_page(study):
+    table = headline({"clean": study, "random JPEG": study}, ["cosine", "no such contender", "noise"])
+    assert list(table["detector"]) == ["cosine", "noise"]
+    assert [name for name in table if name.startswith("clean: TPR")] == [
+        "clean: TPR at 1 % FPR", "clean: TPR at 5 % FPR"]  # fmt: skip
+    mean = study.mean(study.unseen("cosine", "auroc", ONE))
+    assert table["clean: mean"][0] == "{value:.2f} ({low:.2f}-{high:.2f})".format(**mean)
+
+
+def test_a_fusion_that_is_worse_than_its_parts_is_found_out(study):
+    study = Study(study.images, list(study.runs), dict(study.options))
+    study.fuse("same", ["cosine", "cosine"])
+    parts = {"noise": ("cosine",), "same": ("cosine",), "lacking": ("cosine", "none")}
+    found, cells = fusion_table({"clean": study}, parts)
+    found = found.set_index("fusion")
+    assert list(found.index) == ["noise", "same"] and len(cells) == 20
+    assert found.loc["noise", "beyond"] >= 8 and found.loc["noise", "largest_loss"] > 0.1
+    assert found.loc["same", ["below", "beyond", "largest_loss"]].tolist() == [0, 0, 0]
+    assert found.loc["same", "mean"] == pytest.approx(
+        study.mean(study.unseen("cosine", "auroc", ONE))["value"]
+    )
+
+
+def test_without_an_answer_where_parts_disagree_and_the_image_is_novel(study):
+    found = study.unsure(("cosine", "noise"), "noise", ONE)
+    cells = study.unseen("cosine", "auroc", ONE).groupby(["train_generator", "test_generator"])
+    assert len(found) == cells.ngroups
+    assert found["unsure_real"].between(0, 0.2).all() and found["unsure_fake"].max() > 0
+    never = study.unsure(("cosine", "cosine"), "noise", ONE)  # it agrees with itself
+    assert not never[["unsure_real", "unsure_fake"]].to_numpy().any()
+    assert never["all"].equals(never["answered"])
+    by_cell = (
+        cells["value"].mean().reindex(pd.MultiIndex.from_frame(never[["train_generator", "test_generator"]]))
+    )
+    np.testing.assert_allclose(never["all"], by_cell)
+
+
+def test_a_detector_joins_a_file_of_scores(study, tmp_path):
+    """By content or by the names of its files, wherever they lie; the same numbers as in the study itself."""
+    path = save_scores({"clean": study}, tmp_path / "s.parquet")
+    own = study.images.assign(
+        score=Cosine(0).decision_function(FEATURES), path="/elsewhere/" + study.images["path"]
+    )
+    for key in ("image_id", "path"):
+        own[[key, "score"]].to_csv(tmp_path / "mine.csv", index=False)
+        back = read_scores(path)["clean"].join("mine", ExternalScores(tmp_path / "mine.csv"), "Mine")
+        for training in (ONE, SEVERAL):
+            mine, ours = (back.unseen(n, "auroc", training)["value"].mean() for n in ("mine", "cosine"))
+            assert mine == pytest.approx(ours, abs=1e-3)
+        assert back.options["titles"]["mine"] == "Mine" and len(back.compare("mine")) == 3
+    with pytest.raises(InputError, match="mine=...: that name is a contender of ours"):
+        back.join("mine", None)
+    own.iloc[50:][["image_id", "score"]].to_csv(tmp_path / "mine.csv", index=False)
+    with pytest.raises(InputError, match="mine.csv has no score for [0-9]+ of [0-9]+ images"):
+        read_scores(path)["clean"].join("mine", ExternalScores(tmp_path / "mine.csv"))
+
+
+@pytest.mark.parametrize("scores", [np.geomspace(1e-12, 1, 60), 1 - np.geomspace(1e-6, 1e-3, 60),
                                     1e6 + np.arange(60.0), np.zeros(60)])  # fmt: skip
 def test_scores_of_any_scale_keep_their_order(scores, tmp_path):
     study = make_study(seeds=(0,), leave_family_out=False, train_generators=["vae"], n_boot=0)
@@ -200,33 +279,46 @@ def test_scores_of_any_scale_keep_their_order(scores, tmp_path):
         assert a == pytest.approx(b, abs=2e-3)
 
 
-def test_another_detector_joins_the_scores_without_any_model(study, tmp_path):
-    path = save_scores({"clean": study}, tmp_path / "scores.parquet")
-    back = read_scores(path)["clean"]
-    score = Cosine(0).decision_function(FEATURES)
-    pd.DataFrame({"image_id": FEATURES.table["image_id"], "score": score}).to_csv(
-        tmp_path / "s.csv", index=False
-    )
-    back.add("theirs", external(tmp_path / "s.csv", "somebody's"))
-    for metric in ("auroc", "balanced_accuracy"):
-        values = [back.unseen(name, metric)["value"].to_numpy() for name in ("theirs", "cosine")]
-        np.testing.assert_allclose(*values, atol=0.02)
-    assert study_table({"clean": back}, PLAN)["title"].eq("somebody's").any()
-    with pytest.raises(InputError, match="has a contender 'theirs' already"):
-        back.add("theirs", external(tmp_path / "s.csv"))
-    pd.DataFrame({"image_id": FEATURES.table["image_id"][:9], "score": score[:9]}).to_csv(tmp_path / "s.csv")
-    with pytest.raises(InputError, match="has no score for"):
-        back.add("few", external(tmp_path / "s.csv"))
-
-
 def test_a_file_that_holds_no_scores(tmp_path):
     pd.DataFrame({"score": [1.0]}).to_parquet(tmp_path / "s.parquet")
     (tmp_path / "t.parquet").write_bytes(b"no parquet")
-    table = pq.read_table(tmp_path / "s.parquet")
-    pq.write_table(table.replace_schema_metadata({"itemkit": '{"clean": {}}'}), tmp_path / "u.parquet")
+    table = pd.DataFrame({"score": [1.0], "condition": "clean"})
+    table.attrs["studies"] = {"clean": {}}
+    table.to_parquet(tmp_path / "u.parquet")
     for name in ("s", "t", "u", "missing"):
         with pytest.raises(InputError, match=f"cannot read the scores of a study from .*{name}.parquet"):
             read_scores(tmp_path / f"{name}.parquet")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t.assign(score=np.nan), "'score'. is missing or not a number"),
+        (lambda t: t.assign(label=7), "a score or label is missing or not a number that it can be"),
+        (lambda t: t.assign(split="train"), "images of the split 'train'; expected val and test"),
+        (lambda t: t.drop(columns="seed"), "seed"),
+        (lambda t: t.iloc[:-3], "the test images of noise, trained on"),
+        (lambda t: t.assign(train_generator=t["train_generator"].astype(str).str.replace("gan", "x\n")),
+         "nothing is told about cosine, trained on x"),
+        (lambda t: t.attrs["studies"]["clean"].update(n_boot=10**9) or t, "n_boot=1000000000; expected"),
+        (lambda t: t.attrs["studies"]["clean"].update(metrics=["x"]) or t, "unknown metric 'x'"),
+    ],
+)  # fmt: skip
+def test_a_file_of_scores_from_anybody(damage, message, study, tmp_path):
+    """What a study cannot have is refused in one line, whoever wrote it."""
+    path = save_scores({"clean": study}, tmp_path / "s.parquet")
+    table = pd.read_parquet(path)
+    damage(table).to_parquet(path)
+    with pytest.raises(InputError, match=f"cannot read the scores of a study from .*{message}") as error:
+        read_scores(path)
+    assert "\n" not in str(error.value)
+
+
+def test_words_of_a_file_of_scores_act_on_nothing(study, tmp_path):
+    options = study.options | {"titles": study.options["titles"] | {"cosine": "a\x1b[31m\n# b"}}
+    path = save_scores({"clean": Study(study.images, list(study.runs), options)}, tmp_path / "s.parquet")
+    text = to_markdown(study_table(back := read_scores(path), PLAN), back, PLAN)
+    assert "\x1b" not in text and "\n# b" not in text
 
 
 def test_shifted_thresholds_stand_between_the_stored_and_the_oracle_one(study):

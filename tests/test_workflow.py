@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +16,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from itemkit import presets, schema, workflow
 from itemkit.detector import Detector
 from itemkit.errors import InputError, ModelNotFound
-from itemkit.features import Features
+from itemkit.features import Features, select_objects
+from itemkit.images import ImageError
 from itemkit.presets import Preset
 
 import fakes
@@ -282,7 +286,10 @@ def detector(features: Features, tmp_path: Path) -> Path:
 
 
 def judge(paths: object, detector: Path, preset: Preset | None = None, **options: object) -> list[dict]:
-    return list(workflow.detect(paths, preset or stand_ins(), detector, "cpu", **(RATES | options)))
+    paths = [paths] if isinstance(paths, str) else paths  # one alone would be no list
+    found = workflow.detect(paths, preset or stand_ins(), detector, "cpu", **(RATES | options))
+    assert isinstance(found, workflow.Verdicts)
+    return [one.to_dict() for one in found]
 
 
 def test_detect_answers_for_every_file_also_for_broken_ones(
@@ -414,11 +421,98 @@ def test_a_promise_may_be_withheld_an_answer_not(detector: Path, data: Path) -> 
         assert {key: answer[key] for key in same} == same
 
 
+def test_one_image_of_any_kind_is_one_verdict(detector: Path, data: Path) -> None:
+    file = min((data.parent / "images").iterdir())
+    picture, options = Image.open(file), (stand_ins(), detector, "cpu")
+    of_file, of_bytes = (workflow.detect(given, *options, **RATES) for given in (file, file.read_bytes()))
+    of_pixels = [workflow.detect(given, *options, **RATES) for given in (picture, np.asarray(picture))]
+    assert of_file.path == str(file) and of_bytes.path == of_bytes.image_id == of_file.image_id
+    for one in (of_bytes, *of_pixels):
+        same = ("p_fake", "log_odds", "caption", "objects", "verdict", "because", "global_adds")
+        assert {key: getattr(one, key) for key in same} == {key: getattr(of_file, key) for key in same}
+    assert {one.path for one in of_pixels} == {of_pixels[0].image_id} != {of_file.image_id}
+    grey = workflow.detect(np.asarray(picture.convert("L")), *options, **RATES)
+    (in_list, again) = workflow.detect(np.stack([np.asarray(picture)] * 2), *options, **RATES)
+    assert grey.image_id != in_list.image_id == again.image_id == of_pixels[0].image_id
+    json.dumps([grey.to_dict(), in_list.to_dict()], allow_nan=False)
+
+
+def test_one_image_that_cannot_be_judged_is_an_error_and_in_a_list_a_verdict(
+    detector: Path, tmp_path: Path
+) -> None:
+    options = (stand_ins(), detector, "cpu")
+    with pytest.raises(ImageError, match="no such file"):
+        workflow.detect(tmp_path / "absent.png", *options)
+    for wrong, words in (
+        (np.zeros((4, 4, 3)), "float64 and shape"), (np.zeros((4, 4, 2), np.uint8), "shape .4, 4, 2."),
+        (b"no picture", "image bytes: is"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            workflow.detect(wrong, *options)
+        (one,) = workflow.detect([wrong], *options)
+        assert re.search(words, one.error) and one.to_dict() == {"path": "image 1", "error": one.error}
+        assert one.error in str(one) and "<pre>" in one._repr_html_() and "img" not in one._repr_html_()
+        with pytest.raises(InputError, match="was not judged"):
+            one.card(tmp_path / "card.png")
+    (one,) = workflow.detect([7], *options)
+    assert "got int, expected a path, a PIL image" in one.error
+
+
+def test_verdicts_come_one_by_one(detector: Path, data: Path) -> None:
+    files = sorted(map(str, (data.parent / "images").iterdir()))[:3]
+    preset = stand_ins()
+    found = workflow.verdicts(files, preset, detector, "cpu")
+    assert next(found).path == files[0] and len(preset.captioner.batches) == 1  # the others are not touched
+    assert [one.path for one in found] == files[1:]
+
+
+def test_what_an_object_adds_is_what_is_lost_without_it(detector: Path, features: Features) -> None:
+    judge = Detector.load(detector)
+    row = int(features.table["n_objects"].to_numpy().argmax())
+    one, table = features.select([row]), judge.explain(features, row)
+    assert len(one.objects) > 1
+    all_of_it = judge.decision_function(one)[0]
+    for phrase, adds in table.loc[table["level"] == "local", ["text", "adds"]].itertuples(index=False):
+        kept = (one.objects["phrase"] != phrase).to_numpy()
+        without = select_objects(one, kept)
+        assert adds == pytest.approx(all_of_it - judge.decision_function(without)[0], abs=1e-4)
+    none = select_objects(one, np.zeros(len(one.objects), bool))
+    assert table["adds"][0] == pytest.approx(judge.decision_function(none)[0], abs=1e-4)
+
+
+def test_an_image_unlike_all_that_made_the_detector_is_told(detector: Path, features: Features) -> None:
+    judge = Detector.load(detector)
+    shares = judge.unlike(features)
+    assert shares.min() >= 1 / 21 and shares.max() <= 1  # 20 validation images promise no less
+    judge.known_["known_far"] = np.linspace(0, judge.known_["known_far"].max(), 200)
+    odd = dataclasses.replace(features.select([0]), image_emb=-9 * features.image_emb[:1])
+    assert judge.unlike(odd)[0] < workflow.NEW < judge.unlike(features).mean()
+    judge.known_ = {}  # a detector that an older version wrote
+    assert np.isnan(judge.unlike(odd)).all()
+    known = workflow.Verdict("x", unlike=0.004), workflow.Verdict("x", unlike=0.4), workflow.Verdict("x")
+    assert [bool(one.novelty) for one in known] == [True, False, False]
+
+
+def test_a_file_s_own_words_about_its_origin(detector: Path, data: Path, tmp_path: Path) -> None:
+    picture, texts, exif = Image.open(min((data.parent / "images").iterdir())), PngInfo(), Image.Exif()
+    texts.add_text("parameters", "a red ball \x1b[31m\nSteps: 20")
+    exif[0x0110], exif[0x0131] = "Camera 7", "Editor <b>"
+    picture.save(tmp_path / "a.png", pnginfo=texts)
+    picture.save(tmp_path / "b.jpg", exif=exif)
+    marked = (tmp_path / "b.jpg").read_bytes() + workflow.FILE_MARKS["C2PA"][0] + b"trainedAlgorithmicMedia"
+    (tmp_path / "c.jpg").write_bytes(marked)
+    files = [tmp_path / name for name in ("a.png", "b.jpg", "c.jpg")]
+    found = [one["marks"] for one in judge(files, detector)]
+    assert found[0] == {"parameters": "a red ball \\x1b[31m\\nSteps: 20"}
+    assert found[1] == {"camera": "Camera 7", "software": "Editor <b>"}
+    assert found[2] == found[1] | {name: says for name, (_, says) in workflow.FILE_MARKS.items()}
+
+
 def test_without_a_detector_it_says_which_to_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="there is no detector for preset 'stub' yet: train one with"):
-        list(workflow.detect(["x.png"], stand_ins()))
+        workflow.detect(["x.png"], stand_ins())
     with pytest.raises(ModelNotFound, match="nowhere"):
-        list(workflow.detect(["x.png"], stand_ins(), tmp_path / "nowhere"))
+        workflow.detect(["x.png"], stand_ins(), tmp_path / "nowhere")
     monkeypatch.setenv("ITEMKIT_DATA", str(tmp_path))
     with pytest.raises(ModelNotFound, match="mini/models/detector"):
-        list(workflow.detect(["x.png"], presets.get_preset("mini")))
+        workflow.detect(["x.png"], presets.get_preset("mini"))

@@ -37,6 +37,7 @@ STAMPED_VERSIONS = (
 
 _PROGRESS_BAR = re.compile(r"\d+%\||\d+(?:it|\.\d+s/it|\.\d+it/s)\b")
 _KEPT_CELL_METADATA = ("tags", "jupyter")
+THUMBNAIL_TAG, THUMBNAIL_PX = "thumbnail", (320, 240)  # the figure that stands for its notebook in the README
 
 
 class NotebookFailed(ItemkitError):
@@ -80,6 +81,9 @@ def write(path: Path, *, progress: bool = True) -> None:
     notebook.metadata[rules.STAMP] = stamp(notebook, path.resolve().parent, time.perf_counter() - started)
     atomic_write(path, (nbformat.writes(notebook) + "\n").encode())
     failed.unlink(missing_ok=True)
+    thumbnails = path.resolve().parent.parent / "docs" / "thumbnails"
+    if thumbnails.is_dir() and (small := thumbnail(notebook)):
+        atomic_write(thumbnails / f"{path.stem}.png", small)
 
 
 def stamp(notebook: Any, folder: Path, seconds: float) -> dict[str, Any]:
@@ -112,6 +116,20 @@ def stamp(notebook: Any, folder: Path, seconds: float) -> dict[str, Any]:
         "code_sha256": rules.code_hash(notebook),
         "data_sha256": rules.data_hash(rules.data_of(parameters, folder, folder.parent)),
     }
+
+
+def thumbnail(notebook: Any) -> bytes | None:
+    """A small PNG of the figure that is tagged for it, else of the first one; None if there is no figure."""
+    cells = sorted(rules.code_cells(notebook), key=lambda c: THUMBNAIL_TAG not in c.metadata.get("tags", []))
+    for output in (output for cell in cells for output in cell.outputs):
+        if png := output.get("data", {}).get("image/png"):
+            with Image.open(io.BytesIO(base64.b64decode(png))) as figure:
+                small = figure.convert("RGB")
+            small.thumbnail(THUMBNAIL_PX, Image.Resampling.LANCZOS)
+            buffer = io.BytesIO()
+            small.quantize(128).save(buffer, format="PNG", optimize=True)
+            return buffer.getvalue()
+    return None
 
 
 def device_name(device: str) -> str:

@@ -24,11 +24,21 @@ PARAMETERS_TAG = "parameters"
 FAILED = ".failed.ipynb"  # ending of what is kept of a notebook that stopped in an error
 
 MAX_BYTES = 500_000
-MAX_CELL_LINES = 25
+MAX_CELL_LINES = 14
+EXERCISE_TAG = "exercise"  # its code is executed like all other
 
 # a path from the root of a file system with at least one folder, or a Windows drive; no URL, no HTML tag
 _ABSOLUTE_PATH = re.compile(r"(?<![\w/:.<~)\]}*-])/(?:[A-Za-z][\w.+-]+/)+[\w.+-]*|\b[A-Za-z]:\\\\?\w+")
 _OBJECT_ADDRESS = re.compile(r"\bat 0x[0-9a-f]{6,}")
+# no statement about a result: links, code, formulas, arXiv numbers, years, notebooks, settings; chance, and
+# the level of every interval
+_NO_RESULT = re.compile(
+    r"\]\([^)]*\)|`[^`]*`|\${1,2}[^$]+\${1,2}|<[^>]+>|https?://\S+|\b\d{4}\.\d{5}\b|\b(?:19|20)\d\d\b"
+    r"|^#+ .*|^\*\*Runs in.*|^\s*\d+\. |\b[Nn]otebooks? \d\d\b|\[\d\d\b|[A-Za-z]\w*[/-]\d+\b"
+    r"|\bquality \d+|\b\d+ px\b|\b0\.5\b(?! ?%)|\b95 ?%",
+    re.MULTILINE,
+)
+_NUMBER = re.compile(r"(?<![\w.])[-−]?\d+(?:,\d{3})*(?:\.\d+)?(?:\s?%)?")
 _INSTALL = re.compile(r"^\s*[%!]\s*(?:pip|conda|mamba)\b", re.MULTILINE)
 
 
@@ -101,14 +111,16 @@ def data_of(parameters: dict[str, Any], folder: Path, root: Path) -> Path | None
 def data_hash(data: Path | None) -> str | None:
     """Hash of a file, or of the names and contents of a folder's files; None where there is nothing.
 
-    Prose (``*.md``) and anything below a name that starts with a dot or an underscore (caches) do not count.
+    Prose (``*.md``), the scores of a study (a result) and anything below a name that starts with a dot or an
+    underscore (caches) do not count.
     """
     if data is None or not data.exists():
         return None
     digest = hashlib.sha256()
     for path in [data] if data.is_file() else sorted(data.rglob("*")):
         parts = path.relative_to(data).parts
-        if path.is_file() and path.suffix != ".md" and not any(part[0] in "._" for part in parts):
+        result = path.suffix == ".md" or path.name == "study.parquet"
+        if path.is_file() and not result and not any(part[0] in "._" for part in parts):
             digest.update("/".join(parts).encode() + b"\0")
             digest.update(file_hash(path).encode())
     return digest.hexdigest()
@@ -138,6 +150,7 @@ def problems(path: Path, committed: bool = True) -> list[str]:
     if committed:
         found += _form_problems(notebook)
         found += _text_problems(notebook, path.stat().st_size)
+        found += _number_problems(notebook)
         found += _stamp_problems(notebook, path.resolve().parent)
     return found
 
@@ -154,8 +167,12 @@ def _run_problems(notebook: Any) -> Iterator[str]:
             elif output.get("name") == "stderr":
                 line = output.text.strip().partition("\n")[0]
                 yield f"code cell {number} writes to stderr: {line[:100]!r}"
-    if not any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs):
+    figures = [o for cell in cells for o in cell.outputs if "image/png" in o.get("data", {})]
+    if not figures:
         yield "no figure (image/png) in the outputs"
+    mute = sum(not figure.get("metadata", {}).get("image/png", {}).get("alt") for figure in figures)
+    if mute:
+        yield f"{mute} of {len(figures)} figures have no words for who cannot see them: plots.save(alt=...)"
 
 
 def _form_problems(notebook: Any) -> Iterator[str]:
@@ -174,6 +191,8 @@ def _form_problems(notebook: Any) -> Iterator[str]:
         read_parameters(notebook)
     except InputError as error:
         yield str(error)
+    if not any(EXERCISE_TAG in cell.metadata.get("tags", []) for cell in cells):
+        yield f"no code cell is tagged '{EXERCISE_TAG}'"
     for number, cell in enumerate(cells, start=1):
         lines = len(cell.source.splitlines())
         if lines > MAX_CELL_LINES:
@@ -202,6 +221,46 @@ def _text_problems(notebook: Any, size: int) -> Iterator[str]:
     for where, text in (("an output", outputs), ("the source", sources)):
         if match := _ABSOLUTE_PATH.search(text):
             yield f"{where} holds an absolute path: {match.group()!r}"
+
+
+def _number_problems(notebook: Any) -> Iterator[str]:
+    """Numbers in prose that stand neither in a text output above them, in their section, nor in its code.
+
+    A section begins with a heading; the last one, which sums up, may use all outputs. Whole numbers below ten
+    are words.
+    """
+    texts: list[str] = []  # of code and outputs
+    parameters = [c.source for c in code_cells(notebook) if PARAMETERS_TAG in c.metadata.get("tags", [])]
+    last = max((i for i, c in enumerate(notebook.cells) if c.source.startswith("## ")), default=0)
+    begin = 0  # where the section begins among the texts
+    for i, cell in enumerate(notebook.cells):
+        if cell.cell_type == "code":
+            texts.append(cell.source)
+            for output in cell.outputs:
+                texts += [output.get("text", ""), output.get("data", {}).get("text/plain", "")]
+            continue
+        if cell.source.startswith("## "):
+            begin = 0 if i == last else len(texts)
+        known = _NUMBER.findall("\n".join(parameters + texts[begin:]))
+        for text in _NUMBER.findall(_NO_RESULT.sub(" ", cell.source)):
+            if not text.isdecimal() or int(text) >= 10:
+                if not any(_says(text, other) for other in known):
+                    where = cell.source.find(text)
+                    around = " ".join(cell.source[max(0, where - 30) : where + 20].split())
+                    yield f"{text!r} stands in the prose and in no output above it: {around!r}"
+
+
+def _says(text: str, shown: str) -> bool:
+    """Whether a number in prose, perhaps rounded or as per cent, says what an output shows."""
+    half = 0.5 * 10 ** -len(text.rstrip(" %").partition(".")[2]) + 1e-9  # of the last digit told
+    scales = (
+        (1,) if text.endswith("%") == shown.endswith("%") else (100, 1) if text.endswith("%") else (0.01,)
+    )
+    return any(abs(abs(_value(shown)) * scale - abs(_value(text))) <= half for scale in scales)
+
+
+def _value(text: str) -> float:
+    return float(text.rstrip(" %").replace(",", "").replace("−", "-"))
 
 
 def _stamp_problems(notebook: Any, folder: Path) -> Iterator[str]:

@@ -115,20 +115,6 @@ def test_the_camera_hides_what_gives_samples_away(scenes: np.ndarray) -> None:
     assert found.between(0.3, 0.7).all()  # the standard error of 25 against 25 is 0.08
 
 
-def test_guards_by_hand() -> None:
-    flat = np.full((1, 16, 16, 3), 7, np.uint8)
-    flat[0, 0, 0] = (0, 255, 7)
-    row = guards.histogram(flat)[0].reshape(11, 3).T
-    assert row[0, 0] == 0 and row[0, 2] == 7 and row[0, 9] == 1 / 256  # least value; share of nearly black
-    assert row[1, 8] == 255 and row[1, 10] == 1 / 256
-    wave = np.round(100 + 50 * np.cos(np.pi * np.arange(16))).astype(np.uint8)
-    rings = guards.spectrum(np.broadcast_to(wave[None, None, :, None], (1, 16, 16, 3)))[0]
-    assert rings.argmax() == int(0.5 / 0.5**0.5 * guards.N_RINGS)  # the highest frequency along one axis
-    known = np.random.default_rng(0).normal(size=(400, 2)) * [1, 10]
-    far = guards.strangeness(known, np.array([[0, 0], [3, 0], [0, 30], [-3, 0]]))
-    assert far[0] < 0.1 and far[1:] == pytest.approx([9, 9, 9], rel=0.25)
-
-
 # ---------------------------------------------------------------------------------------------- the probes
 
 

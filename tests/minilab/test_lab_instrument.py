@@ -191,28 +191,6 @@ def test_rungs_start_where_they_should(generators: Path, monkeypatch: pytest.Mon
     assert {ladders.ladder_of(r) for r in ladders.RUNGS} == {*ladders.QUALITY, "keep"}
 
 
-def test_rungs_and_fakes_share_no_scene() -> None:
-    used = len(fakes.GENERATORS) * sum(fakes.COUNTS.values())
-    assert used <= ladders.FIRST_SCENE
-    assert len(set(world.SPLITS.values())) == len(world.SPLITS), "one stream of scenes for each split"
-
-
-def test_the_card_says_which_generators_are_a_fair_fight(tmp_path: Path) -> None:
-    rows = [
-        {"guard": guard, "classes": classes, "generator": name, "condition": condition, "value": value}
-        for guard in guards.GUARDS
-        for classes in (2, 1)
-        for name, raw, shot in (("flow", 0.99, 0.55), ("vae", 1.0, 0.71))
-        for condition, value in (("raw", raw), ("camera", shot), ("jpeg", 0.5))
-    ]
-    pd.DataFrame(rows).to_csv(tmp_path / "guards.csv", index=False)
-    (tmp_path / "cards.json").write_text("{}")
-    cards.write_cards(tmp_path)
-    card = (tmp_path / "generators.md").read_text()
-    assert "| spectrum | one | 0.99 | 1.00 |" in card and "| spectrum | two | 0.55 | 0.71 |" in card
-    assert "(no guard above 0.60): `flow`. Not: `vae` (0.71)." in card
-
-
 def test_the_frechet_distance_by_hand() -> None:
     rng = np.random.default_rng(0)
     a = rng.normal(size=(500, 5))
@@ -238,6 +216,28 @@ def test_the_frechet_distance_has_no_bias_and_its_interval_holds() -> None:
     assert abs(values.mean() - truth_) < 4 * error + 0.05 < np.mean(plain) - truth_
     held = np.mean([f["low"] <= truth_ <= f["high"] for f in found])
     assert held >= 0.85
+
+
+def test_rungs_and_fakes_share_no_scene() -> None:
+    used = len(fakes.GENERATORS) * sum(fakes.COUNTS.values())
+    assert used <= ladders.FIRST_SCENE
+    assert len(set(world.SPLITS.values())) == len(world.SPLITS), "one stream of scenes for each split"
+
+
+def test_the_card_says_which_generators_are_a_fair_fight(tmp_path: Path) -> None:
+    rows = [
+        {"guard": guard, "classes": classes, "generator": name, "condition": condition, "value": value}
+        for guard in guards.GUARDS
+        for classes in (2, 1)
+        for name, raw, shot in (("flow", 0.99, 0.55), ("vae", 1.0, 0.71))
+        for condition, value in (("raw", raw), ("camera", shot), ("jpeg", 0.5))
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "guards.csv", index=False)
+    (tmp_path / "cards.json").write_text("{}")
+    cards.write_cards(tmp_path)
+    card = (tmp_path / "generators.md").read_text()
+    assert "| spectrum | one | 0.99 | 1.00 |" in card and "| spectrum | two | 0.55 | 0.71 |" in card
+    assert "(no guard above 0.60): `flow`. Not: `vae` (0.71)." in card
 
 
 @pytest.fixture
@@ -277,3 +277,18 @@ def test_guards_are_tried_under_three_conditions(two_generators: Path) -> None:
     assert len(found) == 3 * len(guards.GUARDS) * 2 * 2
     assert found.groupby("condition").size().to_dict() == {"raw": 20, "camera": 20, "jpeg": 20}
     assert (found.low <= found.value).all() and (found.value <= found.high).all()
+
+
+def test_guards_find_what_needs_no_content() -> None:
+    images = make_renders("train", 120).images
+    noise = np.random.default_rng(0).normal(0, 25, images[60:].shape)
+    noisy = np.clip(images[60:] + noise, 0, 255).astype(np.uint8)
+    splits = (["train"] * 30 + ["test"] * 30) * 2
+    table = pd.DataFrame({"generator": ["real"] * 60 + ["noisy"] * 60, "split": splits})
+    found = guards.leaks(table, np.concatenate([images[:60], noisy]), seeds=[0])
+    assert (found["low"] <= found["value"]).all() and (found["value"] <= found["high"]).all()
+    found = found.set_index(["guard", "classes"])["value"]
+    assert found["noise level"].min() > 0.95 and found["file bytes"].min() > 0.95
+    same = guards.leaks(table, np.concatenate([images[:60]] * 2), seeds=[0])["value"]
+    assert same.between(0.3, 0.7).all(), "equal pictures give nothing away"
+    assert guards.border(images[:2]).shape == (2, 24)
