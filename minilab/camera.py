@@ -97,6 +97,12 @@ def photograph(
     -------
     uint8 array, shape (n, side, side, 3)
     """
+    exposed, quality = _expose(pictures, rng, camera)
+    return np.stack([jpeg(p, q) for p, q in zip(exposed, quality, strict=True)]) if codec else exposed
+
+
+def _expose(pictures: np.ndarray, rng: np.random.Generator, camera: Camera) -> tuple[np.ndarray, list[int]]:
+    """Eight bits of each picture, and the quality of the JPEG that they become."""
     n, side = pictures.shape[:2]
     plain = rng.random(n) >= camera.share
 
@@ -119,15 +125,12 @@ def photograph(
     x += sigma * np.sqrt(0.5 + x) * rng.standard_normal(x.shape, dtype=np.float32)
     contrast = np.where(plain, 1.0, camera.contrast).astype(np.float32).reshape(n, 1, 1, 1)
     x = np.clip(_tone(x, contrast) * 255 + 0.5, 0, 255).astype(np.uint8)
-    if not codec:
-        return x
-    quality = np.rint(draw("quality")).astype(int).reshape(n)
-    return np.stack([jpeg(p, int(q)) for p, q in zip(x, quality, strict=True)])
+    return x, np.rint(draw("quality")).astype(int).reshape(n).tolist()
 
 
-def photographs(
+def photo_files(
     pictures: np.ndarray, stream: Sequence[int], camera: Camera = CAMERA, start: int = 0
-) -> np.ndarray:
+) -> list[bytes]:
     """Photograph each picture by itself: the k-th of a stream comes out the same however many there are.
 
     Two pictures at one place of one stream share settings and noise, so a render and its edit differ only in
@@ -144,13 +147,21 @@ def photographs(
 
     Returns
     -------
-    uint8 array, shape (n, side, side, 3)
+    list of bytes, length n
+        The JPEG files that the camera writes.
     """
-    shots = [
-        photograph(picture[None], np.random.default_rng([WORLD_SEED, *stream, k]), camera)
-        for k, picture in enumerate(pictures, start)
-    ]
-    return np.concatenate(shots)
+    files = []
+    for k, picture in enumerate(pictures, start):
+        shot, quality = _expose(picture[None], np.random.default_rng([WORLD_SEED, *stream, k]), camera)
+        files.append(jpeg_file(shot[0], quality[0]))
+    return files
+
+
+def photographs(
+    pictures: np.ndarray, stream: Sequence[int], camera: Camera = CAMERA, start: int = 0
+) -> np.ndarray:
+    """Decode the files of :func:`photo_files`: uint8 array, shape (n, side, side, 3)."""
+    return np.stack([decode(file) for file in photo_files(pictures, stream, camera, start)])
 
 
 def _blur(x: np.ndarray, sigma_px: np.ndarray) -> np.ndarray:
@@ -182,15 +193,25 @@ def _tone(x: np.ndarray, contrast: np.ndarray) -> np.ndarray:
     return 0.5 + np.where(over > 0, np.sign(y) * (knee + room * np.tanh(over / room)), y)
 
 
-def jpeg(picture: np.ndarray, quality: int) -> np.ndarray:
-    """A picture after JPEG with colour at full resolution."""
+def jpeg_file(picture: np.ndarray, quality: int) -> bytes:
+    """Encode a picture as JPEG with colour at full resolution."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=quality, subsampling=0)
-    return np.asarray(Image.open(buffer))
+    Image.fromarray(picture).save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
+    return buffer.getvalue()
+
+
+def decode(file: bytes) -> np.ndarray:
+    """Pixels of a file, uint8 array, shape (side, side, 3)."""
+    return np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
+
+
+def jpeg(picture: np.ndarray, quality: int) -> np.ndarray:
+    """A picture after JPEG."""
+    return decode(jpeg_file(picture, quality))
 
 
 def png(picture: np.ndarray) -> bytes:
-    """Encode a picture losslessly; the one file format of both classes."""
+    """Encode a picture as it was painted, without loss."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

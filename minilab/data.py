@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from itemkit import schema
-from minilab.camera import CAMERA, Camera, photographs, png
+from minilab.camera import photo_files, png
 from minilab.fakes import COUNTS, REAL_FACTOR, REALS, picture_table
 from minilab.grammar import caption, phrase
 from minilab.renders import make_renders
@@ -29,14 +29,14 @@ def reals() -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``generator, split, prompt, png``, as the fakes.
+        ``generator, split, prompt, image``, as the fakes.
     """
-    return _photographed({split: range(REAL_FACTOR * n) for split, n in COUNTS.items()})
+    return _tables({split: range(REAL_FACTOR * n) for split, n in COUNTS.items()})
 
 
 def raw_reals() -> pd.DataFrame:
-    """Real scenes of the test split as the world paints them, before the camera."""
-    return _photographed({"test": range(REAL_FACTOR * COUNTS["test"])}, camera=None)
+    """Real scenes of the data set as the world paints them, before the camera."""
+    return _tables({split: range(REAL_FACTOR * n) for split, n in COUNTS.items()}, camera=False)
 
 
 def fresh() -> pd.DataFrame:
@@ -45,19 +45,19 @@ def fresh() -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``generator, split, prompt, png``; split ``val`` calibrates, ``test`` tests.
+        ``generator, split, prompt, image``; split ``val`` calibrates, ``test`` tests.
     """
-    return _photographed({split: range(FRESH_FROM, FRESH_FROM + n) for split, n in FRESH.items()})
+    return _tables({split: range(FRESH_FROM, FRESH_FROM + n) for split, n in FRESH.items()})
 
 
-def _photographed(indices: dict[str, range], camera: Camera | None = CAMERA) -> pd.DataFrame:
+def _tables(indices: dict[str, range], camera: bool = True) -> pd.DataFrame:
     tables = []
     for split, wanted in indices.items():
         scenes = make_renders(split, len(wanted), start=wanted.start)
         stream = (REALS, SPLITS[split], wanted.start)
-        images = scenes.images if camera is None else photographs(scenes.images, stream, camera)
+        files = photo_files(scenes.images, stream) if camera else map(png, scenes.images)
         prompts = [caption(facts) for facts in scenes.facts]
-        tables.append(picture_table(schema.REAL_GENERATOR, [split] * len(wanted), prompts, images))
+        tables.append(picture_table(schema.REAL_GENERATOR, [split] * len(wanted), prompts, files))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -72,7 +72,7 @@ def cases(n: int = N_CASES) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``image`` (PNG), ``caption``, and of the one thing its ``phrase`` and box, ``x0, y0, x1, y1`` in px.
+        ``image`` (a file), ``caption``, and of the one thing its ``phrase`` and box, ``x0, y0, x1, y1``.
     """
     rows: list[dict] = []
     index = 0
@@ -84,8 +84,8 @@ def cases(n: int = N_CASES) -> pd.DataFrame:
         if len(facts.things) != 1 or any(row["caption"] == told for row in rows):
             continue
         box = dict(zip(("x0", "y0", "x1", "y1"), map(float, render.boxes[0]), strict=True))
-        image = photographs(render.image[None], (REALS, SPLITS["models_val"], index))[0]
-        rows.append({"image": png(image), "caption": told, "phrase": phrase(*facts.things[0]), **box})
+        file = photo_files(render.image[None], (REALS, SPLITS["models_val"], index))[0]
+        rows.append({"image": file, "caption": told, "phrase": phrase(*facts.things[0]), **box})
     return pd.DataFrame(rows)
 
 

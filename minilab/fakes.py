@@ -1,13 +1,13 @@
 """The two classes of the mini data set: renders for real, samples of the laboratory's generators for fake.
 
-One camera photographs both, and both leave as 8-bit PNG of the same size. Prompts of fakes and the renders
+One camera photographs both, and both leave as JPEG files of the same size. Prompts of fakes and the renders
 that are edited come from the
 ``spare`` split; no model has seen it, and no render of it is a real image of the data set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import nn
 
 from itemkit.models import file_hash
 from minilab import flow, gan, latent, vae, vq
-from minilab.camera import photographs, png
+from minilab.camera import photo_files, png
 from minilab.conditions import encode_facts
 from minilab.grammar import caption
 from minilab.renders import RenderSet, make_renders, to_pixels
@@ -208,14 +208,13 @@ def build_fakes(folder: Path, device: str = "cpu") -> tuple[pd.DataFrame, pd.Dat
     Returns
     -------
     photographs, raw : DataFrame
-        ``generator, split, prompt, png``; the pictures through the camera, and those of the test split as
-        the generators left them.
+        ``generator, split, prompt, image``; the files of the camera, and the pictures as the generators left
+        them.
     """
     photos, raw = [], []
     for i, (name, splits, prompts, images) in enumerate(samples(folder, device)):
-        photos.append(picture_table(name, splits, prompts, photographs(images, (FAKES, i))))
-        test = slice(-COUNTS["test"], None)
-        raw.append(picture_table(name, splits[test], prompts[test], images[test]))
+        photos.append(picture_table(name, splits, prompts, photo_files(images, (FAKES, i))))
+        raw.append(picture_table(name, splits, prompts, map(png, images)))
     return pd.concat(photos, ignore_index=True), pd.concat(raw, ignore_index=True)
 
 
@@ -248,19 +247,19 @@ def edit_originals() -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``generator, split, prompt, png``, in the order of the edits.
+        ``generator, split, prompt, image``, in the order of the edits.
     """
     n, i = sum(COUNTS.values()), GENERATORS.index("edit")
     scenes = make_renders("spare", n, start=i * n)
-    images = photographs(scenes.images, (FAKES, i))[-COUNTS["test"] :]
+    files = photo_files(scenes.images, (FAKES, i))[-COUNTS["test"] :]
     prompts = [caption(facts) for facts in scenes.facts[-COUNTS["test"] :]]
-    return picture_table("edit_original", ["test"] * len(prompts), prompts, images)
+    return picture_table("edit_original", ["test"] * len(prompts), prompts, files)
 
 
 def picture_table(
-    name: str, splits: Sequence[str], prompts: Sequence[str], images: np.ndarray
+    name: str, splits: Sequence[str], prompts: Sequence[str], files: Iterable[bytes]
 ) -> pd.DataFrame:
-    """Make a table of pictures as the laboratory stores them: ``generator, split, prompt, png``."""
-    table = pd.DataFrame({"split": splits, "prompt": prompts, "png": [png(image) for image in images]})
+    """Make a table of pictures as the laboratory stores them: ``generator, split, prompt, image``."""
+    table = pd.DataFrame({"split": splits, "prompt": prompts, "image": list(files)})
     table.insert(0, "generator", name)
     return table

@@ -21,7 +21,7 @@ from itemkit.captions import Captioner
 from itemkit.encoder import Encoder
 from itemkit.errors import InputError
 from minilab import fakes, flow
-from minilab.camera import photographs, png
+from minilab.camera import decode, photo_files, photographs
 from minilab.conditions import encode_facts
 from minilab.grammar import caption
 from minilab.renders import RenderSet, make_renders, to_pixels
@@ -128,7 +128,7 @@ def build_ladders(
     Returns
     -------
     images : DataFrame
-        ``generator`` (the rung), ``split`` (test), ``prompt, png``.
+        ``generator`` (the rung), ``split`` (test), ``prompt, image``.
     table : DataFrame
         One row per rung or generator and one for renders: ``name, n`` and :func:`quality`.
     """
@@ -138,14 +138,13 @@ def build_ladders(
     reference = encode_pictures(encoder, [Image.fromarray(x) for x in shots]).numpy()
     kept, rows = [], []
     for name, samples in _all_pictures(folder, scenes, device):
-        pictures = photographs(samples, (RUNG, 0))
+        files = photo_files(samples, (RUNG, 0))
+        pictures = np.stack([decode(file) for file in files])
         rows.append({"name": name, "n": n, **quality(encoder, captioner, pictures, scenes, reference)})
         if name in RUNGS:
-            for picture, facts in zip(pictures[:N_COMMITTED], scenes.facts, strict=False):
-                kept.append(
-                    {"generator": name, "split": "test", "prompt": caption(facts), "png": png(picture)}
-                )
-    return pd.DataFrame(kept), pd.DataFrame(rows).round(4)
+            prompts = [caption(facts) for facts in scenes.facts[:N_COMMITTED]]
+            kept.append(fakes.picture_table(name, ["test"] * len(prompts), prompts, files[:N_COMMITTED]))
+    return pd.concat(kept, ignore_index=True), pd.DataFrame(rows).round(4)
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray, n_draws: int = 40, seed: int = 0) -> dict[str, float]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from minilab.camera import CAMERA, SHIFTS, Camera, photographs
+from minilab.camera import CAMERA, SHIFTS, Camera, photo_files
 from minilab.fakes import picture_table
 from minilab.grammar import COLOURS, KINDS, caption
 from minilab.sprites import RGB, Rgb
@@ -97,8 +97,8 @@ def shifted(scene: Scene, shift: Shift) -> Scene:
     return replace(scene, things=tuple(replace(t, angle=shift.angle) for t in scene.things))
 
 
-def probe_images(name: str, scenes: list[Scene]) -> np.ndarray:
-    """Pictures of one probe.
+def probe_files(name: str, scenes: list[Scene]) -> list[bytes]:
+    """Photograph one probe.
 
     Parameters
     ----------
@@ -108,8 +108,8 @@ def probe_images(name: str, scenes: list[Scene]) -> np.ndarray:
 
     Returns
     -------
-    uint8 array, shape (n, SIZE, SIZE, 3)
-        Photographed; picture k of every probe has the same noise, and, under the plain camera, settings.
+    list of bytes, length n
+        Picture k of every probe has the same noise, and, under the plain camera, settings.
     """
     kind, _, level = name.rpartition(" ")
     shift = SHIFTED.get(name, Shift())
@@ -119,7 +119,7 @@ def probe_images(name: str, scenes: list[Scene]) -> np.ndarray:
             rng = np.random.default_rng([PROBES, k])
             scene = changed(scene, WRONG[kind], int(level) - 1, rng)
         painted.append(render(shifted(scene, shift), shift.style).image)
-    return photographs(np.stack(painted), (PROBES,), shift.camera)
+    return photo_files(np.stack(painted), (PROBES,), shift.camera)
 
 
 def probe_names() -> list[str]:
@@ -137,11 +137,9 @@ def build_probes(n: int = N_PROBES) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``generator`` (the probe), ``split`` (test), ``prompt`` (the untouched scene), ``png``.
+        ``generator`` (the probe), ``split`` (test), ``prompt`` (the untouched scene), ``image``.
     """
     scenes = [sample_scene(scene_rng("test", FIRST_SCENE + k)) for k in range(n)]
     prompts = [caption(scene.facts) for scene in scenes]
-    tables = [
-        picture_table(name, ["test"] * n, prompts, probe_images(name, scenes)) for name in probe_names()
-    ]
+    tables = [picture_table(name, ["test"] * n, prompts, probe_files(name, scenes)) for name in probe_names()]
     return pd.concat(tables, ignore_index=True)

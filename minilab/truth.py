@@ -113,7 +113,7 @@ def originals(image_ids: Sequence[str]) -> list[Original | None]:
     table = table[table["generator"].isin(["real", "edit"])]
     table["world"] = table["split"].where(table["generator"] == "real", "spare")
     for (name, split), part in table.groupby(["generator", "world"]):
-        ids, prompts = part["png"].map(content_id).to_numpy(), part["prompt"].to_numpy()
+        ids, prompts = part["image"].map(content_id).to_numpy(), part["prompt"].to_numpy()
         at = fakes.GENERATORS.index("edit") if name == "edit" else 0
         for rows, seed in fakes._parts(len(part), at + 1):  # the batches in which edits were drawn
             if not np.isin(ids[rows], image_ids).any():
