@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from itemkit.detector import Detector
 
 # the files of data/mini that hold the images of each part of the laboratory
-LAB_PARTS = {"images": ("reals", "fakes"), "fresh": ("fresh",), "ladders": ("ladders",)}
+LAB_PARTS = {"images": ("reals", "fakes"), "raw": ("raw",), "fresh": ("fresh",), "ladders": ("ladders",)}
 SHOWN = ("auroc", "ap", "accuracy_real", "accuracy_fake", "tpr_at_fpr05", "called_fake", "above_half")
 NEW = 0.01  # share of validation images as far off at which an image is called unlike all of them; our choice
 CARDS = 4  # of several images that a notebook shows
@@ -65,8 +65,9 @@ FILE_MARKS = {
 def lab_manifest(out_dir: str | Path, which: str = "images") -> pd.DataFrame:
     """Lay out images of the mini laboratory below ``out_dir/mini``, once, and read their manifest.
 
-    They are the data set ("images"), new renders that nothing was trained on ("fresh"), or better and better
-    fakes ("ladders"), each with the bytes that ``data/mini`` holds.
+    They are the data set ("images"), the same pictures before their camera ("raw"), new renders that nothing
+    was trained on ("fresh"), or better and better fakes ("ladders"), each with the bytes that ``data/mini``
+    holds.
     """
     sources = [mini_folder() / f"{name}.parquet" for name in LAB_PARTS[which]]
     if missing := [tidy(source) for source in sources if not source.is_file()]:

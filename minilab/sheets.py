@@ -1,4 +1,4 @@
-"""Sheets of pictures to look at: the same prompts for all generators, and samples to be named blind."""
+"""A sheet of samples to be named by somebody who has not seen what was asked for."""
 
 from __future__ import annotations
 
@@ -43,31 +43,6 @@ def tile(images: np.ndarray, columns: int, scale: int = 3, labels: list[str] | N
     for row, label in enumerate(labels or []):
         ImageDraw.Draw(sheet).text((4, row * step + step // 2), label, fill="black")
     return sheet
-
-
-def same_prompts(folder: Path, names: list[str], camera: bool = True, n: int = 8) -> Image.Image:
-    """Samples of several generators for the same prompts, the render of each scene on top.
-
-    Parameters
-    ----------
-    folder : Path
-        Weights of the generators.
-    names : list of str
-        Generators or stages of them.
-    camera : bool
-        Through the camera; otherwise as they are painted.
-    n : int
-        Prompts.
-
-    Returns
-    -------
-    Image
-    """
-    scenes = make_renders("spare", n, start=FIRST_SCENE)
-    rows = [scenes.images, *(sample_fakes(name, folder, scenes, seed=1) for name in names)]
-    if camera:
-        rows = [photographs(row, (SHEET,)) for row in rows]
-    return tile(np.concatenate(rows), n, labels=["render", *names])
 
 
 def blind_sheet(folder: Path, name: str, n: int = 40, device: str = "cpu") -> tuple[Image.Image, list[Facts]]:

@@ -42,7 +42,7 @@ def mini() -> Models:
 @pytest.fixture(scope="module")
 def renders() -> list[Image.Image]:
     """Real images of the laboratory, two of them of other sizes."""
-    stored = pd.read_parquet(mini_folder() / "reals.parquet", columns=["png"])["png"].head(6)
+    stored = pd.read_parquet(mini_folder() / "reals.parquet", columns=["image"])["image"].head(6)
     images = [load_image(data) for data in stored]
     return [images[0].resize((60, 40)), images[1].resize((33, 48)), *images[2:]]
 

@@ -70,7 +70,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     splits = ["train", "val", "test"]
     for name, generator in (("reals", "real"), ("fakes", "flow"), ("fresh", "real")):
         pictures = [fakes.png(i + 10 * len(generator)) for i in range(3)]
-        table = pd.DataFrame({"generator": generator, "split": splits, "prompt": "a ball", "png": pictures})
+        table = pd.DataFrame({"generator": generator, "split": splits, "prompt": "a ball", "image": pictures})
         table.to_parquet(folder / f"{name}.parquet")
     monkeypatch.setenv("ITEMKIT_DATA", str(tmp_path / "data"))
     return folder
@@ -81,7 +81,7 @@ def test_the_laboratory_is_laid_out_once_and_byte_for_byte(lab: Path, tmp_path: 
     assert list(manifest["generator"]) == ["real"] * 3 + ["flow"] * 3
     assert list(manifest["split"]) == ["train", "val", "test"] * 2 and set(manifest["caption"]) == {"a ball"}
     assert set(manifest["source"]) == {schema.LAB_SOURCE}
-    images = pd.concat([pd.read_parquet(lab / f"{name}.parquet") for name in ("reals", "fakes")])["png"]
+    images = pd.concat([pd.read_parquet(lab / f"{name}.parquet") for name in ("reals", "fakes")])["image"]
     assert [Path(path).read_bytes() for path in manifest["path"]] == list(images)
     before = [Path(path).stat().st_mtime_ns for path in manifest["path"]]
     again = workflow.lab_manifest(tmp_path / "out")

@@ -30,7 +30,7 @@ def test_committed_renders_are_made_by_this_code_to_the_byte(name: str, monkeypa
     assert (
         list(committed)
         == list(pd.read_parquet(MINI / "fakes.parquet"))
-        == ["generator", "split", "prompt", "png"]
+        == ["generator", "split", "prompt", "image"]
     )
     few = {split: 3 for split in committed.split.unique()}
     monkeypatch.setattr(data, "FRESH", few)
@@ -85,7 +85,7 @@ def test_the_detector_is_trained_on_and_written_to_the_laboratory_that_is_named(
     assert str(tmp_path) not in record
     assert (MINI / "models" / "detector" / "detector.json").read_bytes() == before
     assert main(["images", "--data", str(small_lab), "--out", str(tmp_path / "again")]) == 0
-    assert len(list((tmp_path / "again" / "mini").rglob("*.png"))) == 12 * 6
+    assert len(list((tmp_path / "again" / "mini").rglob("*.jpg"))) == 12 * 6
     assert mini_folder() == MINI, "afterwards itemkit uses its own laboratory again"
 
 

@@ -254,15 +254,15 @@ def test_fakes_are_photographed_and_kept_as_they_were_painted(two_generators: Pa
     photos, raw = fakes.build_fakes(two_generators)
     assert photos.groupby(["generator", "split"], sort=False).size().tolist() == [8, 4, 6] * 2
     test = photos[photos.split == "test"].reset_index(drop=True)
-    pd.testing.assert_frame_equal(test.drop(columns="png"), raw.drop(columns="png"))
-    assert not set(test.png) & set(raw.png)
+    pd.testing.assert_frame_equal(photos.drop(columns="image"), raw.drop(columns="image"))
+    assert not set(photos.image) & set(raw.image)
     originals = fakes.edit_originals()
     edits = test[test.generator == "edit"]
     assert originals.prompt.tolist() == edits.prompt.tolist()
     # one scene, one set of settings, one noise: outside the square (and its JPEG blocks) little differs
     scenes = make_renders("spare", 18, start=18).part(slice(12, 18))
     masks = fakes.edit_masks(make_renders("spare", 18, start=18).owner, 2 * 100_003)[12:]
-    for before, after, mask, scene in zip(originals.png, edits.png, masks, scenes.images, strict=True):
+    for before, after, mask, scene in zip(originals.image, edits.image, masks, scenes.images, strict=True):
         a, b = (np.asarray(Image.open(io.BytesIO(x))).astype(int) for x in (before, after))
         assert a.shape == scene.shape
         near = np.asarray(Image.fromarray(mask).resize((6, 6), Image.Resampling.BOX)) > 0

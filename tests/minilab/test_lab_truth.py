@@ -20,7 +20,7 @@ from minilab.renders import GROUND
 def images(name: str, generator: str, n: int = 4) -> pd.DataFrame:
     table = pd.read_parquet(mini_folder() / f"{name}.parquet")
     table = table[(table["generator"] == generator) & (table["split"] == "test")].tail(n)
-    return table.assign(image_id=table["png"].map(content_id))
+    return table.assign(image_id=table["image"].map(content_id))
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -36,7 +36,7 @@ def edits() -> tuple[pd.DataFrame, list]:
 def test_the_render_behind_a_real_image_shows_what_the_image_shows() -> None:
     table = images("reals", "real")
     found = truth.originals(table["image_id"])
-    for original, prompt, data in zip(found, table["prompt"], table["png"], strict=True):
+    for original, prompt, data in zip(found, table["prompt"], table["image"], strict=True):
         assert caption(original.facts) == prompt
         assert not original.redrawn.any()
         assert (original.image == decode(data)).all()
@@ -44,7 +44,7 @@ def test_the_render_behind_a_real_image_shows_what_the_image_shows() -> None:
 
 def test_an_edit_differs_from_its_render_where_it_was_redrawn(edits) -> None:
     table, found = edits
-    for original, data in zip(found, table["png"], strict=True):
+    for original, data in zip(found, table["image"], strict=True):
         off = np.abs(decode(data) - original.image).mean(axis=2)
         square = original.redrawn
         assert 0 < square.mean() < 0.9
