@@ -26,6 +26,7 @@ from itemkit.errors import InputError
 from itemkit.models import tidy
 from minilab import (
     captioner,
+    choices,
     clip,
     data,
     fakes,
@@ -42,6 +43,7 @@ from minilab import (
 )
 from minilab.camera import CAMERA, WIDE, Camera
 from minilab.cards import write_cards
+from minilab.detector import laboratory
 from minilab.formats import save_blip, save_clip
 from minilab.parser import train_parser
 from minilab.renders import RenderSet, cached_renders
@@ -231,6 +233,12 @@ def build_ladders(b: Build) -> None:
     b.note("ladders", seconds=round(time.monotonic() - began), images=len(images))
 
 
+def build_choices(b: Build) -> None:
+    """What the defaults of preset mini rest on."""
+    with laboratory(b.out):
+        choices.choices(b.work / "choices", b.device).to_csv(b.out / "choices.csv", index=False)
+
+
 def build_measure(b: Build) -> None:
     """What the models can do, measured against the truth."""
     b.note("measured", **truth.measure(b.models, device=b.device))
@@ -263,6 +271,7 @@ PARTS: dict[str, Callable[[Build], None]] = {
     "guards": build_guards,
     "ladders": build_ladders,
     "measure": build_measure,
+    "choices": build_choices,
     "cards": build_cards,
 }
 
@@ -326,7 +335,7 @@ def file_hashes(out: Path) -> dict[str, str]:
     files = [p for p in files if p.parent.name != "detector" and p.suffix != ".md"]
     files += [
         *sorted(out.glob("*.parquet")),
-        *(out / name for name in ("guards.csv", "quality.csv") if (out / name).is_file()),
+        *(out / name for name in ("guards.csv", "quality.csv", "choices.csv") if (out / name).is_file()),
     ]
     files = [p for p in files if p.name != "study.parquet"]  # scores of a study that has seen all the rest
     return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

@@ -261,6 +261,12 @@ def encode_pictures(encoder: Encoder, images: list[Image.Image]) -> torch.Tensor
     )
 
 
+def photographed(n: int) -> RenderSet:
+    """Renders of the ``models_val`` split, no model's training, as the camera of the data set shows them."""
+    renders = make_renders("models_val", n)
+    return replace(renders, images=photographs(renders.images, (VALIDATION,)))
+
+
 def measure(models: Path, n: int = 1000, device: str = "cpu") -> dict[str, Any]:
     """Measure the mini models on renders that none of them has seen.
 
@@ -278,8 +284,7 @@ def measure(models: Path, n: int = 1000, device: str = "cpu") -> dict[str, Any]:
     dict of str to float
         Flat, for the model card.
     """
-    renders = make_renders("models_val", n)
-    renders = replace(renders, images=photographs(renders.images, (VALIDATION,)))
+    renders = photographed(n)
     images = [Image.fromarray(x) for x in renders.images]
     few = renders.part(slice(300))
     result: dict[str, Any] = {"renders": n}
