@@ -51,8 +51,13 @@ GUARDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def leaks(table: pd.DataFrame, pictures: np.ndarray, seeds: Sequence[int] = range(5)) -> pd.DataFrame:
-    """Try every guard on every generator of a data set.
+def leaks(
+    table: pd.DataFrame,
+    pictures: np.ndarray,
+    seeds: Sequence[int] = range(5),
+    names: Sequence[str] = tuple(GUARDS),
+) -> pd.DataFrame:
+    """Try guards on every generator of a data set.
 
     Parameters
     ----------
@@ -61,6 +66,8 @@ def leaks(table: pd.DataFrame, pictures: np.ndarray, seeds: Sequence[int] = rang
     pictures : uint8 array, shape (n, side, side, 3)
     seeds : sequence of int
         Of the boosted trees; their probabilities are averaged.
+    names : sequence of str
+        Guards to try.
 
     Returns
     -------
@@ -72,8 +79,8 @@ def leaks(table: pd.DataFrame, pictures: np.ndarray, seeds: Sequence[int] = rang
     name, split = table[schema.GENERATOR].to_numpy(), table[schema.SPLIT].to_numpy()
     real, known, test = name == schema.REAL_GENERATOR, np.isin(split, ("train", "val")), split == "test"
     rows = []
-    for guard, measure in GUARDS.items():
-        x = measure(pictures)
+    for guard in names:
+        x = GUARDS[guard](pictures)
         far = controls.Mahalanobis().fit(x[known], ~real[known]).decision_function(x)
         for generator in dict.fromkeys(name[~real]):
             of = real | (name == generator)
