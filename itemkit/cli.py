@@ -362,6 +362,7 @@ def evaluate(args: argparse.Namespace) -> None:
         split = args.split or "test"
         which, test = f"split '{split}' ({features.run['splits']})", features.split(split)
     table, shown, lines = itemkit.workflow.evaluate(detector, test, args.fpr, args.fnr)
+    parts = itemkit.findings.slices(test, detector, args.fpr)
     try:
         kept = itemkit.calibrate.promise_sentences(detector.promises(test))
     except InputError as reason:  # the detector knows all of these images; their metrics stand all the same
@@ -372,11 +373,13 @@ def evaluate(args: argparse.Namespace) -> None:
         f"95 % intervals over images; threshold and verdicts at --fpr {args.fpr:g} and --fnr {args.fnr:g}",
         *["", *shown.to_string(index=False).split("\n")],
         *["", *lines],
+        *["", "Parts of the images:", *parts.round(2).to_string(index=False, na_rep="-").split("\n")],
         *["", "What was promised, and what happened:", *(f"  {line}" for line in kept)],
     )
     if args.report:
         kept = [f"promised: {line}" for line in kept]
         judged = {"fpr": args.fpr, "fnr": args.fnr, "evaluated": (table, shown, [*lines, *kept])}
+        judged["more"] = [itemkit.report.Section("Which images does it serve worse?", [], table=parts)]
         itemkit.report.write_report(args.report, test, detector, test, **judged)
         _say(f"report: {args.report}")
     if args.csv:
