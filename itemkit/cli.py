@@ -434,17 +434,22 @@ def detect(args: argparse.Namespace) -> int:
         raise InputError("--caption goes with one image, got several; run detect once for each")
     status, rates = 0, (args.fpr, args.fnr)
     given = (args.images, _preset(args), args.detector, args.device, args.caption)
-    gc.disable()  # until the first answer: what is imported is no garbage, and looking for some took a second
+    # Until the first answer nothing is garbage, and looking for some took a second. Not gc.disable(): spaCy's
+    # reader of files enables it again. What is there then is never looked at, not even at the end
+    before = gc.get_threshold()
+    gc.set_threshold(0)
     try:
         for answer in itemkit.workflow.verdicts(*given, *rates):
-            gc.enable()
+            if gc.get_threshold() != before:
+                gc.freeze()
+                gc.set_threshold(*before)
             status = int(bool(answer.error) or status)
             _print(*([json.dumps(answer.to_dict(), allow_nan=False)] if args.json else answer.lines()))
             if args.card and not answer.error:
                 name = f"{Path(answer.path).stem[:80]}-{answer.image_id[:8]}.png"
                 answer.card(args.card / name if several else args.card)
     finally:
-        gc.enable()
+        gc.set_threshold(*before)
     return status
 
 
