@@ -46,8 +46,7 @@ def ablation(
         ``question, option, baseline``; ``value, low, high``: mean over the unseen cells of the option's AUROC
         minus the baseline's, with a 95 % interval over the test images, resampled for both alike;
         ``family_low, family_high``: the same for that tested family where it is least, and largest;
-        ``p_holm``: corrected for the number of rows; ``auroc, baseline_auroc``; ``cells_better``: share of
-        the cells in which the option's mean over seeds is higher; ``seed_sd, n_cells, n_families, n_seeds``.
+        ``p_holm``: corrected for the number of rows; ``auroc, baseline_auroc, n_cells, n_families``.
 
     Raises
     ------
@@ -59,7 +58,7 @@ def ablation(
     first: dict[tuple, str] = {}
     for question, options in questions.items():
         for option, recipe in options.items():
-            same = (str(recipe.config or id(recipe)), recipe.train_images, id(recipe.features))
+            same = (str(recipe.config or id(recipe)), id(recipe.features))
             name = names[question, option] = first.setdefault(same, f"{question}: {option}")
             recipes[name] = recipe
         if len({names[question, option] for option in options}) < max(2, len(options)):
@@ -89,8 +88,7 @@ def ablation(
              "value": -found["difference"], "low": -found["high"], "high": -found["low"],
              "family_low": by_family.min(), "family_high": by_family.max(), "p_holm": found["p_value"],
              "auroc": wide[name].mean(axis=None), "baseline_auroc": wide[baseline].mean(axis=None),
-             "cells_better": (cells > 0).mean(), "seed_sd": found["seed_sd"], "n_cells": len(cells),
-             "n_families": len(by_family), "n_seeds": len(wide)}
+             "n_cells": len(cells), "n_families": len(by_family)}
         )  # fmt: skip
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table["p_holm"].to_numpy()))

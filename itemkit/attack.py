@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,16 +26,15 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from itemkit import schema
 from itemkit.encoder import Encoder
 from itemkit.errors import InputError
-from itemkit.features import BOX_COLUMNS, FOUND, Features
+from itemkit.features import BOX_COLUMNS, Features
 from itemkit.images import load_image
-from itemkit.misalignment import pool
+from itemkit.misalignment import Representation, pool
 from itemkit.regions import Dense, inside
-from itemkit.steps import as_numpy, stack
+from itemkit.steps import Steps, as_numpy
 
 if TYPE_CHECKING:
     from itemkit.captions import Captioner
@@ -67,7 +68,6 @@ def to_images(pixels: Tensor, sizes: Sizes) -> list[Image.Image]:
 
 def seen(
     pixels: Tensor,
-    sizes: Sizes,
     cuts: Sequence[Cut],
     prepare: Callable[[Image.Image], Tensor],
     deviation: Any,
@@ -79,15 +79,20 @@ def seen(
     gradient, that of a bicubic resize of the same ``frame`` (`Encoder.frame`) and of the division by
     ``deviation`` stands in for it in the backward pass (Athalye et al. 2018, arXiv 1802.00420).
     """
-    images, soft = to_images(pixels, sizes), []
-    hard = torch.stack([prepare(images[i].crop(box)) for i, box in cuts])
+    hard, soft = [], []
     for i, (left, top, right, bottom) in cuts:
-        width, height = right - left, bottom - top
+        part, (width, height) = pixels[i : i + 1, :, top:bottom, left:right], (right - left, bottom - top)
+        hard.append(prepare(*to_images(part, [(width, height)])))
         x0, y0, x1, y1 = map(round, frame(width, height))
-        part = F.pad(pixels[i : i + 1, :, top:bottom, left:right], (-x0, x1 - width, -y0, y1 - height))
-        soft.append(F.interpolate(part, size=hard.shape[-2:], mode="bicubic", antialias=True))
+        part = F.pad(part, (-x0, x1 - width, -y0, y1 - height))
+        soft.append(F.interpolate(part, size=hard[-1].shape[-2:], mode="bicubic", antialias=True))
     smooth = torch.cat(soft) / torch.as_tensor(deviation, device=pixels.device).reshape(3, 1, 1)
-    return smooth + (hard.to(smooth) - smooth).detach()
+    return smooth + (torch.stack(hard).to(smooth) - smooth).detach()
+
+
+def wholes(sizes: Sizes) -> list[Cut]:
+    """Cuts that are the images themselves."""
+    return [(i, (0, 0, *size)) for i, size in enumerate(sizes)]
 
 
 # -- the stages ---------------------------------------------------------------------------------------------
@@ -109,7 +114,7 @@ def log_odds(head: MisalignmentMLP, x: Tensor) -> Tensor:
     return head.net_((x - mean) / scale).mean(0)
 
 
-class Pipeline(nn.Module):
+class Pipeline:
     """The method from pixels to log-odds of fake, (n,), with each image's caption, objects and boxes fixed.
 
     Parameters
@@ -124,20 +129,17 @@ class Pipeline(nn.Module):
     """
 
     def __init__(self, models: Models, features: Features, detector: Detector | None = None) -> None:
-        from itemkit.misalignment import Representation
-
-        super().__init__()
         if not isinstance(models.encoder, Encoder):
             kind = type(models.encoder).__name__
             raise InputError(f"the encoder is a {kind}; gradients need one that itemkit.encoder loaded")
         self.encoder, self.localiser, self.detector = models.encoder, models.localiser, detector
-        self.sizes = list(features.table[["width", "height"]].itertuples(index=False, name=None))
+        self.sizes = _sizes(features)
         self.representation = Representation("cosines") if detector is None else detector.representation
         # an image without objects is its own only object: its region is the whole, its phrase the caption
         _, phrases, owner, kept = self.representation._objects(features)
         boxes = features.objects[list(BOX_COLUMNS[:4])].to_numpy(float)[kept]
         self.owner, self.own = owner, owner[len(boxes) :]
-        self.wholes = _wholes(self.sizes)
+        self.wholes = wholes(self.sizes)
         self.cuts: list[Cut] = [
             (i, _whole_pixels(box, self.sizes[i])) for i, box in zip(owner.tolist(), boxes, strict=False)
         ]
@@ -149,9 +151,7 @@ class Pipeline(nn.Module):
     def embed(self, pixels: Tensor, cuts: Sequence[Cut], patches: bool = False) -> Any:
         """Cuts of the images in the joint space, (len(cuts), d); with their patches if asked for."""
         encoder = self.encoder
-        shown = seen(pixels, self.sizes, cuts, encoder.preprocess, encoder._scale[2], encoder.frame).to(
-            encoder.dtype
-        )
+        shown = seen(pixels, cuts, encoder.preprocess, encoder._scale[2], encoder.frame).to(encoder.dtype)
         if not patches:
             return F.normalize(encoder.model.encode_image(shown).float(), dim=-1)
         return [F.normalize(x.float(), dim=-1) for x in encoder._patch_pass(shown)]  # type: ignore[misc]
@@ -160,7 +160,7 @@ class Pipeline(nn.Module):
         """The images in the joint space, (n, d): all that a detector without captions looks at."""
         return self.embed(pixels, self.wholes)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor) -> Tensor:
         """See `Pipeline`."""
         n, many = len(self.wholes), len(self.cuts)
         if isinstance(self.localiser, Dense):
@@ -214,7 +214,7 @@ def _whole_pixels(box: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int
     return left, top, min(right, size[0]), min(bottom, size[1])
 
 
-class Said(nn.Module):
+class Said:
     """How unlikely a captioner finds a sentence for each image: mean of -log p of its tokens, (n,).
 
     Each token is asked for behind the true ones before it (teacher forcing), so the whole sentence has a
@@ -222,63 +222,57 @@ class Said(nn.Module):
     """
 
     def __init__(self, captioner: Captioner, captions: Sequence[str], sizes: Sizes) -> None:
-        super().__init__()
-        model, tokenizer = captioner.model, captioner.tokenizer
+        model = captioner.model
         if type(model).__name__ != "BlipForConditionalGeneration":
             raise InputError(f"the captioner is a {type(model).__name__}; this attack knows BLIP alone")
-        self.captioner, self.sizes = captioner, list(sizes)
+        self.captioner, self.wholes = captioner, wholes(sizes)
         most = model.config.text_config.max_position_embeddings
         options = {"padding": True, "truncation": True, "max_length": most, "return_tensors": "pt"}
-        found = tokenizer(list(captions), **options).to(model.device)
+        found = captioner.tokenizer(list(captions), **options).to(model.device)
         self.ids, self.mask = found.input_ids, found.attention_mask
         self.ids[:, 0] = model.config.text_config.bos_token_id  # BERT's tokenizer begins with another
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor) -> Tensor:
         """See `Said`."""
-        model, processor = self.captioner.model, self.captioner.preprocess.args[0]
-        deviation = getattr(processor, "image_processor", processor).image_std
-        shown = seen(pixels, self.sizes, _wholes(self.sizes), self._prepare, deviation)
-        shown = shown.to(model.device, model.dtype)
-        states = model.vision_model(pixel_values=shown).last_hidden_state
+        model, prepare = self.captioner.model, self.captioner.preprocess
+        deviation = getattr(prepare.args[0], "image_processor", prepare.args[0]).image_std
+        shown = seen(pixels, self.wholes, lambda image: prepare(image)["pixel_values"][0], deviation)
+        states = model.vision_model(pixel_values=shown.to(model.device, model.dtype)).last_hidden_state
         asked = {"input_ids": self.ids, "attention_mask": self.mask, "encoder_hidden_states": states}
         logits = model.text_decoder(**asked).logits[:, :-1].float()
         surprise = F.cross_entropy(logits.transpose(1, 2), self.ids[:, 1:], reduction="none")
         counted = self.mask[:, 1:]
         return (surprise * counted).sum(1) / counted.sum(1)
 
-    def _prepare(self, image: Image.Image) -> Tensor:
-        return self.captioner.preprocess(image)["pixel_values"][0]
 
-
-class Noticed(nn.Module):
+class Noticed:
     """How sure a detector of `detection.ImageAlone` is of the best box of each object: mean log, (n,)."""
 
     def __init__(self, localiser: ImageAlone, features: Features) -> None:
-        super().__init__()
-        self.localiser = localiser
-        self.sizes = list(features.table[["width", "height"]].itertuples(index=False, name=None))
+        self.localiser, self.wholes = localiser, wholes(_sizes(features))
         phrases, emb = features.objects["phrase"].tolist(), torch.from_numpy(features.phrase_emb)
         known = localiser.classes_of(phrases, emb.to(localiser.encoder.device))
-        self.classes: list[list[int]] = [[] for _ in self.sizes]
+        self.classes: list[list[int]] = [[] for _ in self.wholes]
         for i, k in zip(features.owner.tolist(), known, strict=True):
             self.classes[i] += [] if k is None else [k]
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor) -> Tensor:
         """See `Noticed`."""
-        localiser, found = self.localiser, []
-        for cut, classes in zip(_wholes(self.sizes), self.classes, strict=True):
-            shown = seen(pixels, self.sizes, [cut], self._prepare, localiser.processor.image_std)
+        localiser, processor, found = self.localiser, self.localiser.processor, []
+
+        def prepare(image: Image.Image) -> Tensor:
+            return processor(images=[image], return_tensors="pt")["pixel_values"][0]
+
+        for cut, classes in zip(self.wholes, self.classes, strict=True):
+            shown = seen(pixels, [cut], prepare, processor.image_std)
             logits = localiser.model(pixel_values=shown.to(localiser.device, localiser.dtype)).logits[0]
             sure = localiser.confidence(logits.float(), classes or [0]).amax(dim=0)
             found.append(sure.clamp(min=1e-6).log().mean() * bool(classes))
         return torch.stack(found)
 
-    def _prepare(self, image: Image.Image) -> Tensor:
-        return self.localiser.processor(images=[image], return_tensors="pt")["pixel_values"][0]
 
-
-def _wholes(sizes: Sizes) -> list[Cut]:
-    return [(i, (0, 0, *size)) for i, size in enumerate(sizes)]
+def _sizes(features: Features) -> Sizes:
+    return list(features.table[["width", "height"]].itertuples(index=False, name=None))
 
 
 # -- pixels -------------------------------------------------------------------------------------------------
@@ -399,31 +393,21 @@ def read_with(models: Models, images: Sequence[Image.Image], captions: Sequence[
 
     An image is embedded once, and searched once for all that its captions name.
     """
-    encoder, localiser, n = models.encoder, models.localiser, len(images)
-    of_image = np.repeat(np.arange(n), [len(texts) for texts in captions])
     texts = [text for of_one in captions for text in of_one]
-    patches = bool(getattr(localiser, "needs_patches", False))
-    whole = encoder.encode_images(stack([encoder.preprocess(image) for image in images]), patches=patches)
-    named = [()] * len(texts) if None in (models.parser, localiser) else models.parser.objects(texts)
+    of_image = np.repeat(np.arange(len(images)), [len(of_one) for of_one in captions])
+    whole = None in (models.parser, models.localiser)
+    named = [()] * len(texts) if whole else models.parser.objects(texts)
+    wanted = [(i, phrase) for i, phrases in zip(of_image.tolist(), named, strict=True) for phrase in phrases]
+    of_each = [[phrase for i, phrase in dict.fromkeys(wanted) if i == k] for k in range(len(images))]
+    parser = SimpleNamespace(objects=lambda texts: of_each)
+    found = Steps(replace(models, parser=parser))(images, ["any"] * len(images))
+    row = {key: k for k, key in enumerate(zip(found.owner.tolist(), found.objects["phrase"], strict=True))}
+    at = np.array([row[key] for key in wanted], np.int64)
     owner = np.repeat(np.arange(len(texts)), [len(phrases) for phrases in named])
-    phrases = [phrase for of_text in named for phrase in of_text]
-    keys = list(zip(of_image[owner].tolist(), phrases, strict=True))
-    row = {key: k for k, key in enumerate(dict.fromkeys(keys))}
-    phrase_emb = encoder.encode_texts([phrase for _, phrase in row])
-    sizes = np.array([image.size for image in images])[of_image].reshape(-1, 2)
-    table = pd.DataFrame({schema.CAPTION: texts, "width": sizes[:, 0], "height": sizes[:, 1]})
-    boxes, emb = np.zeros((0, 6), np.float32), np.zeros((0, encoder.dim), np.float32)
-    if row:
-        where = torch.tensor([i for i, _ in row], device=phrase_emb.device)
-        words = [[phrase for _, phrase in row]] if getattr(localiser, "needs_phrases", False) else []
-        found = localiser.locate(list(images), whole, phrase_emb, where, *words)
-        parts = (found.boxes, found.scores[:, None], found.found[:, None])
-        boxes, emb = np.concatenate([as_numpy(x) for x in parts], axis=1), as_numpy(found.emb)
-    at = np.array([row[key] for key in keys], dtype=np.int64)
-    objects = pd.DataFrame(boxes[at], columns=[*BOX_COLUMNS, FOUND]).astype({FOUND: bool})
-    objects.insert(0, "phrase", np.array(phrases, dtype=object))
-    image_emb, caption_emb = as_numpy(whole.pooled)[of_image], as_numpy(encoder.encode_texts(texts))
-    return Features(table, image_emb, caption_emb, emb[at], as_numpy(phrase_emb)[at], owner, objects)
+    table = found.table[["width", "height"]].iloc[of_image].reset_index(drop=True).assign(caption=texts)
+    caption_emb, objects = as_numpy(models.encoder.encode_texts(texts)), found.objects.iloc[at]
+    arrays = found.image_emb[of_image], caption_emb, found.region_emb[at], found.phrase_emb[at]
+    return Features(table, *arrays, owner, objects.reset_index(drop=True))
 
 
 def edit_captions(

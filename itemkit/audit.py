@@ -12,10 +12,10 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -45,7 +45,7 @@ from itemkit.images import (
 )
 from itemkit.manifest import write_manifest
 from itemkit.splits import place
-from itemkit.text import count, did_you_mean, printable
+from itemkit.text import count, printable
 
 FOLDS = 5
 MIN_PER_CLASS = 10  # with fewer images a property is listed as not measurable
@@ -55,7 +55,6 @@ MAX_NEAR = 100_000  # every image is compared with every other: beyond this near
 NEAR_BITS = 10
 _FLAT_BITS = 10  # a picture with fewer set (or unset) bits is all but empty: its hash says nothing
 _SHOWN = ["property", "auroc", "low", "high", "n_real", "n_fake", "verdict"]
-_ALIGNED: dict[str, Any] = {"index": False, "float_format": "{:.3f}".format, "na_rep": "-"}
 # Lower end of the interval from which a leak gets its name; our choice.
 VERDICTS = {"decides": 0.9, "strong": 0.7, "moderate": 0.55}
 _LARGE_PIXELS, _LARGE = 20_000_000, threading.Lock()  # larger ones are decoded one at a time: bounded memory
@@ -117,20 +116,19 @@ class AuditReport:
 
     def to_text(self, before: AuditReport | None = None) -> str:
         """Give the report as plain text; `before` is one of the same images before something was done."""
-        leaks, lines = self.leaks, [self._headline(), ""]
-        shown = self.table[_SHOWN]
+        leaks, shown = self.leaks, self.table[_SHOWN]
         if before is not None:
             earlier = before.table.set_index("property")["auroc"]
             shown.insert(1, "before", shown["property"].map(earlier))
-        lines += ["AUROC of each property alone, on images it was not fitted to (0.5 is chance)", ""]
-        lines += [shown.to_string(**_ALIGNED), ""]
+        title = "AUROC of each property alone, on images it was not fitted to (0.5 is chance)"
+        lines = [self._headline(), "", title, "", _aligned(shown), ""]
         if len(worst := leaks[leaks["set"] != "all"]):
-            first, leaking = worst.drop_duplicates("set"), worst["set"].value_counts()
-            shown = first[["set", *_SHOWN]].assign(
-                set=first["set"].map(printable), leaks=first["set"].map(leaking)
+            leaking = worst["set"].value_counts()
+            shown = worst.drop_duplicates("set")[["set", *_SHOWN]].assign(
+                leaks=lambda t: t["set"].map(leaking)
             )
             title = "Worst of single sets, each by its strongest leak, against the real images of its source"
-            lines += [title, "", shown.head(20).to_string(**_ALIGNED), ""]
+            lines += [title, "", _aligned(shown.head(20).assign(set=shown["set"].map(printable))), ""]
             lines += [f"... and {len(shown) - 20} more sets", ""] * (len(shown) > 20)
         said = self.table.loc[(self.table["verdict"] != "none") & (self.table["sentence"] != ""), "sentence"]
         lines += [f"- {printable(sentence)}" for sentence in [*said, *self.notes]]
@@ -155,6 +153,10 @@ class AuditReport:
             f"{what}The strongest leak, '{first['property']}'{where}, reaches AUROC {first['auroc']:.3f} "
             "alone: a detector that sees it can score as much without knowing a thing about generated images."
         )
+
+
+def _aligned(table: pd.DataFrame) -> str:
+    return table.to_string(index=False, float_format="{:.3f}".format, na_rep="-")
 
 
 def audit(manifest: pd.DataFrame, *, by: str = schema.GENERATOR, progress: bool = False) -> AuditReport:
@@ -384,52 +386,42 @@ def find_duplicates(df: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
-def match_classes(
-    measured: pd.DataFrame, on: Sequence[str] = MATCHED, by: str = schema.LABEL
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Choose as many real as fake images of every size, codec and quality; no pixel is changed.
+def match_classes(measured: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Choose as many real as fake images that agree in `MATCHED`; no pixel is changed.
 
     What `equalise_folder` reaches by re-encoding, this reaches by leaving images out: of each split, and each
-    combination of properties, all groups keep as many images as the smallest of them has. The images' content
-    decides which, so the choice is the same on every run.
+    combination of properties, both classes keep as many images as the smaller of them has. The images'
+    content decides which, so the choice is the same on every run.
 
     Parameters
     ----------
     measured : DataFrame
         ``measurements`` of an `AuditReport`; images without a label are left out.
-    on : sequence of str
-        Names of `PROPERTIES` that shall agree, value by value.
-    by : {"label", "generator"}
-        The groups: real and fake images; or the real ones and those of every single generator.
 
     Returns
     -------
     (DataFrame, DataFrame)
-        Rows of ``measured`` that are kept; and of each combination and group ``images, kept, left_out``, the
+        Rows of ``measured`` that are kept; and of each combination and label ``images, kept, left_out``, the
         largest loss first.
 
     Raises
     ------
     InputError
-        A property is unknown, or no combination is found in all groups.
+        No combination is found in both classes.
     """
-    if unknown := [name for name in on if name not in measured]:
-        names = ", ".join(prop.name for prop in PROPERTIES)
-        raise InputError(f"no property {unknown[0]!r};{did_you_mean(unknown[0], measured)} Known: {names}")
-    alike = [schema.SPLIT, *on]
-    known = measured[measured[schema.LABEL].notna()]
+    alike, label = [schema.SPLIT, *MATCHED], schema.LABEL
+    known = measured[measured[label].notna()]
     known = known.assign(stratum=known.groupby(alike, dropna=False).ngroup())
-    smallest = known.groupby(["stratum", by]).size().unstack(fill_value=0).min(axis=1)
+    smaller = known.groupby(["stratum", label]).size().unstack(fill_value=0).min(axis=1)
     drawn = known.assign(place=place(known[schema.IMAGE_ID], "match")).sort_values("place", kind="stable")
-    turn = drawn.groupby(["stratum", by]).cumcount()
-    known["kept"] = turn.reindex(known.index) < known["stratum"].map(smallest)
-    left = known.groupby([*alike, by], dropna=False)["kept"].agg(images="size", kept="sum").reset_index()
+    turn = drawn.groupby(["stratum", label]).cumcount()
+    known["kept"] = turn.reindex(known.index) < known["stratum"].map(smaller)
+    left = known.groupby([*alike, label], dropna=False)["kept"].agg(images="size", kept="sum").reset_index()
     left = left.assign(left_out=left["images"] - left["kept"])
     left = left.sort_values("left_out", ascending=False, kind="stable", ignore_index=True)
-    if known[by].nunique() < 2 or not known["kept"].any():
-        groups = " and ".join(str(schema.LABEL_NAMES.get(name, name)) for name in known[by].unique())
-        there = f"{' and '.join(on)} of {groups or 'nothing'} are never the same"
-        raise InputError(f"nothing to match: {there}; equalise the images, or match fewer properties")
+    if known[label].nunique() < 2 or not known["kept"].any():
+        there = f"{', '.join(MATCHED)} of real and fake images are never the same"
+        raise InputError(f"nothing to match: {there}; equalise the images instead")
     return measured.loc[known.index[known["kept"]]].reset_index(drop=True), left
 
 

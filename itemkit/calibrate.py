@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, stats
-from scipy.special import expit
-from sklearn.metrics import roc_curve
+import scipy  # its parts are loaded when they are used: a verdict needs neither fits nor distributions
+from scipy.special import betaincinv, expit
 
 from itemkit import schema
 from itemkit.errors import InputError
@@ -58,7 +57,7 @@ def fit_calibrator(y: np.ndarray, s: np.ndarray, method: str = "temperature") ->
         return float(np.sum(weight * (np.logaddexp(0, log_odds) - target * log_odds)))
 
     if method == "temperature":
-        found = optimize.minimize_scalar(
+        found = scipy.optimize.minimize_scalar(
             lambda k: log_loss(math.exp(k) * s), bounds=(-8, 8), method="bounded"
         )
         return Calibrator(method, scale=math.exp(found.x))
@@ -72,7 +71,7 @@ def fit_calibrator(y: np.ndarray, s: np.ndarray, method: str = "temperature") ->
         return np.array([error @ z, error.sum()])
 
     exact = {"method": "L-BFGS-B", "options": {"gtol": 1e-8, "ftol": 1e-15}}  # BFGS takes six times as long
-    found = optimize.minimize(lambda w: log_loss(w[0] * z + w[1]), [1.0, 0.0], jac=gradient, **exact)
+    found = scipy.optimize.minimize(lambda w: log_loss(w[0] * z + w[1]), [1.0, 0.0], jac=gradient, **exact)
     scale = max(float(found.x[0]), 0.0)  # never turn a detector upside down
     return Calibrator(method, scale=scale / spread, offset=float(found.x[1]) - scale * centre / spread)
 
@@ -136,7 +135,7 @@ def threshold_at_fpr(real_scores: np.ndarray, fpr: float = 0.05) -> Threshold:
     if reason := lacking(fpr, n, schema.REAL):
         raise InputError(reason)
     rank = _rank(fpr, n)
-    low, high = stats.beta.ppf([0.025, 0.975], rank, n + 1 - rank)
+    low, high = betaincinv(rank, n + 1 - rank, [0.025, 0.975])  # quantiles of Beta
     return Threshold(float(scores[rank - 1]), fpr, n, float(low), float(high))
 
 
@@ -146,6 +145,8 @@ def best_threshold(y: np.ndarray, s: np.ndarray) -> float:
     Of several that are equally good, the middle one. On validation images this is how a detector without a
     requested rate decides. On the images it is judged on it is an oracle: print it only under that name.
     """
+    from sklearn.metrics import roc_curve  # only here: a verdict does not wait for it
+
     fpr, tpr, scores = roc_curve(*check_scores(y, s), drop_intermediate=False)  # descending; first infinity
     gain = tpr - fpr
     best = np.flatnonzero(gain >= gain.max() - 1e-12)
@@ -195,7 +196,9 @@ def logit_shift(
         return float(known[middle] - np.median(target))
     y, target = check_scores(target_y, target)
     weights, far = 0.5 / np.bincount(y)[y], np.abs(target).max() + 50
-    return float(optimize.brentq(lambda shift: weights @ (expit(target + shift) - y), -far, far, xtol=1e-4))
+    return float(
+        scipy.optimize.brentq(lambda shift: weights @ (expit(target + shift) - y), -far, far, xtol=1e-4)
+    )
 
 
 def conformal_p(calibration: np.ndarray, scores: np.ndarray, label: int) -> np.ndarray:
@@ -238,7 +241,7 @@ def because(verdict: str, like_real: float, like_fake: float, fpr: float, fnr: f
 
 def proportion_interval(count: int, n: int) -> tuple[float, float]:
     """95 % Clopper-Pearson interval of a share: covers the truth at least as often as it says."""
-    interval = stats.binomtest(count, n).proportion_ci(0.95, "exact") if n else (0.0, 1.0)
+    interval = scipy.stats.binomtest(count, n).proportion_ci(0.95, "exact") if n else (0.0, 1.0)
     return float(interval[0]), float(interval[1])
 
 
@@ -272,7 +275,8 @@ def check_promises(
             reason = lacking(rate, m, label)
             if n and not reason:
                 errors = int((conformal_p(known, new, label) <= rate).sum())
-                likely = stats.betabinom(n, _rank(rate, m), m + 1 - _rank(rate, m)).ppf([0.025, 0.975]) / n
+                rank = _rank(rate, m)
+                likely = scipy.stats.betabinom(n, rank, m + 1 - rank).ppf([0.025, 0.975]) / n
                 numbers = np.array([errors / n, *proportion_interval(errors, n), *likely])
             kept = not numbers[0] > numbers[4] + 1e-12
             note = f"not promised: {reason}" if reason else "" if n else "no new images of this class"

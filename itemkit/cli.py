@@ -362,6 +362,7 @@ def evaluate(args: argparse.Namespace) -> None:
         split = args.split or "test"
         which, test = f"split '{split}' ({features.run['splits']})", features.split(split)
     table, shown, lines = itemkit.workflow.evaluate(detector, test, args.fpr, args.fnr)
+    parts = itemkit.findings.slices(test, detector, args.fpr)
     try:
         kept = itemkit.calibrate.promise_sentences(detector.promises(test))
     except InputError as reason:  # the detector knows all of these images; their metrics stand all the same
@@ -372,11 +373,13 @@ def evaluate(args: argparse.Namespace) -> None:
         f"95 % intervals over images; threshold and verdicts at --fpr {args.fpr:g} and --fnr {args.fnr:g}",
         *["", *shown.to_string(index=False).split("\n")],
         *["", *lines],
+        *["", "Parts of the images:", *parts.round(2).to_string(index=False, na_rep="-").split("\n")],
         *["", "What was promised, and what happened:", *(f"  {line}" for line in kept)],
     )
     if args.report:
         kept = [f"promised: {line}" for line in kept]
         judged = {"fpr": args.fpr, "fnr": args.fnr, "evaluated": (table, shown, [*lines, *kept])}
+        judged["more"] = [itemkit.report.Section("Which images does it serve worse?", [], table=parts)]
         itemkit.report.write_report(args.report, test, detector, test, **judged)
         _say(f"report: {args.report}")
     if args.csv:
@@ -431,17 +434,22 @@ def detect(args: argparse.Namespace) -> int:
         raise InputError("--caption goes with one image, got several; run detect once for each")
     status, rates = 0, (args.fpr, args.fnr)
     given = (args.images, _preset(args), args.detector, args.device, args.caption)
-    gc.disable()  # until the first answer: what is imported is no garbage, and looking for some took a second
+    # Until the first answer nothing is garbage, and looking for some took a second. Not gc.disable(): spaCy's
+    # reader of files enables it again. What is there then is never looked at, not even at the end
+    before = gc.get_threshold()
+    gc.set_threshold(0)
     try:
         for answer in itemkit.workflow.verdicts(*given, *rates):
-            gc.enable()
+            if gc.get_threshold() != before:
+                gc.freeze()
+                gc.set_threshold(*before)
             status = int(bool(answer.error) or status)
             _print(*([json.dumps(answer.to_dict(), allow_nan=False)] if args.json else answer.lines()))
             if args.card and not answer.error:
                 name = f"{Path(answer.path).stem[:80]}-{answer.image_id[:8]}.png"
                 answer.card(args.card / name if several else args.card)
     finally:
-        gc.enable()
+        gc.set_threshold(*before)
     return status
 
 

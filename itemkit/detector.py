@@ -14,22 +14,24 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from sklearn.base import clone
 
 from itemkit import calibrate, schema
 from itemkit.errors import InputError
 from itemkit.features import BOX_COLUMNS, FOUND, Features, concat_features, select_objects
-from itemkit.head import FILES as HEAD_FILES
-from itemkit.head import MisalignmentMLP, intact, read_sealed, write_sealed
 from itemkit.metrics import METRICS, bootstrap
 from itemkit.misalignment import MOST_PAIRS, Representation, RepresentationConfig
 from itemkit.models import differences
+from itemkit.network import FILES as HEAD_FILES
+from itemkit.network import TrainedHead, intact, read_sealed, write_sealed
 from itemkit.splits import split_validation
 from itemkit.text import printable
+
+if TYPE_CHECKING:
+    from itemkit.head import MisalignmentMLP
 
 FORMAT = "itemkit detector 2"
 # Not part of a model's identity: where it ran and with how many bits (cosine above 0.999), and what was done
@@ -46,16 +48,16 @@ FILES = ("detector.json", "calibration.safetensors")
 class Detector:
     """Misalignment detector, ready to use: fit, score, verdict, explain, save, load.
 
-    ``representation`` is which misalignment the (untrained) head sees. After `fit`, ``real_scores_`` and
-    ``fake_scores_`` are the sorted log-odds of the calibration images, and ``notes`` says what was done
-    otherwise because there were few.
+    ``representation`` is which misalignment the head sees, ``head`` one that is not trained, by default
+    ``MisalignmentMLP()``. After `fit`, ``real_scores_`` and ``fake_scores_`` are the sorted log-odds of the
+    calibration images, and ``notes`` says what was done otherwise because there were few.
     """
 
     def __init__(
         self, representation: RepresentationConfig | str = "absolute", head: MisalignmentMLP | None = None
     ) -> None:
         self.representation = Representation(representation)
-        self.head = head if head is not None else MisalignmentMLP()
+        self.head, self._params = head, dict[str, Any]()
         self.notes: list[str] = []
 
     def fit(self, train: Features, val: Features) -> Detector:
@@ -68,7 +70,12 @@ class Detector:
             images of a class a share of the training images stops the training instead, and all validation
             images calibrate; without one of a class p(fake) is the head's own.
         """
-        head, self.notes = clone(self.head), []
+        from sklearn.base import clone  # only here: a verdict does not wait for it
+
+        from itemkit.head import MisalignmentMLP
+
+        head = MisalignmentMLP(**self._params) if self.head is None else clone(self.head)
+        self.notes = []
         self.trained_on_ = {
             "fingerprint": train.run.get("fingerprint"),
             **train.provenance,
@@ -92,14 +99,14 @@ class Detector:
         x_train, x_val = self.representation.fit(train)(train), self.representation(val)
         if np.bincount(y, minlength=2).min() >= 2:
             select, rest = split_validation(y, SELECTION_FRACTION, head.seed)
-            self.head_ = head.fit(x_train, y_train, x_val[select], y[select])
+            self.head_ = head.fit(x_train, y_train, x_val[select], y[select]).trained()
             x_val, y = x_val[rest], y[rest]
         else:
             if n_train.min() < 2:
                 head.set_params(validation_fraction=0)
             how = "on a share of the training images" if n_train.min() > 1 else "after the last epoch"
             self.notes.append(f"{_numbers(y)} validation images: the training was stopped {how}")
-            self.head_ = head.fit(x_train, y_train)
+            self.head_ = head.fit(x_train, y_train).trained()
         logits = self.head_.decision_function(x_val).astype(np.float64) if len(y) else np.zeros(0)
         self.real_scores_, self.fake_scores_ = (np.sort(logits[y == c]) for c in (schema.REAL, schema.FAKE))
         fewest = min(len(self.real_scores_), len(self.fake_scores_))
@@ -139,14 +146,14 @@ class Detector:
         if not hasattr(self, "head_"):
             raise InputError("this detector is not trained: call fit(train, val), or Detector.load(folder)")
 
-    def decision_function(self, features: Features, ignore: Sequence[str] = ()) -> np.ndarray:
+    def decision_function(self, features: Features) -> np.ndarray:
         """Raw log-odds of fake before calibration, shape (n,); thresholds and conformal ranks use these."""
-        self.check(features, ignore)
+        self.check(features)
         return self.head_.decision_function(self.representation(features)).astype(np.float64)
 
-    def score(self, features: Features, ignore: Sequence[str] = ()) -> np.ndarray:
+    def score(self, features: Features) -> np.ndarray:
         """Calibrated p(fake), shape (n,), for a real and a fake image being equally likely beforehand."""
-        logits = self.decision_function(features, ignore)  # first: an untrained detector says so here
+        logits = self.decision_function(features)  # first: an untrained detector says so here
         return self.calibrator_(logits)
 
     def threshold(self, fpr: float = 0.05) -> calibrate.Threshold:
@@ -161,9 +168,7 @@ class Detector:
         reasons = [calibrate.lacking(rate, len(scores), label) for rate, scores, label in known]
         return [reason for reason in reasons if reason]
 
-    def verdict(
-        self, features: Features, fpr: float = 0.05, fnr: float = 0.05, ignore: Sequence[str] = ()
-    ) -> pd.DataFrame:
+    def verdict(self, features: Features, fpr: float = 0.05, fnr: float = 0.05) -> pd.DataFrame:
         """Three answers by split-conformal prediction: real, fake, or unsure.
 
         Parameters
@@ -179,10 +184,12 @@ class Detector:
             ``because``. The verdict is "withheld" where the calibration images are too few to promise both
             rates; ``because`` then says what it takes.
         """
+        names = features.table[[schema.IMAGE_ID, schema.PATH]].reset_index(drop=True)
+        return names.join(self.answers(self.decision_function(features), fpr, fnr))
+
+    def answers(self, logits: np.ndarray, fpr: float = 0.05, fnr: float = 0.05) -> pd.DataFrame:
+        """What `verdict` says of images with these log-odds, shape (n,), without their names."""
         missing = self.lacking(fpr, fnr)
-        logits = self.decision_function(features, ignore)
-        table = features.table[[schema.IMAGE_ID, schema.PATH]].reset_index(drop=True)
-        table["p_fake"] = self.calibrator_(logits)
         like_real = calibrate.conformal_p(self.real_scores_, logits, schema.REAL)
         like_fake = calibrate.conformal_p(self.fake_scores_, logits, schema.FAKE)
         answer: Any = "withheld"
@@ -192,9 +199,10 @@ class Detector:
             reasons = [
                 calibrate.because(*row, fpr, fnr) for row in zip(answer, like_real, like_fake, strict=True)
             ]
+        table = pd.DataFrame({"p_fake": self.calibrator_(logits)})
         return table.assign(verdict=answer, like_real=like_real, like_fake=like_fake, because=reasons)
 
-    def explain(self, features: Features, row: int, ignore: Sequence[str] = ()) -> pd.DataFrame:
+    def explain(self, features: Features, row: int) -> pd.DataFrame:
         """Evidence for one image: how well it fits its caption, and each region its phrase.
 
         Returns
@@ -204,14 +212,13 @@ class Detector:
             "local"), ``text``, box ``x0, y0, x1, y1`` in pixels and localiser ``score`` (empty for the whole
             image), ``adds``, ``found``, ``cosine``, ``real_below`` (share of validation reals, or of their
             objects, with a lower one: small means unusually misaligned). What an object ``adds`` is by how
-            much the log-odds of fake fall without it; of the whole image it is the log-odds that are left
-            without any object. With a relative representation order and
+            much the log-odds of fake (``attrs["log_odds"]``) fall without it; of the whole image it is the
+            log-odds that are left without any object. With a relative representation order and
             ``real_below`` go by another column, ``relative``: the cosine against what real images with such
             a text have. A cosine that is usual for "the sand" is alarming for "a red ball"; where it is not
             relative, the ground looks worst in most images (`itemkit.misalignment` says why).
         """
         one = features.select([row])
-        self.check(one, ignore)
         whole = pd.DataFrame({"level": "global", "text": one.table[schema.CAPTION].to_numpy(), FOUND: True})
         local = one.objects.rename(columns={"phrase": "text"}).assign(level="local")
         local[FOUND] = local.get(FOUND, True)
@@ -223,9 +230,10 @@ class Detector:
             table["real_below"] = np.interp(table[by], grid, PERCENTS) if len(grid) else np.nan
         m, objects = len(local), np.arange(len(local))
         left = [objects, *(objects[objects != k] for k in range(m)), objects[:0]]
-        logits = self.decision_function(concat_features([select_objects(one, kept) for kept in left]), ignore)
+        logits = self.decision_function(concat_features([select_objects(one, kept) for kept in left]))
         whole["adds"], local["adds"] = logits[-1:], logits[0] - logits[1:-1]
         both = pd.concat([whole, local.sort_values(by, kind="stable")], ignore_index=True)
+        both.attrs["log_odds"] = float(logits[0])
         fits = [FOUND, *dict.fromkeys(("cosine", by)), "real_below"]
         return both[["level", "text", *BOX_COLUMNS, "adds", *fits]]
 
@@ -362,11 +370,12 @@ class Detector:
     def load(cls, folder: str | Path, device: str = "auto") -> Detector:
         """Read a detector written by `save`; ModelNotFound if the folder holds none, or a damaged one."""
         meta, arrays = read_sealed(Path(folder), FILES, FORMAT, HEAD_FILES)
-        fitted = MisalignmentMLP.load(folder, device)
+        fitted = TrainedHead.load(folder, device)
         with intact(Path(folder)):
             stored = meta["representation"]  # an older one lacks what was not there to choose
             known = {f.name: stored[f.name] for f in fields(RepresentationConfig) if f.name in stored}
-            detector = cls(RepresentationConfig(**known), clone(fitted))
+            detector = cls(RepresentationConfig(**known))
+            detector._params = fitted.params | {"device": device}
             if detector.representation.config.relative:
                 detector.representation.reals = {
                     level: arrays[f"relative_to_{level}"] for level in ("global", "local")

@@ -92,8 +92,9 @@ def read_manifest(
     -------
     DataFrame
         Columns ``path`` (absolute), ``label`` (Int8: 0 real, 1 fake, missing when unknown), ``generator``,
-        ``source``, ``split``, ``caption`` (of several the first). Paths are not opened: a missing file is an
-        error row at extraction. ``attrs["report"]`` says what was found, used and left out.
+        ``source``, ``split``, ``caption`` (of several the first); and ``tags`` where there are any. Paths are
+        not opened: a missing file is an error row at extraction. ``attrs["report"]`` says what was found,
+        used and left out.
 
     Raises
     ------
@@ -391,6 +392,9 @@ def _finish(parts: Iterable[pd.DataFrame], data: _Data) -> pd.DataFrame:
             schema.CAPTION: text[schema.CAPTION].where(text[schema.CAPTION] != "", None),
         }
     ).astype({schema.SPLIT: object, schema.CAPTION: object})
+    if schema.TAGS in raw:
+        given = raw[schema.TAGS].fillna("").tolist()
+        df[schema.TAGS] = ["; ".join(map(str, v if pd.api.types.is_list_like(v) else [v])) for v in given]
     if (twice := df[schema.PATH].duplicated()).any():
         first = df[schema.PATH][twice].iloc[0]
         rows = ", ".join(str(i + 1) for i in df.index[df[schema.PATH] == first][:5])
@@ -537,7 +541,9 @@ def _find_labels(
     data.report |= {
         "labels": "none found",
         "columns_not_used_as_labels": {printable(name): why for name, why in unused.items()},
-        "columns_not_used": [printable(c) for c in raw if c not in {*found.values(), *usable, *unused}],
+        "columns_not_used": [
+            printable(c) for c in raw if c not in {*found.values(), *usable, *unused, schema.TAGS}
+        ],
     }
     if not usable:
         return pd.Series(pd.NA, index=raw.index), text[schema.GENERATOR]

@@ -26,7 +26,7 @@ from itemkit._files import write_json
 from itemkit.errors import InputError, StoreError
 from itemkit.features import FOUND, Features
 from itemkit.metrics import METRICS
-from itemkit.recipes import Recipe, array_hash
+from itemkit.recipes import Recipe
 from itemkit.results import SHIFTED, STUDY_METRICS, Run, Study
 from itemkit.splits import split_validation
 from itemkit.text import count, did_you_mean, one_line
@@ -125,7 +125,7 @@ def train_on_test_on(
         own = features if recipe.features is None else _aligned(features, recipe.features, name)
         digest = common if own is features else _hash(own)
         # threshold and metrics are derived from kept scores and no part of the key
-        about = [itemkit.__version__, digest, recipe.config, recipe.train_images, tests, TRAIN_SHARE]
+        about = [itemkit.__version__, digest, recipe.config, tests, TRAIN_SHARE]
         key = json.dumps(about, sort_keys=True)
         # one task is a contender on one training set with all its seeds, so that the features travel seldom;
         # who learns from reals alone learns the same on every set
@@ -142,10 +142,7 @@ def train_on_test_on(
     notes += [f"Accuracies are empty: {why}." for why in dict.fromkeys(run.withheld for run in kept) if why]
     options |= {"failures": failures, "notes": notes}
     images = features.table[[*TEST_COLUMNS, schema.SPLIT]].reset_index(drop=True)
-    study = Study(images.astype({schema.LABEL: int}), kept, options)
-    if folder:
-        study.save(folder)
-    return study
+    return Study(images.astype({schema.LABEL: int}), kept, options)
 
 
 def _runs(
@@ -194,11 +191,10 @@ def _run(
     """
     y, generators = features.labels, options["training_sets"][train]
     every, val = (_rows(features, split, generators) for split in ("train", "val"))
-    share = min(TRAIN_SHARE, (recipe.train_images or np.inf) / len(every))
     own = [every[y[every] == label] for label in (schema.REAL, schema.FAKE)]
     # without replacement; the same reals for every generator
     drawn = [np.random.default_rng([seed, label]).permutation(part) for label, part in enumerate(own)]
-    rows = np.sort(np.concatenate([part[: max(2, round(share * len(part)))] for part in drawn]))
+    rows = np.sort(np.concatenate([part[: max(2, round(TRAIN_SHARE * len(part)))] for part in drawn]))
     stop, rest = (val[half] for half in split_validation(y[val], seed=seed))
     test = _rows(features, "test", options["test_generators"])
     if (scores := known.get(seed)) is None:
@@ -212,8 +208,8 @@ def _run(
             known[seed] = scores
     # seven digits on disk and in memory alike: a run read back gives the same table to the last bit
     short = np.array([float(f"{value:.7g}") for value in scores.tolist()])
-    about = (rest.tolist(), short[rest].tolist(), y[rest].tolist(), short[test].tolist(), len(rows))
-    return Run(name, train, seed, *about, config=recipe.config).calibrate(options)
+    about = (rest.tolist(), short[rest].tolist(), y[rest].tolist(), short[test].tolist())
+    return Run(name, train, seed, *about).calibrate(options)
 
 
 def _kept(path: Path, key: str, options: dict) -> Run | None:
@@ -276,8 +272,8 @@ def _aligned(base: Features, other: Features, name: str) -> Features:
 def _hash(features: Features) -> str:
     """Everything in features that a score can depend on."""
     columns = [schema.IMAGE_ID, schema.LABEL, schema.GENERATOR, schema.SPLIT, schema.CAPTION_LOGPROB]
-    table = features.table[columns].to_csv().encode("utf-8", "surrogateescape")
+    digest = hashlib.sha256(features.table[columns].to_csv().encode("utf-8", "surrogateescape"))
     arrays = [array for array in vars(features).values() if isinstance(array, np.ndarray)]
-    return array_hash(
-        np.frombuffer(table, np.uint8), features.objects[["score", FOUND]].to_numpy(float), *arrays
-    )
+    for array in (features.objects[["score", FOUND]].to_numpy(float), *arrays):
+        digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy  # its statistics are loaded when they are used: a verdict does not wait for them
 from scipy.special import expit, logit
 
 from itemkit.errors import InputError
@@ -220,12 +220,12 @@ def effect_size(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
         return {**dict.fromkeys(names, math.nan), "n_real": n_r, "n_fake": n_f}
     pooled = math.sqrt(((n_r - 1) * real.var(ddof=1) + (n_f - 1) * fake.var(ddof=1)) / (n_r + n_f - 2))
     d = float(real.mean() - fake.mean()) / pooled
-    quantile = float(stats.norm.ppf((1 + LEVEL) / 2))
+    quantile = float(scipy.stats.norm.ppf((1 + LEVEL) / 2))
     half = quantile * math.sqrt((n_r + n_f) / (n_r * n_f) + d * d / (2 * (n_r + n_f)))
-    ranks = stats.rankdata(np.r_[real, fake])
+    ranks = scipy.stats.rankdata(np.r_[real, fake])
     # of each real the share of fakes below it, of each fake the share of reals above it (DeLong et al. 1988)
-    below = (ranks[:n_r] - stats.rankdata(real)) / n_f
-    above = 1 - (ranks[n_r:] - stats.rankdata(fake)) / n_r
+    below = (ranks[:n_r] - scipy.stats.rankdata(real)) / n_f
+    above = 1 - (ranks[n_r:] - scipy.stats.rankdata(fake)) / n_r
     a, variance = float(below.mean()), float(below.var(ddof=1) / n_r + above.var(ddof=1) / n_f)
     if 0 < a < 1 and variance > 0:
         step = quantile * math.sqrt(variance) / (a * (1 - a))

@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
-from sklearn.linear_model import RidgeCV
 
 from itemkit import schema
 from itemkit.errors import InputError
@@ -318,6 +317,8 @@ MOST_PAIRS = 20_000  # evenly spaced: of 300,000 the rest would cost minutes and
 
 def _expected(text_emb: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Coefficients of what reals have, given the text: of ``pairs`` and of log s; the intercepts last."""
+    from sklearn.linear_model import RidgeCV  # only here: a verdict does not wait for it
+
     some = slice(None, None, 1 + (len(pairs) - 1) // MOST_PAIRS)
     text, pairs = text_emb[some].astype(np.float64), pairs[some]  # few phrases: nearly singular
     mean = RidgeCV(STRENGTHS, alpha_per_target=True).fit(text, pairs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +39,6 @@ class Recipe:
     title: str = ""
     features: Features | None = None
     """Of the same images, to be used instead of the study's: another captioner, localiser, encoder."""
-    train_images: int | None = None  # at most so many, both classes in proportion
     reals_only: bool = False  # learns from real images alone, or not at all: one fit serves every set
     slow: bool = False  # takes long: fewer seeds, and not trained on all families but one
 
@@ -50,11 +48,9 @@ def item(
     head: MisalignmentMLP | None = None,
     title: str = OURS["item"].title,
     features: Features | None = None,
-    train_images: int | None = None,
 ) -> Recipe:
     """Misalignment detector: a representation and a head."""
-    recipe = control("item", representation, head)
-    return replace(recipe, title=title, features=features, train_images=train_images)
+    return replace(control("item", representation, head), title=title, features=features)
 
 
 def control(
@@ -139,14 +135,6 @@ class ExternalScores:
         names = column.astype(str)
         return names if self.key == schema.IMAGE_ID else names.map(lambda name: str((base / name).resolve()))
 
-    def fit(self, train: Features, val: Features) -> ExternalScores:
-        """Do nothing: it was trained elsewhere."""
-        return self
-
-    def decision_function(self, features: Features) -> np.ndarray:
-        """Look the score of each image up."""
-        return self.of(features.table)
-
     def of(self, images: pd.DataFrame) -> np.ndarray:
         """Score of each image of a table with the columns ``image_id, path``.
 
@@ -165,18 +153,3 @@ class ExternalScores:
                 "manifest.csv in the study's folder lists as val or test"
             )
         return found.to_numpy(float)
-
-
-def external(path: str | Path, title: str = "") -> Recipe:
-    """A detector that ran elsewhere; "seen" says only whose validation images its threshold comes from."""
-    scores = ExternalScores(path)
-    about = {"external": array_hash(pd.util.hash_pandas_object(scores.scores).to_numpy())}
-    return Recipe(lambda seed: scores, about, title)
-
-
-def array_hash(*arrays: np.ndarray) -> str:
-    """16 hex digits of the types, shapes and bytes of arrays."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]

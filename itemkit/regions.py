@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -121,10 +121,10 @@ def peak_boxes(maps: np.ndarray, level: float, frame: ArrayLike, size: ArrayLike
     low = flat.min(axis=1, keepdims=True, where=np.isfinite(flat), initial=np.inf)
     above = (flat >= low + level * (high - low)).reshape(maps.shape)
     within = np.zeros((3, 3, 3))
-    within[1] = ndimage.generate_binary_structure(2, 1)  # four neighbours, and none in other maps
-    parts, _ = ndimage.label(above, within)
+    within[1] = scipy.ndimage.generate_binary_structure(2, 1)  # four neighbours, and none in other maps
+    parts, _ = scipy.ndimage.label(above, within)
     peaks = parts.reshape(flat.shape)[np.arange(len(maps)), flat.argmax(axis=1)]
-    slices = ndimage.find_objects(parts)
+    slices = scipy.ndimage.find_objects(parts)
     cells = [(x.start, y.start, x.stop, y.stop) for _, y, x in (slices[peak - 1] for peak in peaks)]
     start, end = np.split(np.asarray(frame, float), 2, axis=-1)
     patch = (end - start) / maps.shape[:0:-1]

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 from scipy.stats import rankdata
+from sklearn.metrics import roc_auc_score
 
 from itemkit import schema
-from itemkit._files import atomic_write, write_json
+from itemkit._files import atomic_write
 from itemkit.calibrate import (
     Calibrator,
     best_threshold,
@@ -41,7 +42,10 @@ from itemkit.metrics import (
     resample,
 )  # fmt: skip
 from itemkit.protocols import Protocol
-from itemkit.text import count, did_you_mean, markdown_table, one_line, printable, write_csv
+from itemkit.text import count, did_you_mean, markdown_table, one_line, printable
+
+if TYPE_CHECKING:
+    from itemkit.recipes import ExternalScores
 
 # balanced accuracy where one number, from images of the tested set, shifts the log-odds: `logit_shift`
 SHIFTED = {f"balanced_accuracy_{n or 'no'}_labels": n for n in (0, 20)}
@@ -55,6 +59,7 @@ FEW = 200  # resamples for the intervals of all but AUROC, whose mean over seeds
 MOST_RESAMPLES, MOST_ROWS = 20_000, 50_000_000  # that a file of scores may ask for, or hold
 PAIR = ["train_generator", "test_generator"]
 BY = ["detector", "train_generator", "seed"]  # what tells runs apart
+SCORES = ("val_scores", "test_scores")  # what a run has
 ONE, SEVERAL = "one generator", "several generators"
 SCORE_COLUMNS = (
     "condition", *BY, schema.IMAGE_ID, schema.PATH, schema.LABEL, schema.GENERATOR, schema.SOURCE,
@@ -73,9 +78,7 @@ class Run:
     val_scores: list[float]
     val_labels: list[int]
     test_scores: list[float]  # of every test image, in the order of ``Study.test``
-    n_train: int = 0
     key: str = ""  # everything that changes the scores; empty where a run is not to be reused
-    config: dict = field(default_factory=dict)
     threshold: float | None = None  # None where the validation images are too few
     withheld: str = ""  # why there is no threshold
     calibrator: Calibrator = Calibrator()  # from a score to p(fake)
@@ -277,35 +280,6 @@ class Study:
         at = by_cell.idxmax() if cells["metric"].iloc[0] in PROBABILITY_METRICS else by_cell.idxmin()
         return cells[(cells[PAIR] == at).all(axis=1)]
 
-    def matrix(self, detector: str, metric: str = "auroc") -> pd.DataFrame:
-        """Training set × test generator, mean over seeds."""
-        mean = self.cells(detector, metric).groupby(PAIR)["value"].mean().unstack()
-        return mean.reindex(index=self.options["train_generators"], columns=self.options["test_generators"])
-
-    def summary(self, metrics: Sequence[str] | None = None) -> pd.DataFrame:
-        """One row per contender, metric and kind of training set.
-
-        Columns: ``detector, metric, training``; what `mean` gives for the `unseen` cells, ``value`` under the
-        name ``unseen_mean``; ``worst``, the weakest unseen cell, with ``worst_low, worst_high, worst_train,
-        worst_test`` (chosen and judged on the same images, so rather too low); ``seen_mean``.
-        """
-        rows = []
-        for detector in self.detectors:
-            for metric in metrics or self.options["metrics"]:
-                for training in self.table["training"].unique():
-                    cells = self.cells(detector, metric, training)
-                    unseen = cells[~cells["seen"]]
-                    weakest = self.worst(unseen)
-                    worst, mean = self.mean(weakest), self.mean(unseen)
-                    train, test = weakest[PAIR].iloc[0] if len(weakest) else (None, None)
-                    rows.append(
-                        {"detector": detector, "metric": metric, "training": training,
-                         "unseen_mean": mean.pop("value"), **mean, "worst": worst["value"],
-                         "worst_low": worst["low"], "worst_high": worst["high"], "worst_train": train,
-                         "worst_test": test, "seen_mean": cells.loc[cells["seen"], "value"].mean()}
-                    )  # fmt: skip
-        return pd.DataFrame(rows)
-
     def compare(self, reference: str, metric: str = "auroc", training: str | None = None) -> pd.DataFrame:
         """Paired comparison of one contender with all others: difference of the means over unseen cells.
 
@@ -342,21 +316,29 @@ class Study:
         """
         for part in parts:
             self.cells(part, self.options["metrics"][0])  # complains about an unknown name
-        if name in self.detectors:
-            raise InputError(f"the study has a contender {name!r} already")
-        new = []
-        for mine in zip(*([run for run in self.runs if run.detector == part] for part in parts), strict=True):
-            known, found = (
-                np.mean([run.calibrator.logit(getattr(run, which)) for run in mine], axis=0).tolist()
-                for which in ("val_scores", "test_scores")
-            )
-            fused = replace(mine[0], detector=name, key="", config={}, val_scores=known, test_scores=found)
-            new.append(fused.calibrate(self.options))
-        self.table = pd.concat([self.table, self._evaluate(new)], ignore_index=True)
-        self.runs += new
-        self.options["titles"] |= {name: f"fusion, late: {name}"}
+        runs = [[run for run in self.runs if run.detector == part] for part in parts]
+        scores = (
+            [np.mean([run.calibrator.logit(getattr(run, which)) for run in mine], axis=0) for which in SCORES]
+            for mine in zip(*runs, strict=True)
+        )
+        self._add(name, f"fusion, late: {name}", runs[0], scores)
         self.options["fused"] = {**self.options.get("fused", {}), name: list(parts)}
         return self
+
+    def _add(
+        self, name: str, title: str, like: Iterable[Run], scores: Iterable[Sequence[np.ndarray]]
+    ) -> None:
+        """Add a contender by its scores of the validation and test images, for runs with the same images."""
+        if name in self.detectors:
+            raise InputError(f"the study has a contender {name!r} already; choose another name")
+        new = [
+            replace(run, detector=name, key="", val_scores=val.tolist(), test_scores=test.tolist())
+            for run, (val, test) in zip(like, scores, strict=True)
+        ]
+        self.options["titles"] |= {name: title}
+        new = [run.calibrate(self.options) for run in new]
+        self.table = pd.concat([self.table, self._evaluate(new)], ignore_index=True)
+        self.runs += new
 
     def fusion_gain(self, fused: str, parts: Sequence[str], training: str | None = None) -> pd.DataFrame:
         """Is the fusion's AUROC ever below that of the better of its parts? One row per unseen cell.
@@ -392,49 +374,36 @@ class Study:
         y, rows = self.test[schema.LABEL].to_numpy(int), []
         for key, part in self.unseen(parts[0], "auroc", training).groupby(["train_generator", "seed"]):
             first, second, third = (known[name, *key] for name in (*parts, novelty))
-            real, silent = np.array(first.val_labels) == schema.REAL, np.ones(len(y), bool)
-            logits = [run.calibrator.logit(np.array(run.test_scores)) for run in (first, second)]
-            usual = [run.calibrator.logit(np.array(run.val_scores)) for run in (first, second)]
-            for found, of_val in (
-                (np.abs(logits[0] - logits[1]), np.abs(usual[0] - usual[1])),
-                (np.array(third.test_scores), np.array(third.val_scores)),
-            ):
-                silent &= found > np.quantile(of_val[real], 1 - share)
+            measures = []
+            for which in SCORES:
+                a, b = (run.calibrator.logit(np.array(getattr(run, which))) for run in (first, second))
+                measures.append(np.stack([np.abs(a - b), getattr(third, which)]))
+            real = np.array(first.val_labels) == schema.REAL
+            usual = np.quantile(measures[0][:, real], 1 - share, axis=1)
+            silent = (measures[1] > usual[:, None]).all(axis=0)
             for test in part["test_generator"]:
                 mine = self._cells[test]
                 answered, fake = mine[~silent[mine]], y[mine] == schema.FAKE
                 auroc = [
-                    float(replicate(y[at], logits[0][at] + logits[1][at], np.ones((len(at), 1)), None, None,
-                                    True, ("auroc",))["auroc"][0])
-                    if len(set(y[at])) == 2 else np.nan for at in (mine, answered)
-                ]  # fmt: skip
+                    roc_auc_score(y[at], (a + b)[at]) if len(set(y[at])) == 2 else np.nan
+                    for at in (mine, answered)
+                ]
                 rows.append((key[0], test, *auroc, silent[mine][~fake].mean(), silent[mine][fake].mean()))
         columns = [*PAIR, "all", "answered", "unsure_real", "unsure_fake"]
         return pd.DataFrame(rows, columns=columns).groupby(PAIR, sort=False).mean().reset_index()
 
-    def join(self, name: str, scorer: Any, title: str = "") -> Study:
-        """Add a detector that ran elsewhere, see `itemkit.recipes.ExternalScores`; returns itself."""
-        if name in self.detectors:
-            raise InputError(f"--scores {name}=...: that name is a contender of ours; choose another")
+    def join(self, name: str, theirs: ExternalScores) -> Study:
+        """Add a detector that ran elsewhere; returns itself."""
         test = np.flatnonzero(self.images[schema.PATH].isin(self.test[schema.PATH]))
-        like = {(run.train_generator, run.seed): run for run in self.runs}  # who has the same images
-        rows = np.unique(np.concatenate([test, *(run.val_rows for run in like.values())]))
+        like = {(run.train_generator, run.seed): run for run in self.runs}.values()  # who has the same images
+        rows = np.unique(np.concatenate([test, *(run.val_rows for run in like)]))
         scores = np.full(len(self.images), np.nan)
-        scores[rows] = scorer.of(self.images.iloc[rows])
-        new = [
-            replace(run, detector=name, key="", config={}, val_scores=scores[run.val_rows].tolist(),
-                    test_scores=scores[test].tolist()).calibrate(self.options)
-            for run in like.values()
-        ]  # fmt: skip
-        self.options["titles"] |= {name: title or name}
-        self.table = pd.concat([self.table, self._evaluate(new)], ignore_index=True)
-        self.runs += new
+        scores[rows] = theirs.of(self.images.iloc[rows])
+        self._add(
+            name, f"{name} (scores from elsewhere)", like,
+            ((scores[run.val_rows], scores[test]) for run in like),
+        )  # fmt: skip
         return self
-
-    def save(self, folder: Path) -> None:
-        """Write ``table.csv``, and what was asked for as ``study.json``."""
-        write_csv(self.table.assign(**self.options["made_by"]), folder / "table.csv")
-        write_json(folder / "study.json", self.options)
 
 
 def save_scores(studies: Mapping[str, Study], path: Path) -> Path:
@@ -460,7 +429,8 @@ def save_scores(studies: Mapping[str, Study], path: Path) -> Path:
                 tables.append(part.assign(**about, score=score))
     names = list(SCORE_COLUMNS[:-1])
     table = pd.concat(tables, ignore_index=True)[list(SCORE_COLUMNS)]
-    table = table.astype(dict.fromkeys(table.select_dtypes(exclude="number"), "category"))
+    texts = table.select_dtypes(exclude="number").astype("category")  # with those of images that only train
+    table = table.assign(**{name: texts[name].cat.remove_unused_categories() for name in texts})
     table.attrs["studies"] = {condition: study.options for condition, study in studies.items()}
     content = table.to_parquet(
         index=False, compression="zstd", compression_level=19, use_dictionary=names,
@@ -472,6 +442,8 @@ def save_scores(studies: Mapping[str, Study], path: Path) -> Path:
 
 def _short(y: np.ndarray, s: np.ndarray) -> np.ndarray:
     """Scores with few binary digits, which compress to a third; with more where ties would change AUROC."""
+    if (s == s.astype(np.float32)).all():  # they come from such a file: written again, it is the same
+        return s.astype(np.float32)
     fake = y == schema.FAKE
     rank, least = rankdata(s)[fake].mean(), 1e-4 * np.sum(~fake)  # AUROC: this mean, by the number of reals
     for digits in range(7, 24):

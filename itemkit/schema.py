@@ -13,6 +13,7 @@ SOURCE = "source"
 SPLIT = "split"
 CAPTION = "caption"
 MANIFEST_COLUMNS = (PATH, LABEL, GENERATOR, SOURCE, SPLIT, CAPTION)
+TAGS = "tags"  # may stand beside them: "text; face", parts of which `findings.slices` tells
 
 # feature columns
 CAPTION_LOGPROB = "caption_logprob"

@@ -31,7 +31,7 @@ from itemkit.matrix import TEST_COLUMNS, train_on_test_on
 from itemkit.perturb import Perturbation, jpeg_random
 from itemkit.presets import Preset, get_preset, mini_folder
 from itemkit.protocols import Protocol, get_protocol
-from itemkit.recipes import DEFAULT, Recipe, control, external, item, standard_detectors
+from itemkit.recipes import DEFAULT, ExternalScores, Recipe, control, item, standard_detectors
 from itemkit.results import (
     ONE,
     PAIR,
@@ -213,9 +213,8 @@ def run_study(
         for what in dict.fromkeys(lacking.values()):
             titles = ", ".join((OURS | CONTROLS)[name].title for name in lacking if lacking[name] == what)
             remarks.append(f"for want of {what}, without: {titles}.")
-        if taken := sorted(elsewhere[condition].keys() & {*recipes, *LATE}):
-            raise InputError(f"--scores {taken[0]}=...: that name is a contender of ours; choose another")
-        recipes |= elsewhere[condition]
+        for theirs in elsewhere[condition].values():  # raises before anything is trained
+            theirs.of(features.table[features.table[schema.SPLIT] != "train"])
         there = set(features.table.loc[features.table[schema.SPLIT] == "test", schema.GENERATOR])
         options: dict[str, Any] = {"families": plan.families, "leave_family_out": True}
         options["train_generators"] = [name for name in plan.each if name in there] or None
@@ -231,7 +230,8 @@ def run_study(
         for fused, parts in {} if plan.train else LATE.items():
             if {*parts} <= {*study.detectors}:
                 study.fuse(fused, parts)
-        study.save(runs)  # with the fusions
+        for theirs_name, theirs in elsewhere[condition].items():
+            study.join(theirs_name, theirs)
         remarks += [*study.options["notes"], *_undertrained(study)]
         study.options |= {"protocol": plan.name, "about": notes, "notes": remarks}
         studies[condition] = study
@@ -255,9 +255,9 @@ def tables(scores: str | Path, folder: str | Path, elsewhere: Sequence[str] = ()
     folder = Path(folder)
     path = mini_folder() / "study.parquet" if str(scores) == "mini" else scores
     studies = read_scores(path)
-    for condition, recipes in _elsewhere(elsewhere, list(studies)).items():
-        for name, recipe in recipes.items():
-            studies[condition].join(name, recipe.build(0), recipe.title)
+    for condition, scorers in _elsewhere(elsewhere, list(studies)).items():
+        for name, theirs in scorers.items():
+            studies[condition].join(name, theirs)
     first = next(iter(studies.values()))
     plan = get_protocol(first.options.get("protocol", "own"))
     failures = [
@@ -280,9 +280,9 @@ def tables(scores: str | Path, folder: str | Path, elsewhere: Sequence[str] = ()
     return StudyReport(folder / "table.md", table, failures)
 
 
-def _elsewhere(scores: Sequence[str], conditions: Sequence[str]) -> dict[str, dict[str, Recipe]]:
-    """Recipes of detectors that ran elsewhere, by condition."""
-    found: dict[str, dict[str, Recipe]] = {condition: {} for condition in conditions}
+def _elsewhere(scores: Sequence[str], conditions: Sequence[str]) -> dict[str, dict[str, ExternalScores]]:
+    """Scores of detectors that ran elsewhere, by condition."""
+    found: dict[str, dict[str, ExternalScores]] = {condition: {} for condition in conditions}
     for entry in scores:
         name, sign, path = entry.partition("=")
         name, _, condition = name.partition("@")
@@ -290,9 +290,11 @@ def _elsewhere(scores: Sequence[str], conditions: Sequence[str]) -> dict[str, di
         if not (sign and name and path) or condition not in found:
             form = "name=scores.csv, or name@condition=scores.csv with a condition of"
             raise InputError(f"--scores {entry}: expected {form} {', '.join(conditions)}")
-        if name in found[condition]:
-            raise InputError(f"--scores {entry}: {name} was given twice for {condition}")
-        found[condition][name] = external(path, f"{name} (scores from elsewhere)")
+        if name in {*found[condition], *OURS, *CONTROLS, *FORMS, *LATE}:
+            raise InputError(
+                f"--scores {entry}: {condition} has a contender {name!r} already; choose another"
+            )
+        found[condition][name] = ExternalScores(path)
     return found
 
 

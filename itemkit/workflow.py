@@ -440,6 +440,7 @@ def verdicts(
     # a caption given here is another source of text on purpose; the check covers everything else
     ignore = ("captions", "captioner") if caption is not None else ()
     judge.check(cast("Features", SimpleNamespace(run=run)), ignore)
+    run["fingerprint"] = judge.trained_on_["fingerprint"]  # checked here, once for all images
     for number, each in enumerate(given, 1):
         name = each if isinstance(each, str) else f"image {number}"
         try:
@@ -451,7 +452,7 @@ def verdicts(
             if bad_rows(one).any():
                 raise ItemkitError("a model gave no finite embedding for it; ask `itemkit doctor --deep`")
             kept = None if isinstance(each, str) else pixels
-            answer = Verdict(**_answer(judge, one, fpr, fnr, ignore), marks=marks, detector=judge,
+            answer = Verdict(**_answer(judge, one, fpr, fnr), marks=marks, detector=judge,
                              rates=(fpr, fnr), pixels=kept)  # fmt: skip
         except Exception as error:  # noqa: BLE001 - whatever a picture does to a decoder or a model
             if strict:
@@ -503,16 +504,19 @@ def _marks(image: Image.Image, data: bytes) -> dict[str, str]:
     return {name: printable(text.strip(" \0"))[:300] for name, text in found.items() if isinstance(text, str)}
 
 
-def _answer(judge: Detector, one: Features, fpr: float, fnr: float, ignore: Sequence[str]) -> dict[str, Any]:
-    verdict = judge.verdict(one, fpr, fnr, ignore).iloc[0]
-    whole, *local = judge.explain(one, 0, ignore=ignore).to_dict("records")
+def _answer(judge: Detector, one: Features, fpr: float, fnr: float) -> dict[str, Any]:
+    evidence = judge.explain(one, 0)  # the head is asked once: of the image, and of it without each object
+    log_odds = evidence.attrs["log_odds"]
+    verdict = judge.answers(np.array([log_odds]), fpr, fnr).iloc[0]
+    whole, *local = evidence.to_dict("records")
     sides = ("x0", "y0", "x1", "y1")
     fits = [name for name in ("cosine", "relative", "real_below", "adds") if name in whole]
     return {
-        **verdict[["path", "image_id", "verdict", "because"]],
+        **one.table[[schema.PATH, schema.IMAGE_ID]].iloc[0],
+        **verdict[["verdict", "because"]],
         "seen": str(judge.seen(one)[0]),
         "p_fake": _number(verdict["p_fake"]),
-        "log_odds": _number(judge.decision_function(one, ignore)[0]),
+        "log_odds": _number(log_odds),
         "caption": whole["text"],
         **{f"global_{fit}": _number(whole[fit]) for fit in fits},
         "objects": [

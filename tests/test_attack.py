@@ -61,9 +61,9 @@ def test_images_come_back_as_they_were_whatever_their_sizes() -> None:
 def test_what_a_model_is_shown_is_exact_and_its_gradient_stays_in_the_cut() -> None:
     images = pictures()
     pixels = attack.to_pixels(images).requires_grad_()
-    sizes, cuts = [image.size for image in images], [(1, (2, 3, 8, 9)), (0, (0, 0, 12, 10))]
+    cuts = [(1, (2, 3, 8, 9)), (0, (0, 0, 12, 10))]
     encoder = FakeEncoder()
-    shown = attack.seen(pixels, sizes, cuts, encoder.preprocess, [1.0, 1.0, 1.0])
+    shown = attack.seen(pixels, cuts, encoder.preprocess, [1.0, 1.0, 1.0])
     expected = torch.stack([encoder.preprocess(images[i].crop(box)) for i, box in cuts])
     torch.testing.assert_close(shown.detach(), expected, rtol=0, atol=1e-6)
     shown[0].sum().backward()
@@ -78,7 +78,7 @@ def test_a_frame_beyond_the_image_is_padding_and_one_within_is_a_crop() -> None:
     for frame, reached in ((lambda w, h: (2, 0, 8, 6), 36), (lambda w, h: (0, -2, 10, 8), 60)):
         pixels.grad = None
         cut = [(0, (0, 0, 10, 6))]
-        attack.seen(pixels, [(10, 6)], cut, lambda x: torch.zeros(3, 8, 8), [1.0] * 3, frame).sum().backward()
+        attack.seen(pixels, cut, lambda x: torch.zeros(3, 8, 8), [1.0] * 3, frame).sum().backward()
         assert (pixels.grad[0].abs().sum(0) > 0).sum() == reached
 
 

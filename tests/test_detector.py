@@ -10,9 +10,10 @@ from sklearn.metrics import roc_auc_score as auroc
 
 from itemkit.detector import FILES, FORMAT, Detector
 from itemkit.errors import InputError, ModelNotFound
-from itemkit.head import FILES as HEAD_FILES
-from itemkit.head import MisalignmentMLP, read_sealed, write_sealed
+from itemkit.head import MisalignmentMLP
 from itemkit.misalignment import Representation, RepresentationConfig
+from itemkit.network import FILES as HEAD_FILES
+from itemkit.network import read_sealed, write_sealed
 
 from synthetic import make_features
 
@@ -282,7 +283,7 @@ def test_refuses_features_made_otherwise(features, detector):
     other = change(test, "encoder.weights_hash", "bbbb")
     with pytest.raises(InputError, match="images: encoder.weights_hash: 'aaaa' there, 'bbbb' here. Extract"):
         detector.score(other)
-    np.testing.assert_array_equal(detector.score(other, ignore=("encoder",)), detector.score(test))
+    detector.check(other, ignore=("encoder",))
     with pytest.raises(InputError, match="localiser.name: 'grid' there, 'dense' here"):
         detector.verdict(change(test, "localiser.name", "dense"))
     with pytest.raises(InputError, match="captioner: {'name': 'blip', 'num_beams': 3} there, nothing"):

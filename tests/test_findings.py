@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 
 import itemkit
+from itemkit.calibrate import proportion_interval
 from itemkit.detector import Detector
 from itemkit.errors import InputError
 from itemkit.features import Features
-from itemkit.findings import by_phrase, compare_captions, hardest
+from itemkit.findings import TAGS, by_phrase, compare_captions, hardest, slices
 from itemkit.head import MisalignmentMLP
 
 from synthetic import make_features
@@ -124,6 +125,54 @@ def test_the_nearest_to_the_threshold_and_rates_that_cannot_be_promised(judged) 
     assert one["label"].tolist() == [1] * 3
     with pytest.raises(InputError, match="expected 'wrong' or 'unsure'"):
         hardest(test, detector, by="nearest")
+
+
+def test_slices_by_hand(judged: tuple[Features, Detector]) -> None:
+    test, detector = judged
+    scores, y = detector.decision_function(test), test.labels
+    sides = pd.DataFrame({"width": 300, "height": [100, 300] * (len(test) // 2)}, dtype=object)
+    tags = np.where(np.arange(len(test)) % 5 == 0, "Text; face", np.where(y == 1, "face", None))
+    tagged = replace(test, table=test.table.assign(**sides, tags=tags))
+    table = slices(tagged, detector).set_index("part")
+    bare = (test.table["n_objects"] == 0).to_numpy()
+    small, text = np.arange(len(test)) % 2 == 0, np.arange(len(test)) % 5 == 0
+    every = np.ones(len(test), bool)
+    expected = {"all": every, "caption names no object": bare, "shorter side below 224 px": small}
+    expected |= {"tag: face": text | (y == 1), "tag: text": text}
+    assert list(table.index) == list(expected)
+    cut = detector.threshold(0.05).value
+    for part, mine in expected.items():
+        real, fake = (scores[mine & (y == label)] for label in (0, 1))
+        row = table.loc[part]
+        assert row[["n_real", "n_fake"]].tolist() == [len(real), len(fake)] and row["note"] == ""
+        above = (fake[:, None] > real).mean() + (fake[:, None] == real).mean() / 2
+        assert row["auroc"] == pytest.approx(above) and row["low"] < above <= row["high"]
+        assert row["false_alarms"] == (real > cut).mean()
+        share = proportion_interval(int((real > cut).sum()), len(real))
+        assert row[["alarms_low", "alarms_high"]].tolist() == pytest.approx(share)
+
+
+def test_slices_say_what_they_cannot_tell(judged: tuple[Features, Detector]) -> None:
+    test, detector = judged
+    told = slices(test, detector, least=1000).set_index("part")["note"]
+    assert told["all"] == "AUROC needs 1000 of each class; no column 'tags'"
+    sides = slices(test, detector).set_index("part").loc["shorter side below 224 px"]  # nothing is known
+    assert (sides["n_real"], sides["n_fake"]) == (0, 0) and "no real image" in sides["note"]
+    rare = slices(test, detector, fpr=0.0001).set_index("part").loc["all"]
+    assert "needs at least 9999 real validation images" in rare["note"] and rare["auroc"] > 0.5
+    assert np.isnan(rare["false_alarms"])
+    many = replace(test, table=test.table.assign(tags=[f"tag {i % (TAGS + 3)}" for i in range(len(test))]))
+    with pytest.warns(UserWarning, match="3 rarer tags left out"):
+        assert len(slices(many, detector)) == TAGS + 3
+
+
+def test_tags_come_from_the_manifest() -> None:
+    raw = pd.DataFrame({"path": [__file__, "b.png", "c.png"], "label": [0, 1, 1]})
+    given = raw.assign(tags=[["text", "face"], "face", None], mood="good")
+    manifest = itemkit.read_manifest(given)
+    assert manifest["tags"].tolist() == ["text; face", "face", ""]
+    assert manifest.attrs["report"]["columns_not_used"] == ["mood"]
+    assert "tags" not in itemkit.read_manifest(raw)
 
 
 def test_they_are_found_where_people_look() -> None:

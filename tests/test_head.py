@@ -17,7 +17,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from itemkit.errors import InputError, ModelNotFound
-from itemkit.head import ARCHITECTURES, FILES, MisalignmentMLP, write_sealed
+from itemkit.head import MisalignmentMLP
+from itemkit.network import ARCHITECTURES, FILES, write_sealed
 
 QUICK = {"max_epochs": 12, "patience": 4, "device": "cpu"}
 

@@ -15,6 +15,7 @@ from itemkit.recipes import ExternalScores, Recipe
 from itemkit.results import (
     MEAN,
     ONE,
+    PAIR,
     SEVERAL,
     SHIFTED,
     WORST,
@@ -75,9 +76,8 @@ def test_a_family_is_left_out_beside_training_on_one(study):
         ("all but g", "gan"),
         ("all but v", "vae"),
     }
-    summary = study.summary(["auroc"])
-    assert list(summary["training"]) == [ONE, SEVERAL] * 3 and list(summary["n_cells"]) == [10, 4] * 3
-    assert study.matrix("cosine").shape == (7, 4)
+    assert [study.mean(part, 0)["n_cells"] for part in (one, several)] == [10, 4]
+    assert study.cells("cosine", "auroc").groupby(PAIR).ngroups == 7 * 4
     few = make_features(200, 60, generators=("gan", "vae"))
     study = train_on_test_on(few, {"c": Recipe(Cosine)}, (0,), leave_family_out=True, n_boot=0)
     assert list(study.options["training_sets"]) == ["gan", "vae"]  # without one there is but one
@@ -146,8 +146,10 @@ def test_a_better_part_is_not_chosen_where_it_is_judged():
     study = Study(study.images, runs, study.options | {"titles": {}})
     study.fuse("same", ["part 0"])  # as good as an ordinary part
     gain = study.fusion_gain("same", names)
-    naive = [study.matrix("same").loc["vae", n] - max(study.matrix(p).loc["vae", n] for p in names)
-             for n in ("flow", "flow_early", "gan")]  # fmt: skip
+    auroc = study.table.query("metric == 'auroc' and not seen").pivot(
+        index="test_generator", columns="detector", values="value"
+    )
+    naive = auroc["same"] - auroc[names].max(axis=1)
     assert np.mean(naive) < gain["difference"].mean() - 0.01
     assert (gain["p_holm"] >= gain["p_value"]).all()
 
@@ -164,7 +166,9 @@ def test_scores_travel(study, tmp_path):
         assert len(both) == len(was.table) == len(back[name].table)
         auroc = both[both["metric"].eq("auroc") & both["detector"].ne("both")]
         np.testing.assert_allclose(auroc["value"], auroc["value_back"], atol=1e-3)
-    table = study_table(back, PLAN)
+    again = save_scores(read_scores(path), tmp_path / "again.parquet")
+    assert again.read_bytes() == path.read_bytes(), "written again, it is the same file"
+    back, table = read_scores(path), study_table(read_scores(path), PLAN)
     pd.testing.assert_frame_equal(study_table(read_scores(path), PLAN), table)
     text = to_markdown(table, back, PLAN)
     assert "## clean, trained on one generator: unseen cells: 10, families: 3" in text
@@ -254,13 +258,16 @@ def test_a_detector_joins_a_file_of_scores(study, tmp_path):
     )
     for key in ("image_id", "path"):
         own[[key, "score"]].to_csv(tmp_path / "mine.csv", index=False)
-        back = read_scores(path)["clean"].join("mine", ExternalScores(tmp_path / "mine.csv"), "Mine")
+        back = read_scores(path)["clean"].join("mine", ExternalScores(tmp_path / "mine.csv"))
         for training in (ONE, SEVERAL):
             mine, ours = (back.unseen(n, "auroc", training)["value"].mean() for n in ("mine", "cosine"))
             assert mine == pytest.approx(ours, abs=1e-3)
-        assert back.options["titles"]["mine"] == "Mine" and len(back.compare("mine")) == 3
-    with pytest.raises(InputError, match="mine=...: that name is a contender of ours"):
-        back.join("mine", None)
+        assert (
+            back.options["titles"]["mine"] == "mine (scores from elsewhere)"
+            and len(back.compare("mine")) == 3
+        )
+    with pytest.raises(InputError, match="the study has a contender 'mine' already; choose another"):
+        back.join("mine", ExternalScores(tmp_path / "mine.csv"))
     own.iloc[50:][["image_id", "score"]].to_csv(tmp_path / "mine.csv", index=False)
     with pytest.raises(InputError, match="mine.csv has no score for [0-9]+ of [0-9]+ images"):
         read_scores(path)["clean"].join("mine", ExternalScores(tmp_path / "mine.csv"))

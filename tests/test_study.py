@@ -20,7 +20,7 @@ from itemkit.images import load_image
 from itemkit.matrix import train_on_test_on
 from itemkit.misalignment import represent
 from itemkit.presets import Preset
-from itemkit.recipes import Recipe, control, external, item, standard_detectors
+from itemkit.recipes import ExternalScores, Recipe, control, item, standard_detectors
 from itemkit.results import ONE, SEVERAL, SHIFTED, STUDY_METRICS, Study
 from itemkit.splits import split_validation
 from itemkit.steps import Steps
@@ -128,36 +128,28 @@ def test_unseen_generators_and_test_images_are_never_looked_at():
     )  # seeds draw anew, generators share the reals
 
 
-def test_summary_by_hand(study):
-    summary = study.summary(["auroc", "ece"]).set_index(["detector", "metric"])
-    cells = study.table.query("detector == 'image' and metric == 'auroc'")
-    unseen = cells[~cells["seen"]]
+def test_mean_and_worst_cell_by_hand(study):
+    unseen = study.table.query("detector == 'image' and metric == 'auroc' and not seen")
     pd.testing.assert_frame_equal(study.unseen("image", "auroc"), unseen)
-    row = summary.loc["image", "auroc"]
-    assert row["unseen_mean"] == pytest.approx(unseen["value"].mean()) and row["n_cells"] == 6
+    mean, worst = study.mean(unseen), study.mean(study.worst(unseen))
+    assert mean["value"] == pytest.approx(unseen["value"].mean()) and mean["n_cells"] == 6
     of_family = unseen.groupby("test_generator")["value"].mean()
-    assert row[["family_low", "family_high", "family_sd"]].tolist() == [
+    assert [mean[f"family_{end}"] for end in ("low", "high", "sd")] == [
         of_family.min(), of_family.max(), pytest.approx(of_family.std())]  # fmt: skip
-    assert row["seed_sd"] == pytest.approx(unseen.groupby("seed")["value"].mean().std())
+    assert mean["seed_sd"] == pytest.approx(unseen.groupby("seed")["value"].mean().std())
     by_cell = unseen.groupby(["train_generator", "test_generator"])["value"].mean()
-    assert row["worst"] == pytest.approx(by_cell.min())
-    assert (row["worst_train"], row["worst_test"]) == by_cell.idxmin()
-    assert (
-        row["low"] < row["unseen_mean"] < row["high"] and row["worst_low"] < row["worst"] < row["worst_high"]
-    )
+    assert worst["value"] == pytest.approx(by_cell.min())
+    assert mean["low"] < mean["value"] < mean["high"] and worst["low"] < worst["value"] < worst["high"]
     # a mean over cells is known better than its weakest cell
-    assert row["high"] - row["low"] < row["worst_high"] - row["worst_low"]
-    ece = study.table.query("detector == 'image' and metric == 'ece'")
-    ece = ece[~ece["seen"]].groupby(["train_generator", "test_generator"])["value"].mean()
-    assert summary.loc["image", "ece"]["worst"] == pytest.approx(ece.max())  # the largest error is the worst
-    matrix = study.matrix("image")
-    assert matrix.loc["gan", "flow"] == pytest.approx(by_cell["gan", "flow"]) and matrix.shape == (3, 3)
+    assert mean["high"] - mean["low"] < worst["high"] - worst["low"]
+    ece = study.unseen("image", "ece")
+    by_cell = ece.groupby(["train_generator", "test_generator"])["value"].mean()
+    assert study.mean(study.worst(ece))["value"] == pytest.approx(by_cell.max())  # the largest is the worst
 
 
 def test_comparison_is_paired(study):
     table = study.compare("item", "auroc").set_index("other")
-    summary = study.summary(["auroc"]).set_index("detector")
-    expected = summary.loc["item", "unseen_mean"] - summary.loc["text", "unseen_mean"]
+    expected = study.unseen("item", "auroc")["value"].mean() - study.unseen("text", "auroc")["value"].mean()
     assert table.loc["text", "difference"] == pytest.approx(expected)
     assert table.loc["text", "low"] > 0 and table.loc["text", "p_value"] < 0.05
     mirrored = study.compare("text").set_index("other")
@@ -165,7 +157,7 @@ def test_comparison_is_paired(study):
     with pytest.raises(InputError, match="no 'imag' in this study.* Did you mean 'image'"):
         study.compare("imag")
     with pytest.raises(InputError, match="no 'brier' in this study; there are ap, auroc"):
-        study.summary(["brier"])
+        study.cells("image", "brier")
 
 
 def test_families_and_pooled_train_generators():
@@ -178,7 +170,7 @@ def test_families_and_pooled_train_generators():
         n_boot=0,
     )
     assert study.table["seen"].all() and set(study.table["training"]) == {SEVERAL}
-    assert np.isnan(study.summary(["auroc"])["unseen_mean"][0])
+    assert np.isnan(study.mean(study.unseen("r", "auroc"))["value"])
     study = train_on_test_on(FEATURES, {"r": RECORDER}, seeds=(0,), train_generators=["gan+flow"], n_boot=0)
     assert set(study.table.loc[~study.table["seen"], "test_generator"]) == {"vae"}
 
@@ -204,52 +196,27 @@ def test_kept_runs_are_reused_and_others_are_not(tmp_path, trained):
     next((tmp_path / "runs").glob("image--*")).write_text("{")
     train_on_test_on(replace(FEATURES, **flipped), recipes, **options)
     assert trained[5:] == [("image", "gan", 0)]
-    stored = pd.read_csv(tmp_path / "table.csv")
-    assert len(stored) == len(again.table) and {"preset", "models", "note"} <= set(stored)
 
 
 def test_external_scores_join_by_id_or_path(tmp_path):
     score = Recorder(0).decision_function(FEATURES)
-    by_id = tmp_path / "ids.csv"
-    pd.DataFrame({"image_id": FEATURES.table["image_id"], "score": score}).sample(
-        frac=1, random_state=0
-    ).to_csv(by_id)
     here = replace(
         FEATURES, table=FEATURES.table.assign(path=[str(tmp_path / p) for p in FEATURES.table["path"]])
     )
-    by_path = tmp_path / "paths.csv"
-    pd.DataFrame({"path": FEATURES.table["path"], "score": score}).to_csv(by_path, index=False)
-    recipes = {"mine": RECORDER, "ids": external(by_id), "paths": external(by_path)}
-    study = train_on_test_on(here, recipes, seeds=(0,), n_boot=10)
+    table = FEATURES.table[["image_id", "path"]].assign(score=score).sample(frac=1, random_state=0)
+    study = train_on_test_on(here, {"mine": RECORDER}, seeds=(0,), n_boot=10)
+    for name, key in (("ids", "image_id"), ("paths", "path")):
+        table[[key, "score"]].to_csv(tmp_path / f"{name}.csv", index=False)
+        study.join(name, ExternalScores(tmp_path / f"{name}.csv"))
     values = study.table.pivot_table(
         index=["train_generator", "test_generator", "metric"], columns="detector", values="value"
     )
     np.testing.assert_allclose(values["ids"], values["mine"], atol=1e-6)
     np.testing.assert_allclose(values["paths"], values["mine"], atol=1e-6)
     gone = FEATURES.table["image_id"][(FEATURES.table["split"] == "test").to_numpy()].iloc[-1]
-    pd.DataFrame({"image_id": FEATURES.table["image_id"], "score": score}).query("image_id != @gone").to_csv(
-        by_id
-    )
-    study = train_on_test_on(FEATURES, {"ids": external(by_id), "r": RECORDER}, seeds=(0,), n_boot=0)
-    assert (
-        f"has no score for 1 of 255 images, the first is {gone} (the file's"
-        in study.options["failures"]["ids"]
-    )
-    assert "all images that manifest.csv" in study.options["failures"]["ids"]
-
-
-def test_a_corrected_file_of_scores_is_read_again(tmp_path):
-    score, ids = Recorder(0).decision_function(FEATURES), FEATURES.table["image_id"]
-
-    def auroc(names):
-        pd.DataFrame({"image_id": names, "score": score}).to_csv(tmp_path / "s.csv", index=False)
-        recipes = {"theirs": external(tmp_path / "s.csv")}
-        study = train_on_test_on(FEATURES, recipes, seeds=(0,), n_boot=0, out=tmp_path / "out")
-        return study.summary(["auroc"])["unseen_mean"][0]
-
-    wrong = auroc(ids.sample(frac=1, random_state=0).to_numpy())  # the same numbers, in another order
-    mine = train_on_test_on(FEATURES, {"mine": RECORDER}, seeds=(0,), n_boot=0).summary(["auroc"])
-    assert wrong < 0.6 and auroc(ids) == pytest.approx(mine["unseen_mean"][0], abs=1e-6)
+    table.query("image_id != @gone").to_csv(tmp_path / "ids.csv")
+    with pytest.raises(InputError, match=f"has no score for 1 of .*{gone}.*all images that manifest.csv"):
+        study.join("less", ExternalScores(tmp_path / "ids.csv"))
 
 
 def test_names_that_a_file_system_cannot_tell_apart(tmp_path):
@@ -279,14 +246,14 @@ def test_external_scores_in_other_peoples_files(tmp_path):
     here = replace(
         FEATURES, table=FEATURES.table.assign(path=[str(tmp_path / p) for p in FEATURES.table["path"]])
     )
-    np.testing.assert_allclose(external(tmp_path / "s.csv").build(0).decision_function(here), score)
+    np.testing.assert_allclose(ExternalScores(tmp_path / "s.csv").of(here.table), score)
     digits = FEATURES.table["image_id"].str.replace(
         "[a-f]", "0", regex=True
     )  # an id is text, also if it is digits
     digits = digits.where(~digits.duplicated(), FEATURES.table["image_id"])
     pd.DataFrame({"sha256": digits, "score": score}).to_csv(tmp_path / "t.tsv", sep="\t")
     here = replace(FEATURES, table=FEATURES.table.assign(image_id=digits))
-    np.testing.assert_allclose(external(tmp_path / "t.tsv").build(0).decision_function(here), score)
+    np.testing.assert_allclose(ExternalScores(tmp_path / "t.tsv").of(here.table), score)
 
 
 @pytest.mark.parametrize(
@@ -301,12 +268,12 @@ def test_external_scores_in_other_peoples_files(tmp_path):
 def test_external_scores_errors(tmp_path, table, message):
     pd.DataFrame(table).to_csv(tmp_path / "s.csv", index=False)
     with pytest.raises(InputError, match=message):
-        external(tmp_path / "s.csv")
+        ExternalScores(tmp_path / "s.csv")
     for name, content in (("none.csv", None), ("empty.csv", b""), ("binary.csv", bytes(range(256)))):
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=f"cannot read scores from .*{name}"):
-            external(tmp_path / name)
+            ExternalScores(tmp_path / name)
 
 
 def test_late_fusion_from_kept_scores(study):
@@ -347,13 +314,11 @@ def test_recipes_on_other_features_of_the_same_images(study):
     recipes = {
         "item": item("cosines", HEAD),
         "same": item("cosines", HEAD, features=FEATURES.select(shuffle)),
-        "small": item("cosines", HEAD, train_images=40),
     }
     again = train_on_test_on(FEATURES, recipes, seeds=(0, 1), n_boot=0)
     values = again.table.pivot_table(index=["train_generator", "test_generator", "seed", "metric"],
                                      columns="detector", values="value")  # fmt: skip
     np.testing.assert_allclose(values["same"], values["item"], atol=1e-5)
-    assert {r.n_train for r in again.runs if r.detector == "small"} == {40}
     with pytest.raises(InputError, match="the features of 'part' lack 10 images, the first is images/"):
         train_on_test_on(
             FEATURES, {"part": item("cosines", features=FEATURES.select(np.arange(750)))}, seeds=(0,)
@@ -487,7 +452,7 @@ def test_one_failing_contender_costs_no_other(tmp_path):
     study = train_on_test_on(
         FEATURES, {"bad": Recipe(Broken), "good": RECORDER}, seeds=(0,), n_boot=0, out=tmp_path
     )
-    assert study.detectors == ["good"] and len(study.matrix("good")) == 3
+    assert study.detectors == ["good"] and len({run.train_generator for run in study.runs}) == 3
     assert set(study.options["failures"]) == {"bad"}
     with pytest.raises(InputError, match="no 'bad'.*It failed, trained on"):
         study.cells("bad", "auroc")
@@ -560,21 +525,22 @@ def test_few_images_withhold_the_threshold_and_nothing_else():
         len(study.options["notes"]) == 1
         and "needs at least 19 real validation images" in study.options["notes"][0]
     )
-    summary = study.summary().set_index("metric")
-    assert np.isnan(summary.loc["balanced_accuracy", ["unseen_mean", "low", "worst"]].astype(float)).all()
-    assert summary.loc["auroc", "low"] <= summary.loc["auroc", "unseen_mean"]
+    cells = study.unseen("r", "balanced_accuracy")
+    mean = study.mean(cells)
+    assert np.isnan([mean["value"], mean["low"]]).all() and study.worst(cells).empty
 
 
 def test_generators_too_small_to_train_on_are_still_tested():
     rows = np.flatnonzero((FEATURES.table["generator"] == "vae") & (FEATURES.table["split"] != "test"))
     small = FEATURES.select(np.setdiff1d(np.arange(len(FEATURES)), rows[1:]))
     study = train_on_test_on(small, {"r": RECORDER}, seeds=(0,), n_boot=0)
-    assert list(study.matrix("r").index) == ["gan", "flow"] and "vae" in study.matrix("r")
+    assert {run.train_generator for run in study.runs} == {"gan", "flow"}
+    assert set(study.table["test_generator"]) == {"gan", "flow", "vae"}
     assert len(study.options["notes"]) == 1 and study.options["notes"][0].startswith(
         "Nothing is trained on vae: "
     )
     one = train_on_test_on(FEATURES.with_generators(["gan"]), {"r": RECORDER}, seeds=(0,), n_boot=0)
-    assert one.table["seen"].all() and one.summary(["auroc"])["seen_mean"].notna().all()
+    assert one.table["seen"].all()
 
 
 def test_errors():
