@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
-from scipy.stats import gaussian_kde
 
 from itemkit import calibrate, plots, schema
 from itemkit.errors import InputError
@@ -270,7 +269,7 @@ def _scores(ax: Axes, verdict: Verdict) -> None:
     pad = 0.08 * float(np.ptp(every)) + 0.5
     low, high = float(every.min()) - pad, float(every.max()) + pad
     x = np.linspace(low, high, 300)
-    curves = {n: gaussian_kde(y)(x) for n, (y, _) in known.items() if len(y) > 4 and np.ptp(y)}
+    curves = {n: plots.smooth(y, x) for n, (y, _) in known.items() if len(y) > 4 and np.ptp(y)}
     most = max((y.max() for y in curves.values()), default=1)
     for i, (name, (scores, colour)) in enumerate(known.items()):
         if name in curves:

@@ -432,14 +432,13 @@ def detect(args: argparse.Namespace) -> int:
     several = len(args.images) > 1 or os.path.isdir(args.images[0])
     if args.caption is not None and several:
         raise InputError("--caption goes with one image, got several; run detect once for each")
-    status, rates = 0, (args.fpr, args.fnr)
-    given = (args.images, _preset(args), args.detector, args.device, args.caption)
     # Until the first answer nothing is garbage, and looking for some took a second. Not gc.disable(): spaCy's
-    # reader of files enables it again. What is there then is never looked at, not even at the end
-    before = gc.get_threshold()
+    # reader of files enables it again. What is there by then is never looked at, not even at the end
+    before, status, rates = gc.get_threshold(), 0, (args.fpr, args.fnr)
     gc.set_threshold(0)
     try:
-        for answer in itemkit.workflow.verdicts(*given, *rates):
+        given = (args.images, _preset(args), args.detector, args.device, args.caption)
+        for answer in itemkit.workflow.verdicts(*given, rates):
             if gc.get_threshold() != before:
                 gc.freeze()
                 gc.set_threshold(*before)

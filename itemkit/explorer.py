@@ -41,7 +41,7 @@ WITHOUT_LABEL = "without label"
 
 def write_explorer(
     features: Features, path: str | Path, numbers: pd.DataFrame | None = None, *,
-    x: str = "", y: str = "", score: str = "", progress: bool = False,
+    score: str = "", progress: bool = False,
 ) -> Path:  # fmt: skip
     """Write a page with a point for each image: hover, search, threshold, lasso.
 
@@ -54,8 +54,9 @@ def write_explorer(
     numbers : DataFrame, optional
         One row per image, in order, shown beside those of `itemkit.misalignment.cosines`, e.g.
         ``pd.DataFrame(umap_2d(x), columns=["UMAP 1", "UMAP 2"]).assign(p_fake=detector.score(features))``.
-    x, y, score : str
-        Columns that are shown first: the first two, and for the threshold ``p_fake`` or the global cosine.
+        The first two columns are shown first.
+    score : str
+        Column of the threshold; by default ``p_fake`` or the global cosine.
     progress : bool
         Show a bar while thumbnails are made: a minute for some thousands of photographs.
 
@@ -67,12 +68,11 @@ def write_explorer(
         Bokeh is not installed.
     """
     table = _numbers(features, numbers)
-    first = {"x": x or table.columns[0], "y": y or table.columns[1]}
-    first["score"] = score or ("p_fake" if "p_fake" in table else "global cosine")
-    for name in first.values():
-        if name not in table:
-            hint = did_you_mean(name, table)
-            raise InputError(f"there is no column {name!r}.{hint} There are: {', '.join(table.columns)}")
+    score = score or ("p_fake" if "p_fake" in table else "global cosine")
+    if score not in table:
+        hint = did_you_mean(score, table)
+        raise InputError(f"there is no column {score!r}.{hint} There are: {', '.join(table.columns)}")
+    first = {"x": table.columns[0], "y": table.columns[1], "score": score}
     plot, scripts = _plot(len(features))
     scripts["page"] = Path(__file__).with_suffix(".js").read_text("utf-8")
     hashes = [base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() for code in scripts.values()]

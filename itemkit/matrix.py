@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -85,7 +84,7 @@ def train_on_test_on(
         Bootstrap resamples of the test images, for AUROC (of other metrics at most 200); processes that train
         side by side.
     out : folder, optional
-        Keep one JSON per run there, and reuse those that fit.
+        Keep one JSON per run there, named by all that can change its scores, and reuse it.
 
     Returns
     -------
@@ -157,13 +156,13 @@ def _runs(
             few = recipe.slow or len(options["training_sets"][train]) > train.count("+") + 1
             if few and seed not in options["seeds"][:FEW_SEEDS]:
                 continue
-            members = "+".join(options["training_sets"][train])
-            digest = hashlib.sha256(f"{key} {name} {members} {seed}".encode()).hexdigest()
-            path = folder and _run_path(folder / "runs", name, train, seed)
-            kept = _kept(path, digest, options) if path and recipe.config else None
-            runs.append(kept or _run(name, recipe, features, train, seed, options, known))
-            runs[-1].key = digest
-            if path:
+            about = [key, name, train, options["training_sets"][train], seed]
+            path = folder and folder / "runs" / f"{hashlib.sha256(str(about).encode()).hexdigest()[:32]}.json"
+            if path and recipe.config and (kept := _kept(path, options)):
+                runs.append(kept)
+                continue
+            runs.append(_run(name, recipe, features, train, seed, options, known))
+            if path and recipe.config:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, asdict(runs[-1]))
     except StoreError:
@@ -172,13 +171,6 @@ def _runs(
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         return name, runs, f"trained on {train}: {kind}{one_line(error)}"
     return name, runs, ""
-
-
-def _run_path(folder: Path, detector: str, train_generator: str, seed: int) -> Path:
-    """File of a run; the hash tells names apart of which a file system cannot take every character."""
-    name = f"{detector}--{train_generator}--s{seed}"
-    plain = re.sub(r"[^A-Za-z0-9_.+-]+", "_", name)[:120]
-    return folder / f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"
 
 
 def _run(
@@ -212,11 +204,10 @@ def _run(
     return Run(name, train, seed, *about).calibrate(options)
 
 
-def _kept(path: Path, key: str, options: dict) -> Run | None:
-    """Read the run kept in a file, if it is this very run; threshold and calibration are chosen anew."""
-    with suppress(OSError, ValueError, TypeError, InputError):  # not there, damaged, or of another version
-        run = Run(**json.loads(path.read_text("utf-8")))
-        return run.calibrate(options) if run.key == key else None
+def _kept(path: Path, options: dict) -> Run | None:
+    """Read a kept run; threshold and calibration are chosen anew."""
+    with suppress(OSError, ValueError, TypeError):  # not there, or damaged
+        return Run(**json.loads(path.read_text("utf-8"))).calibrate(options)
     return None
 
 

@@ -78,7 +78,6 @@ class Run:
     val_scores: list[float]
     val_labels: list[int]
     test_scores: list[float]  # of every test image, in the order of ``Study.test``
-    key: str = ""  # everything that changes the scores; empty where a run is not to be reused
     threshold: float | None = None  # None where the validation images are too few
     withheld: str = ""  # why there is no threshold
     calibrator: Calibrator = Calibrator()  # from a score to p(fake)
@@ -194,9 +193,7 @@ class Study:
         drawn = resample(strata.to_numpy(str), self.options["n_boot"], np.random.default_rng(BOOT_SEED))
         return np.c_[np.ones((len(drawn), 1), np.uint8), drawn]
 
-    def _drawn(
-        self, cells: pd.DataFrame, half: int | None = None, resamples: int | None = None
-    ) -> np.ndarray:
+    def _drawn(self, cells: pd.DataFrame, half: int | None = None) -> np.ndarray:
         """Mean over some rows of `table` of one metric, for the test images as they are and every resample.
 
         Of AUROC, the mean over runs is taken of who is above whom, so that all runs are resampled at once.
@@ -204,8 +201,8 @@ class Study:
         if cells.empty or cells["value"].isna().any() or cells["metric"].iloc[0] in SHIFTED:
             return np.full(1, np.nan)
         name, metric = cells[["detector", "metric"]].iloc[0]
-        columns = 1 + (resamples or (FEW if metric != "auroc" else self.options["n_boot"]))
-        key = (name, metric, half, columns, *zip(*(cells[by] for by in (*PAIR, "seed")), strict=True))
+        columns = 1 + (FEW if metric != "auroc" else self.options["n_boot"])
+        key = (name, metric, half, *zip(*(cells[by] for by in (*PAIR, "seed")), strict=True))
         if key in self._resampled:  # comparisons and fusions come back to the same ones
             return self._resampled[key]
         known = {(run.train_generator, run.seed): run for run in self.runs if run.detector == name}
@@ -248,29 +245,33 @@ class Study:
         cells = self.cells(detector, metric, training)
         return cells[~cells["seen"]]
 
-    def mean(self, cells: pd.DataFrame, resamples: int | None = None) -> dict[str, float]:
+    def mean(self, cells: pd.DataFrame) -> dict[str, float]:
         """Mean over some rows of `table` of one contender and metric, and how sure it is.
 
-        ``low, high``: 95 % by bootstrap over the test images, all rows resampled together, by default
-        "n_boot" times for AUROC and `FEW` times else (0: no interval). ``family_low, family_high, family_sd,
-        n_families``: lowest, highest and standard deviation of the means of each tested family, where there
-        are two or more. ``seed_sd, n_seeds``: over seeds. ``n_cells``.
+        ``low, high``: 95 % by bootstrap over the test images, all rows resampled together, "n_boot" times for
+        AUROC and `FEW` times else. ``family_low, family_high, family_sd, n_families``: lowest, highest and
+        standard deviation of the means of each tested family, where there are two or more. ``seed_sd,
+        n_seeds``: over seeds. ``n_cells``.
         """
-        value = cells["value"].mean()
-        low, high = (np.nan, np.nan) if resamples == 0 else self._interval(cells, value, resamples)
-        of_family = cells["value"].groupby(cells["test_generator"].map(self.family)).mean()
-        spread = of_family.agg(["min", "max", "std"]) if len(of_family) > 1 else [np.nan] * 3
-        by_seed = cells.groupby("seed")["value"].mean()
-        return {
-            "value": value, "low": low, "high": high,
-            **dict(zip(("family_low", "family_high", "family_sd"), spread, strict=True)),
-            "n_families": len(of_family), "seed_sd": by_seed.std(), "n_seeds": len(by_seed),
-            "n_cells": cells.groupby(PAIR).ngroups,
-        }  # fmt: skip
+        found = self.means(cells, ["detector", "metric"]).iloc[:, 2:].reindex([0]).to_dict("records")[0]
+        low, high = self._interval(cells)
+        return {"value": found.pop("value"), "low": low, "high": high, **found}
 
-    def _interval(self, cells: pd.DataFrame, value: float, resamples: int | None) -> tuple[float, float]:
-        drawn = self._drawn(cells, resamples=resamples)[1:]
-        return interval(drawn, next(iter(cells["metric"]), ""), value)
+    def means(self, rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+        """What `mean` says of each group of rows of `table`, but for the interval."""
+        by, rows = list(by), rows.assign(family=rows["test_generator"].map(self.family))
+        family, seed = (
+            rows.groupby([*by, name], sort=False)["value"].mean().groupby(by, sort=False)
+            for name in ("family", "seed")
+        )
+        spread = family.agg(family_low="min", family_high="max", family_sd="std", n_families="size")
+        spread.loc[spread["n_families"] == 1, ["family_low", "family_high"]] = np.nan
+        cells = rows.drop_duplicates([*by, *PAIR]).groupby(by, sort=False).size().rename("n_cells")
+        mean = rows.groupby(by, sort=False)["value"].mean().to_frame()
+        return mean.join([spread, seed.agg(seed_sd="std", n_seeds="size"), cells]).reset_index()
+
+    def _interval(self, cells: pd.DataFrame) -> tuple[float, float]:
+        return interval(self._drawn(cells)[1:], next(iter(cells["metric"]), ""), cells["value"].mean())
 
     def worst(self, cells: pd.DataFrame) -> pd.DataFrame:
         """Those of the rows that belong to the weakest cell, by the mean over seeds."""
@@ -332,7 +333,7 @@ class Study:
         if name in self.detectors:
             raise InputError(f"the study has a contender {name!r} already; choose another name")
         new = [
-            replace(run, detector=name, key="", val_scores=val.tolist(), test_scores=test.tolist())
+            replace(run, detector=name, val_scores=val.tolist(), test_scores=test.tolist())
             for run, (val, test) in zip(like, scores, strict=True)
         ]
         self.options["titles"] |= {name: title}
@@ -590,32 +591,20 @@ def _lines(study: Study, protocol: Protocol) -> pd.DataFrame:
     by, runs = ["metric", "detector", "training"], study.table
     row = runs["test_generator"].map(lambda name: protocol.test.get(name, name))
     row = row if protocol.train else runs["train_generator"] + " → " + row
-    all_seen = runs.groupby(by)["seen"].transform("all")
-    counts = ~runs["seen"] | all_seen | bool(protocol.train)
-    runs = runs.assign(row=row, counts=counts, family=runs["test_generator"].map(study.family))
-    of_cell = runs.groupby([*by, *PAIR, "row", "seen", "counts", "n_real", "n_fake"], sort=False)["value"]
-    cells = of_cell.agg(value="mean", seed_sd="std", n_seeds="size").reset_index().assign(where="", n_cells=1)
-
-    counted, means = runs[runs["counts"]], {}
-    for name in ("family", "seed"):
-        means[name] = counted.groupby([*by, name], sort=False)["value"].mean().groupby(by, sort=False)
-    mean = counted.groupby(by, sort=False)["value"].mean().to_frame()
-    spread = means["family"].agg(family_low="min", family_high="max", family_sd="std", n_families="size")
-    spread.loc[spread["n_families"] == 1, ["family_low", "family_high", "family_sd"]] = np.nan
-    mean = mean.join([spread, means["seed"].agg(seed_sd="std", n_seeds="size")])
-    mean["n_cells"] = cells[cells["counts"]].groupby(by, sort=False).size()
-    mean = mean.reset_index().assign(row=MEAN, where="")
+    counts = ~runs["seen"] | runs.groupby(by)["seen"].transform("all") | bool(protocol.train)
+    runs = runs.assign(row=row, counts=counts)
+    cells = study.means(runs, [*by, *PAIR, "row", "seen", "counts", "n_real", "n_fake"]).assign(where="")
+    counted = runs[runs["counts"]]
+    mean = study.means(counted, by).assign(row=MEAN, where="")
     known = cells[cells["counts"] & cells["value"].notna()]
     badness = known["value"].where(known["metric"].isin(PROBABILITY_METRICS), -known["value"])
     worst = known.loc[badness.groupby([known[name] for name in by], sort=False).idxmax()]
-    worst = worst.assign(where=worst["row"], row=WORST, n_families=1)
-
-    summed, groups = pd.concat([mean, worst], ignore_index=True), counted.groupby(by, sort=False)
-    for i, line in enumerate(summed.to_dict("records")):
-        if line["metric"] in (protocol.metric, "auroc"):  # the others' are in `headline`, or asked for
-            part = groups.get_group(tuple(line[name] for name in by))
-            part = part if line["row"] == MEAN else part[(part[PAIR] == [line[n] for n in PAIR]).all(axis=1)]
-            summed.loc[i, ["low", "high"]] = study._interval(part, line["value"], None)
+    summed = pd.concat([mean, worst.assign(where=worst["row"], row=WORST)], ignore_index=True)
+    for key, part in counted.groupby(by, sort=False):
+        if key[0] in (protocol.metric, "auroc"):  # the others' are in `headline`, or asked for
+            mine = (summed[by] == key).all(axis=1)
+            for name, cells_of in ((MEAN, part), (WORST, study.worst(part))):
+                summed.loc[mine & (summed["row"] == name), ["low", "high"]] = study._interval(cells_of)
     return pd.concat([cells, summed], ignore_index=True)
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -151,8 +152,6 @@ def run_study(
     plan = get_protocol(protocol or ("mini" if data is None else "own"))
     if data is None and not plan.lab:
         raise InputError(f"protocol {plan.name!r} needs images: give the folder of the data set with --data")
-    if seeds < 1:
-        raise InputError(f"seeds={seeds}: expected at least 1")
     left_out = [get_control(name).title for name in without]
     if not plan.train and (per_set or skip_missing):
         raise InputError(f"--per-set and --skip-missing are for a data set's protocol, not for {plan.name!r}")
@@ -345,22 +344,6 @@ def _playing(features: Features, plan: Protocol, remarks: list[str]) -> Features
     return features
 
 
-@dataclass(frozen=True)
-class KnownObjects:
-    """A parser that has been told the phrases of every caption."""
-
-    phrases: Mapping[str, Sequence[str]]
-
-    def objects(self, captions: Sequence[str]) -> list[list[str]]:
-        """Look the phrases of each caption up."""
-        return [list(self.phrases[caption]) for caption in captions]
-
-    def fingerprint(self) -> dict[str, str]:
-        """A hash of all that it knows."""
-        known = json.dumps(dict(self.phrases), sort_keys=True).encode()
-        return {"kind": "known objects", "sha256": hashlib.sha256(known).hexdigest()}
-
-
 def make_variants(
     features: Features,
     preset: str | Preset = "mini",
@@ -425,7 +408,9 @@ def _other_texts(features: Features, again: Callable[..., Features]) -> dict[str
     ring = order.drop_duplicates(schema.IMAGE_ID).set_index(schema.IMAGE_ID).groupby(schema.SPLIT)
     other = table[schema.IMAGE_ID].map(ring[schema.CAPTION].transform(lambda captions: np.roll(captions, 1)))
     asked = {text: list(dict.fromkeys([*own, *objects[one], *bank])) for text, own in objects.items()}
-    made = again("texts", other, parser=KnownObjects(asked))
+    version = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    parser = SimpleNamespace(objects=lambda texts: [asked[text] for text in texts], version=version)
+    made = again("texts", other, parser=parser)
     phrase, text = made.objects["phrase"], made.table[schema.CAPTION].to_numpy()[made.owner]
     theirs = np.array([p in objects[t] for p, t in zip(phrase, text, strict=True)], bool)
     single = select_objects(made, phrase.isin(objects[one]).to_numpy(bool))

@@ -407,20 +407,14 @@ def detect(
     single = isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
     single = single or isinstance(images, bytes)
     single = single or (isinstance(images, (str, Path)) and not os.path.isdir(images))
-    found = verdicts([images] if single else images, preset, detector, device, caption, fpr, fnr, single)
+    found = verdicts([images] if single else images, preset, detector, device, caption, (fpr, fnr), single)
     return next(found) if single else Verdicts(found)
 
 
 def verdicts(
-    images: Any,
-    preset: str | Preset = "mini",
-    detector: str | Path | None = None,
-    device: str = "auto",
-    caption: str | None = None,
-    fpr: float = 0.05,
-    fnr: float = 0.05,
-    strict: bool = False,
-) -> Iterator[Verdict]:
+    images: Any, preset: str | Preset, detector: str | Path | None, device: str, caption: str | None,
+    rates: tuple[float, float], strict: bool = False,
+) -> Iterator[Verdict]:  # fmt: skip
     """Yield each verdict as soon as it is there; parameters as of `detect`, ``strict`` raises its error."""
     from itemkit.detector import Detector
     from itemkit.steps import Steps
@@ -452,8 +446,7 @@ def verdicts(
             if bad_rows(one).any():
                 raise ItemkitError("a model gave no finite embedding for it; ask `itemkit doctor --deep`")
             kept = None if isinstance(each, str) else pixels
-            answer = Verdict(**_answer(judge, one, fpr, fnr), marks=marks, detector=judge,
-                             rates=(fpr, fnr), pixels=kept)  # fmt: skip
+            answer = _answer(judge, one, rates, marks=marks, pixels=kept)
         except Exception as error:  # noqa: BLE001 - whatever a picture does to a decoder or a model
             if strict:
                 raise
@@ -504,30 +497,32 @@ def _marks(image: Image.Image, data: bytes) -> dict[str, str]:
     return {name: printable(text.strip(" \0"))[:300] for name, text in found.items() if isinstance(text, str)}
 
 
-def _answer(judge: Detector, one: Features, fpr: float, fnr: float) -> dict[str, Any]:
+def _answer(judge: Detector, one: Features, rates: tuple[float, float], **about: Any) -> Verdict:
     evidence = judge.explain(one, 0)  # the head is asked once: of the image, and of it without each object
     log_odds = evidence.attrs["log_odds"]
-    verdict = judge.answers(np.array([log_odds]), fpr, fnr).iloc[0]
+    verdict = judge.answers(np.array([log_odds]), *rates).iloc[0]
     whole, *local = evidence.to_dict("records")
-    sides = ("x0", "y0", "x1", "y1")
     fits = [name for name in ("cosine", "relative", "real_below", "adds") if name in whole]
-    return {
+    boxes = [[_number(thing[side], 1) for side in ("x0", "y0", "x1", "y1")] for thing in local]
+    return Verdict(
         **one.table[[schema.PATH, schema.IMAGE_ID]].iloc[0],
         **verdict[["verdict", "because"]],
-        "seen": str(judge.seen(one)[0]),
-        "p_fake": _number(verdict["p_fake"]),
-        "log_odds": _number(log_odds),
-        "caption": whole["text"],
+        seen=str(judge.seen(one)[0]),
+        p_fake=_number(verdict["p_fake"]),
+        log_odds=_number(log_odds),
+        caption=whole["text"],
         **{f"global_{fit}": _number(whole[fit]) for fit in fits},
-        "objects": [
-            {"phrase": thing["text"], "box": [_number(thing[side], 1) for side in sides]}
-            | {"found": bool(thing["found"])}
+        objects=[
+            {"phrase": thing["text"], "box": box, "found": bool(thing["found"])}
             | {fit: _number(thing[fit]) for fit in fits}
-            for thing in local
+            for thing, box in zip(local, boxes, strict=True)
         ],
-        "unlike": _number(judge.unlike(one)[0]),
+        unlike=_number(judge.unlike(one)[0]),
+        detector=judge,
+        rates=rates,
         **one.provenance,
-    }
+        **about,
+    )
 
 
 def _number(value: float, digits: int = 4) -> float | None:

@@ -154,6 +154,29 @@ def test_help_is_quick_and_loads_no_library() -> None:
     assert done.stdout.splitlines()[-1] == "[]" and done.stderr == ""
 
 
+def test_a_verdict_waits_for_no_library_that_it_does_not_use(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(fakes.png(3, (48, 40)))
+    code = """
+import gc, sys
+from itemkit.cli import main
+looks = []
+gc.callbacks.append(lambda phase, about: looks.append(about["generation"]))
+def heavy():
+    names = ("sklearn", "scipy.stats", "scipy.ndimage", "matplotlib", "seaborn", "umap", "numba", "skimage",
+             "pyarrow.dataset", "ray", "jupyter_client")
+    return [name for name in names if name in sys.modules]
+main(["detect", "a.png", "--device", "cpu"])
+print(len(looks) < 50, gc.get_freeze_count() > 100_000, gc.get_threshold() == (700, 10, 10), heavy())
+main(["detect", "a.png", "--card", "a card.png", "--device", "cpu"])
+print(heavy())
+"""
+    settings = {name: value for name, value in os.environ.items() if name != "ITEMKIT_DATA"}
+    words = {"cwd": tmp_path, "env": settings, "capture_output": True, "text": True, "check": True}
+    out = subprocess.run([sys.executable, "-c", code], **words).stdout
+    shown = [line for line in out.splitlines() if line.endswith("]")]
+    assert shown == ["True True True []", "['matplotlib']"] and (tmp_path / "a card.png").is_file()
+
+
 @pytest.mark.parametrize("module", ["itemkit", "itemkit.cli"])
 def test_it_is_a_module_too(tmp_path: Path, module: str) -> None:
     words = [sys.executable, "-m", module, "--version"]
@@ -348,7 +371,7 @@ def test_extract_train_evaluate_detect(
     name = f"{first.stem}-{answers[1]['image_id'][:8]}.png"
     assert [file.name for file in (tmp_path / "cards").iterdir()] == [name]
     line = run("detect", first, "--detector", detector, *STUB, "--card", tmp_path / "one.gif", status=2)
-    assert line == "a card is a .png or a .pdf, got 'one.gif'" and gc.isenabled()
+    assert line == "a card is a .png or a .pdf, got 'one.gif'" and gc.get_threshold()[0]
 
 
 def test_few_images_give_an_answer_without_a_promise(tmp_path: Path, run: Run) -> None:

@@ -15,7 +15,6 @@ from itemkit.controls import (
     CONTROLS,
     OURS,
     VARIANTS,
-    Concepts,
     Doubt,
     FeatureScorer,
     GeneratorLeftOut,
@@ -27,6 +26,7 @@ from itemkit.controls import (
     RankSum,
     best_regions,
     caption_likelihood,
+    concepts,
     detector_doubt,
     file_length,
     get_control,
@@ -278,10 +278,10 @@ def test_concept_matching_by_hand():
         phrase_emb=phrase[[0, 1, 2, 0]],
     )
     for k, mean in ((1, 0.9), (2, 0.8), (4, 0.8)):  # of two regions: 0.9 and 0.7
-        np.testing.assert_allclose(Concepts(k)(features), [[1 - mean]], atol=1e-6)
+        np.testing.assert_allclose(concepts(features, k), [[1 - mean]], atol=1e-6)
     best = best_regions(features, 4)
     assert list(best.objects["phrase"]) == ["a", "c"] and best.table["n_objects"].tolist() == [2]
-    np.testing.assert_allclose(Concepts(2)(best), [[0.2]], atol=1e-6)
+    np.testing.assert_allclose(concepts(best, 2), [[0.2]], atol=1e-6)
 
 
 def test_some_objects_of_every_image():

@@ -125,7 +125,7 @@ def test_an_explorer_is_refused_with_a_reason(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(InputError, match=r"column 'word' of numbers holds no numbers"):
         write_explorer(features, page, pd.DataFrame({"word": ["a"] * 12}))
     with pytest.raises(InputError, match=r"no column 'global cosin'. Did you mean 'global cosine'\?"):
-        write_explorer(features, page, x="global cosin")
+        write_explorer(features, page, score="global cosin")
     with (
         monkeypatch.context() as small,
         pytest.raises(InputError, match=r"got 12 images, a page holds 1 to 11: select\(\) some"),

@@ -140,6 +140,15 @@ def test_a_true_folder(tmp_path: Path) -> None:
     assert fingerprint != load_parser(tmp_path / "parser").fingerprint()
 
 
+def test_a_tokenizer_of_its_own_is_read(tmp_path: Path) -> None:
+    folder = models.write_tiny_parser(tmp_path / "parser")
+    nlp, saved = spacy.load(folder), (folder / "tokenizer").read_bytes()
+    assert load_parser(folder).nlp.tokenizer.to_bytes(exclude=["vocab"]) == saved
+    nlp.tokenizer.add_special_case("redball", [{"ORTH": "red"}, {"ORTH": "ball"}])
+    nlp.to_disk(folder)
+    assert [token.text for token in load_parser(folder).nlp.tokenizer("redball")] == ["red", "ball"]
+
+
 def test_pipeline_without_parser_is_refused(tmp_path: Path) -> None:
     spacy.blank("en").to_disk(tmp_path / "blank")
     with pytest.raises(InputError, match="gives no noun chunks.* a tagger, a parser"):

@@ -15,6 +15,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from PIL import Image
+from scipy.stats import gaussian_kde
 
 from itemkit import _files, plots, schema
 from itemkit.errors import StoreError
@@ -263,6 +264,11 @@ def test_other_generators_get_colours_of_their_own() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- files
+
+
+def test_a_smooth_curve_is_that_of_the_library() -> None:
+    at, values = np.linspace(-4, 4, 50), RNG.normal(size=30)
+    np.testing.assert_allclose(plots.smooth(values, at), gaussian_kde(values)(at), rtol=1e-9)
 
 
 def test_the_style_does_not_depend_on_the_user() -> None:

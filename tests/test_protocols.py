@@ -490,7 +490,6 @@ def test_errors_before_anything_is_computed(stub: Preset, tmp_path: Path) -> Non
     wrong = [
         ({"protocol": "genimage"}, "protocol 'genimage' needs images: give the folder"),
         ({"protocol": "own"}, "protocol 'own' needs images"),
-        ({"seeds": 0}, "seeds=0: expected at least 1"),
         ({"without": ["cnm"]}, "unknown control 'cnm'; .* Did you mean 'cnn'"),
         ({"per_set": 5}, "--per-set and --skip-missing are for a data set's protocol, not for 'mini'"),
         ({"scores": ["scores.csv"]}, "--scores scores.csv: expected name=scores.csv.*clean, random JPEG"),

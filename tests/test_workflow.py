@@ -23,6 +23,7 @@ from itemkit.detector import Detector
 from itemkit.errors import InputError, ModelNotFound
 from itemkit.features import Features, select_objects
 from itemkit.images import ImageError
+from itemkit.network import TrainedHead
 from itemkit.presets import Preset
 
 import fakes
@@ -461,7 +462,7 @@ def test_one_image_that_cannot_be_judged_is_an_error_and_in_a_list_a_verdict(
 def test_verdicts_come_one_by_one(detector: Path, data: Path) -> None:
     files = sorted(map(str, (data.parent / "images").iterdir()))[:3]
     preset = stand_ins()
-    found = workflow.verdicts(files, preset, detector, "cpu")
+    found = workflow.verdicts(files, preset, detector, "cpu", None, (0.1, 0.1))
     assert next(found).path == files[0] and len(preset.captioner.batches) == 1  # the others are not touched
     assert [one.path for one in found] == files[1:]
 
@@ -478,6 +479,20 @@ def test_what_an_object_adds_is_what_is_lost_without_it(detector: Path, features
         assert adds == pytest.approx(all_of_it - judge.decision_function(without)[0], abs=1e-4)
     none = select_objects(one, np.zeros(len(one.objects), bool))
     assert table["adds"][0] == pytest.approx(judge.decision_function(none)[0], abs=1e-4)
+
+
+def test_the_head_is_asked_once_for_a_verdict(
+    detector: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, real = list[int](), TrainedHead.decision_function
+
+    def counted(head: TrainedHead, X: np.ndarray) -> np.ndarray:
+        asked.append(len(X))
+        return real(head, X)
+
+    monkeypatch.setattr(TrainedHead, "decision_function", counted)
+    (answer,) = judge([min((data.parent / "images").iterdir())], detector)
+    assert asked == [len(answer["objects"]) + 2]  # as it is, without each object, without any
 
 
 def test_an_image_unlike_all_that_made_the_detector_is_told(detector: Path, features: Features) -> None:
