@@ -31,7 +31,6 @@ from minilab import (
     data,
     fakes,
     flow,
-    gan,
     guards,
     ladders,
     latent,
@@ -169,11 +168,6 @@ def build_vae(b: Build) -> None:
     b.generator("vae", lambda: vae.VaeLesson(b.renders, b.device), "vae", vae.SCHEDULE, vae.BATCH)
 
 
-def build_gan(b: Build) -> None:
-    """GAN."""
-    b.generator("gan", lambda: gan.GanLesson(b.renders, b.device), "generator", gan.SCHEDULE, gan.BATCH)
-
-
 def build_vq(b: Build) -> None:
     """VQ-VAE, the decoder of the next two."""
     b.generator("vq", lambda: vq.VqLesson(b.renders, b.device), "vq", vq.SCHEDULE, vq.BATCH)
@@ -261,7 +255,6 @@ PARTS: dict[str, Callable[[Build], None]] = {
     "object_detector_narrow": partial(build_object_detector, name="object_detector_narrow", camera=CAMERA),
     "flow": build_flow,
     "vae": build_vae,
-    "gan": build_gan,
     "vq": build_vq,
     "latent_flow": build_latent_flow,
     "vq_prior": build_vq_prior,

@@ -51,10 +51,6 @@ GENERATORS = {
         "Convolutional conditional VAE (Kingma and Welling 2014) with sigma-VAE likelihood "
         "(Rybkin et al. 2021)."
     ),
-    "gan": (
-        "Conditional GAN: relativistic loss with R1 and R2 penalties (R3GAN, Huang et al. 2024), "
-        "projection critic (Miyato and Koyama 2018)."
-    ),
     "vq": ("VQ-VAE (van den Oord et al. 2017): 12 x 12 codes out of 512; the decoder of the next two."),
     "latent_flow": (
         "Flow matching on the VQ-VAE's vectors (latent diffusion, Rombach et al. 2022), guidance "

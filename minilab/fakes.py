@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from itemkit.models import file_hash
-from minilab import flow, gan, latent, vae, vq
+from minilab import flow, latent, vae, vq
 from minilab.camera import photo_files, png
 from minilab.conditions import encode_facts
 from minilab.grammar import caption
@@ -28,21 +28,19 @@ COUNTS = {"train": 160, "val": 60, "test": 100}
 REAL_FACTOR = 2
 FAKES, REALS = 1, 2
 """First numbers of the streams from which photographs of either class draw their settings."""
-GENERATORS = ("flow", "latent_flow", "vq_prior", "gan", "vae", "flow_early", "edit")
-"""``flow_early`` is the flow after a fraction of its training, ``edit`` a render in which the flow redrew one
-object; ``latent_flow`` and ``vq_prior`` paint with one decoder (families: ``protocols/mini.toml``)."""
+GENERATORS = ("flow", "latent_flow", "vq_prior", "vae", "edit")
+"""``edit`` is a render in which the flow redrew one object; ``latent_flow`` and ``vq_prior`` paint with one decoder (families: ``protocols/mini.toml``)."""
 
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "flow": flow.UNet,
     "vae": vae.Vae,
-    "gan": gan.Generator,
     "vq": vq.VqVae,
     "latent_flow": latent.make_unet,
     "vq_prior": vq.Prior,
 }
 PAINTED_BY_VQ = ("latent_flow", "vq_prior")
-STAGE = {"flow_early": "flow@600", "edit": "flow"}
-"""Weights of the generators that are no training of their own; ``name@step`` is a stage of a training."""
+STAGE = {"edit": "flow"}
+"""Weights of the generator that is no training of its own."""
 
 
 def load_generator(name: str, folder: Path, device: str = "cpu") -> nn.Module:
@@ -100,7 +98,7 @@ def sample_fakes(name: str, folder: Path, scenes: RenderSet, seed: int, device: 
         # outside the mask the picture is the render's own bytes
         return np.where(masks[..., None], redrawn, scenes.images)
     sample: Callable[..., torch.Tensor] = {
-        "flow": flow.sample, "vae": vae.sample, "gan": gan.sample,
+        "flow": flow.sample, "vae": vae.sample,
         "latent_flow": latent.sample, "vq_prior": vq.sample,
     }[kind]  # fmt: skip
     models = (model,) if decoder is None else (model, decoder)

@@ -68,7 +68,7 @@ def small_lab(tmp_path: Path) -> Path:
     shutil.copytree(MINI / "models", lab / "models", ignore=shutil.ignore_patterns("detector", "*_second"))
     for name in ("reals", "fakes", "fresh"):
         table = pd.read_parquet(MINI / f"{name}.parquet")
-        table = table[table.generator.isin(["real", "gan"])]
+        table = table[table.generator.isin(["real", "flow"])]
         table.groupby(["generator", "split"]).head(12).to_parquet(lab / f"{name}.parquet")
     return lab
 
@@ -81,7 +81,7 @@ def test_the_detector_is_trained_on_and_written_to_the_laboratory_that_is_named(
         main(["detector", "--data", str(small_lab), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     )
     record = (small_lab / "models" / "detector" / "detector.json").read_text()
-    assert '"real": 12' in record and '"gan": 12' in record and "vae" not in record
+    assert '"real": 12' in record and '"flow": 12' in record and "vae" not in record
     assert str(tmp_path) not in record
     assert (MINI / "models" / "detector" / "detector.json").read_bytes() == before
     assert main(["images", "--data", str(small_lab), "--out", str(tmp_path / "again")]) == 0
@@ -93,7 +93,7 @@ def test_the_detector_is_trained_on_and_written_to_the_laboratory_that_is_named(
     ("words", "told"),
     [
         ("build flo", "has no part flo; parts: parser, clip"),
-        ("check gan", "check takes no parts, got gan"),
+        ("check flow", "check takes no parts, got flow"),
         ("check --data nowhere", "no laboratory in nowhere"),
         ("data --device cuda:99", "cuda:99"),
     ],

@@ -16,7 +16,7 @@ from PIL import Image
 from scipy import ndimage
 
 from itemkit.errors import InputError
-from minilab import build, cards, data, fakes, flow, gan, guards, ladders, latent, vae, vq, world
+from minilab import build, cards, data, fakes, flow, guards, ladders, latent, vae, vq, world
 from minilab.renders import RenderSet, make_renders
 from minilab.world import SIZE
 
@@ -108,17 +108,17 @@ def test_every_model_gets_a_card_with_its_own_measurements(tmp_path: Path) -> No
     facts |= {"machine": "x", "torch": "2"}
     measured = {"clip_r_at_1_of_1000": 0.9, "clip_second_r_at_1_of_1000": 0.8}
     (tmp_path / "cards.json").write_text(
-        json.dumps({"clip": facts, "clip_second": facts, "gan": facts, "measured": measured})
+        json.dumps({"clip": facts, "clip_second": facts, "flow": facts, "measured": measured})
     )
     distances = {"frechet": 12.5, "frechet_low": 0.0, "frechet_high": 7.25}
-    rows = [{"name": name, "n": 5, **distances, "scene": 0.4} for name in ("real", "gan")]
+    rows = [{"name": name, "n": 5, **distances, "scene": 0.4} for name in ("real", "flow")]
     pd.DataFrame(rows).to_csv(tmp_path / "quality.csv", index=False)
     cards.write_cards(tmp_path)
     first, second = ((tmp_path / "models" / n / "README.md").read_text() for n in ("clip", "clip_second"))
     assert "| r at 1 of 1000 | 0.9 |" in first and "0.8" not in first and "1,255,297" in first
     assert "| r at 1 of 1000 | 0.8 |" in second and "1,500 of 64" in second
     generators = (tmp_path / "generators.md").read_text()
-    assert "## gan" in generators and "## vae" not in generators
+    assert "## flow" in generators and "## vae" not in generators
     # samples are no unseen renders; a distance says its factor, and why it may lie outside its interval
     assert "| measured on 5 samples | |" in generators and "unseen renders" not in generators
     assert "| Fréchet distance × 1000 | 12.5 (95 %: 0.0 to 7.2) |" in generators
@@ -167,7 +167,7 @@ def test_committed_cards_are_those_that_were_noted(tmp_path: Path) -> None:
 
 def test_every_stage_that_is_kept_is_used() -> None:
     schedules = {"flow": flow.SCHEDULE, "latent_flow": latent.SCHEDULE, "vae": vae.SCHEDULE,
-                 "gan": gan.SCHEDULE, "vq": vq.SCHEDULE, "vq_prior": vq.PRIOR_SCHEDULE}  # fmt: skip
+                 "vq": vq.SCHEDULE, "vq_prior": vq.PRIOR_SCHEDULE}  # fmt: skip
     kept = {f"{name}@{step}" for name, schedule in schedules.items() for step in schedule.snapshots}
     used = {*fakes.STAGE.values(), *ladders.RUNGS} - set(ladders.SEMANTICS)
     assert kept == {name for name in used if "@" in name}
@@ -242,8 +242,8 @@ def test_the_card_says_which_generators_are_a_fair_fight(tmp_path: Path) -> None
 
 @pytest.fixture
 def two_generators(monkeypatch: pytest.MonkeyPatch, generators: Path) -> Path:
-    """A data set of a few pictures: a GAN's, and edits by the flow."""
-    monkeypatch.setattr(fakes, "GENERATORS", ("gan", "edit"))
+    """A data set of a few pictures: a VAE's, and edits by the flow."""
+    monkeypatch.setattr(fakes, "GENERATORS", ("vae", "edit"))
     for module in (fakes, data):
         monkeypatch.setattr(module, "COUNTS", {"train": 8, "val": 4, "test": 6})
     monkeypatch.setattr(fakes.flow, "sample", partial(flow.sample, steps=2))

@@ -15,7 +15,7 @@ from torch import nn
 from itemkit.captions import load_captioner
 from itemkit.encoder import load_encoder
 from itemkit.errors import InputError
-from minilab import build, captioner, clip, flow, gan, object_detector, training, truth, vae, vq
+from minilab import build, captioner, clip, flow, object_detector, training, truth, vae, vq
 from minilab.conditions import Condition, encode_facts
 from minilab.formats import save_blip, save_clip
 from minilab.grammar import COLOURS, KINDS, SETTINGS, Facts, caption
@@ -29,7 +29,6 @@ LESSONS = {
     "object_detector": (object_detector, object_detector.DetectorLesson),
     "flow": (flow, lambda renders: flow.FlowLesson(flow.UNet(), renders)),
     "vae": (vae, vae.VaeLesson),
-    "gan": (gan, gan.GanLesson),
     "vq": (vq, vq.VqLesson),
 }
 
