@@ -29,7 +29,8 @@ REAL_FACTOR = 2
 FAKES, REALS = 1, 2
 """First numbers of the streams from which photographs of either class draw their settings."""
 GENERATORS = ("flow", "latent_flow", "vq_prior", "vae", "edit")
-"""``edit`` is a render in which the flow redrew one object; ``latent_flow`` and ``vq_prior`` paint with one decoder (families: ``protocols/mini.toml``)."""
+"""``edit`` is a render in which the flow redrew one object; ``latent_flow`` and ``vq_prior`` paint with one
+decoder (families: ``protocols/mini.toml``)."""
 
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "flow": flow.UNet,
