@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from itemkit.detector import Detector
     from itemkit.head import MisalignmentMLP
     from itemkit.models import Models
+    from itemkit.network import TrainedHead
 
 Loss = Callable[[Tensor], Tensor]  # pixels (n, 3, h, w) in [0, 1] -> a number for each image (n,)
 Sizes = Sequence[tuple[int, int]]  # width and height of each image
@@ -108,7 +109,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def log_odds(head: MisalignmentMLP, x: Tensor) -> Tensor:
+def log_odds(head: MisalignmentMLP | TrainedHead, x: Tensor) -> Tensor:
     """Log-odds (n,) that a trained head gives for vectors (n, k), with their gradient."""
     mean, scale = (torch.from_numpy(values).to(x.device) for values in (head.mean_, head.scale_))
     return head.net_((x - mean) / scale).mean(0)

@@ -420,7 +420,7 @@ def match_classes(measured: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     left = left.assign(left_out=left["images"] - left["kept"])
     left = left.sort_values("left_out", ascending=False, kind="stable", ignore_index=True)
     if known[label].nunique() < 2 or not known["kept"].any():
-        there = f"{', '.join(MATCHED)} of real and fake images are never the same"
+        there = f"{' and '.join(MATCHED)} of real and fake images are never the same"
         raise InputError(f"nothing to match: {there}; equalise the images instead")
     return measured.loc[known.index[known["kept"]]].reset_index(drop=True), left
 

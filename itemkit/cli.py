@@ -146,7 +146,6 @@ def _parser() -> argparse.ArgumentParser:
     option("manifest", help="CSV, Parquet or folder")
     option("--by", default="generator", choices=("generator", "source"), help="judge each by itself, too")
     option("--csv", type=Path, help="also write the table")
-    option("--figure", type=Path, metavar="FOLDER", help="also draw it: audit.pdf, .png and .csv")
     option("--equalise", type=Path, metavar="FOLDER", help="write a copy with equal size and codec")
     option("--size", type=_positive, metavar="PX", help="side of the equalised squares; 224 without it")
     option(
@@ -275,7 +274,7 @@ def audit(args: argparse.Namespace) -> int:
     manifest = _manifest(args, args.manifest)
     first = itemkit.audit.audit(manifest, by=args.by, progress=True)
     _print(*first.to_text().split("\n"))
-    reports = {"as they are": first}
+    reports = [first]
     if args.csv:
         itemkit.text.write_csv(pd.concat([first.table.assign(set="all"), first.parts]), args.csv)
     mended = {}
@@ -292,29 +291,10 @@ def audit(args: argparse.Namespace) -> int:
         _print("", f"{each:,} real and {each:,} fake images are alike in {what}; left out, most first:", "")
         _print(*lost.head(12).to_string(index=False, na_rep="-").split("\n"))
     for name, (images, where) in mended.items():
-        reports[name] = itemkit.audit.audit(images, by=args.by, progress=True)
+        reports.append(itemkit.audit.audit(images, by=args.by, progress=True))
         _print("", f"{name.capitalize()}, in {where}:", "")
-        _print(*reports[name].to_text(before=first).split("\n"))
-    if args.figure:
-        _draw_audit(reports, args.figure)
-    return int(any(len(report.errors) for report in reports.values()))
-
-
-def _draw_audit(reports: dict[str, Any], folder: Path) -> None:
-    import matplotlib.pyplot as plt
-    import pandas as pd
-
-    plots = itemkit.plots
-    plots.style()
-    parts = [report.table.assign(data=name, n=len(report.measurements)) for name, report in reports.items()]
-    table = pd.concat(parts).rename(columns={"auroc": "value"}).dropna(subset="value")
-    if not len(table):
-        raise InputError("--figure draws how well each property separates two classes, and here is one")
-    fig, ax = plt.subplots(figsize=(5.5, 0.8 + 0.25 * table["property"].nunique()))
-    xlabel = "AUROC of this property alone"
-    plots.intervals(ax, table, y="property", hue="data", xlabel=xlabel, reference=0.5)
-    drawn = table[["property", "data", "value", "low", "high", "n"]]
-    plots.save(fig, "audit", drawn, folder, "95 % intervals; dotted: chance")
+        _print(*reports[-1].to_text(before=first).split("\n"))
+    return int(any(len(report.errors) for report in reports))
 
 
 def extract(args: argparse.Namespace) -> int:

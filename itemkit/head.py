@@ -10,7 +10,6 @@ import math
 import time
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,7 +26,7 @@ from torch import Tensor
 from itemkit.devices import choose_device
 from itemkit.errors import InputError
 from itemkit.metrics import average_precision
-from itemkit.network import ARCHITECTURES, Architecture, Net, TrainedHead, intact
+from itemkit.network import ARCHITECTURES, Architecture, Net, TrainedHead
 from itemkit.splits import split_validation
 
 
@@ -206,7 +205,7 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         self.history_ = dict(zip(names, map(list, zip(*history, strict=True)), strict=True))
 
     def trained(self) -> TrainedHead:
-        """What is kept of this head once it is trained."""
+        """What is kept of this head once it is trained, to be saved or to give scores."""
         check_is_fitted(self, "net_")
         kept = {name: value for name, value in vars(self).items() if name in TrainedHead.__dataclass_fields__}
         params = self.get_params()
@@ -227,18 +226,3 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
         """More probable class of each row."""
         positive = self.decision_function(X) > 0  # first: an unfitted head says so here
         return self.classes_[positive.astype(int)]
-
-    def save(self, folder: str | Path) -> Path:
-        """Write ``head.safetensors`` (weights) and ``head.json`` (everything else) into a folder."""
-        return self.trained().save(folder)
-
-    @classmethod
-    def load(cls, folder: str | Path, device: str = "auto") -> MisalignmentMLP:
-        """Read a head written by `save`; ModelNotFound if there is none, or it is damaged."""
-        kept = TrainedHead.load(folder, device)
-        with intact(Path(folder)):
-            names = [name for name in cls._get_param_names() if name != "device"]
-            head = cls(**{name: kept.params[name] for name in names}, device=device)
-            head.resolved_architecture()  # refuses numbers that no head can have
-        vars(head).update({name: value for name, value in vars(kept).items() if name != "params"})
-        return head

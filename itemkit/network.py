@@ -156,7 +156,7 @@ class TrainedHead:
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> TrainedHead:
-        """Read a head written by `save`; ModelNotFound if there is none, or it is damaged."""
+        """Read what `save` wrote; ModelNotFound if there is none, or it is damaged."""
         where, (meta, arrays) = choose_device(device), read_sealed(Path(folder), FILES, FORMAT)
         with intact(Path(folder)):
             arch = Architecture(**meta["network"] | {"hidden": tuple(meta["network"]["hidden"])})

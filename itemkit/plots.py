@@ -177,11 +177,8 @@ def ridges(
     """
     of = {name: part[value].dropna().to_numpy() for name, part in table.groupby(schema.GENERATOR, sort=False)}
     palette, real = colours(list(of)), of.pop(schema.REAL_GENERATOR, np.zeros(0))
-    ends = (
-        [x.min() for x in (*of.values(), real) if len(x)],
-        [x.max() for x in (*of.values(), real) if len(x)],
-    )
-    at = np.linspace(min(ends[0], default=0), max(ends[1], default=1), 400)
+    every = np.concatenate([*of.values(), real, np.zeros(0)])
+    at = np.linspace(*(every.min(), every.max()) if len(every) else (0, 1), 400)
     for row, (name, x) in enumerate(of.items()):
         for part, colour, alpha in ((real, GREY, 0.35), (x, palette[name], 0.6)):
             if len(part) < 2 or np.ptp(part) == 0:

@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,13 @@ def control(
     ``variants`` are other features of the same images, see `itemkit.controls.VARIANTS`.
     """
     made, config = OURS.get(name) or get_control(name), get_representation(representation)
-    if made.variant and made.variant not in (variants or {}):
+    own = (variants or {}).get(made.variant)
+    if made.variant and own is None:
         raise InputError(f"the control {made.title!r} needs variants[{made.variant!r}]: "
                          f"{VARIANTS[made.variant]}; itemkit.study.make_variants makes them")  # fmt: skip
     about = {"contender": name, "item": config.to_dict(), "made_of": described(made.build(0, config, head))}
-    own = variants[made.variant] if variants and made.variant else None
-    how = {"reals_only": made.reals_only, "slow": made.slow}
-    return Recipe(lambda seed: made.build(seed, config, head), about, made.title, own, **how)
+    build = partial(made.build, representation=config, head=head)
+    return Recipe(build, about, made.title, own, made.reals_only, made.slow)
 
 
 def described(part: Any) -> Any:

@@ -192,10 +192,8 @@ def _inline(kind: str, picture: io.BytesIO) -> str:
 
 def _audit(labelled: Features) -> tuple[dict[str, str], Section]:
     """What besides content tells the classes apart, in the files as they are."""
-    section, tile = (
-        Section("What else tells the classes apart?", []),
-        {"name": "Strongest leak", "value": "–"},
-    )
+    section = Section("What else tells the classes apart?", [])
+    tile = {"name": "Strongest leak", "value": "–"}
     table = labelled.table.sample(min(len(labelled), AUDITED), random_state=0)
     if "caption_source" in table:  # a captioner's words are no property of the files
         own = table["caption_source"] == "user"
@@ -279,7 +277,7 @@ def _tiles(table: pd.DataFrame, fpr: float) -> list[dict[str, str]]:
         "accuracy_real": ("Reals called real", f"at a false-positive rate of {fpr:.0%}"),
         "accuracy_fake": ("Fakes called fake", "at the same threshold"),
     }
-    if not (every[["n_real", "n_fake"]].min().min() > 0):
+    if not every[["n_real", "n_fake"]].to_numpy().all():
         wanted = {"called_fake": ("Called fake", f"at a false-positive rate of {fpr:.0%}")}
     tiles = []
     for name, (title, about) in wanted.items():
@@ -303,11 +301,9 @@ def _metrics(
         return section
     auroc = auroc.sort_values("value", ascending=False, kind="stable")
     names = test.table[schema.GENERATOR].astype(object).fillna("").astype(str).to_numpy()
-    few = list(auroc["generator"][auroc["generator"] != "all"]) or list(
-        dict.fromkeys(names[test.labels == 1])
-    )
-    few = few[:ROWS]
-    order = pd.concat([auroc[auroc["generator"] == "all"], auroc[auroc["generator"].isin(few)]])
+    every = auroc["generator"] == "all"
+    few = list(auroc["generator"][~every] if not every.all() else pd.unique(names[test.labels == 1]))[:ROWS]
+    order = pd.concat([auroc[every], auroc[auroc["generator"].isin(few)]])
     scores = pd.DataFrame({"score": detector.decision_function(test), schema.GENERATOR: names})
     parts = [scores[names == name] for name in few]
     parts.append(scores[test.labels == schema.REAL].assign(generator=schema.REAL_GENERATOR))

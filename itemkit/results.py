@@ -636,9 +636,9 @@ def _share(mean: Mapping[str, float]) -> str:
 
 
 def fusion_table(
-    studies: Mapping[str, Study], fusions: Mapping[str, Sequence[str]], training: str = ONE
+    studies: Mapping[str, Study], fusions: Mapping[str, Sequence[str]]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Is a fusion ever worse than the better of its parts? Judged by the AUROC of every unseen cell.
+    """Is a fusion ever worse than the better of its parts? By the AUROC of unseen cells, trained on `ONE`.
 
     Parameters
     ----------
@@ -657,7 +657,7 @@ def fusion_table(
             if not {name, *parts} <= {*study.detectors}:
                 continue
             about = {"condition": condition, "fusion": name, "title": study.options["titles"][name]}
-            gain, cells = study.fusion_gain(name, parts, training), study.unseen(name, "auroc", training)
+            gain, cells = study.fusion_gain(name, parts, ONE), study.unseen(name, "auroc", ONE)
             if gain.empty:
                 continue
             mean, worst, least = study.mean(cells), study.mean(study.worst(cells)), gain.iloc[0]

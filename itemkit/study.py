@@ -131,17 +131,14 @@ def run_study(
         Features go to ``out/features``, all else to ``out/study-<protocol>``: ``scores.parquet`` (every
         score), the tables that follow from it (see `tables`), ``manifest.csv`` (the images with the splits
         they have here), and per condition one JSON per run.
-    preset, device, captions, jobs, n_boot, progress
-        See `itemkit.workflow.features` and `itemkit.matrix.train_on_test_on`.
+    preset, device, captions, jobs, n_boot, progress, skip_missing, per_set, other_encoder
+        See `itemkit.workflow.features`, `itemkit.matrix.train_on_test_on`, `make_variants` and
+        `itemkit.protocols.Protocol.select`.
     scores : "name=scores.csv", or "name@condition=scores.csv"
         Detectors that ran elsewhere, on the images that ``manifest.csv`` lists as val and test; of the
         unchanged images if no condition is named. See `itemkit.recipes.ExternalScores`.
-    skip_missing, per_set
-        See `itemkit.protocols.Protocol.select`.
     without : names
         Controls to leave out, e.g. "cnn", the one that takes longest.
-    other_encoder : str, optional
-        See `make_variants`.
 
     Raises
     ------

@@ -277,11 +277,11 @@ def test_concept_matching_by_hand():
         region_emb=region.astype(np.float32),
         phrase_emb=phrase[[0, 1, 2, 0]],
     )
-    for k, mean in ((1, 0.9), (2, 0.8), (4, 0.8)):  # of two regions: 0.9 and 0.7
-        np.testing.assert_allclose(concepts(features, k), [[1 - mean]], atol=1e-6)
+    np.testing.assert_allclose(concepts(features), [[1 - 0.9]], atol=1e-6)
     best = best_regions(features, 4)
     assert list(best.objects["phrase"]) == ["a", "c"] and best.table["n_objects"].tolist() == [2]
-    np.testing.assert_allclose(concepts(best, 2), [[0.2]], atol=1e-6)
+    np.testing.assert_allclose(concepts(best), [[0.1]], atol=1e-6)
+    assert concepts(select_objects(features, np.zeros(4, bool))).tolist() == [[1.0]]
 
 
 def test_some_objects_of_every_image():

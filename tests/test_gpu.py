@@ -24,6 +24,7 @@ from itemkit.extraction import extract
 from itemkit.features import Features
 from itemkit.head import MisalignmentMLP
 from itemkit.models import Models
+from itemkit.network import TrainedHead
 from itemkit.presets import Preset, get_preset
 from itemkit.steps import Steps
 from itemkit.store import load_features
@@ -170,7 +171,7 @@ def test_toy_head_trained_there_and_used_here(tmp_path: Path, members: int) -> N
     scores = there.decision_function(x_test)
     # the same starts and the same batches
     np.testing.assert_allclose(scores, here.decision_function(x_test), atol=1e-2)
-    loaded = MisalignmentMLP.load(there.save(tmp_path), device="cpu")
+    loaded = TrainedHead.load(there.trained().save(tmp_path), device="cpu")
     assert (
         next(loaded.net_.parameters()).device.type == "cpu"
         and "cuda" not in (tmp_path / "head.json").read_text()

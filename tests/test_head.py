@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.metrics import roc_auc_score as auroc
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -18,7 +17,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from itemkit.errors import InputError, ModelNotFound
 from itemkit.head import MisalignmentMLP
-from itemkit.network import ARCHITECTURES, FILES, write_sealed
+from itemkit.network import ARCHITECTURES, FILES, TrainedHead, write_sealed
 
 QUICK = {"max_epochs": 12, "patience": 4, "device": "cpu"}
 
@@ -153,11 +152,11 @@ def test_linear_head_agrees_with_logistic_regression():
 def test_save_and_load(tmp_path, architecture):
     options = {"members": np.int64(2), "seed": np.int64(5), "max_epochs": 2, "device": "cpu"}
     head = MisalignmentMLP(architecture, **options).fit(X, Y)
-    again = MisalignmentMLP.load(head.save(tmp_path / "head"), device="cpu")
+    again = TrainedHead.load(head.trained().save(tmp_path / "head"), device="cpu")
     np.testing.assert_array_equal(again.decision_function(X_TEST), head.decision_function(X_TEST))
-    assert again.get_params() == head.get_params() and again.history_ == head.history_
+    assert again.params | {"device": "cpu"} == head.get_params() and again.history_ == head.history_
     assert sorted(p.name for p in (tmp_path / "head").iterdir()) == ["head.json", "head.safetensors"]
-    clone(again).fit(X, Y)
+    MisalignmentMLP(**again.params).fit(X, Y)
 
 
 def test_a_constant_column_and_a_large_mean_cost_nothing():
@@ -195,21 +194,20 @@ def test_numbers_that_no_head_can_have(name, value):
 
 def test_neither_the_device_nor_nan_is_stored(tmp_path):
     head = MisalignmentMLP(validation_fraction=0, max_epochs=2, device="cpu").fit(X, Y)
-    text = (head.save(tmp_path) / "head.json").read_text()
+    text = (head.trained().save(tmp_path) / "head.json").read_text()
     assert "device" not in json.loads(text)["params"] and "NaN" not in text
-    again = MisalignmentMLP.load(tmp_path)
-    assert again.device == "auto" and again.history_["val_loss"] == [None, None]
+    again = TrainedHead.load(tmp_path)
+    assert again.history_["val_loss"] == [None, None]
     expected = head.decision_function(X_TEST)
     # nor does it matter where it was trained, or that an older file says so
     for device in ("cuda", "cuda:7"):
-        head.set_params(device=device).save(tmp_path)
+        head.set_params(device=device).trained().save(tmp_path)
         meta = json.loads((tmp_path / "head.json").read_text())
         assert "cuda" not in json.dumps(meta)
         meta["params"]["device"] = device
         contents = {k: v for k, v in meta.items() if k not in ("sha256", "files")}
         write_sealed(tmp_path, FILES, contents, load_file(tmp_path / "head.safetensors"))
-        again = MisalignmentMLP.load(tmp_path, device="cpu")
-        assert again.device == "cpu"
+        again = TrainedHead.load(tmp_path, device="cpu")
         np.testing.assert_array_equal(again.decision_function(X_TEST), expected)
 
 
@@ -279,7 +277,10 @@ DAMAGES = {
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     return (
-        MisalignmentMLP(members=2, hidden_sizes=(8,), **QUICK).fit(X, Y).save(tmp_path_factory.mktemp("head"))
+        MisalignmentMLP(members=2, hidden_sizes=(8,), **QUICK)
+        .fit(X, Y)
+        .trained()
+        .save(tmp_path_factory.mktemp("head"))
     )
 
 
@@ -288,7 +289,7 @@ def test_a_damaged_folder_is_one_line(trained, damage, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "copy")
     DAMAGES[damage](folder)
     with pytest.raises(ModelNotFound, match=r"copy is damaged \(.*\); train again$") as caught:
-        MisalignmentMLP.load(folder)
+        TrainedHead.load(folder)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
@@ -307,18 +308,18 @@ def test_files_made_to_look_whole_are_checked_as_well(trained, tmp_path):
         contents = {k: v for k, v in meta.items() if k not in ("sha256", "files")}
         write_sealed(folder, FILES, contents, load_file(folder / "head.safetensors"))
         with pytest.raises(ModelNotFound, match=r"is damaged \(.*\); train again$"):
-            MisalignmentMLP.load(folder)
+            TrainedHead.load(folder)
 
 
 def test_a_saved_head_does_not_change_with_the_numbers_of_its_architecture(tmp_path, monkeypatch):
     head = MisalignmentMLP("robust_clip", **QUICK).fit(X, Y)
-    head.save(tmp_path)
+    head.trained().save(tmp_path)
     other = replace(ARCHITECTURES["robust_clip"], activation="relu", batch_norm=False)
     monkeypatch.setitem(ARCHITECTURES, "robust_clip", other)
-    again = MisalignmentMLP.load(tmp_path, device="cpu")
+    again = TrainedHead.load(tmp_path, device="cpu")
     np.testing.assert_array_equal(again.decision_function(X_TEST), head.decision_function(X_TEST))
 
 
 def test_a_folder_without_a_head(tmp_path):
     with pytest.raises(ModelNotFound, match="head.json is missing. Train one with `itemkit train`"):
-        MisalignmentMLP.load(tmp_path)
+        TrainedHead.load(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from tools import notebooks, rules
 
 REPO = Path(__file__).resolve().parents[1]
 COMMITTED = sorted((REPO / "notebooks").glob("*.ipynb"))
+WHERE_IT_LOSES = REPO / "docs" / "where_it_loses.md"
 
 TOLD = {"image/png": {"alt": "one pixel"}}
 # the smallest PNG there is: one transparent pixel
@@ -231,6 +233,15 @@ def test_a_wrong_number_planted_in_a_committed_notebook_is_found(path: Path, tmp
     nbformat.write(notebook, tmp_path / path.name)
     found = [problem for problem in rules.problems(tmp_path / path.name) if "in the prose" in problem]
     assert len(found) == 2
+
+
+def test_where_it_loses_says_what_the_notebooks_show() -> None:
+    lines = [line for line in WHERE_IT_LOSES.read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(lines) >= 10
+    for line in lines:
+        sources = re.findall(r"\(\.\./(notebooks/[\w.]+)\)", line)
+        texts = [text for source in sources for text in rules.shown(REPO / source)]
+        assert sources and rules.unsaid(re.sub(r"\[.*?\]\(.*?\)", "", line), texts) == [], line
 
 
 def test_urls_fractions_and_html_are_no_absolute_paths(page: Path) -> None:

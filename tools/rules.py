@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,13 +241,26 @@ def _number_problems(notebook: Any) -> Iterator[str]:
             continue
         if cell.source.startswith("## "):
             begin = 0 if i == last else len(texts)
-        known = _NUMBER.findall("\n".join(parameters + texts[begin:]))
-        for text in _NUMBER.findall(_NO_RESULT.sub(" ", cell.source)):
-            if not text.isdecimal() or int(text) >= 10:
-                if not any(_says(text, other) for other in known):
-                    where = cell.source.find(text)
-                    around = " ".join(cell.source[max(0, where - 30) : where + 20].split())
-                    yield f"{text!r} stands in the prose and in no output above it: {around!r}"
+        for text in unsaid(cell.source, parameters + texts[begin:]):
+            where = cell.source.find(text)
+            around = " ".join(cell.source[max(0, where - 30) : where + 20].split())
+            yield f"{text!r} stands in the prose and in no output above it: {around!r}"
+
+
+def unsaid(prose: str, texts: Sequence[str]) -> list[str]:
+    """Numbers in prose that none of the texts shows; whole numbers below ten are words."""
+    known = _NUMBER.findall("\n".join(texts))
+    told = [
+        text
+        for text in _NUMBER.findall(_NO_RESULT.sub(" ", prose))
+        if not text.isdecimal() or int(text) >= 10
+    ]
+    return [text for text in told if not any(_says(text, other) for other in known)]
+
+
+def shown(path: Path) -> list[str]:
+    """Everything that the text outputs of a notebook show."""
+    return [*_output_texts(read_notebook(path))]
 
 
 def _says(text: str, shown: str) -> bool:
