@@ -21,7 +21,7 @@ from minilab.world import Graft, Scene, Style, Thing, render, sample_scene, scen
 
 Change = Callable[[Thing, int, np.random.Generator], Thing]
 
-N_PROBES = 40
+N_PROBES = 80
 FIRST_SCENE = 200_000
 """Probes show scenes of the ``test`` split from here on, the same for all; nothing else shows them."""
 PROBES = 3
