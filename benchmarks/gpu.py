@@ -273,7 +273,7 @@ from minilab.__main__ import main, parser
 build.N_RENDERS, steps = map(int, (sys.argv.pop(1), sys.argv.pop(1)))
 sys.exit(main(sys.argv[1:] + (["--until", str(steps)] if "--until" in parser().format_help() else [])))"""
 # in this order: the last two need the VQ-VAE, cut off where the laboratory can be
-TRAININGS = ("clip", "captioner", "object_detector", "flow", "vae", "vq", "latent_flow", "vq_prior")
+TRAININGS = ("clip", "captioner", "object_detector", "flow", "vq", "latent_flow", "layout_flow", "painter")
 
 
 def laboratory(b: Bench) -> None:

@@ -35,9 +35,9 @@ from minilab import (
     ladders,
     latent,
     object_detector,
+    painter,
     probes,
     truth,
-    vae,
     vq,
 )
 from minilab.camera import CAMERA, WIDE, Camera
@@ -163,13 +163,8 @@ def build_flow(b: Build) -> None:
     )
 
 
-def build_vae(b: Build) -> None:
-    """VAE."""
-    b.generator("vae", lambda: vae.VaeLesson(b.renders, b.device), "vae", vae.SCHEDULE, vae.BATCH)
-
-
 def build_vq(b: Build) -> None:
-    """VQ-VAE, the decoder of the next two."""
+    """VQ-VAE, the decoder of the next."""
     b.generator("vq", lambda: vq.VqLesson(b.renders, b.device), "vq", vq.SCHEDULE, vq.BATCH)
 
 
@@ -180,11 +175,17 @@ def build_latent_flow(b: Build) -> None:
     b.generator("latent_flow", make, "unet", latent.SCHEDULE, flow.BATCH)
 
 
-def build_vq_prior(b: Build) -> None:
-    """Autoregressive prior of the VQ-VAE."""
-    codes = vq.encode_renders(fakes.load_generator("vq", b.generators, b.device), b.renders, b.device)
-    make = partial(vq.PriorLesson, b.renders, codes, b.device)
-    b.generator("vq_prior", make, "prior", vq.PRIOR_SCHEDULE, vq.PRIOR_BATCH)
+def build_layout_flow(b: Build) -> None:
+    """Pixel flow that is told where things stand."""
+    make = partial(painter.LayoutFlowLesson, b.renders, b.device)
+    b.generator("layout_flow", make, "net", painter.FLOW_SCHEDULE, flow.BATCH)
+
+
+def build_painter(b: Build) -> None:
+    """Layout to picture in one step."""
+    b.generator(
+        "painter", partial(painter.PainterLesson, b.renders, b.device), "net", painter.SCHEDULE, painter.BATCH
+    )
 
 
 def build_fakes(b: Build) -> None:
@@ -254,10 +255,10 @@ PARTS: dict[str, Callable[[Build], None]] = {
     "clip_narrow": partial(build_clip, name="clip_narrow", camera=CAMERA),
     "object_detector_narrow": partial(build_object_detector, name="object_detector_narrow", camera=CAMERA),
     "flow": build_flow,
-    "vae": build_vae,
     "vq": build_vq,
     "latent_flow": build_latent_flow,
-    "vq_prior": build_vq_prior,
+    "layout_flow": build_layout_flow,
+    "painter": build_painter,
     "data": build_data,
     "fakes": build_fakes,
     "probes": build_probes,

@@ -47,16 +47,19 @@ GENERATORS = {
         "Conditional pixel flow matching (Lipman et al. 2022): a U-Net that predicts the picture (Li and He "
         "2025), classifier-free guidance 1.5, 20 Heun steps."
     ),
-    "vae": (
-        "Convolutional conditional VAE (Kingma and Welling 2014) with sigma-VAE likelihood "
-        "(Rybkin et al. 2021)."
-    ),
-    "vq": ("VQ-VAE (van den Oord et al. 2017): 12 x 12 codes out of 512; the decoder of the next two."),
+    "vq": ("VQ-VAE (van den Oord et al. 2017): 12 x 12 codes out of 512; the decoder of the next."),
     "latent_flow": (
         "Flow matching on the VQ-VAE's vectors (latent diffusion, Rombach et al. 2022), guidance "
         "1.5, 20 Heun steps."
     ),
-    "vq_prior": "Autoregressive transformer over the VQ-VAE's codes, temperature 1, logits guided by 1.5.",
+    "layout_flow": (
+        "Flow matching as `flow`, told for each pixel which thing or ground shows there (semantic image "
+        "synthesis, Park et al. 2019); no guidance, 20 Heun steps. Layouts are those of the scenes asked for."
+    ),
+    "painter": (
+        "The same network in one step from noise and layout to picture, trained by the energy score of "
+        "patches (Gneiting and Raftery 2007; Shen and Meinshausen 2024)."
+    ),
 }
 CAPTIONED = {
     "scene": "caption of the sample: every claim as asked",

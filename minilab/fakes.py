@@ -8,6 +8,7 @@ that are edited come from the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from itemkit.models import file_hash
-from minilab import flow, latent, vae, vq
+from minilab import flow, latent, painter, vq
 from minilab.camera import photo_files, png
 from minilab.conditions import encode_facts
 from minilab.grammar import caption
@@ -28,18 +29,17 @@ COUNTS = {"train": 160, "val": 60, "test": 100}
 REAL_FACTOR = 2
 FAKES, REALS = 1, 2
 """First numbers of the streams from which photographs of either class draw their settings."""
-GENERATORS = ("flow", "latent_flow", "vq_prior", "vae", "edit")
-"""``edit`` is a render in which the flow redrew one object; ``latent_flow`` and ``vq_prior`` paint with one
-decoder (families: ``protocols/mini.toml``)."""
+GENERATORS = ("flow", "latent_flow", "layout_flow", "painter", "edit")
+"""``edit`` is a render in which the flow redrew one object; ``layout_flow`` and ``painter`` are told where
+things stand (families: ``protocols/mini.toml``)."""
 
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "flow": flow.UNet,
-    "vae": vae.Vae,
     "vq": vq.VqVae,
     "latent_flow": latent.make_unet,
-    "vq_prior": vq.Prior,
+    "layout_flow": painter.LayoutUNet,
+    "painter": painter.LayoutUNet,
 }
-PAINTED_BY_VQ = ("latent_flow", "vq_prior")
 STAGE = {"edit": "flow"}
 """Weights of the generator that is no training of its own."""
 
@@ -86,7 +86,6 @@ def sample_fakes(name: str, folder: Path, scenes: RenderSet, seed: int, device: 
     """
     stage = STAGE.get(name, name)
     model, kind = load_generator(stage, folder, device), stage.partition("@")[0]
-    decoder = load_generator("vq", folder, device) if kind in PAINTED_BY_VQ else None
     fields = encode_facts(scenes.facts)
     if name == "edit":
         masks = np.concatenate([edit_masks(scenes.owner[p], s) for p, s in _parts(len(scenes), seed)])
@@ -98,12 +97,13 @@ def sample_fakes(name: str, folder: Path, scenes: RenderSet, seed: int, device: 
         )
         # outside the mask the picture is the render's own bytes
         return np.where(masks[..., None], redrawn, scenes.images)
-    sample: Callable[..., torch.Tensor] = {
-        "flow": flow.sample, "vae": vae.sample,
-        "latent_flow": latent.sample, "vq_prior": vq.sample,
-    }[kind]  # fmt: skip
-    models = (model,) if decoder is None else (model, decoder)
-    return in_batches(len(scenes), seed, lambda p, s: sample(*models, fields[p], seed=s))
+    sample: Callable[..., torch.Tensor] = flow.sample
+    if kind == "latent_flow":
+        sample = partial(latent.sample, vq=load_generator("vq", folder, device))
+    elif kind in ("layout_flow", "painter"):
+        fields = painter.layouts(scenes)
+        sample = painter.sample if kind == "painter" else partial(flow.sample, guidance=1)
+    return in_batches(len(scenes), seed, lambda p, s: sample(model, fields=fields[p], seed=s))
 
 
 def _parts(n: int, seed: int) -> Iterator[tuple[slice, int]]:
@@ -180,7 +180,7 @@ def kept_samples(
     uint8 array, shape (n, SIZE, SIZE, 3)
     """
     weights = [_weights_of(name)]
-    weights += ["vq"] if weights[0].startswith(PAINTED_BY_VQ) else []
+    weights += ["vq"] if weights[0].startswith("latent_flow") else []
     state = "-".join(file_hash(folder / f"{w}.safetensors")[:8] for w in weights)
     path = folder / "samples" / f"{name}-{start}-{len(scenes)}-{seed}-{state}.npy"
     if not path.exists():

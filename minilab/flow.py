@@ -70,7 +70,10 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """From a noisy picture, folded into channels, and its time to the picture behind it."""
+    """From a noisy picture, folded into channels, and its time to the picture behind it.
+
+    ``c_given`` channels beside the picture are told, and not painted.
+    """
 
     def __init__(
         self,
@@ -78,13 +81,14 @@ class UNet(nn.Module):
         width: int = 128,
         fold: int = 4,
         c_image: int = 3,
+        c_given: int = 0,
     ):
         super().__init__()
         a, b, c = channels
         self.fold, self.c_image = fold, c_image
         self.condition = Condition(width)
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
-        self.stem = nn.Conv2d(c_image * fold * fold, a, 3, padding=1)
+        self.stem = nn.Conv2d((c_image + c_given) * fold * fold, a, 3, padding=1)
         self.down_a, self.down_b = Block(a, a, width), Block(b, b, width)
         self.to_b, self.to_c = nn.Conv2d(a, b, 3, 2, 1), nn.Conv2d(b, c, 3, 2, 1)
         self.attend_b, self.attend_c = Attention(b, width), Attention(c, width)

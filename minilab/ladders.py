@@ -30,9 +30,8 @@ from minilab.truth import caption_quality, encode_pictures
 QUALITY = {
     "flow": ("flow@600", "flow@2400", "flow"),
     "latent_flow": ("latent_flow@600", "latent_flow@2400", "latent_flow"),
-    "vq_prior": ("vq_prior@1000", "vq_prior"),
 }
-"""Stages of three generators, by optimiser steps; the last is the finished generator."""
+"""Stages of two generators, by optimiser steps; the last is the finished generator."""
 KEEP = (20, 40, 60, 80, 90)
 SEMANTICS = tuple(f"keep@{percent}" for percent in KEEP)
 """Image-to-image (SDEdit, Meng et al. 2021) with the finished flow: it starts this far, in %, on the path

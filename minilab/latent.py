@@ -32,14 +32,14 @@ def encode_renders(vq: VqVae, renders: RenderSet, device: str = "cpu") -> Tensor
 
 
 @torch.no_grad()
-def sample(unet: nn.Module, vq: VqVae, fields: Tensor, *, seed: int, steps: int = 20) -> Tensor:
+def sample(unet: nn.Module, fields: Tensor, vq: VqVae, *, seed: int, steps: int = 20) -> Tensor:
     """Draw latents with the flow's sampler and paint them.
 
     Parameters
     ----------
     unet : Module
-    vq : VqVae
     fields : int64 tensor, shape (n, 7)
+    vq : VqVae
     seed, steps : int
         As in :func:`minilab.flow.sample`.
 

@@ -16,8 +16,9 @@ from PIL import Image
 from scipy import ndimage
 
 from itemkit.errors import InputError
-from minilab import build, cards, data, fakes, flow, guards, ladders, latent, vae, vq, world
-from minilab.renders import RenderSet, make_renders
+from minilab import build, cards, data, fakes, flow, guards, ladders, latent, painter, vq, world
+from minilab.grammar import COLOURS, KINDS, SETTINGS
+from minilab.renders import GROUND, RenderSet, make_renders
 from minilab.world import SIZE
 
 REPO = Path(__file__).resolve().parents[2]
@@ -60,11 +61,6 @@ def test_every_generator_samples_from_its_file(
 def test_what_the_decoder_paints_is_learned_from_its_own_codes(renders: RenderSet) -> None:
     torch.manual_seed(0)
     decoder = vq.VqVae().eval()
-    codes = vq.encode_renders(decoder, renders)
-    assert codes.shape == (24, vq.GRID**2) and 0 <= int(codes.min()) <= int(codes.max()) < vq.N_CODES
-    loss, _ = vq.PriorLesson(renders, codes)(np.random.default_rng(0))
-    # before any training every code is about as likely as any other
-    assert abs(loss.item() - np.log(vq.N_CODES)) < 0.5
     latents = latent.encode_renders(decoder, renders)
     assert latents.shape == (24, vq.N_DIMS, vq.GRID, vq.GRID)
     np.testing.assert_allclose(latents.float().pow(2).mean(), 1, atol=0.01)
@@ -72,22 +68,28 @@ def test_what_the_decoder_paints_is_learned_from_its_own_codes(renders: RenderSe
     assert loss.item() > 1  # an untrained network answers zero: unit variance over the time that is left
 
 
-def test_the_prior_sees_no_code_that_comes_later(renders: RenderSet) -> None:
+def test_a_layout_tells_kind_and_colour_of_every_pixel(renders: RenderSet) -> None:
+    layout = painter.layouts(renders).numpy()
+    assert layout.shape == renders.owner.shape and layout.max() < painter.N_LABELS
+    assert ((layout == 0) == (renders.owner == 0)).all()
+    for labels, owner, facts in zip(layout, renders.owner, renders.facts, strict=True):
+        for place, (colour, kind) in enumerate(facts.things, 1):
+            label = 1 + KINDS.index(kind) * len(COLOURS) + COLOURS.index(colour)
+            assert (labels[owner == place] == label).all()
+        assert (labels[owner == GROUND] == 97 + SETTINGS.index(facts.setting)).all()
+
+
+def test_the_energy_score_is_least_for_the_distribution_itself() -> None:
     torch.manual_seed(0)
-    prior = vq.Prior().eval()
-    fields = torch.zeros((1, 7), dtype=torch.long)
-    codes = torch.randint(vq.N_CODES, (1, vq.GRID**2))
-    other = codes.clone()
-    other[0, 50] = (other[0, 50] + 1) % vq.N_CODES
-    with torch.no_grad():
-        before, after = prior(codes, fields), prior(other, fields)
-        torch.testing.assert_close(before[:, :51], after[:, :51])
-        assert (before[:, 51] - after[:, 51]).abs().max() > 1e-4
-        # read one by one, as the sampler does
-        caches: list[dict[str, torch.Tensor]] = [{} for _ in prior.layers]
-        one_by_one = [prior.continued(prior.asked(fields), caches)]
-        one_by_one += [prior.continued(prior.told(codes[:, i : i + 1], i), caches) for i in range(20)]
-        torch.testing.assert_close(torch.stack(one_by_one, dim=1), before[:, :21])
+    shape = (2000, 3, SIZE // 4, SIZE // 4)  # the truth: one grey of two for the whole picture
+
+    def draw(spread: float) -> torch.Tensor:
+        return spread * (torch.randint(2, (shape[0], 1, 1, 1)) * 2.0 - 1).expand(shape)
+
+    truth = draw(1.0)
+    scores = {s: float(painter.energy_score(truth, draw(s), draw(s))) for s in (0.0, 0.5, 1.0, 1.5)}
+    assert min(scores, key=scores.get) == 1.0  # type: ignore[arg-type]
+    assert scores[0.0] > scores[1.0], "the mean of both greys is no good answer"
 
 
 def test_codes_follow_the_encoder_and_idle_ones_restart() -> None:
@@ -166,8 +168,8 @@ def test_committed_cards_are_those_that_were_noted(tmp_path: Path) -> None:
 
 
 def test_every_stage_that_is_kept_is_used() -> None:
-    schedules = {"flow": flow.SCHEDULE, "latent_flow": latent.SCHEDULE, "vae": vae.SCHEDULE,
-                 "vq": vq.SCHEDULE, "vq_prior": vq.PRIOR_SCHEDULE}  # fmt: skip
+    schedules = {"flow": flow.SCHEDULE, "latent_flow": latent.SCHEDULE, "vq": vq.SCHEDULE,
+                 "layout_flow": painter.FLOW_SCHEDULE, "painter": painter.SCHEDULE}  # fmt: skip
     kept = {f"{name}@{step}" for name, schedule in schedules.items() for step in schedule.snapshots}
     used = {*fakes.STAGE.values(), *ladders.RUNGS} - set(ladders.SEMANTICS)
     assert kept == {name for name in used if "@" in name}
@@ -242,8 +244,8 @@ def test_the_card_says_which_generators_are_a_fair_fight(tmp_path: Path) -> None
 
 @pytest.fixture
 def two_generators(monkeypatch: pytest.MonkeyPatch, generators: Path) -> Path:
-    """A data set of a few pictures: a VAE's, and edits by the flow."""
-    monkeypatch.setattr(fakes, "GENERATORS", ("vae", "edit"))
+    """A data set of a few pictures: a painter's, and edits by the flow."""
+    monkeypatch.setattr(fakes, "GENERATORS", ("painter", "edit"))
     for module in (fakes, data):
         monkeypatch.setattr(module, "COUNTS", {"train": 8, "val": 4, "test": 6})
     monkeypatch.setattr(fakes.flow, "sample", partial(flow.sample, steps=2))

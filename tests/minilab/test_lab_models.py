@@ -15,7 +15,7 @@ from torch import nn
 from itemkit.captions import load_captioner
 from itemkit.encoder import load_encoder
 from itemkit.errors import InputError
-from minilab import build, captioner, clip, flow, object_detector, training, truth, vae, vq
+from minilab import build, captioner, clip, flow, object_detector, painter, training, truth, vq
 from minilab.conditions import Condition, encode_facts
 from minilab.formats import save_blip, save_clip
 from minilab.grammar import COLOURS, KINDS, SETTINGS, Facts, caption
@@ -28,7 +28,8 @@ LESSONS = {
     "captioner": (captioner, captioner.CaptionerLesson),
     "object_detector": (object_detector, object_detector.DetectorLesson),
     "flow": (flow, lambda renders: flow.FlowLesson(flow.UNet(), renders)),
-    "vae": (vae, vae.VaeLesson),
+    "layout_flow": (flow, painter.LayoutFlowLesson),
+    "painter": (painter, painter.PainterLesson),
     "vq": (vq, vq.VqLesson),
 }
 
@@ -59,7 +60,9 @@ def same_step(lesson: nn.Module) -> tuple[torch.Tensor, dict[str, float]]:
 # ------------------------------------------------------------------------------------------------- lessons
 
 
-@pytest.mark.parametrize(("name", "least"), [("clip", 0.4), ("captioner", 0.4), ("flow", 0.05), ("vae", 0.9)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("clip", 0.4), ("captioner", 0.4), ("flow", 0.05), ("painter", 0.1)]
+)
 def test_the_loss_falls_on_a_repeated_batch(name: str, least: float, renders: RenderSet) -> None:
     lesson = make(name, renders)
     optimiser = torch.optim.AdamW(lesson.parameters(), lr=1e-3)
@@ -160,7 +163,7 @@ def test_a_resumed_training_ends_where_an_undisturbed_one_does(
     def loss(model: nn.Module, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         return model(rng)
 
-    undisturbed = train("a", make("vae", renders), loss, schedule, tmp_path)
+    undisturbed = train("a", make("vq", renders), loss, schedule, tmp_path)
     monkeypatch.setattr(training, "time", Clock())
     steps = itertools.count()
 
@@ -170,19 +173,19 @@ def test_a_resumed_training_ends_where_an_undisturbed_one_does(
         return model(rng)
 
     with pytest.raises(KeyboardInterrupt):
-        train("b", make("vae", renders), cut, schedule, tmp_path)
+        train("b", make("vq", renders), cut, schedule, tmp_path)
     assert torch.load(tmp_path / "b.ckpt", weights_only=True)["step"] == 3
     # other start weights: they must come from the checkpoint
-    resumed = train("b", make("vae", renders, seed=9), loss, schedule, tmp_path)
+    resumed = train("b", make("vq", renders, seed=9), loss, schedule, tmp_path)
     expected, got = undisturbed.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(expected[k], got[k]) for k in expected)
     assert list(resumed.snapshots) == [2]
     first, second = undisturbed.snapshots[2], resumed.snapshots[2]
     assert all(torch.equal(first[k], second[k]) for k in first)
-    assert not torch.equal(first["vae.log_sigma"], expected["vae.log_sigma"].half())
+    assert not torch.equal(first["vq.paint.weight"], expected["vq.paint.weight"].half())
     assert resumed.log[-1]["step"] == 4 and resumed.log[-1]["loss"] == undisturbed.log[-1]["loss"]
     # a finished run is only read back
-    again = train("b", make("vae", renders, seed=9), cut, schedule, tmp_path)
+    again = train("b", make("vq", renders, seed=9), cut, schedule, tmp_path)
     assert all(torch.equal(expected[k], again.model.state_dict()[k]) for k in expected)
 
 
@@ -207,10 +210,10 @@ def test_learning_rate_and_average_by_hand(tmp_path: Path) -> None:
 def test_a_constant_rate_can_be_cut_off_and_prolonged(renders: RenderSet, tmp_path: Path) -> None:
     schedule = Schedule(steps=4, warmup=1, cosine=False)
     assert training._learning_rate(3, schedule) == training._learning_rate(1, schedule) == schedule.lr
-    whole = train("whole", make("vae", renders), lambda m, rng: m(rng), schedule, tmp_path)
-    part = train("part", make("vae", renders), lambda m, rng: m(rng), schedule, tmp_path, until=2)
+    whole = train("whole", make("vq", renders), lambda m, rng: m(rng), schedule, tmp_path)
+    part = train("part", make("vq", renders), lambda m, rng: m(rng), schedule, tmp_path, until=2)
     assert (part.steps, whole.steps, part.log[-1]["step"]) == (2, 4, 1)
-    rest = train("part", make("vae", renders, seed=9), lambda m, rng: m(rng), schedule, tmp_path)
+    rest = train("part", make("vq", renders, seed=9), lambda m, rng: m(rng), schedule, tmp_path)
     expected, got = whole.model.state_dict(), rest.model.state_dict()
     assert rest.steps == 4 and all(torch.equal(expected[k], got[k]) for k in expected)
 
