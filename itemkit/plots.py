@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
-GREY = "#8C8C8C"
+GREY, INK = "#8C8C8C", "0.15"  # small print and grounds; text and axes
 COLUMN, PAGE = 3.35, 6.9  # inches: what a column and a page of a paper are wide
 CYCLE = (VERMILION, ORANGE, GREEN, PURPLE, BLACK, YELLOW, SKY)
 # the mini laboratory's generators look the same in every figure, also where only some of them are shown
@@ -55,39 +55,20 @@ def style() -> None:
     Figures have the size they are printed at (``figsize`` of `COLUMN` or `PAGE`), with type of 6 to 8 points.
     """
     mpl.rcdefaults()
-    ours = {
-        **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor"], "0.15"),
-        **dict.fromkeys(["xtick.color", "ytick.color"], "0.15"),
-        "axes.prop_cycle": mpl.cycler(color=CYCLE),
-        "axes.axisbelow": True,
-        "figure.dpi": 120,
-        "savefig.dpi": DPI,
-        "figure.constrained_layout.use": True,  # makes room, so that a file has the size asked for
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 8,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.labelsize": 7.5,
-        "axes.linewidth": 0.7,
-        "xtick.labelsize": 7,
-        "ytick.labelsize": 7,
-        "xtick.major.width": 0.7,
-        "ytick.major.width": 0.7,
-        "xtick.major.size": 2.5,
-        "ytick.major.size": 2.5,
-        "legend.fontsize": 7,
-        "legend.frameon": False,
-        "font.size": 7,
-        "lines.linewidth": 1.2,
-        "lines.solid_capstyle": "round",
-        "lines.markersize": 4,
-        "patch.edgecolor": "w",
-        "patch.force_edgecolor": True,
-        "patch.linewidth": 0.8,
-        "pdf.fonttype": 42,
-    }
-    mpl.rcParams.update(ours)
+    mpl.rc("figure", dpi=120)
+    mpl.rc("figure.constrained_layout", use=True)  # makes room, so that a file has the size asked for
+    mpl.rc("savefig", dpi=DPI)
+    mpl.rc("pdf", fonttype=42)
+    mpl.rc("font", size=7)
+    mpl.rc("text", color=INK)
+    mpl.rc("axes", titlesize=8, titleweight="bold", titlelocation="left", labelsize=7.5, labelcolor=INK)
+    mpl.rc("axes", linewidth=0.7, edgecolor=INK, axisbelow=True, prop_cycle=mpl.cycler(color=CYCLE))
+    mpl.rc("axes.spines", top=False, right=False)
+    mpl.rc(("xtick", "ytick"), labelsize=7, color=INK)
+    mpl.rc(("xtick.major", "ytick.major"), width=0.7, size=2.5)
+    mpl.rc("legend", fontsize=7, frameon=False)
+    mpl.rc("lines", linewidth=1.2, markersize=4, solid_capstyle="round")
+    mpl.rc("patch", linewidth=0.8, edgecolor="white", force_edgecolor=True)
 
 
 def colours(generators: Sequence[str]) -> dict[str, str]:

@@ -43,15 +43,7 @@ NEW = 0.01  # share of validation images as far off at which an image is called 
 CARDS = 4  # of several images that a notebook shows
 # What files say of their origin: texts of PNG, where programs keep a prompt; fields of EXIF; and bytes
 # anywhere: the type of a C2PA manifest store (ISO 19566-5 UUID) and IPTC's word for "made by a model".
-TEXT_MARKS = (
-    "parameters",
-    "prompt",
-    "workflow",
-    "sd-metadata",
-    "invokeai_metadata",
-    "Software",
-    "Description",
-)
+TEXT_MARKS = "parameters prompt workflow sd-metadata invokeai_metadata Software Description".split()
 EXIF_MARKS = {"camera maker": 0x010F, "camera": 0x0110, "software": 0x0131}
 FILE_MARKS = {
     "C2PA": (
@@ -273,9 +265,8 @@ class Verdict:
     global_relative: float | None = None  # of detectors that go by it, see `Detector.explain`
     global_real_below: float | None = None
     global_adds: float | None = None
-    objects: list[dict[str, Any]] = dataclasses.field(
-        default_factory=list
-    )  # phrase, box, found, and as above
+    # phrase, box, found, and as above
+    objects: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     unlike: float | None = None  # see `Detector.unlike`
     marks: dict[str, str] = dataclasses.field(default_factory=dict)  # what the file says of its origin
     itemkit: str = ""
@@ -300,14 +291,12 @@ class Verdict:
         if self.error:
             return [self.path, f"  not judged: {self.error}"]
 
-        def fit(cosine: float, below: float | None, which: str) -> str:
+        def fit(cosine: Any, below: float | None, which: str) -> str:
             share = "an unknown share" if below is None else f"{below:.0%}"
             return f"cosine {cosine:.3f}; {share} of {which} less well"
 
         seen = {"train": " (trained with this very image)", "val": " (calibrated with this very image)"}
-        whole = fit(
-            cast("float", self.global_cosine), self.global_real_below, "validation reals fit their caption"
-        )
+        whole = fit(self.global_cosine, self.global_real_below, "validation reals fit their caption")
         lines = [
             self.path + seen.get(self.seen, ""),
             f"  verdict  {self.verdict}, p(fake) {probability(self.p_fake)} ({self.because})",
