@@ -483,7 +483,7 @@ def _differences(studies: Mapping[str, Study], folder: Path) -> list[str]:
     rows: dict[str, dict[str, str]] = {}
     for line in every.itertuples():
         text = f"{100 * line.difference:+.1f} ({100 * line.low:+.1f} to {100 * line.high:+.1f})"
-        sure = "" if line.p_holm >= 0.05 else " *"
+        sure = " *" if line.p_holm < 0.05 else ""
         rows.setdefault(line.other, {"ITEM minus": titles[line.other]})[line.condition] = text + sure
     about = "Means over the unseen cells both have been run on, the same resamples for both, in per cent; "
     about += "\\*: p < 0.05 after Holm's correction for all rows of a condition."
