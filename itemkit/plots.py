@@ -62,7 +62,7 @@ def style() -> None:
     mpl.rc("font", size=7)
     mpl.rc("text", color=INK)
     mpl.rc("axes", titlesize=8, titleweight="bold", titlelocation="left", labelsize=7.5, labelcolor=INK)
-    mpl.rc("axes", linewidth=0.7, edgecolor=INK, axisbelow=True, prop_cycle=mpl.cycler(color=CYCLE))
+    mpl.rc("axes", linewidth=0.7, edgecolor=INK, axisbelow=True, prop_cycle=plt.cycler(color=CYCLE))
     mpl.rc("axes.spines", top=False, right=False)
     mpl.rc(("xtick", "ytick"), labelsize=7, color=INK)
     mpl.rc(("xtick.major", "ytick.major"), width=0.7, size=2.5)
@@ -159,7 +159,8 @@ def ridges(
     of = {name: part[value].dropna().to_numpy() for name, part in table.groupby(schema.GENERATOR, sort=False)}
     palette, real = colours(list(of)), of.pop(schema.REAL_GENERATOR, np.zeros(0))
     every = np.concatenate([*of.values(), real, np.zeros(0)])
-    at = np.linspace(*(every.min(), every.max()) if len(every) else (0, 1), 400)
+    low, high = (every.min(), every.max()) if len(every) else (0.0, 1.0)
+    at = np.linspace(low, high, 400)
     for row, (name, x) in enumerate(of.items()):
         for part, colour, alpha in ((real, GREY, 0.35), (x, palette[name], 0.6)):
             if len(part) < 2 or np.ptp(part) == 0:

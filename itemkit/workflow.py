@@ -23,8 +23,7 @@ from PIL import Image
 from itemkit import schema
 from itemkit._files import atomic_write, folder_lock
 from itemkit.errors import InputError, ItemkitError, StoreError
-from itemkit.extraction import bad_rows, extract
-from itemkit.features import Features
+from itemkit.features import Features, bad_rows
 from itemkit.images import content_id, load_image, open_image, read_bytes
 from itemkit.manifest import read_manifest, write_manifest
 from itemkit.models import file_hash, tidy
@@ -123,6 +122,8 @@ def features(
     **overrides
         Parts of the preset to replace, e.g. ``localiser="dense"``.
     """
+    from itemkit.extraction import extract  # only here: a verdict does not wait for it
+
     chosen = get_preset(preset, **overrides)
     manifest = data_manifest(data, out_dir, chosen.name)
     made_by: list[Any] = []  # what else than the preset as it comes; names the folder
@@ -491,6 +492,7 @@ def _answer(judge: Detector, one: Features, rates: tuple[float, float], **about:
     verdict = judge.answers(np.array([log_odds]), *rates).iloc[0]
     whole, *local = evidence.to_dict("records")
     fits = [name for name in ("cosine", "relative", "real_below", "adds") if name in whole]
+    of_whole: dict[str, Any] = {f"global_{fit}": _number(whole[fit]) for fit in fits}
     boxes = [[_number(thing[side], 1) for side in ("x0", "y0", "x1", "y1")] for thing in local]
     return Verdict(
         **one.table[[schema.PATH, schema.IMAGE_ID]].iloc[0],
@@ -499,7 +501,7 @@ def _answer(judge: Detector, one: Features, rates: tuple[float, float], **about:
         p_fake=_number(verdict["p_fake"]),
         log_odds=_number(log_odds),
         caption=whole["text"],
-        **{f"global_{fit}": _number(whole[fit]) for fit in fits},
+        **of_whole,
         objects=[
             {"phrase": thing["text"], "box": box, "found": bool(thing["found"])}
             | {fit: _number(thing[fit]) for fit in fits}
