@@ -217,10 +217,8 @@ def intervals(
     return ax
 
 
-def matrix(
-    ax: Axes, table: pd.DataFrame, *, rows: str, columns: str, label: str, chance: float = 0.5
-) -> Axes:
-    """Draw a heat map of ``value`` with the number in each cell; white is ``chance``, blue above, red below.
+def matrix(ax: Axes, table: pd.DataFrame, *, rows: str, columns: str, label: str) -> Axes:
+    """Draw a heat map of ``value``, 0 to 1, with the number in each cell; white is 0.5, which is chance.
 
     Cells that are True in a column ``seen`` (a generator of the family trained on) are hatched.
     """
@@ -229,7 +227,7 @@ def matrix(
     order = {"index": list(dict.fromkeys(table[rows])), "columns": list(dict.fromkeys(table[columns]))}
     wide = table.pivot(index=rows, columns=columns, values="value").reindex(**order)
     sns.heatmap(
-        wide.rename(index=plain, columns=plain), ax=ax, cmap="RdBu", vmin=2 * chance - 1, vmax=1, square=True,
+        wide.rename(index=plain, columns=plain), ax=ax, cmap="RdBu", vmin=0, vmax=1, square=True,
         linewidths=1, annot=True, fmt=".2f", annot_kws={"size": 7},
         cbar_kws={"label": plain(label), "shrink": 0.8},
     )  # fmt: skip
@@ -244,16 +242,13 @@ def matrix(
     return ax
 
 
-def lines(
-    ax: Axes, table: pd.DataFrame, *, x: str, hue: str, xlabel: str, ylabel: str,
-    palette: Mapping[str, str] | None = None,
-) -> Axes:  # fmt: skip
-    """Draw one line for each hue, with a band where there is ``low``; ``palette`` may give hues colours.
+def lines(ax: Axes, table: pd.DataFrame, *, x: str, hue: str, xlabel: str, ylabel: str) -> Axes:
+    """Draw one line for each hue, with a band where there is ``low``.
 
     Add `label_lines` or a legend when the axes have their limits.
     """
     for i, (name, part) in enumerate(table.groupby(hue, sort=False)):
-        colour = (palette or {}).get(str(name), DETECTORS[i % 8])
+        colour = DETECTORS[i % 8]
         at = part[x] if pd.api.types.is_numeric_dtype(part[x]) else part[x].map(plain)
         ax.plot(at, part["value"], marker=MARKERS[i % 8], ms=3, color=colour, label=_label(name))
         if "low" in part and part["low"].notna().any():
@@ -298,13 +293,12 @@ def scatter(ax: Axes, xy: np.ndarray, generators: Sequence[str], title: str = ""
     return ax
 
 
-def show_image(ax: Axes, image: np.ndarray, title: str = "", colour: str | None = None) -> Axes:
-    """Show a picture without ticks, framed in a colour if one is given; the title may hold line breaks."""
+def show_image(ax: Axes, image: np.ndarray, title: str = "") -> Axes:
+    """Show a picture without ticks and frame; the title may hold line breaks."""
     _imshow(ax, image)
     ax.set(xticks=[], yticks=[])
     ax.set_title(plain(title), fontsize=7, fontweight="normal", loc="center")
-    for spine in ax.spines.values():
-        spine.set(visible=colour is not None, color=colour, linewidth=2)
+    ax.spines[:].set_visible(False)
     return ax
 
 
@@ -364,13 +358,13 @@ def words(
     return ax
 
 
-def boxes(ax: Axes, table: pd.DataFrame, palette: Sequence[str] = DETECTORS) -> Axes:
+def boxes(ax: Axes, table: pd.DataFrame) -> Axes:
     """Draw regions on a picture: columns ``phrase, x0, y0, x1, y1``, in pixels of the picture.
 
     Each phrase stands in its box's upper left corner, on a ground that makes it readable on any picture.
     """
     for i, row in enumerate(table.itertuples()):
-        colour = palette[i % len(palette)]
+        colour = DETECTORS[i % 8]
         # half a pixel: imshow puts the centre of a pixel, not its corner, on whole numbers
         corner, size = (row.x0 - 0.5, row.y0 - 0.5), (row.x1 - row.x0, row.y1 - row.y0)
         ax.add_patch(Rectangle(corner, *size, fill=False, ec="white", lw=2.2))
