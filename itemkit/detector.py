@@ -343,11 +343,18 @@ class Detector:
     def save(self, folder: str | Path) -> Path:
         """Write ``detector.json``, ``head.json`` and two safetensors files into a folder."""
         self._fitted()
+        n_real = len(self.real_scores_)
         contents = {
             "format": FORMAT,
             "representation": self.representation.config.to_dict(),
+            "calibration": self.calibrator_.method,
             "calibrator": asdict(self.calibrator_),
             "selection_fraction": SELECTION_FRACTION,
+            # for the reader, and the laboratory's cards; any other rate follows from the stored scores
+            "thresholds": {
+                f"{fpr:g}": calibrate.lacking(fpr, n_real, schema.REAL) or self.threshold(fpr).statement
+                for fpr in (0.01, 0.05, 0.1)
+            },
             "notes": self.notes,
             "trained_on": self.trained_on_,
         }
