@@ -293,12 +293,12 @@ def scatter(ax: Axes, xy: np.ndarray, generators: Sequence[str], title: str = ""
     return ax
 
 
-def show_image(ax: Axes, image: np.ndarray, title: str = "") -> Axes:
-    """Show a picture without ticks and frame; the title may hold line breaks."""
+def show_image(ax: Axes, image: np.ndarray, title: str = "", colour: str | None = None) -> Axes:
+    """Show a picture without ticks, framed in a colour if one is given; the title may hold line breaks."""
     _imshow(ax, image)
     ax.set(xticks=[], yticks=[])
     ax.set_title(plain(title), fontsize=7, fontweight="normal", loc="center")
-    ax.spines[:].set_visible(False)
+    ax.spines[:].set(visible=colour is not None, color=colour, linewidth=2)
     return ax
 
 
