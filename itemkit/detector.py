@@ -350,7 +350,7 @@ class Detector:
             "calibration": self.calibrator_.method,
             "calibrator": asdict(self.calibrator_),
             "selection_fraction": SELECTION_FRACTION,
-            # for the reader; any other rate follows from the stored scores
+            # for the reader, and the laboratory's cards; any other rate follows from the stored scores
             "thresholds": {
                 f"{fpr:g}": calibrate.lacking(fpr, n_real, schema.REAL) or self.threshold(fpr).statement
                 for fpr in (0.01, 0.05, 0.1)
@@ -375,7 +375,7 @@ class Detector:
             stored = meta["representation"]  # an older one lacks what was not there to choose
             known = {f.name: stored[f.name] for f in fields(RepresentationConfig) if f.name in stored}
             detector = cls(RepresentationConfig(**known))
-            detector._params = fitted.params | {"device": device}
+            detector._params = fitted.about["params"] | {"device": device}
             if detector.representation.config.relative:
                 detector.representation.reals = {
                     level: arrays[f"relative_to_{level}"] for level in ("global", "local")

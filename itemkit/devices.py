@@ -105,3 +105,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     said = r"(?i)out of memory|can't allocate memory|bad_alloc|\b(CUBLAS|CUDNN)_STATUS_\w*ALLOC"
     return bool(re.search(said, str(error)))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype, "float32"."""
+    return str(dtype).removeprefix("torch.")

@@ -24,7 +24,7 @@ from packaging.version import Version
 
 from itemkit import _torchvision
 from itemkit.captions import as_captions
-from itemkit.devices import choose_device, choose_precision
+from itemkit.devices import choose_device, choose_precision, dtype_name
 from itemkit.errors import ItemkitError, ModelNotFound
 from itemkit.models import PARTS, Models, part_fingerprint, tidy
 from itemkit.presets import MINI_REMEDY, Preset, mini_folder
@@ -146,7 +146,7 @@ def check_devices(device: str = "auto") -> Iterator[Check]:
     try:
         chosen = choose_device(device)
         torch.ones(8, 8, device=chosen).matmul(torch.ones(8, 8, device=chosen)).sum().item()
-        precision = str(choose_precision("auto", chosen)).removeprefix("torch.")
+        precision = dtype_name(choose_precision("auto", chosen))
         yield Check("device", OK, f"'{device}' is {chosen}; precision 'auto' is {precision} there")
     except (ItemkitError, RuntimeError) as error:
         yield Check("device", FAIL, f"'{device}' does not compute: {one_line(error)}", "`--device cpu`")

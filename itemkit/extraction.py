@@ -37,7 +37,7 @@ from itemkit.captions import clean_caption
 from itemkit.decode import DecodeConfig, Item, Reader, batches, feature_of, reason_of
 from itemkit.devices import is_out_of_memory
 from itemkit.errors import InputError, ItemkitError, StoreError
-from itemkit.features import ARRAYS, IMAGE_ARRAYS, Features, concat_features
+from itemkit.features import Features, bad_rows, concat_features
 from itemkit.images import read_bytes
 from itemkit.models import Models, differences
 from itemkit.store import ERRORS_FILE, FEATURE_ID, FILE_KEY, MANIFEST_FILE, REASON, RUN_FILE, STAGE
@@ -215,15 +215,6 @@ class Worker:
         own = {name: [getattr(item, name) for item in done] for name in names}
         features.table = features.table.assign(**own, **{schema.PATH: [item.name for item in done]})
         self._waiting.append(features)
-
-
-def bad_rows(features: Features) -> np.ndarray:
-    """Mask of rows with an embedding not finite or not of unit length: a model broke down on that image."""
-    bad = np.zeros(len(features), dtype=bool)
-    for name in ARRAYS:
-        off = ~(np.abs(np.linalg.norm(getattr(features, name), axis=1) - 1) < 1e-2)
-        bad[np.flatnonzero(off) if name in IMAGE_ARRAYS else features.owner[off]] = True
-    return bad
 
 
 def raise_malloc_thresholds() -> None:

@@ -148,6 +148,15 @@ def concat_features(parts: Sequence[Features]) -> Features:
     )
 
 
+def bad_rows(features: Features) -> np.ndarray:
+    """Mask of rows with an embedding not finite or not of unit length: a model broke down on that image."""
+    bad = np.zeros(len(features), dtype=bool)
+    for name in ARRAYS:
+        off = ~(np.abs(np.linalg.norm(getattr(features, name), axis=1) - 1) < 1e-2)
+        bad[np.flatnonzero(off) if name in IMAGE_ARRAYS else features.owner[off]] = True
+    return bad
+
+
 def unit_rows(x: np.ndarray) -> np.ndarray:
     """Bring rows to unit length in place (float16 storage is off by up to 1e-3)."""
     step = 65536  # keeps the temporary square small for millions of rows

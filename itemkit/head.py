@@ -207,10 +207,10 @@ class MisalignmentMLP(ClassifierMixin, BaseEstimator):
     def trained(self) -> TrainedHead:
         """What is kept of this head once it is trained, to be saved or to give scores."""
         check_is_fitted(self, "net_")
-        kept = {name: value for name, value in vars(self).items() if name in TrainedHead.__dataclass_fields__}
         params = self.get_params()
         del params["device"]  # where a head is used is for the user to say
-        return TrainedHead(**kept, params=params)
+        about = {"params": params, "classes": self.classes_, "best_epoch": self.best_epoch_}
+        return TrainedHead(self.net_, self.mean_, self.scale_, about | {"history": self.history_})
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         """Log-odds of the positive class, mean over members, shape (n,)."""

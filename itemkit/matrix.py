@@ -26,11 +26,10 @@ from itemkit.errors import InputError, StoreError
 from itemkit.features import FOUND, Features
 from itemkit.metrics import METRICS
 from itemkit.recipes import Recipe
-from itemkit.results import SHIFTED, STUDY_METRICS, Run, Study
+from itemkit.results import IMAGE_COLUMNS, SHIFTED, STUDY_METRICS, Run, Study
 from itemkit.splits import split_validation
 from itemkit.text import count, did_you_mean, one_line
 
-TEST_COLUMNS = [schema.IMAGE_ID, schema.PATH, schema.LABEL, schema.GENERATOR, schema.SOURCE]
 TRAIN_SHARE = 0.8  # of the training images, drawn without replacement for each seed
 FPR = 0.05  # false-positive rate on validation images at which accuracies are given
 FEW_SEEDS = 2  # on all families but one, and of a slow contender, which is not trained on these
@@ -140,7 +139,7 @@ def train_on_test_on(
         raise InputError("no contender could be run; {}, {}".format(*next(iter(failures.items()))))
     notes += [f"Accuracies are empty: {why}." for why in dict.fromkeys(run.withheld for run in kept) if why]
     options |= {"failures": failures, "notes": notes}
-    images = features.table[[*TEST_COLUMNS, schema.SPLIT]].reset_index(drop=True)
+    images = features.table[IMAGE_COLUMNS].reset_index(drop=True)
     return Study(images.astype({schema.LABEL: int}), kept, options)
 
 

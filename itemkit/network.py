@@ -122,11 +122,7 @@ class TrainedHead:
     net_: Net
     mean_: np.ndarray  # of the inputs it was trained on, (k,)
     scale_: np.ndarray  # their deviation, (k,)
-    classes_: np.ndarray
-    n_features_in_: int  # k
-    best_epoch_: list[int]
-    history_: dict[str, list]
-    params: dict[str, Any]  # with which `MisalignmentMLP` trained it
+    about: dict[str, Any]  # how it was trained: params of `MisalignmentMLP`, classes, best_epoch, history
 
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         """Log-odds of the positive class for float32 (n, k), mean over members, shape (n,)."""
@@ -140,16 +136,8 @@ class TrainedHead:
 
     def save(self, folder: str | Path) -> Path:
         """Write ``head.safetensors`` (weights) and ``head.json`` (everything else) into a folder."""
-        contents = {
-            "format": FORMAT,
-            "params": self.params,
-            # a name alone would be another network once its numbers change
-            "network": asdict(self.net_.arch),
-            "classes": self.classes_,
-            "n_features": self.n_features_in_,
-            "best_epoch": self.best_epoch_,
-            "history": self.history_,
-        }
+        # not the network's name alone: it would be another once its numbers change
+        contents = {"format": FORMAT, "network": asdict(self.net_.arch), **self.about}
         arrays = {name: tensor.cpu().numpy() for name, tensor in self.net_.state_dict().items()}
         arrays |= {"input_mean": self.mean_, "input_scale": self.scale_}
         return write_sealed(Path(folder), FILES, contents, arrays)
@@ -164,8 +152,8 @@ class TrainedHead:
             with torch.device("meta"):  # shapes without memory, to hold those of the file against
                 net = Net(len(mean), arch, meta["params"]["members"])
             net.load_state_dict({k: torch.tensor(v) for k, v in arrays.items()}, assign=True)
-            names = ("n_features", "best_epoch", "history", "params")
-            return cls(net.to(where), mean, scale, np.array(meta["classes"]), *(meta[k] for k in names))
+            about = {name: meta[name] for name in ("params", "classes", "best_epoch", "history")}
+            return cls(net.to(where), mean, scale, about)
 
 
 # ------------------------------------------------------------------------------------ folders of detectors

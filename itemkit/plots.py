@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
-GREY = "#8C8C8C"
+GREY, INK = "#8C8C8C", "0.15"  # small print and grounds; text and axes
 COLUMN, PAGE = 3.35, 6.9  # inches: what a column and a page of a paper are wide
 CYCLE = (VERMILION, ORANGE, GREEN, PURPLE, BLACK, YELLOW, SKY)
 # the mini laboratory's generators look the same in every figure, also where only some of them are shown
@@ -54,39 +54,20 @@ def style() -> None:
     Figures have the size they are printed at (``figsize`` of `COLUMN` or `PAGE`), with type of 6 to 8 points.
     """
     mpl.rcdefaults()
-    ours = {
-        **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor"], "0.15"),
-        **dict.fromkeys(["xtick.color", "ytick.color"], "0.15"),
-        "axes.prop_cycle": mpl.cycler(color=CYCLE),
-        "axes.axisbelow": True,
-        "figure.dpi": 120,
-        "savefig.dpi": DPI,
-        "figure.constrained_layout.use": True,  # makes room, so that a file has the size asked for
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 8,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.labelsize": 7.5,
-        "axes.linewidth": 0.7,
-        "xtick.labelsize": 7,
-        "ytick.labelsize": 7,
-        "xtick.major.width": 0.7,
-        "ytick.major.width": 0.7,
-        "xtick.major.size": 2.5,
-        "ytick.major.size": 2.5,
-        "legend.fontsize": 7,
-        "legend.frameon": False,
-        "font.size": 7,
-        "lines.linewidth": 1.2,
-        "lines.solid_capstyle": "round",
-        "lines.markersize": 4,
-        "patch.edgecolor": "w",
-        "patch.force_edgecolor": True,
-        "patch.linewidth": 0.8,
-        "pdf.fonttype": 42,
-    }
-    mpl.rcParams.update(ours)
+    mpl.rc("figure", dpi=120)
+    mpl.rc("figure.constrained_layout", use=True)  # makes room, so that a file has the size asked for
+    mpl.rc("savefig", dpi=DPI)
+    mpl.rc("pdf", fonttype=42)
+    mpl.rc("font", size=7)
+    mpl.rc("text", color=INK)
+    mpl.rc("axes", titlesize=8, titleweight="bold", titlelocation="left", labelsize=7.5, labelcolor=INK)
+    mpl.rc("axes", linewidth=0.7, edgecolor=INK, axisbelow=True, prop_cycle=plt.cycler(color=CYCLE))
+    mpl.rc("axes.spines", top=False, right=False)
+    mpl.rc(("xtick", "ytick"), labelsize=7, color=INK)
+    mpl.rc(("xtick.major", "ytick.major"), width=0.7, size=2.5)
+    mpl.rc("legend", fontsize=7, frameon=False)
+    mpl.rc("lines", linewidth=1.2, markersize=4, solid_capstyle="round")
+    mpl.rc("patch", linewidth=0.8, edgecolor="white", force_edgecolor=True)
 
 
 def colours(generators: Sequence[str]) -> dict[str, str]:
@@ -177,7 +158,8 @@ def ridges(
     of = {name: part[value].dropna().to_numpy() for name, part in table.groupby(schema.GENERATOR, sort=False)}
     palette, real = colours(list(of)), of.pop(schema.REAL_GENERATOR, np.zeros(0))
     every = np.concatenate([*of.values(), real, np.zeros(0)])
-    at = np.linspace(*(every.min(), every.max()) if len(every) else (0, 1), 400)
+    low, high = (every.min(), every.max()) if len(every) else (0.0, 1.0)
+    at = np.linspace(low, high, 400)
     for row, (name, x) in enumerate(of.items()):
         for part, colour, alpha in ((real, GREY, 0.35), (x, palette[name], 0.6)):
             if len(part) < 2 or np.ptp(part) == 0:
@@ -234,10 +216,8 @@ def intervals(
     return ax
 
 
-def matrix(
-    ax: Axes, table: pd.DataFrame, *, rows: str, columns: str, label: str, chance: float = 0.5
-) -> Axes:
-    """Draw a heat map of ``value`` with the number in each cell; white is ``chance``, blue above, red below.
+def matrix(ax: Axes, table: pd.DataFrame, *, rows: str, columns: str, label: str) -> Axes:
+    """Draw a heat map of ``value``, 0 to 1, with the number in each cell; white is 0.5, which is chance.
 
     Cells that are True in a column ``seen`` (a generator of the family trained on) are hatched.
     """
@@ -246,7 +226,7 @@ def matrix(
     order = {"index": list(dict.fromkeys(table[rows])), "columns": list(dict.fromkeys(table[columns]))}
     wide = table.pivot(index=rows, columns=columns, values="value").reindex(**order)
     sns.heatmap(
-        wide.rename(index=plain, columns=plain), ax=ax, cmap="RdBu", vmin=2 * chance - 1, vmax=1, square=True,
+        wide.rename(index=plain, columns=plain), ax=ax, cmap="RdBu", vmin=0, vmax=1, square=True,
         linewidths=1, annot=True, fmt=".2f", annot_kws={"size": 7},
         cbar_kws={"label": plain(label), "shrink": 0.8},
     )  # fmt: skip
@@ -261,16 +241,13 @@ def matrix(
     return ax
 
 
-def lines(
-    ax: Axes, table: pd.DataFrame, *, x: str, hue: str, xlabel: str, ylabel: str,
-    palette: Mapping[str, str] | None = None,
-) -> Axes:  # fmt: skip
-    """Draw one line for each hue, with a band where there is ``low``; ``palette`` may give hues colours.
+def lines(ax: Axes, table: pd.DataFrame, *, x: str, hue: str, xlabel: str, ylabel: str) -> Axes:
+    """Draw one line for each hue, with a band where there is ``low``.
 
     Add `label_lines` or a legend when the axes have their limits.
     """
     for i, (name, part) in enumerate(table.groupby(hue, sort=False)):
-        colour = (palette or {}).get(str(name), DETECTORS[i % 8])
+        colour = DETECTORS[i % 8]
         at = part[x] if pd.api.types.is_numeric_dtype(part[x]) else part[x].map(plain)
         ax.plot(at, part["value"], marker=MARKERS[i % 8], ms=3, color=colour, label=_label(name))
         if "low" in part and part["low"].notna().any():
@@ -320,8 +297,7 @@ def show_image(ax: Axes, image: np.ndarray, title: str = "", colour: str | None 
     _imshow(ax, image)
     ax.set(xticks=[], yticks=[])
     ax.set_title(plain(title), fontsize=7, fontweight="normal", loc="center")
-    for spine in ax.spines.values():
-        spine.set(visible=colour is not None, color=colour, linewidth=2)
+    ax.spines[:].set(visible=colour is not None, color=colour, linewidth=2)
     return ax
 
 
@@ -381,13 +357,13 @@ def words(
     return ax
 
 
-def boxes(ax: Axes, table: pd.DataFrame, palette: Sequence[str] = DETECTORS) -> Axes:
+def boxes(ax: Axes, table: pd.DataFrame) -> Axes:
     """Draw regions on a picture: columns ``phrase, x0, y0, x1, y1``, in pixels of the picture.
 
     Each phrase stands in its box's upper left corner, on a ground that makes it readable on any picture.
     """
     for i, row in enumerate(table.itertuples()):
-        colour = palette[i % len(palette)]
+        colour = DETECTORS[i % 8]
         # half a pixel: imshow puts the centre of a pixel, not its corner, on whole numbers
         corner, size = (row.x0 - 0.5, row.y0 - 0.5), (row.x1 - row.x0, row.y1 - row.y0)
         ax.add_patch(Rectangle(corner, *size, fill=False, ec="white", lw=2.2))

@@ -61,10 +61,10 @@ PAIR = ["train_generator", "test_generator"]
 BY = ["detector", "train_generator", "seed"]  # what tells runs apart
 SCORES = ("val_scores", "test_scores")  # what a run has
 ONE, SEVERAL = "one generator", "several generators"
-SCORE_COLUMNS = (
-    "condition", *BY, schema.IMAGE_ID, schema.PATH, schema.LABEL, schema.GENERATOR, schema.SOURCE,
-    schema.SPLIT, "score",
-)  # fmt: skip
+IMAGE_COLUMNS = [
+    schema.IMAGE_ID, schema.PATH, schema.LABEL, schema.GENERATOR, schema.SOURCE, schema.SPLIT,
+]  # fmt: skip
+SCORE_COLUMNS = ["condition", *BY, *IMAGE_COLUMNS, "score"]
 
 
 @dataclass
@@ -117,7 +117,7 @@ class Run:
 class Study:
     """Runs and what follows from them."""
 
-    images: pd.DataFrame  # image_id, path, label, generator, source, split
+    images: pd.DataFrame  # `IMAGE_COLUMNS`
     runs: list[Run]
     options: dict  # everything that was asked for, and ``made_by``, `Features.provenance`
     test: pd.DataFrame = field(init=False)  # the test images among them
@@ -128,7 +128,8 @@ class Study:
     def __post_init__(self) -> None:
         label, generator = self.images[schema.LABEL], self.images[schema.GENERATOR]
         plays = (label == schema.REAL) | generator.isin(self.options["test_generators"])
-        self.test = self.images[(plays & (self.images[schema.SPLIT] == "test")).to_numpy(bool)]
+        self._tests = np.flatnonzero(plays & (self.images[schema.SPLIT] == "test"))
+        self.test = self.images.iloc[self._tests]
         self.table = self._evaluate(self.runs)
         self._resampled: dict[tuple, np.ndarray] = {}  # what `_drawn` has found
 
@@ -395,14 +396,13 @@ class Study:
 
     def join(self, name: str, theirs: ExternalScores) -> Study:
         """Add a detector that ran elsewhere; returns itself."""
-        test = np.flatnonzero(self.images[schema.PATH].isin(self.test[schema.PATH]))
         like = {(run.train_generator, run.seed): run for run in self.runs}.values()  # who has the same images
-        rows = np.unique(np.concatenate([test, *(run.val_rows for run in like)]))
+        rows = np.unique(np.concatenate([self._tests, *(run.val_rows for run in like)]))
         scores = np.full(len(self.images), np.nan)
         scores[rows] = theirs.of(self.images.iloc[rows])
         self._add(
             name, f"{name} (scores from elsewhere)", like,
-            ((scores[run.val_rows], scores[test]) for run in like),
+            ((scores[run.val_rows], scores[self._tests]) for run in like),
         )  # fmt: skip
         return self
 
@@ -421,20 +421,18 @@ def save_scores(studies: Mapping[str, Study], path: Path) -> Path:
         named = [os.path.relpath(name, top or None) for name in study.images[schema.PATH]]
         images = study.images.assign(path=named)
         images = images.astype(dict.fromkeys(images.select_dtypes(exclude="number"), "category"))
-        tests = np.flatnonzero(study.images[schema.PATH].isin(study.test[schema.PATH]))
         for run in study.runs:
             if run.detector not in study.options.get("fused", {}):
-                part = images.iloc[np.r_[run.val_rows, tests]]
+                part = images.iloc[np.r_[run.val_rows, study._tests]]
                 score = _short(part[schema.LABEL].to_numpy(), np.r_[run.val_scores, run.test_scores])
                 about = {"condition": condition} | {name: getattr(run, name) for name in BY}
                 tables.append(part.assign(**about, score=score))
-    names = list(SCORE_COLUMNS[:-1])
-    table = pd.concat(tables, ignore_index=True)[list(SCORE_COLUMNS)]
+    table = pd.concat(tables, ignore_index=True)[SCORE_COLUMNS]
     texts = table.select_dtypes(exclude="number").astype("category")  # with those of images that only train
     table = table.assign(**{name: texts[name].cat.remove_unused_categories() for name in texts})
     table.attrs["studies"] = {condition: study.options for condition, study in studies.items()}
     content = table.to_parquet(
-        index=False, compression="zstd", compression_level=19, use_dictionary=names,
+        index=False, compression="zstd", compression_level=19, use_dictionary=SCORE_COLUMNS[:-1],
         column_encoding={"score": "BYTE_STREAM_SPLIT"},
     )  # fmt: skip
     atomic_write(path, content)
@@ -465,7 +463,7 @@ def read_scores(path: str | Path, detectors: Sequence[str] | None = None) -> dic
         if (n := pq.read_metadata(path).num_rows) > MOST_ROWS:
             raise ValueError(f"{n:,} rows; at most {MOST_ROWS:,} are read")
         some = None if detectors is None else [("detector", "in", list(detectors))]
-        table = pd.read_parquet(path, columns=[*SCORE_COLUMNS], filters=some)
+        table = pd.read_parquet(path, columns=SCORE_COLUMNS, filters=some)
         asked = _shown(table.attrs.pop("studies"))
         wrong = [name for name in SCORE_COLUMNS if table[name].isna().any()]
         if wrong or not np.isfinite(table["score"]).all() or not set(table["label"]) <= {0, 1}:
@@ -495,9 +493,8 @@ def _study(table: pd.DataFrame, options: dict) -> Study:
         raise ValueError(f"n_boot={options['n_boot']}; expected at most {MOST_RESAMPLES}")
     if unknown := [name for name in options["metrics"] if name not in (*METRICS, *SHIFTED)]:
         raise ValueError(f"unknown metric {unknown[0]!r}")
-    names = [schema.IMAGE_ID, schema.PATH, schema.LABEL, schema.GENERATOR, schema.SOURCE, schema.SPLIT]
-    images = table[names].drop_duplicates(schema.PATH).reset_index(drop=True)
-    images = images.astype({name: object for name in names if name != schema.LABEL})
+    images = table[IMAGE_COLUMNS].drop_duplicates(schema.PATH).reset_index(drop=True)
+    images = images.astype({name: object for name in IMAGE_COLUMNS if name != schema.LABEL})
     fused, runs = options.pop("fused", {}), []
     tests = np.flatnonzero(images[schema.SPLIT] == "test")
     path = table[schema.PATH].cat

@@ -28,12 +28,13 @@ from itemkit.features import Features, select_objects
 from itemkit.head import MisalignmentMLP
 from itemkit.images import EqualiseConfig, equalise
 from itemkit.manifest import require_two_classes
-from itemkit.matrix import TEST_COLUMNS, train_on_test_on
+from itemkit.matrix import train_on_test_on
 from itemkit.perturb import Perturbation, jpeg_random
 from itemkit.presets import Preset, get_preset, mini_folder
 from itemkit.protocols import Protocol, get_protocol
 from itemkit.recipes import DEFAULT, ExternalScores, Recipe, control, item, standard_detectors
 from itemkit.results import (
+    IMAGE_COLUMNS,
     ONE,
     PAIR,
     STUDY_METRICS,
@@ -187,9 +188,8 @@ def run_study(
         if unchanged is None or part:
             unchanged = unchanged or features
             came_with = manifest.drop_duplicates(schema.PATH).set_index(schema.PATH)[schema.SPLIT]
-            new = features.table[[*TEST_COLUMNS, schema.SPLIT]]
-            new = new.assign(split_given=new[schema.PATH].map(came_with), condition=condition)
-            listed.append(new)
+            new = features.table[IMAGE_COLUMNS].assign(condition=condition)
+            listed.append(new.assign(split_given=new[schema.PATH].map(came_with)))
             path = write_csv(pd.concat(listed).drop_duplicates(schema.PATH), folder / "manifest.csv")
             print(f"the images and their splits, for detectors that run elsewhere: {path}", file=sys.stderr)
         if len(features) > MAX_PIXEL_IMAGES:
@@ -483,7 +483,7 @@ def _differences(studies: Mapping[str, Study], folder: Path) -> list[str]:
     rows: dict[str, dict[str, str]] = {}
     for line in every.itertuples():
         text = f"{100 * line.difference:+.1f} ({100 * line.low:+.1f} to {100 * line.high:+.1f})"
-        sure = "" if line.p_holm >= 0.05 else " *"
+        sure = " *" if line.p_holm < 0.05 else ""
         rows.setdefault(line.other, {"ITEM minus": titles[line.other]})[line.condition] = text + sure
     about = "Means over the unseen cells both have been run on, the same resamples for both, in per cent; "
     about += "\\*: p < 0.05 after Holm's correction for all rows of a condition."

@@ -23,8 +23,7 @@ from PIL import Image
 from itemkit import schema
 from itemkit._files import atomic_write, folder_lock
 from itemkit.errors import InputError, ItemkitError, StoreError
-from itemkit.extraction import bad_rows, extract
-from itemkit.features import Features
+from itemkit.features import Features, bad_rows
 from itemkit.images import content_id, load_image, open_image, read_bytes
 from itemkit.manifest import read_manifest, write_manifest
 from itemkit.models import file_hash, tidy
@@ -43,15 +42,7 @@ NEW = 0.01  # share of validation images as far off at which an image is called 
 CARDS = 4  # of several images that a notebook shows
 # What files say of their origin: texts of PNG, where programs keep a prompt; fields of EXIF; and bytes
 # anywhere: the type of a C2PA manifest store (ISO 19566-5 UUID) and IPTC's word for "made by a model".
-TEXT_MARKS = (
-    "parameters",
-    "prompt",
-    "workflow",
-    "sd-metadata",
-    "invokeai_metadata",
-    "Software",
-    "Description",
-)
+TEXT_MARKS = "parameters prompt workflow sd-metadata invokeai_metadata Software Description".split()
 EXIF_MARKS = {"camera maker": 0x010F, "camera": 0x0110, "software": 0x0131}
 FILE_MARKS = {
     "C2PA": (
@@ -132,6 +123,8 @@ def features(
     **overrides
         Parts of the preset to replace, e.g. ``localiser="dense"``.
     """
+    from itemkit.extraction import extract  # only here: a verdict does not wait for it
+
     chosen = get_preset(preset, **overrides)
     manifest = data_manifest(data, out_dir, chosen.name)
     made_by: list[Any] = []  # what else than the preset as it comes; names the folder
@@ -274,9 +267,8 @@ class Verdict:
     global_relative: float | None = None  # of detectors that go by it, see `Detector.explain`
     global_real_below: float | None = None
     global_adds: float | None = None
-    objects: list[dict[str, Any]] = dataclasses.field(
-        default_factory=list
-    )  # phrase, box, found, and as above
+    # phrase, box, found, and as above
+    objects: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     unlike: float | None = None  # see `Detector.unlike`
     marks: dict[str, str] = dataclasses.field(default_factory=dict)  # what the file says of its origin
     itemkit: str = ""
@@ -301,14 +293,12 @@ class Verdict:
         if self.error:
             return [self.path, f"  not judged: {self.error}"]
 
-        def fit(cosine: float, below: float | None, which: str) -> str:
+        def fit(cosine: Any, below: float | None, which: str) -> str:
             share = "an unknown share" if below is None else f"{below:.0%}"
             return f"cosine {cosine:.3f}; {share} of {which} less well"
 
         seen = {"train": " (trained with this very image)", "val": " (calibrated with this very image)"}
-        whole = fit(
-            cast("float", self.global_cosine), self.global_real_below, "validation reals fit their caption"
-        )
+        whole = fit(self.global_cosine, self.global_real_below, "validation reals fit their caption")
         lines = [
             self.path + seen.get(self.seen, ""),
             f"  verdict  {self.verdict}, p(fake) {probability(self.p_fake)} ({self.because})",
@@ -503,6 +493,7 @@ def _answer(judge: Detector, one: Features, rates: tuple[float, float], **about:
     verdict = judge.answers(np.array([log_odds]), *rates).iloc[0]
     whole, *local = evidence.to_dict("records")
     fits = [name for name in ("cosine", "relative", "real_below", "adds") if name in whole]
+    of_whole: dict[str, Any] = {f"global_{fit}": _number(whole[fit]) for fit in fits}
     boxes = [[_number(thing[side], 1) for side in ("x0", "y0", "x1", "y1")] for thing in local]
     return Verdict(
         **one.table[[schema.PATH, schema.IMAGE_ID]].iloc[0],
@@ -511,7 +502,7 @@ def _answer(judge: Detector, one: Features, rates: tuple[float, float], **about:
         p_fake=_number(verdict["p_fake"]),
         log_odds=_number(log_odds),
         caption=whole["text"],
-        **{f"global_{fit}": _number(whole[fit]) for fit in fits},
+        **of_whole,
         objects=[
             {"phrase": thing["text"], "box": box, "found": bool(thing["found"])}
             | {fit: _number(thing[fit]) for fit in fits}

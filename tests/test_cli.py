@@ -163,7 +163,7 @@ looks = []
 gc.callbacks.append(lambda phase, about: looks.append(about["generation"]))
 def heavy():
     names = ("sklearn", "scipy.stats", "scipy.ndimage", "matplotlib", "seaborn", "umap", "numba", "skimage",
-             "pyarrow.dataset", "ray", "jupyter_client")
+             "pyarrow.dataset", "ray", "jupyter_client", "itemkit.extraction")
     return [name for name in names if name in sys.modules]
 main(["detect", "a.png", "--device", "cpu"])
 print(len(looks) < 50, gc.get_freeze_count() > 100_000, gc.get_threshold() == (700, 10, 10), heavy())

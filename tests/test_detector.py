@@ -260,7 +260,7 @@ def test_save_and_load(features, detector, tmp_path):
     pd.testing.assert_frame_equal(again.explain(test, 3), detector.explain(test, 3))
     assert {p.suffix for p in (tmp_path / "detector").iterdir()} == {".json", ".safetensors"}
     meta = json.loads((tmp_path / "detector" / "detector.json").read_text())
-    assert "at most 5.00%" in meta["thresholds"]["0.05"]
+    assert "at most 5.00%" in meta["thresholds"]["0.05"] and meta["calibration"] == "temperature"
     made = meta["trained_on"]
     assert made["train_images"] == {"flow": 150, "gan": 150, "real": 400}
     assert (made["seed"], made["members"], made["models"], made["note"]) == (0, 1, "", "")

@@ -88,6 +88,10 @@ def test_bad_precision() -> None:
         devices.choose_precision("float16", "cpu")
 
 
+def test_dtype_name() -> None:
+    assert devices.dtype_name(torch.bfloat16) == "bfloat16"
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -154,9 +154,10 @@ def test_save_and_load(tmp_path, architecture):
     head = MisalignmentMLP(architecture, **options).fit(X, Y)
     again = TrainedHead.load(head.trained().save(tmp_path / "head"), device="cpu")
     np.testing.assert_array_equal(again.decision_function(X_TEST), head.decision_function(X_TEST))
-    assert again.params | {"device": "cpu"} == head.get_params() and again.history_ == head.history_
+    assert again.about["params"] | {"device": "cpu"} == head.get_params()
+    assert again.about["history"] == head.history_
     assert sorted(p.name for p in (tmp_path / "head").iterdir()) == ["head.json", "head.safetensors"]
-    MisalignmentMLP(**again.params).fit(X, Y)
+    MisalignmentMLP(**again.about["params"]).fit(X, Y)
 
 
 def test_a_constant_column_and_a_large_mean_cost_nothing():
@@ -197,7 +198,7 @@ def test_neither_the_device_nor_nan_is_stored(tmp_path):
     text = (head.trained().save(tmp_path) / "head.json").read_text()
     assert "device" not in json.loads(text)["params"] and "NaN" not in text
     again = TrainedHead.load(tmp_path)
-    assert again.history_["val_loss"] == [None, None]
+    assert again.about["history"]["val_loss"] == [None, None]
     expected = head.decision_function(X_TEST)
     # nor does it matter where it was trained, or that an older file says so
     for device in ("cuda", "cuda:7"):

@@ -59,7 +59,6 @@ DRAW: dict[str, Callable[[Axes], Axes]] = {
         hue="detector",
         xlabel="tested on",
         ylabel="AUROC",
-        palette={"local": "#123456"},
     ),
     "lines with names": lambda ax: plots.label_lines(
         plots.lines(ax, CURVES, x="step", hue="what", xlabel="step", ylabel="loss")
@@ -68,7 +67,7 @@ DRAW: dict[str, Callable[[Axes], Axes]] = {
         plots.show_image(ax, PICTURE), "a red ball, in the snow", {"ball": plots.VERMILION}, width_pt=60
     ),
     "scatter": lambda ax: plots.scatter(ax, RNG.normal(size=(100, 2)), list(CLOUD["generator"]), "map"),
-    "show_image": lambda ax: plots.show_image(ax, PICTURE, "a title\nof two lines", plots.VERMILION),
+    "show_image": lambda ax: plots.show_image(ax, PICTURE, "a title\nof two lines"),
     "boxes": lambda ax: plots.boxes(plots.show_image(ax, PICTURE), REGIONS),
     "heat": lambda ax: plots.heat(ax, PICTURE, np.where(PICTURE[..., 0] > 99, 1.0, np.nan), "where"),
 }

@@ -132,7 +132,7 @@ def test_the_package_is_thin_and_flat() -> None:
     lines = sum(len(path.read_text().splitlines()) for path in modules)
     # the aim is 12,000; what people look at (card, explorer, report), attacks, object detectors, the missing
     # controls and the path to a GPU are not paid back yet
-    assert lines <= 15_500
+    assert lines <= 15_450
     assert {path.parent for path in modules} == {PACKAGE}
     nodes = ast.parse((PACKAGE / "__init__.py").read_text()).body
     defined = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}

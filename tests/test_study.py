@@ -24,7 +24,7 @@ from itemkit.recipes import ExternalScores, Recipe, control, item, standard_dete
 from itemkit.results import ONE, SEVERAL, SHIFTED, STUDY_METRICS, Study
 from itemkit.splits import split_validation
 from itemkit.steps import Steps
-from itemkit.study import make_variants
+from itemkit.study import _differences, make_variants
 
 import fakes
 from synthetic import make_features
@@ -158,6 +158,12 @@ def test_comparison_is_paired(study):
         study.compare("imag")
     with pytest.raises(InputError, match="no 'brier' in this study; there are ap, auroc"):
         study.cells("image", "brier")
+
+
+def test_a_difference_of_which_no_p_is_known_has_no_star(tmp_path):
+    study = train_on_test_on(FEATURES, {"item": RECORDER, "same": RECORDER}, seeds=(0,), n_boot=0)
+    *_, row, _ = _differences({"raw": study}, tmp_path)
+    assert row.startswith("| same | +0.0") and "*" not in row
 
 
 def test_families_and_pooled_train_generators():
