@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import base64
+import importlib
+import inspect
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import numpy as np
@@ -35,6 +40,37 @@ PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwG
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_committed_notebook_keeps_the_rules(path: Path) -> None:
     assert rules.problems(path) == []
+
+
+def library_calls(path: Path) -> Iterator[tuple[ast.Call, Any]]:
+    """Calls in a notebook of what it imports from the library, with what is called."""
+    tree = ast.parse("\n".join(cell.source for cell in rules.code_cells(rules.read_notebook(path))))
+    names: dict[str, Any] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in ("itemkit", "minilab"):
+            for alias in node.names:
+                module = importlib.import_module(str(node.module))
+                if find_spec(f"{node.module}.{alias.name}") if hasattr(module, "__path__") else False:
+                    importlib.import_module(f"{node.module}.{alias.name}")
+                names[alias.asname or alias.name] = getattr(module, alias.name, None)
+
+    def meant(node: ast.expr) -> Any:
+        if isinstance(node, ast.Attribute) and inspect.ismodule(owner := meant(node.value)):
+            return getattr(owner, node.attr)
+        return names.get(node.id) if isinstance(node, ast.Name) else None
+
+    yield from ((node, meant(node.func)) for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_calls_of_the_library_fit_its_signatures(path: Path) -> None:
+    for node, called in library_calls(path):
+        spread = any(isinstance(a, ast.Starred) for a in node.args) or any(not k.arg for k in node.keywords)
+        if called is not None and not spread:
+            try:
+                inspect.signature(called).bind(*node.args, **{str(k.arg): 0 for k in node.keywords})
+            except TypeError as error:
+                pytest.fail(f"{ast.unparse(node)}: {error}")
 
 
 @pytest.fixture(scope="session")
