@@ -1,7 +1,7 @@
 """Object detectors of transformers as localisers: with words (Owlv2, Grounding DINO) or from the image alone.
 
-All give a confidence for every candidate box and every word; the best box of each word is taken, and the k-th
-mention of a word gets its k-th best. What is a word differs: phrases of the caption; or, for a detector that
+All give a confidence for every candidate box and every word; the best box of each word is taken, and for k
+mentions of a word its k best. What is a word differs: phrases of the caption; or, for a detector that
 knows nothing of it, the class whose name the phrase ends in.
 
 Images share a forward pass only where they need no padding for it: padding changes the numbers.
@@ -32,7 +32,7 @@ from itemkit.models import (
     localiser_settings,
     read_json,
 )
-from itemkit.regions import BoxLocaliser, make_localiser
+from itemkit.regions import BoxLocaliser, embed_boxes, make_localiser
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -202,6 +202,7 @@ class ImageAlone(ObjectDetector):
     A phrase stands for the class whose name it ends in ("two red traffic lights" for "traffic light"); people
     of all kinds for "person", where a detector tells no kinds; else, with ``match``, for the class whose name
     has the nearest text embedding, if their cosine is at least that. Boxes that no phrase names are ignored.
+    Of "a red ball and a blue ball" the detector sees two balls: which is which, the joint space says.
     """
 
     def __init__(self, encoder: Encoder, model: Any, processor: Any, options: Any, record: Any) -> None:
@@ -218,7 +219,31 @@ class ImageAlone(ObjectDetector):
     def find(self, images, phrases, phrase_emb):  # types: see BoxLocaliser
         """See `BoxLocaliser.find`."""
         of_images = zip(phrases, phrase_emb, strict=True)
-        return super().find(images, [self.classes_of(words, emb) for words, emb in of_images], phrase_emb)
+        classes = [self.classes_of(words, emb) for words, emb in of_images]
+        found = super().find(images, classes, phrase_emb)
+        for image, of_image, emb, answers in zip(images, classes, phrase_emb, found, strict=True):
+            for k in {k for k in of_image if k is not None and not self.union}:
+                rows = [row for row, other in enumerate(of_image) if other == k]
+                shares = self.shared(image, [answers[row] for row in rows], emb[rows])
+                for row, share in zip(rows, shares, strict=True):
+                    answers[row] = share
+        return found
+
+    def shared(self, image: Image, answers: list, phrase_emb: Tensor) -> list:
+        """Share the boxes of one class out among its mentions, so that crops fit phrases best in sum."""
+        there = [answer for answer in answers if answer[0] is not None]
+        if len(answers) < 2 or not there:
+            return answers
+        from scipy.optimize import linear_sum_assignment  # only here: it takes long to import
+
+        sides = torch.tensor([*image.size] * 2)
+        boxes = torch.tensor([box for box, _ in there]).clamp(min=0).minimum(sides)
+        crops = embed_boxes(self.encoder, [image] * len(there), boxes.tolist())
+        cosine = crops.float() @ phrase_emb.to(crops).float().T
+        of_box, mentions = linear_sum_assignment(cosine.cpu().numpy(), maximize=True)
+        chosen = {mention: there[k] for k, mention in zip(of_box, mentions, strict=True)}
+        rest = iter([answer for answer in answers if answer[0] is None])
+        return [chosen[m] if m in chosen else next(rest) for m in range(len(answers))]
 
     def classes_of(self, phrases: Sequence[str], phrase_emb: Tensor) -> list[int | None]:
         """Which class each phrase stands for, see above; None where none does."""
@@ -317,6 +342,7 @@ def load_detector(
         raise located.refuse("config.json does not name its classes (id2label), so no phrase can be matched")
     room = None if alone else network.config.text_config.vocab_size
     processor, _ = load_processor(located, room, texts=not alone)
-    record = located.fingerprint(**localiser_settings(name, options))
+    how = {"mentions": "by fit"} if alone else {}  # else what was made by their order would be taken for it
+    record = located.fingerprint(**localiser_settings(name, options), **how)
     made: dict[str, Any] = {"owlv2": Owlv2, "grounding_dino": GroundingDino, IMAGE_ALONE: ImageAlone}
     return made[name](encoder, network.to(chosen), processor, options, record)

@@ -487,6 +487,17 @@ def made(**options) -> ImageAlone:
     return Made(Colours(), model, processor, options, {})  # type: ignore[arg-type]
 
 
+def test_mentions_of_one_class_share_its_boxes_by_fit() -> None:
+    """The more certain ball is the green one here; the phrase that comes first asks for the red one."""
+    image = scene((80, 40), ((0, 0, 40, 20), "#00ff00"), ((40, 20, 80, 40), "#ff0000"))
+    emb, embedding = torch.stack([BLUE, RED, GREEN]), embed(Colours(), [image])
+    texts, owner = ["blue ball", "red ball", "green ball"], torch.zeros(3, dtype=int)
+    found = made().locate([image], embedding, emb, owner, texts)
+    assert found.boxes.tolist() == [[0, 0, 80, 40], [40, 20, 80, 40], [0, 0, 40, 20]]
+    assert found.found.tolist() == [False, True, True]
+    assert found.scores.tolist() == pytest.approx([0.1, 0.6, 0.9], abs=1e-6)
+
+
 def test_the_kth_mention_gets_the_kth_best_box_that_lies_apart() -> None:
     texts, owner = ["red ball", "cup", "green ball", "a ball", "sky"], torch.zeros(5, dtype=int)
     emb = torch.stack([RED, RED, GREEN, RED, RED])
