@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -30,8 +31,8 @@ REAL_FACTOR = 2
 FAKES, REALS = 1, 2
 """First numbers of the streams from which photographs of either class draw their settings."""
 GENERATORS = ("flow", "latent_flow", "layout_flow", "painter", "edit")
-"""``edit`` is a render in which the flow redrew one object; ``layout_flow`` and ``painter`` are told where
-things stand (families: ``protocols/mini.toml``)."""
+"""``layout_flow`` and ``painter`` are told where things stand; ``edit`` is a render in which ``layout_flow``
+redrew one object (families: ``protocols/mini.toml``)."""
 
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "flow": flow.UNet,
@@ -40,7 +41,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "layout_flow": painter.LayoutUNet,
     "painter": painter.LayoutUNet,
 }
-STAGE = {"edit": "flow"}
+STAGE = {"edit": "layout_flow"}
 """Weights of the generator that is no training of its own."""
 
 
@@ -71,8 +72,8 @@ def sample_fakes(name: str, folder: Path, scenes: RenderSet, seed: int, device: 
     Parameters
     ----------
     name : str
-        One of ``GENERATORS``, or ``name@step`` for a stage; ``edit`` is a render in which the flow redraws
-        one object.
+        One of ``GENERATORS``, or ``name@step`` for a stage; ``edit`` is a render in which
+        ``layout_flow`` redraws one object.
     folder : Path
         Generator weights.
     scenes : RenderSet
@@ -86,23 +87,22 @@ def sample_fakes(name: str, folder: Path, scenes: RenderSet, seed: int, device: 
     """
     stage = STAGE.get(name, name)
     model, kind = load_generator(stage, folder, device), stage.partition("@")[0]
-    fields = encode_facts(scenes.facts)
+    fields, sample = encode_facts(scenes.facts), cast(Callable[..., torch.Tensor], flow.sample)
+    if kind == "latent_flow":
+        sample = partial(latent.sample, vq=load_generator("vq", folder, device))
+    elif kind in ("layout_flow", "painter"):
+        fields = painter.layouts(scenes)
+        sample = painter.sample if kind == "painter" else partial(flow.sample, guidance=1)
     if name == "edit":
         masks = np.concatenate([edit_masks(scenes.owner[p], s) for p, s in _parts(len(scenes), seed)])
         start, mask = to_pixels(scenes.images).to(device), torch.from_numpy(masks[:, None]).float().to(device)
         redrawn = in_batches(
             len(scenes),
             seed,
-            lambda p, s: flow.sample(model, fields[p], seed=s, start=start[p], mask=mask[p]),
+            lambda p, s: sample(model, fields=fields[p], seed=s, start=start[p], mask=mask[p]),
         )
         # outside the mask the picture is the render's own bytes
         return np.where(masks[..., None], redrawn, scenes.images)
-    sample: Callable[..., torch.Tensor] = flow.sample
-    if kind == "latent_flow":
-        sample = partial(latent.sample, vq=load_generator("vq", folder, device))
-    elif kind in ("layout_flow", "painter"):
-        fields = painter.layouts(scenes)
-        sample = painter.sample if kind == "painter" else partial(flow.sample, guidance=1)
     return in_batches(len(scenes), seed, lambda p, s: sample(model, fields=fields[p], seed=s))
 
 

@@ -29,9 +29,10 @@ from minilab.truth import caption_quality, encode_pictures
 
 QUALITY = {
     "flow": ("flow@600", "flow@2400", "flow"),
-    "latent_flow": ("latent_flow@600", "latent_flow@2400", "latent_flow"),
+    "latent_flow": ("latent_flow@600", "latent_flow"),
+    "layout_flow": ("layout_flow@1500", "layout_flow"),
 }
-"""Stages of two generators, by optimiser steps; the last is the finished generator."""
+"""Stages of three generators, by optimiser steps; the last is the finished generator."""
 KEEP = (20, 40, 60, 80, 90)
 SEMANTICS = tuple(f"keep@{percent}" for percent in KEEP)
 """Image-to-image (SDEdit, Meng et al. 2021) with the finished flow: it starts this far, in %, on the path
@@ -121,12 +122,12 @@ def build_ladders(
         The mini models.
     device : str
     n : int
-        Pictures of each that are measured; the first ``N_COMMITTED`` of each rung are kept.
+        Pictures of each that are measured; the first ``N_COMMITTED`` are kept.
 
     Returns
     -------
     images : DataFrame
-        ``generator`` (the rung), ``split`` (test), ``prompt, image``.
+        ``generator`` (or the rung), ``split`` (test), ``prompt, image``.
     table : DataFrame
         One row per rung or generator and one for renders: ``name, n`` and :func:`quality`.
     """
@@ -139,7 +140,7 @@ def build_ladders(
         files = photo_files(samples, (RUNG, 0))
         pictures = np.stack([decode(file) for file in files])
         rows.append({"name": name, "n": n, **quality(encoder, captioner, pictures, scenes, reference)})
-        if name in RUNGS:
+        if name != schema.REAL_GENERATOR:
             prompts = [caption(facts) for facts in scenes.facts[:N_COMMITTED]]
             kept.append(fakes.picture_table(name, ["test"] * len(prompts), prompts, files[:N_COMMITTED]))
     return pd.concat(kept, ignore_index=True), pd.DataFrame(rows).round(4)
