@@ -52,7 +52,7 @@ def library_calls(path: Path) -> Iterator[tuple[ast.Call, Any]]:
                 module = importlib.import_module(str(node.module))
                 if find_spec(f"{node.module}.{alias.name}") if hasattr(module, "__path__") else False:
                     importlib.import_module(f"{node.module}.{alias.name}")
-                names[alias.asname or alias.name] = getattr(module, alias.name, None)
+                names[alias.asname or alias.name] = getattr(module, alias.name)
 
     def meant(node: ast.expr) -> Any:
         if isinstance(node, ast.Attribute) and inspect.ismodule(owner := meant(node.value)):
