@@ -171,8 +171,8 @@ def build_vq(b: Build) -> None:
 def build_latent_flow(b: Build) -> None:
     """Latent flow."""
     latents = latent.encode_renders(fakes.load_generator("vq", b.generators, b.device), b.renders, b.device)
-    make = lambda: flow.FlowLesson(latent.make_unet(), b.renders, b.device, latents)  # noqa: E731
-    b.generator("latent_flow", make, "unet", latent.SCHEDULE, flow.BATCH)
+    make = lambda: painter.LayoutFlowLesson(b.renders, b.device, latent.make_unet(), latents)  # noqa: E731
+    b.generator("latent_flow", make, "net", latent.SCHEDULE, flow.BATCH)
 
 
 def build_layout_flow(b: Build) -> None:

@@ -49,8 +49,8 @@ GENERATORS = {
     ),
     "vq": ("VQ-VAE (van den Oord et al. 2017): 12 x 12 codes out of 512; the decoder of the next."),
     "latent_flow": (
-        "Flow matching on the VQ-VAE's vectors (latent diffusion, Rombach et al. 2022), guidance "
-        "1.5, 20 Heun steps."
+        "`layout_flow` on the VQ-VAE's vectors (latent diffusion, Rombach et al. 2022): told where things "
+        "stand, no guidance, 20 Heun steps."
     ),
     "layout_flow": (
         "Flow matching as `flow`, told for each pixel which thing or ground shows there (semantic image "

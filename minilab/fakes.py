@@ -31,8 +31,9 @@ REAL_FACTOR = 2
 FAKES, REALS = 1, 2
 """First numbers of the streams from which photographs of either class draw their settings."""
 GENERATORS = ("flow", "latent_flow", "layout_flow", "painter", "edit")
-"""``layout_flow`` and ``painter`` are told where things stand; ``edit`` is a render in which ``layout_flow``
-redrew one object (families: ``protocols/mini.toml``)."""
+"""``edit`` is a render in which ``layout_flow`` redrew one object (families: ``protocols/mini.toml``)."""
+TOLD_WHERE = ("layout_flow", "latent_flow", "painter")
+"""They are told what each pixel shows; ``flow`` is told the facts and has to find the places itself."""
 
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "flow": flow.UNet,
@@ -88,11 +89,12 @@ def sample_fakes(name: str, folder: Path, scenes: RenderSet, seed: int, device: 
     stage = STAGE.get(name, name)
     model, kind = load_generator(stage, folder, device), stage.partition("@")[0]
     fields, sample = encode_facts(scenes.facts), cast(Callable[..., torch.Tensor], flow.sample)
+    if kind in TOLD_WHERE:
+        fields, sample = painter.layouts(scenes), partial(flow.sample, guidance=1)
     if kind == "latent_flow":
         sample = partial(latent.sample, vq=load_generator("vq", folder, device))
-    elif kind in ("layout_flow", "painter"):
-        fields = painter.layouts(scenes)
-        sample = painter.sample if kind == "painter" else partial(flow.sample, guidance=1)
+    elif kind == "painter":
+        sample = painter.sample
     if name == "edit":
         masks = np.concatenate([edit_masks(scenes.owner[p], s) for p, s in _parts(len(scenes), seed)])
         start, mask = to_pixels(scenes.images).to(device), torch.from_numpy(masks[:, None]).float().to(device)

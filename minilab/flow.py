@@ -122,16 +122,16 @@ class UNet(nn.Module):
 
 
 class FlowLesson(Lesson):
-    """The U-Net with the flow-matching loss on scenes, or on latent vectors of them."""
+    """The U-Net with the flow-matching loss on scenes."""
 
-    def __init__(self, unet: UNet, renders: RenderSet, device: str = "cpu", latents: Tensor | None = None):
-        super().__init__(renders, BATCH, device, latents, DROP_CONDITION)
+    def __init__(self, unet: UNet, renders: RenderSet, device: str = "cpu"):
+        super().__init__(renders, BATCH, device, drop=DROP_CONDITION)
         self.unet = unet.to(memory_format=torch.channels_last)
 
     def loss(self, x: Tensor, fields: Tensor, rng: np.random.Generator) -> Loss:
         """See :func:`flow_loss`; times are logit-normal."""
         t = torch.sigmoid(torch.randn(len(x), device=x.device))
-        return flow_loss(self.unet, x.float(), t, fields), {}
+        return flow_loss(self.unet, x, t, fields), {}
 
 
 NEAREST = 0.05

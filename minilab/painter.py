@@ -1,15 +1,18 @@
-"""Two generators that are told where things stand: layout to picture, by flow matching and in one step.
+"""Generators that are told where things stand: layout to picture, by flow matching and in one step.
 
 What is asked for is a layout, as in semantic image synthesis (Park et al. 2019, SPADE): for each pixel the
 kind and colour of the thing that shows there, or the setting's ground. So composition is given and only
 painting is to be learned, which takes a fraction of the steps that a picture from words takes.
 
-``layout_flow`` is the pixel flow with the layout beside the noisy picture. ``painter`` is one pass of the
+``layout_flow`` is the pixel flow with the layout beside the noisy picture (on latent vectors it is
+:mod:`minilab.latent`). ``painter`` is one pass of the
 same network from noise to picture, trained without a critic by the energy score, a strictly proper scoring
 rule (Gneiting and Raftery 2007; for networks: Shen and Meinshausen 2024, engression).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,10 +64,11 @@ class LayoutUNet(nn.Module):
     """The flow's U-Net with a layout as further channels; nothing else is asked for.
 
     Channels are an embedding of what shows and, of things, the colour itself: 96 labels with an embedding
-    each had not learned their colours after 550 steps.
+    each had not learned their colours after 550 steps. On a coarser ``grid`` than the picture's, each place
+    is given all pixels that it stands for.
     """
 
-    def __init__(self, width: int = 8):
+    def __init__(self, width: int = 8, grid: int = SIZE, **unet: Any):
         super().__init__()
         behind, grounds = [len(KINDS)], [len(KINDS) + 1 + i for i in range(len(SETTINGS))]
         kinds = [kind for kind in range(len(KINDS)) for _ in COLOURS]
@@ -74,42 +78,52 @@ class LayoutUNet(nn.Module):
         colour_of = torch.cat([nothing[:1], colours.repeat(len(KINDS), 1), nothing])
         self.register_buffer("colour_of", colour_of, persistent=False)
         self.embed = nn.Embedding(len(KINDS) + 1 + len(SETTINGS), width)
-        self.unet = flow.UNet(c_given=width + 3)
+        self.fold = SIZE // grid
+        self.unet = flow.UNet(c_given=(width + 3) * self.fold**2, **unet)
 
     def forward(self, x: Tensor, t: Tensor, layout: Tensor) -> Tensor:
         """Picture behind x at time t, for an integer layout of shape (n, SIZE, SIZE)."""
         layout = layout.long()
         given = torch.cat([self.embed(self.kind_of[layout]), self.colour_of[layout]], -1).permute(0, 3, 1, 2)
+        given = F.pixel_unshuffle(given, self.fold)
         nothing = torch.zeros(len(x), N_FIELDS, dtype=torch.long, device=x.device)
         return self.unet(torch.cat([x, given], 1), t, nothing)
 
 
 class _LayoutLesson(Lesson):
-    """Batches of scenes with their layouts in place of their facts."""
+    """Batches of scenes, or of latent vectors of them, with their layouts in place of their facts."""
 
-    def __init__(self, renders: RenderSet, batch: int, device: str):
-        super().__init__(renders, batch, device)
+    def __init__(
+        self, net: LayoutUNet, renders: RenderSet, batch: int, device: str, codes: Tensor | None = None
+    ):
+        super().__init__(renders, batch, device, codes)
         self.fields = layouts(renders)
-        self.net = LayoutUNet().to(memory_format=torch.channels_last)
+        self.net = net.to(memory_format=torch.channels_last)
 
 
 class LayoutFlowLesson(_LayoutLesson):
     """Flow matching, given the layout."""
 
-    def __init__(self, renders: RenderSet, device: str = "cpu"):
-        super().__init__(renders, flow.BATCH, device)
+    def __init__(
+        self,
+        renders: RenderSet,
+        device: str = "cpu",
+        net: LayoutUNet | None = None,
+        latents: Tensor | None = None,
+    ):
+        super().__init__(net or LayoutUNet(), renders, flow.BATCH, device, latents)
 
     def loss(self, x: Tensor, fields: Tensor, rng: np.random.Generator) -> Loss:
         """See :func:`minilab.flow.flow_loss`."""
         t = torch.sigmoid(torch.randn(len(x), device=x.device))
-        return flow.flow_loss(self.net, x, t, fields), {}
+        return flow.flow_loss(self.net, x.float(), t, fields), {}
 
 
 class PainterLesson(_LayoutLesson):
     """Two pictures from two noises, compared with the scene by the energy score of their patches."""
 
     def __init__(self, renders: RenderSet, device: str = "cpu"):
-        super().__init__(renders, BATCH, device)
+        super().__init__(LayoutUNet(), renders, BATCH, device)
 
     def loss(self, x: Tensor, fields: Tensor, rng: np.random.Generator) -> Loss:
         """See :func:`energy_score`."""

@@ -64,7 +64,8 @@ def test_what_the_decoder_paints_is_learned_from_its_own_codes(renders: RenderSe
     latents = latent.encode_renders(decoder, renders)
     assert latents.shape == (24, vq.N_DIMS, vq.GRID, vq.GRID)
     np.testing.assert_allclose(latents.float().pow(2).mean(), 1, atol=0.01)
-    loss, _ = flow.FlowLesson(latent.make_unet(), renders, latents=latents)(np.random.default_rng(0))
+    lesson = painter.LayoutFlowLesson(renders, net=latent.make_unet(), latents=latents)
+    loss, _ = lesson(np.random.default_rng(0))
     assert loss.item() > 1  # an untrained network answers zero: unit variance over the time that is left
 
 
