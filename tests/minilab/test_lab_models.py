@@ -210,6 +210,8 @@ def test_learning_rate_and_average_by_hand(tmp_path: Path) -> None:
 def test_a_constant_rate_can_be_cut_off_and_prolonged(renders: RenderSet, tmp_path: Path) -> None:
     schedule = Schedule(steps=4, warmup=1, cosine=False)
     assert training._learning_rate(3, schedule) == training._learning_rate(1, schedule) == schedule.lr
+    cools = Schedule(steps=10, lr=1.0, warmup=1, cosine=False, cool=4)
+    assert [training._learning_rate(step, cools) for step in (5, 6, 8, 9)] == [1.0, 1.0, 0.5, 0.25]
     whole = train("whole", make("vq", renders), lambda m, rng: m(rng), schedule, tmp_path)
     part = train("part", make("vq", renders), lambda m, rng: m(rng), schedule, tmp_path, until=2)
     assert (part.steps, whole.steps, part.log[-1]["step"]) == (2, 4, 1)
