@@ -49,8 +49,8 @@ from minilab.renders import RenderSet, cached_renders
 from minilab.training import Schedule, Trained, train
 
 N_RENDERS = 60_000
-SECOND_SEED = 100
-"""Of the second of each model: other first weights, another order of the same renders, all else equal."""
+SECOND_SEED, HALF = 100, 0.5
+"""Of the second of each model: other first weights, another order of the same renders, half of the steps."""
 
 
 class Build:
@@ -124,33 +124,35 @@ def build_parser(b: Build) -> None:
     b.note("parser", seconds=round(time.monotonic() - began), held_out=scores)
 
 
-def build_clip(b: Build, name: str = "clip", seed: int = 0, camera: Camera = WIDE) -> None:
+def build_clip(
+    b: Build, name: str = "clip", seed: int = 0, camera: Camera = WIDE, share: float = 1.0
+) -> None:
     """Mini CLIP."""
     torch.manual_seed(seed)
     lesson = clip.ClipLesson(b.renders, b.device, camera)
-    trained = b.run(name, lesson, replace(clip.SCHEDULE, seed=seed))
+    trained = b.run(name, lesson, _part(clip.SCHEDULE, seed, share))
     save_clip(b.models / name, trained.model.clip, lesson.config, lesson.tokenizer)
     _halve(b.models / name / "open_clip_model.safetensors")
     b.card(name, trained, clip.BATCH + clip.CROPS, trained.model.clip)
 
 
-def build_captioner(b: Build, name: str = "captioner", seed: int = 1) -> None:
+def build_captioner(b: Build, name: str = "captioner", seed: int = 1, share: float = 1.0) -> None:
     """Mini captioner."""
     torch.manual_seed(seed)
     lesson = captioner.CaptionerLesson(b.renders, b.device)
-    trained = b.run(name, lesson, replace(captioner.SCHEDULE, seed=seed))
+    trained = b.run(name, lesson, _part(captioner.SCHEDULE, seed, share))
     save_blip(b.models / name, trained.model.blip, lesson.tokenizer)
     _halve(b.models / name / "model.safetensors")
     b.card(name, trained, captioner.BATCH, trained.model.blip)
 
 
 def build_object_detector(
-    b: Build, name: str = "object_detector", seed: int = 2, camera: Camera = WIDE
+    b: Build, name: str = "object_detector", seed: int = 2, camera: Camera = WIDE, share: float = 1.0
 ) -> None:
     """Mini object detector."""
     torch.manual_seed(seed)
     lesson = object_detector.DetectorLesson(b.renders, b.device, camera)
-    trained = b.run(name, lesson, replace(object_detector.SCHEDULE, seed=seed))
+    trained = b.run(name, lesson, _part(object_detector.SCHEDULE, seed, share))
     object_detector.save_object_detector(b.models / name, trained.model.detector)
     _halve(b.models / name / "model.safetensors")
     b.card(name, trained, object_detector.BATCH, trained.model.detector)
@@ -249,11 +251,12 @@ PARTS: dict[str, Callable[[Build], None]] = {
     "clip": build_clip,
     "captioner": build_captioner,
     "object_detector": build_object_detector,
-    "clip_second": partial(build_clip, name="clip_second", seed=SECOND_SEED),
-    "captioner_second": partial(build_captioner, name="captioner_second", seed=SECOND_SEED),
-    "object_detector_second": partial(build_object_detector, name="object_detector_second", seed=SECOND_SEED),
+    "clip_second": partial(build_clip, name="clip_second", seed=SECOND_SEED, share=HALF),
+    "captioner_second": partial(build_captioner, name="captioner_second", seed=SECOND_SEED, share=HALF),
     "clip_narrow": partial(build_clip, name="clip_narrow", camera=CAMERA),
-    "object_detector_narrow": partial(build_object_detector, name="object_detector_narrow", camera=CAMERA),
+    "object_detector_narrow": partial(
+        build_object_detector, name="object_detector_narrow", camera=CAMERA, share=HALF
+    ),
     "flow": build_flow,
     "vq": build_vq,
     "latent_flow": build_latent_flow,
@@ -333,6 +336,10 @@ def file_hashes(out: Path) -> dict[str, str]:
     ]
     files = [p for p in files if p.name != "study.parquet"]  # scores of a study that has seen all the rest
     return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def _part(schedule: Schedule, seed: int, share: float) -> Schedule:
+    return replace(schedule, seed=seed, steps=round(share * schedule.steps))
 
 
 def _halve(path: Path) -> None:

@@ -17,7 +17,7 @@ from minilab.grammar import caption
 from minilab.renders import N_PHRASES, RenderSet, patch_owner, phrase_ids, to_pixels
 from minilab.training import Schedule, autocast
 
-SCHEDULE = Schedule(steps=4000, lr=1.2e-3, cosine=False, warmup=100, ema=0.998, weight_decay=0.05, seed=1)
+SCHEDULE = Schedule(steps=2600, lr=1.2e-3, cosine=False, warmup=100, ema=0.998, weight_decay=0.05, seed=1)
 BATCH = 128
 
 

@@ -15,7 +15,7 @@ LIMITS = (
     "third-party weights, no personal data. MIT, as the code."
 )
 
-AGAIN = "The same as `{}`, from another seed: is one model the reason?"
+AGAIN = "The same as `{}`, from another seed and with half of the steps: is one model the reason?"
 NARROW = (
     "The same as `{}`, but trained on photographs of the data set's own camera alone: what does a model make "
     "of what it has not seen?"
@@ -38,9 +38,8 @@ MODELS = {
     ),
     "clip_second": AGAIN.format("clip"),
     "captioner_second": AGAIN.format("captioner"),
-    "object_detector_second": AGAIN.format("object_detector"),
     "clip_narrow": NARROW.format("clip"),
-    "object_detector_narrow": NARROW.format("object_detector"),
+    "object_detector_narrow": NARROW.format("object_detector") + " Half of the steps.",
 }
 GENERATORS = {
     "flow": (

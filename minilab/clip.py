@@ -22,7 +22,7 @@ from minilab.training import Schedule, autocast
 from minilab.world import SIZE
 
 PATCH = 6
-SCHEDULE = Schedule(steps=4000, lr=1.5e-3, cosine=False, warmup=150, ema=0.998, weight_decay=0.05)
+SCHEDULE = Schedule(steps=1400, lr=1.5e-3, cosine=False, warmup=150, ema=0.998, weight_decay=0.05)
 BATCH, CROPS = 96, 64
 
 PHRASES = [phrase(c, k) for c in COLOURS for k in KINDS] + [f"the {s}" for s in SETTINGS]

@@ -22,7 +22,7 @@ from minilab.training import Schedule, autocast
 from minilab.world import SIZE
 
 SCHEDULE = Schedule(
-    steps=24_000, lr=8e-4, cosine=False, warmup=200, ema=0.9993, weight_decay=0.01, snapshots=(600, 2400)
+    steps=4000, lr=8e-4, cosine=False, warmup=200, ema=0.9993, weight_decay=0.01, snapshots=(600, 2400)
 )
 BATCH = 64
 DROP_CONDITION = 0.1

@@ -15,7 +15,7 @@ from minilab.training import Schedule
 from minilab.vq import GRID, N_DIMS, VqVae, read_renders
 
 SCHEDULE = Schedule(
-    steps=6000, lr=1e-3, cosine=False, warmup=200, ema=0.999, weight_decay=0.01, snapshots=(600,)
+    steps=1500, lr=1e-3, cosine=False, warmup=200, ema=0.999, weight_decay=0.01, snapshots=(600,)
 )
 SCALE = N_DIMS**0.5
 """Unit vectors times this have a variance of about one in each dimension."""

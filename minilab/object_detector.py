@@ -29,7 +29,7 @@ LABELS = KINDS + SETTINGS
 SIDE = 2 * SIZE
 """Pictures are enlarged to this: at their own size the finest features, at stride 8, were too coarse."""
 SCHEDULE = Schedule(
-    steps=6000, lr=6e-4, cosine=False, warmup=150, ema=0.998, weight_decay=0.01, seed=2, max_norm=0.5
+    steps=3200, lr=6e-4, cosine=False, warmup=150, ema=0.998, weight_decay=0.01, seed=2, max_norm=0.5
 )
 BATCH = 32
 LEAST_PX = 8

@@ -29,7 +29,7 @@ from minilab.training import Schedule, autocast
 from minilab.world import SIZE
 
 FLOW_SCHEDULE = Schedule(
-    steps=6000, lr=8e-4, cosine=False, warmup=200, ema=0.999, weight_decay=0.01, snapshots=(1500,)
+    steps=5000, lr=8e-4, cosine=False, warmup=200, ema=0.999, weight_decay=0.01, snapshots=(1500,)
 )
 SCHEDULE = Schedule(steps=5500, lr=6e-4, cosine=False, cool=1000, warmup=200, ema=0.999, weight_decay=0.01)
 BATCH = 32
