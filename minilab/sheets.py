@@ -13,7 +13,7 @@ from minilab.grammar import Facts, read_caption
 from minilab.renders import make_renders
 from minilab.truth import compare_facts
 
-FIRST_SCENE = 20_000
+FIRST_SCENE = 21_000
 """Sheets show scenes of the ``spare`` split from here on."""
 SHEET = 6
 """First number of the stream from which their photographs draw their settings."""
@@ -45,7 +45,9 @@ def tile(images: np.ndarray, columns: int, scale: int = 3, labels: list[str] | N
     return sheet
 
 
-def blind_sheet(folder: Path, name: str, n: int = 40, device: str = "cpu") -> tuple[Image.Image, list[Facts]]:
+def blind_sheet(
+    folder: Path, name: str, first: int = FIRST_SCENE, n: int = 40, device: str = "cpu"
+) -> tuple[Image.Image, list[Facts]]:
     """Photographed samples to be named by somebody who has not seen what was asked for.
 
     Parameters
@@ -53,6 +55,8 @@ def blind_sheet(folder: Path, name: str, n: int = 40, device: str = "cpu") -> tu
     folder : Path
     name : str
         A generator.
+    first : int
+        Number of the first scene in the ``spare`` split; who has named one sheet knows its scenes.
     n : int
     device : str
 
@@ -63,7 +67,7 @@ def blind_sheet(folder: Path, name: str, n: int = 40, device: str = "cpu") -> tu
     facts : list of Facts
         What was asked for, in order; not to be looked at before the names are written down.
     """
-    scenes = make_renders("spare", n, start=FIRST_SCENE + 1000)
+    scenes = make_renders("spare", n, start=first)
     images = photographs(sample_fakes(name, folder, scenes, seed=2, device=device), (SHEET, 1))
     return tile(images, 8), scenes.facts
 
