@@ -221,29 +221,37 @@ class ImageAlone(ObjectDetector):
         of_images = zip(phrases, phrase_emb, strict=True)
         classes = [self.classes_of(words, emb) for words, emb in of_images]
         found = super().find(images, classes, phrase_emb)
-        for image, of_image, emb, answers in zip(images, classes, phrase_emb, found, strict=True):
-            for k in {k for k in of_image if k is not None and not self.union}:
-                rows = [row for row, other in enumerate(of_image) if other == k]
-                shares = self.shared(image, [answers[row] for row in rows], emb[rows])
-                for row, share in zip(rows, shares, strict=True):
-                    answers[row] = share
+        if not self.union:  # there all mentions have one box
+            self.share(found, images, classes, phrase_emb)
         return found
 
-    def shared(self, image: Image, answers: list, phrase_emb: Tensor) -> list:
-        """Share the boxes of one class out among its mentions, so that crops fit phrases best in sum."""
-        there = [answer for answer in answers if answer[0] is not None]
-        if len(answers) < 2 or not there:
-            return answers
+    def share(self, found: list[list], images: Sequence[Image], classes: Sequence, emb: Sequence) -> None:
+        """Share the boxes of a class out among its mentions, so that crops fit phrases best in sum."""
+        groups: dict[tuple[int, int], list[int]] = {}  # rows of each class in each image
+        for i, of_image in enumerate(classes):
+            for row, k in enumerate(of_image):
+                if k is not None:
+                    groups.setdefault((i, k), []).append(row)
+        jobs = []
+        for (i, _), rows in groups.items():
+            answers = sorted((found[i][row] for row in rows), key=lambda answer: answer[0] is None)
+            n = sum(answer[0] is not None for answer in answers)
+            if len(rows) > 1 and n:
+                jobs.append((i, rows, answers, n))
+        if not jobs:
+            return
         from scipy.optimize import linear_sum_assignment  # only here: it takes long to import
 
-        sides = torch.tensor([*image.size] * 2)
-        boxes = torch.tensor([box for box, _ in there]).clamp(min=0).minimum(sides)
-        crops = embed_boxes(self.encoder, [image] * len(there), boxes.tolist())
-        cosine = crops.float() @ phrase_emb.to(crops).float().T
-        of_box, mentions = linear_sum_assignment(cosine.cpu().numpy(), maximize=True)
-        chosen = {mention: there[k] for k, mention in zip(of_box, mentions, strict=True)}
-        rest = iter([answer for answer in answers if answer[0] is None])
-        return [chosen[m] if m in chosen else next(rest) for m in range(len(answers))]
+        of_box = [images[i] for i, _, _, n in jobs for _ in range(n)]
+        boxes = torch.tensor([box for _, _, answers, n in jobs for box, _ in answers[:n]]).clamp(min=0)
+        boxes = boxes.minimum(torch.tensor([[*image.size] * 2 for image in of_box]))
+        crops = embed_boxes(self.encoder, of_box, boxes.tolist()).float().split([n for *_, n in jobs])
+        for (i, rows, answers, _), of_job in zip(jobs, crops, strict=True):
+            cosine = of_job @ emb[i][rows].to(of_job).T
+            chosen = linear_sum_assignment(cosine.cpu().numpy(), maximize=True)[1].tolist()
+            order = chosen + [m for m in range(len(rows)) if m not in chosen]
+            for m, answer in zip(order, answers, strict=True):
+                found[i][rows[m]] = answer
 
     def classes_of(self, phrases: Sequence[str], phrase_emb: Tensor) -> list[int | None]:
         """Which class each phrase stands for, see above; None where none does."""
@@ -342,7 +350,6 @@ def load_detector(
         raise located.refuse("config.json does not name its classes (id2label), so no phrase can be matched")
     room = None if alone else network.config.text_config.vocab_size
     processor, _ = load_processor(located, room, texts=not alone)
-    how = {"mentions": "by fit"} if alone else {}  # else what was made by their order would be taken for it
-    record = located.fingerprint(**localiser_settings(name, options), **how)
+    record = located.fingerprint(**localiser_settings(name, options))
     made: dict[str, Any] = {"owlv2": Owlv2, "grounding_dino": GroundingDino, IMAGE_ALONE: ImageAlone}
     return made[name](encoder, network.to(chosen), processor, options, record)

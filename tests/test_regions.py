@@ -20,7 +20,7 @@ from PIL import Image
 from itemkit.detection import ImageAlone, ObjectDetector, _prompt, _words, overlap
 from itemkit.encoder import Encoder, ImageEmbedding, load_encoder
 from itemkit.errors import InputError, ItemkitError
-from itemkit.models import Models, part_fingerprint
+from itemkit.models import Models, localiser_settings, part_fingerprint
 from itemkit.regions import Regions, embed_boxes, heatmap, inside, make_localiser, peak_boxes, windows
 from itemkit.steps import Steps
 
@@ -431,6 +431,8 @@ def test_half_precision_and_fingerprint(families, clip) -> None:
     assert half.localiser.dtype == torch.bfloat16 and regions.boxes.dtype == torch.float32
     said = part_fingerprint("localiser", half.localiser)
     assert said["kind"] == "object_detector" and said["files_sha256"] and "model" not in said
+    planned = localiser_settings("object_detector", {"precision": "bfloat16", "threshold": 0.0})
+    assert said.items() >= planned.items(), "else a plan never fits the model that is loaded"
     assert {key: said[key] for key in ("precision", "match", "boxes", "without_box", "threshold")} == {
         "precision": "bfloat16", "match": 0.9, "boxes": "best", "without_box": "whole", "threshold": 0.0
     }  # fmt: skip
