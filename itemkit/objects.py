@@ -160,11 +160,7 @@ def load_parser(model: str | Path = "en_core_web_sm", **rules: Any) -> Parser:
         config = spacy.util.load_config(located.path / "config.cfg", interpolate=True)
     _refuse_code(located, config)
     with reading(located):
-        # not used, and slow; and most have the language's own tokenizer, whose rules need not be read again
-        nlp = spacy.load(located.path, exclude=["ner", "lemmatizer", "senter", "tokenizer"])
-        rules_of, alone = located.path / "tokenizer", {"exclude": ["vocab"]}
-        if rules_of.read_bytes() != nlp.tokenizer.to_bytes(**alone):
-            nlp.tokenizer.from_disk(rules_of, **alone)
+        nlp = spacy.load(located.path, exclude=["ner", "lemmatizer", "senter"])  # not used, and slow
     try:  # a pipeline without parts of speech gives no chunks and no error
         found, why = list(nlp("A red ball is on the green grass.").noun_chunks), ""
     except (ValueError, LookupError, NotImplementedError) as error:

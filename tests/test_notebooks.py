@@ -50,7 +50,7 @@ def library_calls(path: Path) -> Iterator[tuple[ast.Call, Any]]:
         if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in ("itemkit", "minilab"):
             for alias in node.names:
                 module = importlib.import_module(str(node.module))
-                if find_spec(f"{node.module}.{alias.name}") if hasattr(module, "__path__") else False:
+                if hasattr(module, "__path__") and find_spec(f"{node.module}.{alias.name}"):
                     importlib.import_module(f"{node.module}.{alias.name}")
                 names[alias.asname or alias.name] = getattr(module, alias.name)
 
