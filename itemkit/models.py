@@ -197,10 +197,7 @@ def localiser_settings(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         if key not in defaults and not (key == "device" and "model" in defaults):
             raise unknown(f"localiser '{name}' has no option '{key}'", key, defaults)
     settings = {key: options.get(key, value) for key, value in defaults.items() if key != "model"}
-    more: dict[str, dict[str, Any]] = {
-        "grid": {"max_steps": GRID_MAX_STEPS},
-        IMAGE_ALONE: {"mentions": "by fit"},
-    }
+    more: dict[str, Any] = {"grid": {"max_steps": GRID_MAX_STEPS}, IMAGE_ALONE: {"mentions": "by fit"}}
     return {"kind": name, **settings, **more.get(name, {})}
 
 

@@ -39,9 +39,7 @@ GREY, INK = "#8C8C8C", "0.15"  # small print and grounds; text and axes
 COLUMN, PAGE = 3.35, 6.9  # inches: what a column and a page of a paper are wide
 CYCLE = (VERMILION, ORANGE, GREEN, PURPLE, BLACK, YELLOW, SKY)
 # the mini laboratory's generators look the same in every figure, also where only some of them are shown
-FIXED = {
-    "flow": VERMILION, "layout_flow": ORANGE, "painter": GREEN, "edit": PURPLE, "latent_flow": SKY,
-}  # fmt: skip
+FIXED = {"flow": VERMILION, "layout_flow": ORANGE, "painter": GREEN, "edit": PURPLE, "latent_flow": SKY}
 # detectors are no generators: colours of Tol's "muted" set, each with a marker of its own
 DETECTORS = ("#882255", "#44AA99", "#332288", "#B0912F", "#CC6677", "#117733", "#999933", "#AA4499")
 MARKERS = "osD^vPX*"

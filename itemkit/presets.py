@@ -212,7 +212,7 @@ PRESETS: dict[str, Preset] = {
         encoder="clip",
         parser="parser",
         parser_options={"keep_article": True},  # the mini CLIP learned "a red ball" and "the sand"
-        localiser="grid",
+        localiser="object_detector",
         # The same numbers on every machine, so that notebooks can assert them; the models are small anyway.
         precision="float32",
     ),

@@ -34,6 +34,7 @@ from minilab import (
     guards,
     ladders,
     latent,
+    novelty,
     object_detector,
     painter,
     probes,
@@ -131,9 +132,11 @@ def build_clip(
     torch.manual_seed(seed)
     lesson = clip.ClipLesson(b.renders, b.device, camera)
     trained = b.run(name, lesson, _part(clip.SCHEDULE, seed, share))
-    save_clip(b.models / name, trained.model.clip, lesson.config, lesson.tokenizer)
-    _halve(b.models / name / "open_clip_model.safetensors")
-    b.card(name, trained, clip.BATCH + clip.CROPS, trained.model.clip)
+    models = b.models if camera == WIDE else b.work / "models"  # a control, not committed
+    save_clip(models / name, trained.model.clip, lesson.config, lesson.tokenizer)
+    _halve(models / name / "open_clip_model.safetensors")
+    if camera == WIDE:
+        b.card(name, trained, clip.BATCH + clip.CROPS, trained.model.clip)
 
 
 def build_captioner(b: Build, name: str = "captioner", seed: int = 1, share: float = 1.0) -> None:
@@ -146,13 +149,12 @@ def build_captioner(b: Build, name: str = "captioner", seed: int = 1, share: flo
     b.card(name, trained, captioner.BATCH, trained.model.blip)
 
 
-def build_object_detector(
-    b: Build, name: str = "object_detector", seed: int = 2, camera: Camera = WIDE, share: float = 1.0
-) -> None:
+def build_object_detector(b: Build) -> None:
     """Mini object detector."""
+    name, seed = "object_detector", 2
     torch.manual_seed(seed)
-    lesson = object_detector.DetectorLesson(b.renders, b.device, camera)
-    trained = b.run(name, lesson, _part(object_detector.SCHEDULE, seed, share))
+    lesson = object_detector.DetectorLesson(b.renders, b.device)
+    trained = b.run(name, lesson, _part(object_detector.SCHEDULE, seed, 1.0))
     object_detector.save_object_detector(b.models / name, trained.model.detector)
     _halve(b.models / name / "model.safetensors")
     b.card(name, trained, object_detector.BATCH, trained.model.detector)
@@ -236,6 +238,13 @@ def build_choices(b: Build) -> None:
         choices.choices(b.work / "choices", b.device).to_csv(b.out / "choices.csv", index=False)
 
 
+def build_novelty(b: Build) -> None:
+    """Whether misalignment is only novelty."""
+    with laboratory(b.out):
+        page = novelty.novelty(b.work / "models" / "clip_narrow", b.work / "choices", b.device)
+    (b.out / "novelty.md").write_text(page)
+
+
 def build_measure(b: Build) -> None:
     """What the models can do, measured against the truth."""
     b.note("measured", **truth.measure(b.models, device=b.device))
@@ -254,9 +263,6 @@ PARTS: dict[str, Callable[[Build], None]] = {
     "clip_second": partial(build_clip, name="clip_second", seed=SECOND_SEED, share=HALF),
     "captioner_second": partial(build_captioner, name="captioner_second", seed=SECOND_SEED, share=HALF),
     "clip_narrow": partial(build_clip, name="clip_narrow", camera=CAMERA),
-    "object_detector_narrow": partial(
-        build_object_detector, name="object_detector_narrow", camera=CAMERA, share=HALF
-    ),
     "flow": build_flow,
     "vq": build_vq,
     "latent_flow": build_latent_flow,
@@ -269,6 +275,7 @@ PARTS: dict[str, Callable[[Build], None]] = {
     "ladders": build_ladders,
     "measure": build_measure,
     "choices": build_choices,
+    "novelty": build_novelty,
     "cards": build_cards,
 }
 

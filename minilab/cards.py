@@ -16,10 +16,6 @@ LIMITS = (
 )
 
 AGAIN = "The same as `{}`, from another seed and with half of the steps: is one model the reason?"
-NARROW = (
-    "The same as `{}`, but trained on photographs of the data set's own camera alone: what does a model make "
-    "of what it has not seen?"
-)
 MODELS = {
     "clip": (
         "A small CLIP as an open_clip `local-dir`: a ViT with patches of 6 px and a word "
@@ -38,8 +34,6 @@ MODELS = {
     ),
     "clip_second": AGAIN.format("clip"),
     "captioner_second": AGAIN.format("captioner"),
-    "clip_narrow": NARROW.format("clip"),
-    "object_detector_narrow": NARROW.format("object_detector") + " Half of the steps.",
 }
 GENERATORS = {
     "flow": (

@@ -19,7 +19,7 @@ from transformers import (
     RTDetrV2ForObjectDetection,
 )
 
-from minilab.camera import WIDE, Camera
+from minilab.camera import WIDE
 from minilab.grammar import KINDS, SETTINGS
 from minilab.renders import GROUND, RenderSet, to_pixels
 from minilab.training import Schedule, autocast
@@ -89,15 +89,15 @@ def label_ids(renders: RenderSet) -> np.ndarray:
 class DetectorLesson(nn.Module):
     """The object detector with the losses of transformers: set matching, boxes, denoising."""
 
-    def __init__(self, renders: RenderSet, device: str = "cpu", camera: Camera = WIDE):
+    def __init__(self, renders: RenderSet, device: str = "cpu"):
         super().__init__()
         self.detector = make_detector()
-        self.renders, self.device, self.camera = renders, device, camera
+        self.renders, self.device = renders, device
         self.labels = label_ids(renders)
 
     def forward(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         """One step's loss and the numbers to log."""
-        images, owner, rows = self.renders.photographs(BATCH, rng, self.camera)
+        images, owner, rows = self.renders.photographs(BATCH, rng, WIDE)
         targets = []
         for row, what in zip(rows, owner, strict=True):
             values, boxes = true_boxes(what)

@@ -273,8 +273,7 @@ def measure(models: Path, n: int = 1000, device: str = "cpu") -> dict[str, Any]:
     Parameters
     ----------
     models : Path
-        Folder with ``clip``, ``captioner``, ``object_detector``, and the second and the narrow of each where
-        they are there.
+        Folder with ``clip``, ``captioner``, ``object_detector``, and seconds of them where they are there.
     n : int
         Renders of the ``models_val`` split, photographed as the data set is.
     device : str
@@ -310,4 +309,4 @@ def measure(models: Path, n: int = 1000, device: str = "cpu") -> dict[str, Any]:
 
 
 def _present(models: Path, name: str) -> list[str]:
-    return [n for n in (name, f"{name}_second", f"{name}_narrow") if (models / n).is_dir()]
+    return [n for n in (name, f"{name}_second") if (models / n).is_dir()]
