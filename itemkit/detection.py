@@ -13,12 +13,13 @@ import functools
 import re
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 from transformers import BatchFeature
 
 from itemkit.devices import choose_device, choose_precision
@@ -90,8 +91,13 @@ class ObjectDetector(BoxLocaliser):
                 for (i, part), (boxes, logits) in zip(batch, outputs, strict=True):
                     sides = [max(images[i].size)] * 2 if self.square else [*images[i].size]
                     boxes = boxes * boxes.new_tensor(sides * 2)
+
+                    @functools.cache  # words of one image come back to the same boxes
+                    def same(k: int, boxes: Tensor = boxes) -> Tensor:
+                        return box_iou(boxes, boxes[k : k + 1])[:, 0] > APART
+
                     for word, scores in zip(part, self.confidence(logits, part).T, strict=True):
-                        found[i][word] = iter(self.best(boxes, scores, wanted[i][word]))
+                        found[i][word] = iter(self.best(boxes, scores, wanted[i][word], same))
         return [
             [(None, 0.0) if word is None else next(found[i][word]) for word in words]
             for i, words in enumerate(phrases)
@@ -111,10 +117,12 @@ class ObjectDetector(BoxLocaliser):
             boxes = torch.cat([centre - size / 2, centre + size / 2], dim=-1)
             yield from zip(boxes, out.logits.float().cpu(), strict=True)
 
-    def best(self, boxes: Tensor, scores: Tensor, count: int) -> list[tuple[list[float] | None, float]]:
-        """The ``count`` best boxes that lie apart, with their confidence; None below the threshold.
+    def best(
+        self, boxes: Tensor, scores: Tensor, count: int, same: Callable[[int], Tensor]
+    ) -> list[tuple[list[float] | None, float]]:
+        """The ``count`` best boxes that are not the ``same``, with confidence; None below the threshold.
 
-        With ``boxes="union"`` all mentions get the box around all that are above the threshold.
+        With ``boxes="union"`` all mentions get the box around all that are above it.
         """
         if self.union:
             above, top = boxes[scores >= self.threshold], float(scores.max())
@@ -126,19 +134,12 @@ class ObjectDetector(BoxLocaliser):
             k = int(left.argmax())
             score = float(left[k])
             answers.append((boxes[k].tolist() if score >= max(self.threshold, 0) else None, max(score, 0.0)))
-            left[overlap(boxes, boxes[k]) > APART] = left[k] = -1
+            left[same(k)] = left[k] = -1
         return answers
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that changes the regions, as JSON-ready values."""
         return dict(self._record)
-
-
-def overlap(boxes: Tensor, box: Tensor) -> Tensor:
-    """Intersection over union of boxes, shape (q, 4), with one box."""
-    corners = torch.cat([torch.maximum(boxes[:, :2], box[:2]), torch.minimum(boxes[:, 2:], box[2:])], dim=1)
-    inner, areas, area = ((x[..., 2:] - x[..., :2]).clamp(min=0).prod(dim=-1) for x in (corners, boxes, box))
-    return inner / (areas + area - inner).clamp(min=1e-9)
 
 
 class Owlv2(ObjectDetector):

@@ -433,7 +433,7 @@ def save_scores(studies: Mapping[str, Study], path: Path) -> Path:
     table.attrs["studies"] = {condition: study.options for condition, study in studies.items()}
     content = table.to_parquet(
         index=False, compression="zstd", compression_level=19, use_dictionary=SCORE_COLUMNS[:-1],
-        column_encoding={"score": "BYTE_STREAM_SPLIT"},
+        column_encoding={"score": "BYTE_STREAM_SPLIT"}, row_group_size=MOST_ROWS,
     )  # fmt: skip
     atomic_write(path, content)
     return path
@@ -608,8 +608,8 @@ def _lines(study: Study, protocol: Protocol) -> pd.DataFrame:
 def headline(studies: Mapping[str, Study], names: Sequence[str]) -> pd.DataFrame:
     """Some contenders in a table that fits a page: `ONE`, unseen cells, AUROC unless another metric is named.
 
-    Columns, of every condition: mean with its interval over images, lowest and highest family, worst cell
-    with its interval; TPR at 1 % and 5 % FPR in the first condition.
+    Columns, of every condition: mean and worst cell, each with its interval over images; of the first one
+    also lowest and highest family, and TPR at 1 % and 5 % FPR.
     """
     rows: dict[str, dict[str, str]] = {}
     for condition, study in studies.items():
@@ -617,12 +617,13 @@ def headline(studies: Mapping[str, Study], names: Sequence[str]) -> pd.DataFrame
             cells = study.unseen(name, "auroc", ONE)
             cells = cells if len(cells) else study.cells(name, "auroc", ONE)
             mean, worst = study.mean(cells), study.mean(study.worst(cells))
-            found = {"mean": _share(mean), "families": "{family_low:.2f}-{family_high:.2f}".format(**mean),
-                     "worst cell": _share(worst)}  # fmt: skip
-            for metric in () if rows and condition != next(iter(studies)) else RATES:
-                part = study.cells(name, metric, ONE)
-                part = part[part["seen"] == cells["seen"].iloc[0]]
-                found[SHOWN[metric]] = _share(study.mean(part))
+            found = {"mean": _share(mean), "worst cell": _share(worst)}
+            if condition == next(iter(studies)):
+                found["families"] = "{family_low:.2f}-{family_high:.2f}".format(**mean)
+                for metric in RATES:
+                    part = study.cells(name, metric, ONE)
+                    part = part[part["seen"] == cells["seen"].iloc[0]]
+                    found[SHOWN[metric]] = _share(study.mean(part))
             row = rows.setdefault(study.options["titles"][name], {})
             row |= {f"{condition}: {what}": text for what, text in found.items()}
     return pd.DataFrame.from_dict(rows, "index").rename_axis("detector").reset_index().fillna("")

@@ -67,7 +67,7 @@ FORMS = {
 }
 # what fits a page: README's rows
 HEADLINE = (
-    "item", "drawn", "cosine_mean_local", "concepts", "other_caption", "caption_likelihood",
+    "item", "drawn", "cosine_mean_local", "concepts", "other_caption", "doubt_likelihood",
     "noise_residual_one_class", "image_linear",
 )  # fmt: skip
 LATE = {

@@ -56,9 +56,8 @@ FILE_MARKS = {
 def lab_manifest(out_dir: str | Path, which: str = "images") -> pd.DataFrame:
     """Lay out images of the mini laboratory below ``out_dir/mini``, once, and read their manifest.
 
-    They are the data set ("images"), the same pictures before their camera ("raw"), new renders that nothing
-    was trained on ("fresh"), or better and better fakes ("ladders"), each with the bytes that ``data/mini``
-    holds.
+    They are the data set ("images"), the same before the camera ("raw"), new renders that nothing was
+    trained on ("fresh"), or better and better fakes ("ladders"), with the bytes that ``data/mini`` holds.
     """
     sources = [mini_folder() / f"{name}.parquet" for name in LAB_PARTS[which]]
     if missing := [tidy(source) for source in sources if not source.is_file()]:

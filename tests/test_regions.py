@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 
-from itemkit.detection import ImageAlone, ObjectDetector, _prompt, _words, overlap
+from itemkit.detection import ImageAlone, ObjectDetector, _prompt, _words
 from itemkit.encoder import Encoder, ImageEmbedding, load_encoder
 from itemkit.errors import InputError, ItemkitError
 from itemkit.models import Models, localiser_settings, part_fingerprint
@@ -509,9 +509,6 @@ def test_the_kth_mention_gets_the_kth_best_box_that_lies_apart() -> None:
     assert found.boxes.tolist() == [[0, 0, 40, 20], whole, [40, 20, 80, 40], whole, whole]
     assert found.found.tolist() == [True, False, True, False, False]
     assert found.scores.tolist() == pytest.approx([0.9, 0.2, 0.6, 0.1, 0.0], abs=1e-6)
-    assert overlap(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([1.0, 0, 3, 2])).tolist() == [
-        pytest.approx(1 / 3)
-    ]
 
 
 def test_a_large_batch_goes_in_parts(families, clip, monkeypatch) -> None:
