@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,6 @@ class Lesson(nn.Module):
         loss, numbers = self.loss(x.to(self.device), fields.to(self.device), rng)
         return loss, {name: round(float(value.detach().mean()), 4) for name, value in numbers.items()}
 
+    @abstractmethod
     def loss(self, x: Tensor, fields: Tensor, rng: np.random.Generator) -> Loss:
         """Loss of one batch and what to log of it."""
-        raise NotImplementedError

@@ -247,18 +247,18 @@ def test_large_pictures_are_thinned_and_keep_their_coordinates(ax: Axes) -> None
 
 def test_colours_belong_to_names() -> None:
     assert plots.colours([]) == {"real": plots.BLUE}
-    everything = plots.colours(["flow", "flow_early", "vae", "edit", "real"])
-    assert list(everything) == ["real", "flow", "flow_early", "vae", "edit"]
+    everything = plots.colours(["flow", "layout_flow", "painter", "edit", "real"])
+    assert list(everything) == ["real", "flow", "layout_flow", "painter", "edit"]
     assert len(set(everything.values())) == 5
     # also where only some are shown, or in another order
-    for some in (["vae"], ["edit", "real", "vae"], ["vae", "vae", "flow"]):
+    for some in (["painter"], ["edit", "real", "painter"], ["painter", "painter", "flow"]):
         assert plots.colours(some) == {k: everything[k] for k in plots.colours(some)}
 
 
 def test_other_generators_get_colours_of_their_own() -> None:
-    got = plots.colours(["sdxl", "vae", "midjourney", "real"])
-    assert len(set(got.values())) == 4 and got["vae"] == plots.FIXED["vae"]
-    assert plots.colours(["sdxl", "vae", "midjourney"]) == got
+    got = plots.colours(["sdxl", "painter", "midjourney", "real"])
+    assert len(set(got.values())) == 4 and got["painter"] == plots.FIXED["painter"]
+    assert plots.colours(["sdxl", "painter", "midjourney"]) == got
     assert len(plots.colours([f"g{i}" for i in range(12)])) == 13  # more than there are colours
 
 

@@ -176,7 +176,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_installation_answers_without_the_checkout(site: Path, tmp_path: Path) -> None:
-    picture = io.BytesIO(pd.read_parquet(REPO / "data" / "mini" / "reals.parquet").png[0])
+    picture = io.BytesIO(pd.read_parquet(REPO / "data" / "mini" / "reals.parquet").image[0])
     Image.open(picture).save(tmp_path / "picture.png")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ITEMKIT")}
     command = [sys.executable, "-m", "itemkit", "detect", "picture.png", "--json"]

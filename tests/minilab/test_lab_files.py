@@ -85,7 +85,7 @@ def test_the_detector_is_trained_on_and_written_to_the_laboratory_that_is_named(
     assert str(tmp_path) not in record
     assert (MINI / "models" / "detector" / "detector.json").read_bytes() == before
     assert main(["images", "--data", str(small_lab), "--out", str(tmp_path / "again")]) == 0
-    assert len(list((tmp_path / "again" / "mini").rglob("*.jpg"))) == 12 * 6
+    assert len(list((tmp_path / "again" / "mini").rglob("*.jpeg"))) == 12 * 6
     assert mini_folder() == MINI, "afterwards itemkit uses its own laboratory again"
 
 
