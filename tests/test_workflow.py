@@ -95,10 +95,10 @@ def test_the_laboratory_is_laid_out_once_and_byte_for_byte(lab: Path, tmp_path: 
 def test_changed_files_are_laid_out_anew(lab: Path, tmp_path: Path) -> None:
     workflow.lab_manifest(tmp_path / "out")
     table = pd.read_parquet(lab / "reals.parquet")
-    table["png"] = [fakes.png(99 + i) for i in range(3)]
+    table["image"] = [fakes.png(99 + i) for i in range(3)]
     table.to_parquet(lab / "reals.parquet")
     manifest = workflow.lab_manifest(tmp_path / "out")
-    assert [Path(path).read_bytes() for path in manifest["path"][:3]] == list(table["png"])
+    assert [Path(path).read_bytes() for path in manifest["path"][:3]] == list(table["image"])
 
 
 def test_two_processes_may_lay_it_out_at_once(lab: Path, tmp_path: Path) -> None:
