@@ -421,7 +421,7 @@ def test_the_mini_study_and_its_tables_from_the_scores(
     stub: Preset, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     """The laboratory's path, with other images: families, headline, differences, fusions; then no model."""
-    own = pd.read_csv(own_images(tmp_path / "images", 200, ("gan", "flow", "edit", "flow")))
+    own = pd.read_csv(own_images(tmp_path / "images", 200, ("painter", "flow", "edit", "flow")))
     own["split"] = np.array(["train", "val", "test"])[np.arange(200) // 5 % 3]
     own.to_csv(tmp_path / "images" / "m.csv", index=False)
     asked = []
@@ -446,7 +446,7 @@ def test_the_mini_study_and_its_tables_from_the_scores(
     assert {"item", "global_absolute", "hierarchical_cosine", "early", "item + image"} <= {*found["detector"]}
     counted = found[found["seen"] == False]  # noqa: E712 - means are neither
     # one generator of each family trains; edit and flow are of one, so neither is unseen to the other
-    assert set(counted["row"]) - {WORST} == {"gan → flow", "gan → edit", "flow → gan"}
+    assert set(counted["row"]) - {WORST} == {"painter → flow", "painter → edit", "flow → painter"}
     assert "## What each contender would mean" in text and CONTROLS["image_mlp"].if_it_won in text
     fusion = pd.read_csv(report.path.parent / "fusion.csv")
     assert set(fusion["fusion"]) == {"item + caption likelihood", "item + image", "early"}
@@ -454,7 +454,7 @@ def test_the_mini_study_and_its_tables_from_the_scores(
     reached = fusion["goal"] == "reached"
     assert reached.any() or fusion["goal"].str.contains("short of 0.90|below the better part in").all()
     headline = pd.read_csv(report.path.parent / "headline.csv")
-    assert len(headline) == 4 and f"| {headline['detector'][0]} | {headline['clean: mean'][0]} |" in text
+    assert len(headline) == 3 and f"| {headline['detector'][0]} | {headline['clean: mean'][0]} |" in text
     differences = pd.read_csv(report.path.parent / "differences.csv")
     assert (
         set(differences["reference"]) == {"item"} and (differences["p_holm"] >= differences["p_value"]).all()
@@ -492,9 +492,12 @@ def test_errors_before_anything_is_computed(stub: Preset, tmp_path: Path) -> Non
         ({"protocol": "own"}, "protocol 'own' needs images"),
         ({"without": ["cnm"]}, "unknown control 'cnm'; .* Did you mean 'cnn'"),
         ({"per_set": 5}, "--per-set and --skip-missing are for a data set's protocol, not for 'mini'"),
-        ({"scores": ["scores.csv"]}, "--scores scores.csv: expected name=scores.csv.*clean, random JPEG"),
-        ({"scores": ["a@raw=s.csv"]}, "--scores a@raw=s.csv: expected name=scores.csv"),
-        ({"scores": [f"a={tmp_path / 's.csv'}"] * 2}, "clean has a contender 'a' already"),
+        (
+            {"scores": ["scores.csv"]},
+            "--scores scores.csv: expected name=scores.csv.*camera, camera . random JPEG, raw",
+        ),
+        ({"scores": ["a@blur=s.csv"]}, "--scores a@blur=s.csv: expected name=scores.csv"),
+        ({"scores": [f"a={tmp_path / 's.csv'}"] * 2}, "camera has a contender 'a' already"),
         ({"scores": ["a=none.csv"]}, "cannot read scores from none.csv"),
     ]
     for options, message in wrong:
