@@ -151,10 +151,10 @@ def build_captioner(b: Build, name: str = "captioner", seed: int = 1, share: flo
 
 def build_object_detector(b: Build) -> None:
     """Mini object detector."""
-    name, seed = "object_detector", 2
-    torch.manual_seed(seed)
+    name, schedule = "object_detector", replace(object_detector.SCHEDULE, seed=2)
+    torch.manual_seed(schedule.seed)
     lesson = object_detector.DetectorLesson(b.renders, b.device)
-    trained = b.run(name, lesson, _part(object_detector.SCHEDULE, seed, 1.0))
+    trained = b.run(name, lesson, schedule)
     object_detector.save_object_detector(b.models / name, trained.model.detector)
     _halve(b.models / name / "model.safetensors")
     b.card(name, trained, object_detector.BATCH, trained.model.detector)
